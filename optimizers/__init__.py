@@ -1,0 +1,28 @@
+"""Drop-in `torch.optim` optimizers that pretrain in little memory. Needs torch alone."""
+
+from .base import LowRankOptimizer
+from .baselines import Adafactor, AdamW, AdamW8bit, Muon
+from .galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
+from .memory import state_bytes, state_bytes_by_category
+from .param_groups import param_groups
+from .projectors import RefreshEvent
+from .registry import available, build, describe, expected_state_bytes
+
+__all__ = [
+    "Adafactor",
+    "AdamW",
+    "AdamW8bit",
+    "GaLoreAdafactor",
+    "GaLoreAdamW",
+    "GaLoreAdamW8bit",
+    "LowRankOptimizer",
+    "Muon",
+    "RefreshEvent",
+    "available",
+    "build",
+    "describe",
+    "expected_state_bytes",
+    "param_groups",
+    "state_bytes",
+    "state_bytes_by_category",
+]

@@ -1,0 +1,65 @@
+"""Validation of what a person passes in: one clear `ValueError` with name, value and what is accepted."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from typing import Any
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Returns the known name closest to `name`, or None when none is close."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return matches[0] if matches else None
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
+    """The error for an unknown name: says the nearest known one, else lists all of them."""
+    choices = sorted(known)
+    guess = nearest(name, choices)
+    hint = f"did you mean {guess!r}?" if guess else f"accepted: {', '.join(choices)}"
+    return ValueError(f"unknown {kind} {name!r}; {hint}")
+
+
+def number(
+    name: str,
+    value: Any,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    low_open: bool = False,
+    high_open: bool = False,
+) -> None:
+    """Raises `ValueError` unless `value` is a finite number in the given range."""
+    opening, closing = "(" if low_open else "[", ")" if high_open else "]"
+    valid = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if valid:
+        valid = (value > low if low_open else value >= low) and (
+            value < high if high_open else value <= high
+        )
+    if not valid:
+        raise ValueError(
+            f"{name}={value!r}: accepted is a number in {opening}{low}, {high}{closing}"
+        )
+
+
+def integer(name: str, value: Any, *, low: int) -> None:
+    """Raises `ValueError` unless `value` is an integer of at least `low`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{name}={value!r}: accepted is an integer of at least {low}")
+
+
+def choice(name: str, value: Any, accepted: Iterable[Any]) -> None:
+    """Raises `ValueError` unless `value` is one of `accepted`."""
+    options = list(accepted)
+    if not any(value is option or value == option for option in options):
+        raise ValueError(f"{name}={value!r}: accepted are {', '.join(map(repr, options))}")
+
+
+def betas(value: Any, count: int = 2) -> None:
+    """Raises `ValueError` unless `value` holds `count` decay rates in [0, 1)."""
+    if not isinstance(value, tuple | list) or len(value) != count:
+        raise ValueError(f"betas={value!r}: accepted are {count} numbers in [0, 1)")
+    for index, beta in enumerate(value):
+        number(f"betas[{index}]", beta, low=0.0, high=1.0, high_open=True)

@@ -1,0 +1,71 @@
+"""What a step may be given: checks of parameters and gradients, with names for messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .options import Group
+
+
+def names(group: Group) -> Sequence[str | None]:
+    """The recorded name of each of a group's parameters, or None for each."""
+    return group.get("param_names") or [None] * len(group["params"])
+
+
+def label(name: str | None, param: Tensor) -> str:
+    """How a message calls a parameter."""
+    return name or f"the parameter of shape {tuple(param.shape)}"
+
+
+def check_param(param: Tensor, name: str | None, *, projected: bool) -> None:
+    """Raises `ValueError` for a parameter that can't be optimized in this group."""
+    called = label(name, param)
+    if not param.is_floating_point():
+        raise ValueError(f"{called} has dtype {param.dtype}: accepted are real floating dtypes")
+    if not projected:
+        return
+    if param.dim() != 2:
+        raise ValueError(
+            f"{called} is {param.dim()}-dimensional in a group with rank: accepted are matrices. "
+            "ZeRO and FSDP1 flatten parameters to one dimension, use DDP or ZeRO stage 0; biases, "
+            "norms and convolutions belong in a group without rank (param_groups(model) sorts them)"
+        )
+    if hasattr(param, "placements"):
+        raise ValueError(f"{called} is a DTensor in a group with rank: accepted are unsharded ones")
+
+
+def descent_gradient(param: Tensor, name: str | None, group: Group) -> Tensor | None:
+    """The gradient to descend along, in the parameter's dtype; None where there is none.
+
+    Raises:
+        ValueError: the gradient is sparse.
+    """
+    grad = param.grad
+    if grad is None or param.numel() == 0:
+        return None
+    if grad.is_sparse:
+        raise ValueError(
+            f"{label(name, param)} has a sparse gradient: accepted are dense ones "
+            "(sparse=False in nn.Embedding)"
+        )
+    if grad.dtype != param.dtype:
+        grad = grad.to(param.dtype)
+    return grad.neg() if group["maximize"] else grad
+
+
+def finite(tensors: Sequence[Tensor], complain: Callable[[int], None]) -> list[bool]:
+    """Which tensors hold only finite numbers; calls `complain` with the position of each other."""
+    if not tensors:
+        return []
+    sums = torch.stack([tensor.sum(dtype=torch.float32).cpu() for tensor in tensors])
+    good: list[bool] = sums.isfinite().tolist()
+    for position, known in enumerate(good):
+        if not known:
+            # the sum of finite numbers may overflow
+            good[position] = bool(tensors[position].isfinite().all())
+            if not good[position]:
+                complain(position)
+    return good

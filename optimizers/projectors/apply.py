@@ -1,0 +1,124 @@
+"""Projecting a gradient onto its bases and writing an update back: one GEMM each way.
+
+With `dtype` lower than the weights' (say bf16 under fp32) both GEMMs run in that precision, on
+slabs of bounded size along the axis that is not projected, so that no m x n temporary is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .geometry import Geometry, RowRange, Side
+
+SLAB_ELEMENTS = 1 << 18
+
+
+def _slabs(length: int, width: int) -> Iterator[slice]:
+    step = max(1, SLAB_ELEMENTS // max(1, width))
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
+
+
+def _left_rows(basis_mr: Tensor, rows: RowRange) -> Tensor:
+    return basis_mr[rows.start : rows.stop]
+
+
+def project(
+    grad_kn: Tensor,
+    bases: Sequence[Tensor],
+    geometry: Geometry,
+    rows: RowRange,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Projects this process's rows of a gradient.
+
+    Args:
+        grad_kn: rows [start, stop) of the m x n gradient.
+        bases: the basis (m x r on the left, n x r on the right), or both.
+        geometry: side, rank and global shape.
+        rows: which rows these are; a left projection is summed with its `reduce`.
+        dtype: precision of the GEMM; the gradient's own by default.
+
+    Returns:
+        r x n (left), k x r (right) or r x r (both), in the gradient's precision.
+    """
+    if dtype is not None and dtype != grad_kn.dtype:
+        return _project_slabs(grad_kn, bases, geometry, rows, dtype)
+    own = [basis.to(grad_kn.dtype) for basis in bases]
+    if geometry.side is Side.RIGHT:
+        return grad_kn @ own[0]
+    low_rn = rows.reduce(_left_rows(own[0], rows).mT @ grad_kn)
+    return low_rn if geometry.side is Side.LEFT else low_rn @ own[1]
+
+
+def _project_slabs(
+    grad_kn: Tensor,
+    bases: Sequence[Tensor],
+    geometry: Geometry,
+    rows: RowRange,
+    dtype: torch.dtype,
+) -> Tensor:
+    k, n = grad_kn.shape
+    r = geometry.rank
+    own = [basis.to(dtype) for basis in bases]
+    if geometry.side is Side.RIGHT:
+        low_kr = grad_kn.new_empty(k, r)
+        for span in _slabs(k, n):
+            low_kr[span] = grad_kn[span].to(dtype) @ own[0]
+        return low_kr
+    basis_rk = _left_rows(own[0], rows).mT
+    low_rn = grad_kn.new_empty(r, n)
+    for span in _slabs(n, k):
+        low_rn[:, span] = basis_rk @ grad_kn[:, span].to(dtype)
+    low_rn = rows.reduce(low_rn)
+    if geometry.side is Side.LEFT:
+        return low_rn
+    return (low_rn.to(dtype) @ own[1]).to(grad_kn.dtype)
+
+
+def write_back(
+    weight_kn: Tensor,
+    delta: Tensor,
+    bases: Sequence[Tensor],
+    geometry: Geometry,
+    rows: RowRange,
+    *,
+    alpha: float,
+    keep: float,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """In place: weight <- keep * weight - alpha * back-projection of `delta`.
+
+    Args:
+        weight_kn: this process's rows of the weight.
+        delta: r x n (left), k x r (right) or r x r (both).
+        bases: as in `project`.
+        geometry: as in `project`.
+        rows: as in `project`.
+        alpha: step size times the back-projection's scale.
+        keep: 1 less the weight decay of this step.
+        dtype: precision of the GEMM; the weight's own by default.
+    """
+    compute = weight_kn.dtype if dtype is None else dtype
+    own = [basis.to(compute) for basis in bases]
+    delta = delta.to(compute)
+    if geometry.side is Side.RIGHT:
+        left, right = delta, own[0].mT  # k x r, r x n
+    else:
+        left = _left_rows(own[0], rows)
+        right = delta if geometry.side is Side.LEFT else delta @ own[1].mT
+    if compute == weight_kn.dtype:
+        weight_kn.addmm_(left, right, beta=keep, alpha=-alpha)
+        return
+    k, n = weight_kn.shape
+    if keep != 1.0:
+        weight_kn.mul_(keep)
+    if geometry.side is Side.RIGHT:
+        for span in _slabs(k, n):
+            weight_kn[span].add_(left[span] @ right, alpha=-alpha)
+    else:
+        for span in _slabs(n, k):
+            weight_kn[:, span].add_(left @ right[:, span], alpha=-alpha)

@@ -1,0 +1,220 @@
+"""Orthonormal bases of the leading singular subspace of a gradient, four ways.
+
+All functions take same-shape gradients and return, for each, a basis with orthonormal columns in
+the computing precision (fp32, or fp64 for fp64 gradients):
+
+- `svd`: `torch.linalg.svd` of the whole matrix, vectors and signs untouched: what the official
+  packages compute. The other three work on the short side d alone.
+- `eigh`: exact, from the d x d Gram matrix.
+- `randomized`: range finder with power iterations (Halko, Martinsson and Tropp, 2011), rotated to
+  singular vectors.
+- `warm`: one step of subspace iteration from the former basis, rotated to singular vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .geometry import Side
+
+#: Accepted values of the option `refresh`.
+REFRESH_MODES = ("svd", "eigh", "randomized", "warm")
+
+OVERSAMPLING = 16
+POWER_ITERATIONS = 2
+CHUNK_ELEMENTS = 1 << 22  # upcast copies of a low-precision gradient are made in pieces of 16 MiB
+SCRATCH_BYTES = 256 << 20  # bound on the Gram matrices that are decomposed together
+
+# Entries in this range have squares that fp32 sums safely; others are rescaled first.
+SAFE_SCALE = (1e-12, 1e12)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision of decompositions for gradients of `dtype`: fp64 stays, all else is fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Operand:
+    """A gradient seen as its short-by-long matrix A (d x l), times `1 / scale`, upcast in pieces."""
+
+    def __init__(self, grad_mn: Tensor, scale: float, side: Side) -> None:
+        rows, columns = grad_mn.shape
+        self.grad_mn = grad_mn
+        # A is the gradient itself, else its transpose; a square one is turned to the wanted side.
+        self.wide = rows < columns or (rows == columns and side is not Side.RIGHT)
+        self.short, self.long = min(rows, columns), max(rows, columns)
+        self.dtype = compute_dtype(grad_mn.dtype)
+        self.factor = 1.0 if SAFE_SCALE[0] <= scale <= SAFE_SCALE[1] else 1.0 / scale
+        self.direct = grad_mn.dtype == self.dtype and self.factor == 1.0
+
+    def _pieces(self) -> list[tuple[slice, Tensor]]:
+        rows, columns = self.grad_mn.shape
+        if self.direct:
+            return [(slice(0, rows), self.grad_mn)]
+        step = max(1, CHUNK_ELEMENTS // columns)
+        spans = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+        return [(span, self.grad_mn[span].to(self.dtype) * self.factor) for span in spans]
+
+    def _rows_times(self, right_nk: Tensor) -> Tensor:
+        return torch.cat([piece @ right_nk for _, piece in self._pieces()])
+
+    def _columns_times(self, right_mk: Tensor) -> Tensor:
+        parts = [piece.mT @ right_mk[span] for span, piece in self._pieces()]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+    def times(self, right_lk: Tensor) -> Tensor:
+        """A X, d x k."""
+        return self._rows_times(right_lk) if self.wide else self._columns_times(right_lk)
+
+    def transposed_times(self, right_dk: Tensor) -> Tensor:
+        """A^T X, l x k."""
+        return self._columns_times(right_dk) if self.wide else self._rows_times(right_dk)
+
+    def gram(self) -> Tensor:
+        """A A^T, d x d, without a whole upcast copy of A."""
+        total_dd: Tensor | None = None
+        if not self.wide:
+            for _, piece in self._pieces():
+                part_dd = piece.mT @ piece
+                total_dd = part_dd if total_dd is None else total_dd.add_(part_dd)
+            assert total_dd is not None
+            return total_dd
+        if self.direct:
+            return self.grad_mn @ self.grad_mn.mT
+        step = max(1, CHUNK_ELEMENTS // self.short)
+        total_dd = torch.zeros(self.short, self.short, dtype=self.dtype, device=self.grad_mn.device)
+        for i in range(0, self.long, step):
+            piece = self.grad_mn[:, i : i + step].to(self.dtype) * self.factor
+            total_dd.addmm_(piece, piece.mT)
+        return total_dd
+
+
+def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """`torch.linalg.eigh`, with one retry in fp64 where the fp32 solver does not converge."""
+    try:
+        values, vectors = torch.linalg.eigh(symmetric)
+    except torch.linalg.LinAlgError:
+        values, vectors = torch.linalg.eigh(symmetric.double())
+    return values.to(symmetric.dtype), vectors.to(symmetric.dtype)
+
+
+def _rotate(operand: Operand, basis_dk: Tensor, rank: int) -> Tensor:
+    """Rayleigh-Ritz: turns an orthonormal range into its leading singular vectors, d x r."""
+    image_lk = operand.transposed_times(basis_dk)
+    _, vectors_kk = _eigh(image_lk.mT @ image_lk)
+    return basis_dk @ vectors_kk.flip(-1)[:, :rank]
+
+
+def _orthonormal(matrix: Tensor) -> Tensor:
+    return torch.linalg.qr(matrix).Q
+
+
+def eigh(operands: Sequence[Operand], rank: int) -> list[Tensor]:
+    """Exact leading vectors of each d x l operand from its Gram matrix, d x r each."""
+    short, dtype = operands[0].short, operands[0].dtype
+    together = max(1, SCRATCH_BYTES // (short * short * dtype.itemsize))
+    bases = []
+    for start in range(0, len(operands), together):
+        batch = operands[start : start + together]
+        grams_bdd = torch.stack([operand.gram() for operand in batch])
+        _, vectors_bdd = _eigh(grams_bdd)
+        leading_bdr = vectors_bdd.flip(-1)[..., :rank]
+        bases.extend(leading_bdr.unbind(0))
+    return bases
+
+
+def sketch(rows: int, columns: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Gaussian test matrix, rows x columns, the same on every device for one seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator, dtype=dtype).to(device)
+
+
+def randomized(operands: Sequence[Operand], rank: int, seed: int) -> list[Tensor]:
+    """Randomized leading vectors of each d x l operand, d x r each."""
+    first = operands[0]
+    width = min(rank + OVERSAMPLING, first.short)
+    sketch_lk = sketch(first.long, width, seed, first.dtype, first.grad_mn.device)
+    bases = []
+    for operand in operands:
+        basis_dk = _orthonormal(operand.times(sketch_lk))
+        for _ in range(POWER_ITERATIONS):
+            basis_dk = _orthonormal(operand.times(operand.transposed_times(basis_dk)))
+        bases.append(_rotate(operand, basis_dk, rank))
+    return bases
+
+
+def warm(operands: Sequence[Operand], rank: int, former: Sequence[Tensor]) -> list[Tensor]:
+    """One subspace iteration per d x l operand from its former basis (d x r or l x r)."""
+    bases = []
+    for operand, old in zip(operands, former, strict=True):
+        start = old.to(operand.dtype)
+        image_lr = operand.transposed_times(start) if len(start) == operand.short else start
+        bases.append(_rotate(operand, _orthonormal(operand.times(image_lr)), rank))
+    return bases
+
+
+def _other_side(operand: Operand, basis_dr: Tensor) -> Tensor:
+    """The long-side singular vectors, l x r, that belong to short-side ones, signs included."""
+    orthonormal_lr, upper_rr = torch.linalg.qr(operand.transposed_times(basis_dr))
+    return orthonormal_lr * torch.where(upper_rr.diagonal() < 0, -1.0, 1.0)
+
+
+def svd(grad_mn: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Leading left (m x r) and right (n x r) singular vectors, signs as the solver gives them."""
+    left_md, _, right_dn = torch.linalg.svd(
+        grad_mn.to(compute_dtype(grad_mn.dtype)), full_matrices=False
+    )
+    return left_md[:, :rank], right_dn[:rank].mT
+
+
+def bases(
+    grads: Sequence[Tensor],
+    scales: Sequence[float],
+    rank: int,
+    side: Side,
+    mode: str,
+    former: Sequence[Tensor | None],
+    seed: int,
+) -> list[tuple[Tensor, ...]]:
+    """Leading singular bases of same-shape gradients.
+
+    Args:
+        grads: m x n gradients, finite and not zero.
+        scales: largest absolute entry of each.
+        rank: r, at most min(m, n).
+        side: which basis is wanted; BOTH gives (m x r, n x r).
+        mode: one of `REFRESH_MODES`; "warm" falls back to "randomized" without former bases.
+        former: each matrix's former first basis, or None.
+        seed: of the sketch in "randomized".
+
+    Returns:
+        A tuple of one (or, for BOTH, two) bases for each gradient, in the computing precision.
+
+    Raises:
+        torch.linalg.LinAlgError: the solver did not converge.
+    """
+    if mode == "svd":
+        pairs = [svd(grad, rank) for grad in grads]
+        return [(pair if side is Side.BOTH else (pair[int(side)],)) for pair in pairs]
+    operands = [Operand(grad, scale, side) for grad, scale in zip(grads, scales, strict=True)]
+    known = [old for old in former if old is not None]
+    if mode == "eigh":
+        short = eigh(operands, rank)
+    elif mode == "warm" and len(known) == len(operands):
+        short = warm(operands, rank, known)
+    else:
+        short = randomized(operands, rank, seed)
+    short_is_left = operands[0].wide
+    results: list[tuple[Tensor, ...]] = []
+    for operand, basis_dr in zip(operands, short, strict=True):
+        if side is Side.BOTH:
+            pair = (basis_dr, _other_side(operand, basis_dr))
+            results.append(pair if short_is_left else pair[::-1])
+        elif (side is Side.LEFT) == short_is_left:
+            results.append((basis_dr,))
+        else:
+            results.append((_other_side(operand, basis_dr),))
+    return results

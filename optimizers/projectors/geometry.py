@@ -1,0 +1,115 @@
+"""Which axis of a matrix is projected, and which of its rows this process holds.
+
+Legend of shape suffixes used in this package: a weight or gradient is m x n (`grad_mn`), its
+projection has rank r (`low_rn` when the left axis is projected, `low_mr` when the right one is),
+a basis has orthonormal columns (`basis_mr` or `basis_nr`). The short side is d = min(m, n), the
+long side l = max(m, n).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
+
+
+class Side(IntEnum):
+    """The projected axis: LEFT projects the rows (P^T G), RIGHT the columns (G P), BOTH does both."""
+
+    LEFT = 0
+    RIGHT = 1
+    BOTH = 2
+
+
+def side_of(shape: tuple[int, int], proj_type: str) -> Side:
+    """Returns the side that `proj_type` means for a matrix of the original global `shape`.
+
+    `std` projects the shorter axis, a square matrix on the right (GaLore, official code).
+    """
+    rows, columns = shape
+    if proj_type == "full":
+        return Side.BOTH
+    if proj_type in ("left", "right"):
+        return Side.LEFT if proj_type == "left" else Side.RIGHT
+    shorter = Side.RIGHT if rows >= columns else Side.LEFT
+    if proj_type == "std":
+        return shorter
+    return Side.LEFT if shorter is Side.RIGHT else Side.RIGHT
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Shapes of one projected matrix, from its original global shape.
+
+    Attributes:
+        shape: (m, n), the whole matrix, also when this process holds only some of its rows.
+        side: the projected axis.
+        rank: r, at most min(m, n).
+    """
+
+    shape: tuple[int, int]
+    side: Side
+    rank: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, int], rank: int, proj_type: str) -> Geometry:
+        """The geometry of an m x n matrix; a rank above min(m, n) is clamped to it."""
+        return cls(shape, side_of(shape, proj_type), min(rank, *shape))
+
+    @property
+    def basis_shapes(self) -> dict[str, tuple[int, int]]:
+        """State key and shape of each basis: m x r on the left, n x r on the right."""
+        m, n = self.shape
+        if self.side is Side.BOTH:
+            return {"basis": (m, self.rank), "basis_right": (n, self.rank)}
+        return {"basis": ((m if self.side is Side.LEFT else n), self.rank)}
+
+    def low_shape(self, local_rows: int | None = None) -> tuple[int, int]:
+        """Shape of the projected gradient (for `local_rows` of the m rows when given)."""
+        m, n = self.shape
+        if self.side is Side.LEFT:
+            return self.rank, n
+        if self.side is Side.RIGHT:
+            return (m if local_rows is None else local_rows), self.rank
+        return self.rank, self.rank
+
+
+def identity(tensor: Tensor) -> Tensor:
+    """The `reduce` of a single process."""
+    return tensor
+
+
+@dataclass(frozen=True)
+class RowRange:
+    """The rows [start, stop) of an m x n matrix that this process holds.
+
+    Attributes:
+        start: first row held.
+        stop: one past the last row held.
+        reduce: sums a tensor over the processes that share the matrix; identity on one.
+    """
+
+    start: int
+    stop: int
+    reduce: Callable[[Tensor], Tensor] = field(default=identity)
+
+    @classmethod
+    def whole(cls, rows: int) -> RowRange:
+        """All rows of a matrix, on one process."""
+        return cls(0, rows)
+
+    def assemble(self, local_kn: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Returns the whole m x n matrix from the processes' rows; a view when they are all here.
+
+        With several processes this is the only m x n temporary, and only a refresh asks for it.
+        """
+        if (self.start, self.stop) == (0, shape[0]):
+            return local_kn
+        whole_mn = torch.zeros(shape, dtype=local_kn.dtype, device=local_kn.device)
+        whole_mn[self.start : self.stop].copy_(local_kn)
+        return self.reduce(whole_mn)

@@ -1,0 +1,128 @@
+"""The projector of GaLore, Q-GaLore and Fira: leading singular vectors of the gradient."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import decompositions
+from .base import Projector, Slot
+from .geometry import Geometry
+
+#: Tried in turn where a solver does not converge.
+FALLBACKS = {
+    "svd": ("eigh", "randomized"),
+    "eigh": ("svd", "randomized"),
+    "randomized": ("eigh", "svd"),
+    "warm": ("randomized", "eigh"),
+}
+
+
+def align_signs(basis_dr: Tensor, former_dr: Tensor) -> Tensor:
+    """Flips columns that point away from their former selves, so that moments keep their sense."""
+    agreement_r = (basis_dr * former_dr.to(basis_dr.dtype)).sum(0)
+    return basis_dr * torch.where(agreement_r < 0, -1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class SingularProjector(Projector):
+    """Bases from the singular vectors of the gradient (GaLore, arXiv 2403.03507, section 3).
+
+    Memory: min(m, n) r entries (std), or (m + n) r (full).
+
+    Attributes:
+        refresh: one of `decompositions.REFRESH_MODES`.
+        seed: of the sketches of "randomized"; with the step it fixes them.
+    """
+
+    refresh: str = "eigh"
+    seed: int = 0
+
+    def fit(self, slots: Sequence[Slot]) -> list[bool]:
+        """Refits matrices of one shape together; a zero or non-finite gradient keeps its basis."""
+        batches: dict[tuple[Geometry, torch.dtype, torch.device, bool], list[int]]
+        batches = defaultdict(list)
+        for index, slot in enumerate(slots):
+            key = (slot.geometry, slot.grad.dtype, slot.grad.device, _is_fitted(slot))
+            batches[key].append(index)
+        fitted = [False] * len(slots)
+        for indices in batches.values():
+            for index, success in zip(
+                indices, self._fit_batch([slots[i] for i in indices]), strict=True
+            ):
+                fitted[index] = success
+        return fitted
+
+    def _fit_batch(self, slots: Sequence[Slot]) -> list[bool]:
+        wholes = [slot.rows.assemble(slot.grad, slot.geometry.shape) for slot in slots]
+        scales = torch.stack([torch.linalg.vector_norm(w, torch.inf).double() for w in wholes])
+        usable = [i for i, scale in enumerate(scales.tolist()) if 0.0 < scale < math.inf]
+        fitted = [False] * len(slots)
+        if not usable:
+            return fitted
+        chosen = [slots[i] for i in usable]
+        results = self._decompose([wholes[i] for i in usable], scales[usable].tolist(), chosen)
+        for i, slot, bases in zip(usable, chosen, results, strict=True):
+            if bases is not None:
+                self._store(slot, bases)
+                fitted[i] = True
+        return fitted
+
+    def _decompose(
+        self, grads: list[Tensor], scales: list[float], slots: Sequence[Slot]
+    ) -> list[tuple[Tensor, ...] | None]:
+        geometry = slots[0].geometry
+        former = [self.bases(slot)[0] if _is_fitted(slot) else None for slot in slots]
+        # One seed for a batch: its sketch is shared. The step makes it another one each time.
+        seed = (self.seed * 0x9E3779B1 + slots[0].taken) % (1 << 62)
+
+        def attempt(picked: slice, mode: str) -> list[tuple[Tensor, ...]]:
+            return decompositions.bases(
+                grads[picked],
+                scales[picked],
+                geometry.rank,
+                geometry.side,
+                mode,
+                former[picked],
+                seed,
+            )
+
+        try:
+            return list(attempt(slice(None), self.refresh))
+        except torch.linalg.LinAlgError:
+            pass
+        results: list[tuple[Tensor, ...] | None] = []
+        for i, slot in enumerate(slots):
+            results.append(None)
+            for mode in (self.refresh, *FALLBACKS[self.refresh]):
+                try:
+                    results[i] = attempt(slice(i, i + 1), mode)[0]
+                    break
+                except torch.linalg.LinAlgError:
+                    continue
+            if results[i] is None:
+                warnings.warn(
+                    f"no decomposition of the gradient of {slot.name or geometry.shape} converged "
+                    f"at step {slot.taken}; its former basis is kept and the refresh tried again",
+                    stacklevel=2,
+                )
+        return results
+
+    def _store(self, slot: Slot, bases: tuple[Tensor, ...]) -> None:
+        aligned = list(bases)
+        if self.refresh != "svd" and _is_fitted(slot):
+            aligned = [
+                align_signs(new, old) for new, old in zip(bases, self.bases(slot), strict=True)
+            ]
+        for key, basis in zip(slot.geometry.basis_shapes, aligned, strict=True):
+            self.storage.write(slot.state, key, basis)
+
+
+def _is_fitted(slot: Slot) -> bool:
+    return bool(slot.state["refreshed_at"] >= 0)

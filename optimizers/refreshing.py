@@ -1,0 +1,63 @@
+"""Refitting bases, and telling those who listen what it did."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .composition import Projection
+from .projectors import RefreshEvent, Slot, telemetry
+
+RefreshHook = Callable[[RefreshEvent], None]
+
+
+def refresh(slots: Sequence[Slot], projection: Projection, hooks: Sequence[RefreshHook]) -> None:
+    """Refits the bases of same-geometry matrices; measures what hooks are told only if any listen.
+
+    Args:
+        slots: matrices whose refresh is due.
+        projection: their projector and schedule.
+        hooks: called once for each matrix that has a new basis.
+    """
+    projector = projection.projector
+    former = [
+        tuple(basis.clone() for basis in projector.bases(slot))
+        if hooks and slot.state["refreshed_at"] >= 0
+        else ()
+        for slot in slots
+    ]
+    start = _now(slots[0].param, hooks)
+    fitted = projector.fit(slots)
+    seconds = (_now(slots[0].param, hooks) - start) / len(slots)
+    for slot, old, success in zip(slots, former, fitted, strict=True):
+        if not success:
+            continue
+        projection.schedule.refreshed(slot.state, slot.taken)
+        if hooks:
+            event = _event(slot, projection, old, seconds)
+            for hook in hooks:
+                hook(event)
+
+
+def _event(
+    slot: Slot, projection: Projection, former: tuple[Tensor, ...], seconds: float
+) -> RefreshEvent:
+    projector = projection.projector
+    return RefreshEvent(
+        step=slot.taken + 1,
+        name=slot.name,
+        shape=slot.geometry.shape,
+        rank=slot.geometry.rank,
+        seconds=seconds,
+        captured_energy=telemetry.captured_energy(slot.grad, projector.project(slot)),
+        overlap=telemetry.overlap(former, projector.bases(slot)) if former else None,
+    )
+
+
+def _now(like: Tensor, hooks: Sequence[RefreshHook]) -> float:
+    if hooks and like.device.type == "cuda":
+        torch.cuda.synchronize(like.device)
+    return time.perf_counter()

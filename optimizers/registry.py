@@ -1,0 +1,195 @@
+"""Optimizers by name: what is available, building one for a model, and its state in bytes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import baselines, checks, galore
+from .base import LowRankOptimizer
+from .options import COMMON_DEFAULTS, PROJECTION_DEFAULTS, Group, ProjectionOptions
+from .param_groups import PATTERNS, param_groups, plain_groups, split
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table of optimizers.
+
+    Attributes:
+        name: snake-case name.
+        optimizer: its class.
+        summary: one line for people.
+        groups: makes parameter groups from a model and the group options.
+        defaults: constructor arguments that `build` sets unless they are given.
+    """
+
+    name: str
+    optimizer: type[LowRankOptimizer]
+    summary: str
+    groups: Callable[[nn.Module, dict[str, Any]], list[Group]]
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+    def constructor_options(self) -> set[str]:
+        """Names of the constructor's keywords."""
+        parameters = inspect.signature(self.optimizer.__init__).parameters.values()
+        named = {p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
+        accepted = {**COMMON_DEFAULTS, **(PROJECTION_DEFAULTS if self.optimizer.projects else {})}
+        return named - {"self", "params"} | set(accepted)
+
+
+#: Options of the groups that `build` makes; every name accepts them, baselines ignore them.
+GROUP_OPTIONS = {*ProjectionOptions.names(), "patterns"}
+
+
+def _projected(model: nn.Module, options: dict[str, Any]) -> list[Group]:
+    return param_groups(model, **options)
+
+
+def _plain(model: nn.Module, options: dict[str, Any]) -> list[Group]:
+    return plain_groups(model, options.get("weight_decay"))
+
+
+def _muon(model: nn.Module, options: dict[str, Any]) -> list[Group]:
+    hidden = {id(p) for _, p in split(model, options.get("patterns", PATTERNS))[0]}
+    groups: list[Group] = []
+    for group in plain_groups(model, options.get("weight_decay")):
+        for wanted in (True, False):
+            picked = [
+                (param, name)
+                for param, name in zip(group["params"], group["param_names"], strict=True)
+                if (id(param) in hidden) is wanted
+            ]
+            if picked:
+                params, names = map(list, zip(*picked, strict=True))
+                groups.append({**group, "params": params, "param_names": names, "use_muon": wanted})
+    return groups
+
+
+_NO_RELATIVE = {"relative_step": False, "scale_parameter": False, "lr": 1e-3}
+
+_TABLE = {
+    method.name: method
+    for method in (
+        Method("adafactor", baselines.Adafactor, "Adafactor, full rank", _plain, _NO_RELATIVE),
+        Method("adamw", baselines.AdamW, "AdamW, full rank", _plain),
+        Method("adamw_8bit", baselines.AdamW8bit, "AdamW with 8-bit moments, full rank", _plain),
+        Method(
+            "galore_adafactor",
+            galore.GaLoreAdafactor,
+            "GaLore with Adafactor (arXiv 2403.03507)",
+            _projected,
+            _NO_RELATIVE,
+        ),
+        Method("galore_adamw", galore.GaLoreAdamW, "GaLore (arXiv 2403.03507)", _projected),
+        Method(
+            "galore_adamw_8bit",
+            galore.GaLoreAdamW8bit,
+            "GaLore with 8-bit moments (arXiv 2403.03507)",
+            _projected,
+        ),
+        Method(
+            "muon",
+            baselines.Muon,
+            "Muon on hidden matrices, AdamW elsewhere",
+            _muon,
+            {"adjust_lr": "match_rms_adamw", "lr": 1e-3},
+        ),
+    )
+}
+
+
+def available() -> list[str]:
+    """Names that `build` accepts, sorted."""
+    return sorted(_TABLE)
+
+
+def describe(name: str) -> str:
+    """One line about a method.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    return _method(name).summary
+
+
+def _method(name: str) -> Method:
+    if name not in _TABLE:
+        raise checks.unknown_name("optimizer", name, _TABLE)
+    return _TABLE[name]
+
+
+def _sort_options(method: Method, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits options into the groups' and the constructor's."""
+    constructor = method.constructor_options()
+    group_options: dict[str, Any] = {}
+    keywords: dict[str, Any] = {**method.defaults}
+    for name, value in options.items():
+        if name in GROUP_OPTIONS:
+            if method.optimizer.projects or name == "patterns":
+                group_options[name] = value
+        elif name in constructor:
+            keywords[name] = value
+        else:
+            raise checks.unknown_name(f"option of {method.name}", name, constructor | GROUP_OPTIONS)
+    return group_options, keywords
+
+
+def build(
+    name: str, model: nn.Module, lr: float | Tensor | None = None, **options: Any
+) -> LowRankOptimizer:
+    """Builds an optimizer for a model by name.
+
+    Linear layers of attention and MLP are projected (see `param_groups`), everything else gets the
+    method's plain rule. Defaults: rank 128 (clamped to each matrix), gap 200, scale 0.25;
+    Adafactor with `relative_step` and `scale_parameter` off.
+
+    Args:
+        name: one of `available()`.
+        model: the model whose parameters are trained.
+        lr: learning rate; the class's default when None.
+        **options: group options (`rank`, `update_proj_gap`, `scale`, `proj_type`, `refresh`,
+            `patterns`, ...) and constructor keywords of the class. Baselines ignore projection
+            options.
+
+    Returns:
+        A `torch.optim.Optimizer`.
+
+    Raises:
+        ValueError: the name or an option is unknown (the nearest one is named) or out of range.
+    """
+    method = _method(name)
+    group_options, keywords = _sort_options(method, options)
+    if lr is not None:
+        keywords["lr"] = lr
+    return method.optimizer(method.groups(model, group_options), **keywords)
+
+
+def expected_state_bytes(name: str, model: nn.Module, **options: Any) -> int:
+    """Bytes of optimizer state by formula, with `build`'s defaults and options.
+
+    The model may live on the meta device; only its shapes and dtypes are read.
+
+    Returns:
+        The integer that `state_bytes(build(name, model, **options))` measures.
+
+    Raises:
+        ValueError: as `build`.
+    """
+    method = _method(name)
+    group_options, keywords = _sort_options(method, options)
+    groups = method.groups(model, group_options)
+    # An optimizer of the same groups without their parameters knows defaults and composition.
+    template = method.optimizer(
+        [{**group, "params": [], "param_names": []} for group in groups], **keywords
+    )
+    total = 0
+    for group in groups:
+        composition = template.compose({**template.defaults, **group})
+        for param in group["params"]:
+            if param.numel():
+                total += composition.state_bytes(param.shape, param.element_size())
+    return total

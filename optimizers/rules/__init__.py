@@ -1,0 +1,9 @@
+"""Update rules: pure functions on lists of tensors behind frozen records of hyper-parameters."""
+
+from .adafactor import Adafactor
+from .adam import Adam
+from .adam8bit import Adam8bit
+from .base import Update, UpdateRule
+from .muon import Muon
+
+__all__ = ["Adafactor", "Adam", "Adam8bit", "Muon", "Update", "UpdateRule"]

@@ -1,0 +1,261 @@
+"""Adam, in both forms that the papers' codes use.
+
+    M <- b1 M + (1 - b1) G,  V <- b2 V + (1 - b2) G o G,  c1 = 1 - b1^t,  c2 = sqrt(1 - b2^t)
+    transformers (GaLore, Fira, COAP):  W <- W - lr (c2/c1) M / (sqrt(V) + eps),  then W <- (1 - lr wd) W
+    torch (AdamW), bitsandbytes:        W <- (1 - lr wd) W,  then W <- W - lr (c2/c1) M / (sqrt(V) + eps c2)
+
+Kingma and Ba, 2015; Loshchilov and Hutter, 2019. Memory: 2 entries of the gradient's precision each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam as torch_adam
+
+from .base import State, Update, UpdateRule, numel, scalar
+
+FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+Number = float | Tensor
+
+
+def adam_step(
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    beta1: float,
+    beta2: float,
+    eps: Number,
+    size: Number,
+) -> list[Tensor]:
+    """Advances the moments in place; returns size * M / (sqrt(V) + eps) for each gradient.
+
+    Low-precision moments are advanced in fp32 and rounded once.
+    """
+    half = grads[0].dtype in (torch.bfloat16, torch.float16)
+    if half:
+        grads = [grad.float() for grad in grads]
+    m = [t.float() for t in exp_avgs] if half else exp_avgs
+    v = [t.float() for t in exp_avg_sqs] if half else exp_avg_sqs
+    torch._foreach_lerp_(m, grads, 1 - beta1)
+    torch._foreach_mul_(v, beta2)
+    torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
+    denominators = torch._foreach_sqrt(v)
+    torch._foreach_add_(denominators, eps)
+    deltas = torch._foreach_div(m, denominators)
+    torch._foreach_mul_(deltas, size)
+    if half:
+        torch._foreach_copy_(exp_avgs, m)
+        torch._foreach_copy_(exp_avg_sqs, v)
+    return list(deltas)
+
+
+@cache
+def _compiled_step() -> Callable[..., list[Tensor]]:
+    return torch.compile(adam_step)
+
+
+def fused_step(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    *,
+    taken: int,
+    size: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float = 0.0,
+) -> None:
+    """torch's fused Adam kernel: weights <- (1 - decay) weights - size M / (sqrt(V) + eps), in place.
+
+    Args:
+        weights: updated in place.
+        grads: gradients of the same precision.
+        exp_avgs: first moments, advanced.
+        exp_avg_sqs: second moments, advanced.
+        taken: steps before this one.
+        size: step size, bias corrections included.
+        beta1: decay rate of the first moment.
+        beta2: decay rate of the second moment.
+        eps: added to the uncorrected sqrt(V).
+        decay: share of the weights that is taken off first.
+    """
+    correction1, correction2 = bias_corrections(beta1, beta2, taken + 1)
+    # The kernel takes lr / correction1 * M / (sqrt(V) / correction2 + eps'): solve for lr and eps'.
+    lr = size * correction1 / correction2
+    device = grads[0].device
+    steps = [torch.full((), float(taken), device=device) for _ in grads]
+    torch_adam(
+        weights,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        steps,
+        fused=True,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=lr,
+        weight_decay=decay / lr if decay and lr else 0.0,
+        decoupled_weight_decay=True,
+        eps=eps / correction2,
+        maximize=False,
+    )
+
+
+def bias_corrections(beta1: float, beta2: float, step: int) -> tuple[float, float]:
+    """(1 - b1^t, sqrt(1 - b2^t))."""
+    return 1.0 - beta1**step, (1.0 - beta2**step) ** 0.5
+
+
+@dataclass(frozen=True)
+class Adam(UpdateRule):
+    """Adam or AdamW on tensors in the parameter's precision.
+
+    Attributes:
+        lr: learning rate, a float or a 0-d tensor.
+        betas: (b1, b2).
+        eps: the denominator's constant.
+        weight_decay: decoupled, times lr.
+        eps_corrected: eps is added after bias correction (torch) rather than before (transformers).
+        decay_first: decay before the update (torch) rather than after it (transformers).
+        correct_bias: False drops c2/c1.
+        capturable: step counts stay on the device and no value is read back (CUDA graphs).
+        fused: torch's fused kernel where it can be used.
+        compiled: `torch.compile` the moments' arithmetic.
+    """
+
+    lr: Number
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    eps_corrected: bool = True
+    decay_first: bool = True
+    correct_bias: bool = True
+    capturable: bool = False
+    fused: bool = True
+    compiled: bool = False
+
+    def init(self, shape: Sequence[int], like: Tensor) -> State:
+        """Zero moments in the parameter's precision."""
+        return {
+            key: torch.zeros(tuple(shape), dtype=like.dtype, device=like.device)
+            for key in ("exp_avg", "exp_avg_sq")
+        }
+
+    def state_bytes(self, shape: Sequence[int], itemsize: int) -> int:
+        """Two moments."""
+        return 2 * numel(shape) * itemsize
+
+    def _sizes(self, state: State) -> tuple[Number, Number, Number]:
+        """(step size without lr, eps for the uncorrected sqrt(V), lr); tensors when capturable."""
+        beta1, beta2 = self.betas
+        if self.capturable:
+            step = state["step"]
+            lr: Number = self.lr
+            correction1 = 1 - torch.pow(beta1, step)
+            correction2: Number = (1 - torch.pow(beta2, step)).sqrt()
+            size: Number = correction2 / correction1
+        else:
+            lr = scalar(self.lr)
+            correction1, correction2 = bias_corrections(beta1, beta2, int(state["step"]))
+            size = correction2 / correction1
+        eps = self.eps * correction2 if self.eps_corrected else self.eps
+        return (size if self.correct_bias else 1.0), eps, lr
+
+    def _keep_and_alpha(self, lr: Any) -> tuple[Any, Any]:
+        keep = 1.0 - lr * self.weight_decay if self.weight_decay else 1.0
+        return keep, (lr if self.decay_first else lr * keep)
+
+    def _can_fuse(self, tensors: Sequence[Tensor]) -> bool:
+        return (
+            self.fused
+            and not self.capturable
+            and not self.compiled
+            and all(
+                t.dtype in FUSED_DTYPES and t.device.type in ("cpu", "cuda") and t.is_contiguous()
+                for t in tensors
+            )
+        )
+
+    def _moments(self, state: State) -> tuple[Tensor, Tensor]:
+        return state["exp_avg"], state["exp_avg_sq"]
+
+    def update(
+        self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
+    ) -> list[Update]:
+        """See `UpdateRule.update`; all tensors share a dtype, a device and a step count."""
+        exp_avgs, exp_avg_sqs = (list(t) for t in zip(*map(self._moments, states), strict=True))
+        return self._advance(list(grads), exp_avgs, exp_avg_sqs, states[0])
+
+    def _advance(
+        self,
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        state: State,
+    ) -> list[Update]:
+        size, eps, lr = self._sizes(state)
+        if self._can_fuse([*grads, *exp_avgs]):
+            assert isinstance(size, float)
+            assert isinstance(eps, float)
+            # From zero "weights" the kernel leaves minus the delta, in one pass over the moments.
+            deltas = [torch.zeros_like(grad) for grad in grads]
+            fused_step(
+                deltas,
+                grads,
+                exp_avgs,
+                exp_avg_sqs,
+                taken=int(state["step"]) - 1,
+                size=-size,
+                beta1=self.betas[0],
+                beta2=self.betas[1],
+                eps=eps,
+            )
+        else:
+            step: Callable[..., list[Tensor]] = adam_step
+            if self.compiled:
+                step = _compiled_step()
+                size, eps = (torch.as_tensor(x, device=grads[0].device) for x in (size, eps))
+            deltas = step(grads, exp_avgs, exp_avg_sqs, *self.betas, eps, size)
+        return self._finish(deltas, lr)
+
+    def _finish(self, deltas: list[Tensor], lr: Number) -> list[Update]:
+        keep, alpha = self._keep_and_alpha(lr)
+        if isinstance(alpha, Tensor):  # capturable: the rate stays on the device, in the delta
+            return [Update(delta.mul_(alpha), 1.0, keep) for delta in deltas]
+        return [Update(delta, alpha, keep) for delta in deltas]
+
+    def apply(
+        self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
+    ) -> None:
+        """Updates plain weights in place, through the fused kernel where possible."""
+        exp_avgs, exp_avg_sqs = (list(t) for t in zip(*map(self._moments, states), strict=True))
+        if not self._can_fuse([*weights, *grads, *exp_avgs]):
+            super().apply(grads, states, weights)
+            return
+        size, eps, lr = self._sizes(states[0])
+        assert isinstance(size, float)
+        assert isinstance(eps, float)
+        keep, alpha = self._keep_and_alpha(lr)
+        fused_step(
+            list(weights),
+            list(grads),
+            exp_avgs,
+            exp_avg_sqs,
+            taken=int(states[0]["step"]) - 1,
+            size=alpha * size,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            eps=eps,
+            decay=1.0 - keep,
+        )

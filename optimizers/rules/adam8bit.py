@@ -1,0 +1,108 @@
+"""Adam with block-wise 8-bit moments: one byte an entry and one fp32 scale per 256 entries.
+
+The rule is `Adam`'s in bitsandbytes' form (eps after bias correction); the moments are
+dequantised to fp32, advanced, and quantised again with the dynamic maps of Dettmers et al. (8-bit
+Optimizers via Block-wise Quantization, 2022): signed for M, unsigned for V.
+
+Memory of s entries: 2 (s + 4 ceil(s / 256)) bytes; below `min_8bit_size` entries 8 s (fp32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowrank.cuda import blockwise
+
+from .adam import Adam
+from .base import State, Update, numel
+
+SIGNED = {"exp_avg": True, "exp_avg_sq": False}
+CHUNK_ELEMENTS = 1 << 22  # fp32 copies of both moments are made for this many entries at a time
+
+
+@dataclass(frozen=True)
+class Adam8bit(Adam):
+    """`Adam` whose moments are stored in 8 bits.
+
+    Attributes:
+        min_8bit_size: a (projected) gradient with fewer entries keeps fp32 moments.
+    """
+
+    min_8bit_size: int = 4096
+
+    def _is_8bit(self, shape: Sequence[int]) -> bool:
+        return numel(shape) >= self.min_8bit_size
+
+    def init(self, shape: Sequence[int], like: Tensor) -> State:
+        """Codes of zero and their scales, or fp32 zeros for a small tensor."""
+        state: State = {}
+        for key, signed in SIGNED.items():
+            zeros = torch.zeros(tuple(shape), dtype=torch.float32, device=like.device)
+            if not self._is_8bit(shape):
+                state[key] = zeros
+            else:
+                state[key], state[f"{key}_absmax"] = blockwise.quantize_blockwise(zeros, signed)
+        return state
+
+    def state_bytes(self, shape: Sequence[int], itemsize: int) -> int:
+        """Codes and scales of both moments, or two fp32 tensors."""
+        size = numel(shape)
+        return 2 * (blockwise.blockwise_bytes(size) if self._is_8bit(shape) else 4 * size)
+
+    def update(
+        self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
+    ) -> list[Update]:
+        """See `UpdateRule.update`; one tensor after the other, so that scratch stays bounded."""
+        updates: list[Update] = []
+        for grad, state in zip(grads, states, strict=True):
+            grad = grad.to(torch.float32).contiguous()
+            moments = {key: self._load(state, key) for key in SIGNED}
+            updates += self._advance([grad], [moments["exp_avg"]], [moments["exp_avg_sq"]], state)
+            self._save(state, moments)
+        return updates
+
+    def apply(
+        self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
+    ) -> None:
+        """Updates plain weights in place, in pieces that bound the fp32 copies."""
+        for grad, state, weight in zip(grads, states, weights, strict=True):
+            pieces = [(grad, state, weight)]
+            if weight.numel() > CHUNK_ELEMENTS and weight.is_contiguous() and grad.is_contiguous():
+                pieces = list(_pieces(grad, state, weight))
+            for grad_part, state_part, weight_part in pieces:
+                (update,) = self.update([grad_part], [state_part], [weight_part])
+                if isinstance(update.keep, Tensor) or update.keep != 1.0:
+                    weight_part.mul_(update.keep)
+                weight_part.add_(update.delta, alpha=-update.alpha)
+
+    def _load(self, state: State, key: str) -> Tensor:
+        if f"{key}_absmax" not in state:
+            dense: Tensor = state[key]
+            return dense
+        return blockwise.dequantize_blockwise(state[key], state[f"{key}_absmax"], SIGNED[key])
+
+    def _save(self, state: State, moments: dict[str, Tensor]) -> None:
+        for key, signed in SIGNED.items():
+            if f"{key}_absmax" in state:
+                out = state[key], state[f"{key}_absmax"]
+                blockwise.quantize_blockwise(moments[key], signed, out=out)
+
+
+def _pieces(grad: Tensor, state: State, weight: Tensor) -> list[tuple[Tensor, State, Tensor]]:
+    """Views of whole blocks of one parameter, its gradient and its 8-bit state."""
+    grad, weight = grad.view(-1), weight.view(-1)
+    pieces = []
+    for start in range(0, weight.numel(), CHUNK_ELEMENTS):
+        span = slice(start, start + CHUNK_ELEMENTS)
+        blocks = slice(start // blockwise.DEFAULT_BLOCK, span.stop // blockwise.DEFAULT_BLOCK)
+        part: State = {"step": state["step"]}
+        for key in SIGNED:
+            part[key] = state[key].view(-1)[span]
+            if f"{key}_absmax" in state:
+                part[f"{key}_absmax"] = state[f"{key}_absmax"][blocks]
+        pieces.append((grad[span], part, weight[span]))
+    return pieces
