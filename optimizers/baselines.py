@@ -1,7 +1,7 @@
 """Full-rank baselines under the same contract: AdamW, 8-bit AdamW, Adafactor and Muon.
 
-They ignore the projection keys (`rank`, `update_proj_gap`, ...), so that a comparison changes a name
-and nothing else.
+They ignore the projection keys (`rank`, `update_proj_gap`, ...), so that a comparison changes a
+name and nothing else.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Validation of what a person passes in: one clear `ValueError` with name, value and what is accepted."""
+"""Validation of what a person passes in: a `ValueError` with name, value and what is accepted."""
 
 from __future__ import annotations
 

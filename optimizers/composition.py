@@ -44,7 +44,7 @@ class Composition:
     projection: Projection | None = None
 
     def init_state(self, param: Tensor, *, capturable: bool) -> dict[str, Any]:
-        """A parameter's whole state: `step`, then the rule's, schedule's and projector's entries."""
+        """A parameter's whole state: `step`, and the entries of schedule, projector and rule."""
         device = param.device if capturable else torch.device("cpu")
         if param.device.type == "meta":
             device = param.device

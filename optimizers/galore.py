@@ -1,7 +1,7 @@
 """GaLore: Adam or Adafactor on the gradient's projection to its leading singular subspace.
 
 Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection", ICML 2024
-(arXiv 2403.03507). For W of m x n, every `update_proj_gap` steps P = leading r singular vectors of G:
+(arXiv 2403.03507). For W of m x n, P is every `update_proj_gap` steps G's leading singular vectors:
 
     R = P^T G  (m < n)    or    R = G P  (m >= n)
     N = Adam(R) with moments in the subspace, kept as they are when P changes

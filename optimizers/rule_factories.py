@@ -25,7 +25,7 @@ def _adam_options(group: Group) -> dict[str, Any]:
     }
 
 
-def adam_rule(group: Group, **form: bool) -> Adam:
+def adam_rule(group: Group, **form: Any) -> Adam:
     """Adam from `lr`, `betas`, `eps`, `weight_decay`; `form` as in `rules.Adam`.
 
     Raises:
@@ -34,7 +34,7 @@ def adam_rule(group: Group, **form: bool) -> Adam:
     return Adam(**_adam_options(group), **form)
 
 
-def adam8bit_rule(group: Group, **form: bool) -> Adam8bit:
+def adam8bit_rule(group: Group, **form: Any) -> Adam8bit:
     """8-bit Adam from the same options and `min_8bit_size`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Loading state without torch's cast policy, which would turn codes and bases into the weights' dtype.
+"""Loading state without torch's cast policy, which would change its dtypes.
 
 `Optimizer.load_state_dict` casts every tensor but `step` to the parameter's dtype: uint8 codes
 become bf16 and fp32 bases lose bits. Here each tensor keeps the dtype it was saved with and only

@@ -93,5 +93,5 @@ class Projector(ABC):
             dtype=self.dtype,
         )
 
-    def track(self, slot: Slot, low: Tensor) -> None:
+    def track(self, slot: Slot, low: Tensor) -> None:  # noqa: B027 (optional)
         """Called after the write-back; a projector that learns online moves its basis here."""

@@ -28,6 +28,9 @@ POWER_ITERATIONS = 2
 CHUNK_ELEMENTS = 1 << 22  # upcast copies of a low-precision gradient are made in pieces of 16 MiB
 SCRATCH_BYTES = 256 << 20  # bound on the Gram matrices that are decomposed together
 
+#: What a solver raises that does not converge.
+NotConverged: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+
 # Entries in this range have squares that fp32 sums safely; others are rescaled first.
 SAFE_SCALE = (1e-12, 1e12)
 
@@ -38,7 +41,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Operand:
-    """A gradient seen as its short-by-long matrix A (d x l), times `1 / scale`, upcast in pieces."""
+    """A gradient seen as its short-by-long matrix A (d x l), upcast (and rescaled) in pieces."""
 
     def __init__(self, grad_mn: Tensor, scale: float, side: Side) -> None:
         rows, columns = grad_mn.shape
@@ -96,7 +99,7 @@ def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
     """`torch.linalg.eigh`, with one retry in fp64 where the fp32 solver does not converge."""
     try:
         values, vectors = torch.linalg.eigh(symmetric)
-    except torch.linalg.LinAlgError:
+    except NotConverged:
         values, vectors = torch.linalg.eigh(symmetric.double())
     return values.to(symmetric.dtype), vectors.to(symmetric.dtype)
 
@@ -109,14 +112,15 @@ def _rotate(operand: Operand, basis_dk: Tensor, rank: int) -> Tensor:
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:
-    return torch.linalg.qr(matrix).Q
+    orthonormal: Tensor = torch.linalg.qr(matrix).Q
+    return orthonormal
 
 
 def eigh(operands: Sequence[Operand], rank: int) -> list[Tensor]:
     """Exact leading vectors of each d x l operand from its Gram matrix, d x r each."""
     short, dtype = operands[0].short, operands[0].dtype
     together = max(1, SCRATCH_BYTES // (short * short * dtype.itemsize))
-    bases = []
+    bases: list[Tensor] = []
     for start in range(0, len(operands), together):
         batch = operands[start : start + together]
         grams_bdd = torch.stack([operand.gram() for operand in batch])
@@ -159,7 +163,9 @@ def warm(operands: Sequence[Operand], rank: int, former: Sequence[Tensor]) -> li
 def _other_side(operand: Operand, basis_dr: Tensor) -> Tensor:
     """The long-side singular vectors, l x r, that belong to short-side ones, signs included."""
     orthonormal_lr, upper_rr = torch.linalg.qr(operand.transposed_times(basis_dr))
-    return orthonormal_lr * torch.where(upper_rr.diagonal() < 0, -1.0, 1.0)
+    signs_r = torch.where(upper_rr.diagonal() < 0, -1.0, 1.0)
+    aligned_lr: Tensor = orthonormal_lr * signs_r
+    return aligned_lr
 
 
 def svd(grad_mn: Tensor, rank: int) -> tuple[Tensor, Tensor]:

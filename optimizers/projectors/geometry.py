@@ -19,7 +19,7 @@ PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 
 
 class Side(IntEnum):
-    """The projected axis: LEFT projects the rows (P^T G), RIGHT the columns (G P), BOTH does both."""
+    """The projected axis: LEFT means P^T G, RIGHT means G P, BOTH means P^T G Q."""
 
     LEFT = 0
     RIGHT = 1

@@ -95,7 +95,7 @@ class SingularProjector(Projector):
 
         try:
             return list(attempt(slice(None), self.refresh))
-        except torch.linalg.LinAlgError:
+        except decompositions.NotConverged:
             pass
         results: list[tuple[Tensor, ...] | None] = []
         for i, slot in enumerate(slots):
@@ -104,7 +104,7 @@ class SingularProjector(Projector):
                 try:
                     results[i] = attempt(slice(i, i + 1), mode)[0]
                     break
-                except torch.linalg.LinAlgError:
+                except decompositions.NotConverged:
                     continue
             if results[i] is None:
                 warnings.warn(

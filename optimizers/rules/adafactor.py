@@ -1,4 +1,4 @@
-"""Adafactor with factored second moments (Shazeer and Stern, 2018), on a gradient or its projection.
+"""Adafactor with factored second moments (Shazeer and Stern, 2018), on gradient or projection.
 
     b2t = 1 - t^decay_rate,  A = G o G + eps1
     row <- b2t row + (1 - b2t) mean_columns(A),  col <- b2t col + (1 - b2t) mean_rows(A)
@@ -7,8 +7,8 @@
     W <- (1 - lr_t wd) W - scale up(U)
 
 lr_t is `lr` (or min(1e-2, 1/sqrt(t)) with `relative_step`), times max(eps2, RMS(W)) with
-`scale_parameter`. A 1-D gradient keeps its whole second moment. Memory for a x b entries: a + b, plus
-a b with `beta1`; half-precision gradients keep fp32 state, as in the official code.
+`scale_parameter`. A 1-D gradient keeps its whole second moment. Memory for a x b entries: a + b,
+plus a b with `beta1`; half-precision gradients keep fp32 state, as in the official code.
 """
 
 from __future__ import annotations
@@ -80,14 +80,15 @@ class Adafactor(UpdateRule):
     def _rate(self, step: Tensor, weight: Tensor) -> float | Tensor:
         count = float(step)
         if self.relative_step:
-            floor = 1e-6 * count if self.warmup_init else 1e-2
-            rate = min(floor, count**-0.5)
+            limit = 1e-6 * count if self.warmup_init else 1e-2
+            rate = min(limit, float(count**-0.5))
         else:
             assert self.lr is not None
             rate = scalar(self.lr)
         if not self.scale_parameter:
             return rate
-        return rate * _rms(weight.to(self._dtype(weight.dtype))).clamp(min=self.eps[1])
+        size = _rms(weight.to(self._dtype(weight.dtype)))
+        return size.clamp(min=self.eps[1]).mul(rate)
 
     def _normalise(self, grad: Tensor, state: State, decay: float) -> Tensor:
         """The gradient over its factored root mean square; advances the factors."""
@@ -121,4 +122,5 @@ class Adafactor(UpdateRule):
 
 
 def _rms(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor) / tensor.numel() ** 0.5
+    norm: Tensor = torch.linalg.vector_norm(tensor)
+    return norm.div(tensor.numel() ** 0.5)

@@ -1,10 +1,12 @@
 """Adam, in both forms that the papers' codes use.
 
     M <- b1 M + (1 - b1) G,  V <- b2 V + (1 - b2) G o G,  c1 = 1 - b1^t,  c2 = sqrt(1 - b2^t)
-    transformers (GaLore, Fira, COAP):  W <- W - lr (c2/c1) M / (sqrt(V) + eps),  then W <- (1 - lr wd) W
-    torch (AdamW), bitsandbytes:        W <- (1 - lr wd) W,  then W <- W - lr (c2/c1) M / (sqrt(V) + eps c2)
+    transformers (GaLore, Fira, COAP):
+        W <- W - lr (c2/c1) M / (sqrt(V) + eps),  then  W <- (1 - lr wd) W
+    torch (AdamW), bitsandbytes:
+        W <- (1 - lr wd) W,  then  W <- W - lr (c2/c1) M / (sqrt(V) + eps c2)
 
-Kingma and Ba, 2015; Loshchilov and Hutter, 2019. Memory: 2 entries of the gradient's precision each.
+Kingma and Ba, 2015; Loshchilov and Hutter, 2019. Memory: 2 entries of the gradient's precision.
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ def fused_step(
     eps: float,
     decay: float = 0.0,
 ) -> None:
-    """torch's fused Adam kernel: weights <- (1 - decay) weights - size M / (sqrt(V) + eps), in place.
+    """In place, torch's fused Adam: weights <- (1 - decay) weights - size M / (sqrt(V) + eps).
 
     Args:
         weights: updated in place.
@@ -161,10 +163,9 @@ class Adam(UpdateRule):
         beta1, beta2 = self.betas
         if self.capturable:
             step = state["step"]
-            lr: Number = self.lr
-            correction1 = 1 - torch.pow(beta1, step)
+            lr = self.lr
             correction2: Number = (1 - torch.pow(beta2, step)).sqrt()
-            size: Number = correction2 / correction1
+            size: Number = correction2 / (1 - torch.pow(beta1, step))
         else:
             lr = scalar(self.lr)
             correction1, correction2 = bias_corrections(beta1, beta2, int(state["step"]))

@@ -10,6 +10,7 @@ Memory: m n entries.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -72,8 +73,8 @@ class Muon(UpdateRule):
 
     def _size(self, m: int, n: int) -> float:
         if self.adjust_lr == "match_rms_adamw":
-            return 0.2 * float(max(m, n)) ** 0.5
-        return max(1.0, m / n) ** 0.5
+            return 0.2 * math.sqrt(max(m, n))
+        return math.sqrt(max(1.0, m / n))
 
     def update(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
