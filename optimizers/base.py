@@ -88,7 +88,7 @@ class LowRankOptimizer(Optimizer):
         try:
             composition = self._checked(group)
             for param, name in zip(group["params"], names(group), strict=True):
-                check_param(param, name, projected=composition.projection is not None)
+                check_param(param, name, composition)
             for param in group["params"]:
                 if param.numel():
                     self.state[param] = composition.init_state(

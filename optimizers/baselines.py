@@ -195,12 +195,6 @@ class Muon(LowRankOptimizer):
         checks.choice("adjust_lr", group["adjust_lr"], ADJUSTMENTS)
         if not group["use_muon"]:
             return Composition(adam_rule(group))
-        for param in group["params"]:
-            if param.dim() != 2:
-                raise ValueError(
-                    f"a parameter of shape {tuple(param.shape)} in a group with use_muon: "
-                    "accepted are matrices"
-                )
         return Composition(
             MuonRule(
                 lr=group["lr"],

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .composition import Composition
 from .options import Group
 
 
@@ -20,12 +21,17 @@ def label(name: str | None, param: Tensor) -> str:
     return name or f"the parameter of shape {tuple(param.shape)}"
 
 
-def check_param(param: Tensor, name: str | None, *, projected: bool) -> None:
-    """Raises `ValueError` for a parameter that can't be optimized in this group."""
+def check_param(param: Tensor, name: str | None, composition: Composition) -> None:
+    """Raises `ValueError` for a parameter that can't be optimized by this composition."""
     called = label(name, param)
     if not param.is_floating_point():
         raise ValueError(f"{called} has dtype {param.dtype}: accepted are real floating dtypes")
-    if not projected:
+    if composition.projection is None:
+        if composition.rule.matrices_only and param.dim() != 2:
+            raise ValueError(
+                f"{called} is {param.dim()}-dimensional: {type(composition.rule).__name__} accepts "
+                "matrices"
+            )
         return
     if param.dim() != 2:
         raise ValueError(

@@ -6,9 +6,9 @@ the computing precision (fp32, or fp64 for fp64 gradients):
 - `svd`: `torch.linalg.svd` of the whole matrix, vectors and signs untouched: what the official
   packages compute. The other three work on the short side d alone.
 - `eigh`: exact, from the d x d Gram matrix.
-- `randomized`: range finder with power iterations (Halko, Martinsson and Tropp, 2011), rotated to
+- `randomized`: range finder and subspace iteration (Halko, Martinsson and Tropp, 2011), rotated to
   singular vectors.
-- `warm`: one step of subspace iteration from the former basis, rotated to singular vectors.
+- `warm`: the same from the former basis; on real gradients one iteration is enough.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from .geometry import Side
 REFRESH_MODES = ("svd", "eigh", "randomized", "warm")
 
 OVERSAMPLING = 16
-POWER_ITERATIONS = 2
+MAX_ITERATIONS = 12
+OUTSIDE = 5e-4  # share of the squared norm that may stay outside the subspace
+GAIN = 1e-4  # relative gain of an iteration that is not worth another one
 CHUNK_ELEMENTS = 1 << 22  # upcast copies of a low-precision gradient are made in pieces of 16 MiB
 SCRATCH_BYTES = 256 << 20  # bound on the Gram matrices that are decomposed together
 
@@ -76,6 +78,10 @@ class Operand:
         """A^T X, l x k."""
         return self._columns_times(right_dk) if self.wide else self._rows_times(right_dk)
 
+    def energy(self) -> float:
+        """||A||^2."""
+        return sum(float(torch.linalg.vector_norm(piece)) ** 2 for _, piece in self._pieces())
+
     def gram(self) -> Tensor:
         """A A^T, d x d, without a whole upcast copy of A."""
         total_dd: Tensor | None = None
@@ -104,10 +110,22 @@ def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(symmetric.dtype), vectors.to(symmetric.dtype)
 
 
-def _rotate(operand: Operand, basis_dk: Tensor, rank: int) -> Tensor:
-    """Rayleigh-Ritz: turns an orthonormal range into its leading singular vectors, d x r."""
+def _iterate(operand: Operand, basis_dk: Tensor, rank: int) -> Tensor:
+    """Subspace iteration from an orthonormal range, rotated to singular vectors, d x r.
+
+    One iteration at least; it stops when next to nothing of the gradient is left outside, or when
+    an iteration gained next to nothing. Each costs two products with A and reads back one number.
+    """
+    total = operand.energy()
     image_lk = operand.transposed_times(basis_dk)
-    _, vectors_kk = _eigh(image_lk.mT @ image_lk)
+    captured = float(image_lk.square().sum())
+    for _ in range(MAX_ITERATIONS):
+        basis_dk = _orthonormal(operand.times(image_lk))
+        image_lk = operand.transposed_times(basis_dk)
+        former, captured = captured, float(image_lk.square().sum())
+        if total - captured <= OUTSIDE * total or captured - former <= GAIN * captured:
+            break
+    _, vectors_kk = _eigh(image_lk.mT @ image_lk)  # Rayleigh-Ritz
     return basis_dk @ vectors_kk.flip(-1)[:, :rank]
 
 
@@ -141,22 +159,17 @@ def randomized(operands: Sequence[Operand], rank: int, seed: int) -> list[Tensor
     first = operands[0]
     width = min(rank + OVERSAMPLING, first.short)
     sketch_lk = sketch(first.long, width, seed, first.dtype, first.grad_mn.device)
-    bases = []
-    for operand in operands:
-        basis_dk = _orthonormal(operand.times(sketch_lk))
-        for _ in range(POWER_ITERATIONS):
-            basis_dk = _orthonormal(operand.times(operand.transposed_times(basis_dk)))
-        bases.append(_rotate(operand, basis_dk, rank))
-    return bases
+    return [_iterate(operand, _orthonormal(operand.times(sketch_lk)), rank) for operand in operands]
 
 
 def warm(operands: Sequence[Operand], rank: int, former: Sequence[Tensor]) -> list[Tensor]:
-    """One subspace iteration per d x l operand from its former basis (d x r or l x r)."""
+    """Subspace iteration for each d x l operand from its former basis (d x r or l x r)."""
     bases = []
     for operand, old in zip(operands, former, strict=True):
         start = old.to(operand.dtype)
-        image_lr = operand.transposed_times(start) if len(start) == operand.short else start
-        bases.append(_rotate(operand, _orthonormal(operand.times(image_lr)), rank))
+        if len(start) != operand.short:
+            start = _orthonormal(operand.times(start))
+        bases.append(_iterate(operand, start, rank))
     return bases
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,9 @@ class Update:
 
 class UpdateRule(ABC):
     """Moments of a gradient and the update they give."""
+
+    #: Whether only matrices can be updated.
+    matrices_only: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, shape: Sequence[int], like: Tensor) -> State:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -55,6 +56,8 @@ class Muon(UpdateRule):
         weight_decay: decoupled, times lr, before the update.
         adjust_lr: one of `ADJUSTMENTS`.
     """
+
+    matrices_only: ClassVar[bool] = True
 
     lr: float | Tensor
     momentum: float = 0.95

@@ -1,0 +1,72 @@
+"""The one table of optimizers that drives the contract tests: a new method is one row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from support import set_gradients
+from torch import nn
+
+from lowrank import optimizers
+from lowrank.optimizers import LowRankOptimizer, build
+
+
+@dataclass(frozen=True)
+class Row:
+    """One optimizer and what it can do.
+
+    Attributes:
+        name: its name in `available()`.
+        optimizer: its class.
+        options: further arguments of `build`.
+        capturable: whether `capturable=True` is accepted.
+        bits8: moments are quantised, so equalities hold only to a code's width.
+    """
+
+    name: str
+    optimizer: type[LowRankOptimizer]
+    options: dict[str, Any] = field(default_factory=dict)
+    capturable: bool = False
+    bits8: bool = False
+
+    @property
+    def projects(self) -> bool:
+        return self.optimizer.projects
+
+    def build(self, model: nn.Module, **options: Any) -> LowRankOptimizer:
+        """For a tiny model: rank 4, a refresh every 3 steps."""
+        defaults = {"lr": 1e-2, "rank": 4, "update_proj_gap": 3}
+        return build(self.name, model, **{**defaults, **self.options, **options})
+
+
+SMALL_8BIT = {"min_8bit_size": 0}
+
+TABLE = (
+    Row("adafactor", optimizers.Adafactor),
+    Row("adamw", optimizers.AdamW, capturable=True),
+    Row("adamw_8bit", optimizers.AdamW8bit, SMALL_8BIT, capturable=True, bits8=True),
+    Row("galore_adafactor", optimizers.GaLoreAdafactor, {"beta1": 0.9}),
+    Row("galore_adamw", optimizers.GaLoreAdamW, capturable=True),
+    Row("galore_adamw_8bit", optimizers.GaLoreAdamW8bit, SMALL_8BIT, capturable=True, bits8=True),
+    Row("muon", optimizers.Muon),
+)
+PROJECTING = tuple(row for row in TABLE if row.projects)
+
+
+def identifier(row: Row) -> str:
+    return row.name
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: range,
+    gradients: Callable[[nn.Module, int], None] = set_gradients,
+) -> None:
+    """Takes steps with deterministic gradients."""
+    for step in steps:
+        gradients(model, step)
+        optimizer.step()

@@ -1,0 +1,170 @@
+"""Subspaces are judged by what they capture, against the optimum from fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lowrank.optimizers.projectors import Side, decompositions
+
+SHAPES = ((48, 96), (96, 48), (64, 64))
+RANK = 16
+
+
+def spectrum(kind: str, count: int) -> Tensor:
+    index = torch.arange(1, count + 1, dtype=torch.float64)
+    return {
+        "decay_0.5": index**-0.5,
+        "decay_0.8": index**-0.8,
+        "decay_1.2": index**-1.2,
+        "spiked": torch.where(index <= 4, 10.0 / index, 0.05),
+        "flat": torch.ones(count, dtype=torch.float64),
+        "deficient": torch.where(index <= 6, 1.0 / index, 0.0),
+        "conditioned_1e8": torch.logspace(0, -8, count, dtype=torch.float64),
+    }[kind]
+
+
+SPECTRA = ("decay_0.5", "decay_0.8", "decay_1.2", "spiked", "flat", "deficient", "conditioned_1e8")
+
+
+def with_spectrum(shape: tuple[int, int], values: Tensor, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    m, n = shape
+    left = torch.linalg.qr(torch.randn(m, m, generator=generator, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q
+    count = min(m, n)
+    return (left[:, :count] * values) @ right[:, :count].T
+
+
+def fit(
+    grad: Tensor, mode: str, side: Side, former: Tensor | None = None, rank: int = RANK
+) -> tuple[Tensor, ...]:
+    scale = grad.abs().max().item()
+    return decompositions.bases([grad], [scale], rank, side, mode, [former], seed=3)[0]
+
+
+def energy(grad: Tensor, bases: tuple[Tensor, ...], side: Side) -> float:
+    """Captured energy relative to the best possible at this rank, in fp64."""
+    g = grad.double()
+    low = bases[0].double().T @ g if side is Side.LEFT else g @ bases[-1].double()
+    if side is Side.BOTH:
+        low = bases[0].double().T @ g @ bases[1].double()
+    best = torch.linalg.svdvals(g)[: bases[0].shape[1]].square().sum()
+    return (low.square().sum() / best).item()
+
+
+def defect(basis: Tensor) -> float:
+    gram = basis.double().T @ basis.double()
+    return (gram - torch.eye(len(gram), dtype=torch.float64)).abs().max().item()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("side", list(Side), ids=lambda side: side.name)
+@pytest.mark.parametrize("kind", SPECTRA)
+@pytest.mark.parametrize(
+    ("mode", "bar"), [("svd", 1e-6), ("eigh", 1e-6), ("randomized", 1e-3), ("warm", 1e-3)]
+)
+def test_captured_energy_and_orthonormality(
+    shape: tuple[int, int], side: Side, kind: str, mode: str, bar: float
+) -> None:
+    grad = with_spectrum(shape, spectrum(kind, min(shape))).float()
+    former = None
+    if mode == "warm":  # from the basis of a gradient that has drifted a little
+        drift = with_spectrum(shape, spectrum(kind, min(shape)), seed=1).float()
+        former = fit(grad + 0.2 * drift, "eigh", side)[0]
+    bases = fit(grad, mode, side, former)
+    for basis in bases:
+        assert defect(basis) < 1e-5
+    assert 1 - energy(grad, bases, side) < bar
+
+
+@pytest.mark.parametrize("mode", ["svd", "eigh", "randomized"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_other_precisions(mode: str, dtype: torch.dtype) -> None:
+    grad = with_spectrum((48, 96), spectrum("decay_0.8", 48)).to(dtype)
+    (basis,) = fit(grad, mode, Side.LEFT)
+    assert basis.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert defect(basis) < 1e-5
+    assert 1 - energy(grad, (basis,), Side.LEFT) < (1e-3 if mode == "randomized" else 1e-6)
+
+
+@pytest.mark.parametrize("mode", ["eigh", "randomized"])
+@pytest.mark.parametrize("scale", [1e-25, 1e25], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_extreme_scales_are_rescaled(mode: str, scale: float, shape: tuple[int, int]) -> None:
+    grad = with_spectrum(shape, spectrum("decay_0.8", min(shape)))
+    bases = fit((grad * scale).float(), mode, Side.LEFT)
+    assert 1 - energy(grad, bases, Side.LEFT) < 1e-3
+
+
+@pytest.mark.parametrize("chunk", [64, 1 << 22])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_pieces_do_not_matter(
+    chunk: int, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Upcasting a bf16 gradient in pieces equals upcasting it whole."""
+    grad = with_spectrum(shape, spectrum("decay_0.5", min(shape))).bfloat16()
+    monkeypatch.setattr(decompositions, "CHUNK_ELEMENTS", chunk)
+    operand = decompositions.Operand(grad, 1.0, Side.LEFT)
+    whole = grad.float() if operand.wide else grad.float().T
+    right = torch.randn(operand.long, 5)
+    left = torch.randn(operand.short, 5)
+    torch.testing.assert_close(operand.times(right), whole @ right)
+    torch.testing.assert_close(operand.transposed_times(left), whole.T @ left)
+    torch.testing.assert_close(operand.gram(), whole @ whole.T)
+
+
+@pytest.mark.parametrize("mode", ["eigh", "randomized"])
+@pytest.mark.parametrize("side", list(Side), ids=lambda side: side.name)
+def test_batched_equals_single(mode: str, side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
+    grads = [with_spectrum((24, 40), spectrum("decay_0.8", 24), seed=s).float() for s in range(5)]
+    scales = [grad.abs().max().item() for grad in grads]
+    monkeypatch.setattr(decompositions, "SCRATCH_BYTES", 2 * 24 * 24 * 4)
+    together = decompositions.bases(grads, scales, 6, side, mode, [None] * 5, seed=3)
+    for grad, bases in zip(grads, together, strict=True):
+        for a, b in zip(bases, fit(grad, mode, side, rank=6), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_randomized_depends_on_its_seed_alone() -> None:
+    grad = with_spectrum((24, 40), spectrum("flat", 24)).float()
+    torch.manual_seed(1)
+    (first,) = fit(grad, "randomized", Side.LEFT)
+    torch.manual_seed(2)
+    (second,) = fit(grad, "randomized", Side.LEFT)
+    assert torch.equal(first, second)
+    scale = [grad.abs().max().item()]
+    other = decompositions.bases([grad], scale, RANK, Side.LEFT, "randomized", [None], seed=4)
+    assert not torch.equal(first, other[0][0])
+
+
+def test_full_pairs_belong_together() -> None:
+    """left^T G right is diagonal and positive, as singular vectors make it."""
+    grad = with_spectrum((24, 40), spectrum("decay_0.5", 24)).float()
+    for mode in ("svd", "eigh"):
+        left, right = fit(grad, mode, Side.BOTH, rank=5)
+        core = left.T @ grad @ right
+        torch.testing.assert_close(core, core.diagonal().diag(), rtol=0, atol=1e-5)
+        assert (core.diagonal() > 0).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    m=st.integers(1, 40),
+    n=st.integers(1, 40),
+    rank=st.integers(1, 40),
+    mode=st.sampled_from(["svd", "eigh", "randomized"]),
+    side=st.sampled_from(list(Side)),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape(m: int, n: int, rank: int, mode: str, side: Side, seed: int) -> None:
+    rank = min(rank, m, n)
+    grad = torch.randn(m, n, generator=torch.Generator().manual_seed(seed))
+    bases = fit(grad, mode, side, rank=rank)
+    for basis in bases:
+        assert basis.shape[1] == rank
+        assert defect(basis) < 1e-4
+    assert energy(grad, bases, side) > 0.9

@@ -1,0 +1,62 @@
+"""Small pieces shared by tests of several packages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+#: Real English text in C4's layout, where a checkout has it beside it.
+ENGLISH = ROOT.parent / "shared" / "data" / "en"
+
+
+def hashed(count: int, stream: int) -> Tensor:
+    """Numbers in [-0.5, 0.5) that need no generator: fp64, the same on every machine."""
+    x = torch.sin(12.9898 * torch.arange(1, count + 1, dtype=torch.float64) + 78.233 * stream)
+    x = x * 43758.5453
+    return x - torch.floor(x) - 0.5
+
+
+def matrix(m: int, n: int, stream: int) -> Tensor:
+    """An m x n fp64 matrix of hashed numbers."""
+    return hashed(m * n, stream).reshape(m, n)
+
+
+class TinyBlock(nn.Module):
+    """Attention- and MLP-like layers, a norm, an embedding and a head, under LLaMA's names."""
+
+    def __init__(self, hidden: int = 16, inner: int = 24, vocabulary: int = 32) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(vocabulary, hidden)
+        self.self_attn = nn.ModuleDict({"q_proj": nn.Linear(hidden, hidden, bias=False)})
+        self.mlp = nn.ModuleDict(
+            {"up_proj": nn.Linear(hidden, inner), "down_proj": nn.Linear(inner, hidden, bias=False)}
+        )
+        self.norm = nn.LayerNorm(hidden)
+        self.lm_head = nn.Linear(hidden, vocabulary, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed_tokens(tokens)
+        x = x + self.self_attn["q_proj"](x)
+        x = x + self.mlp["down_proj"](torch.relu(self.mlp["up_proj"](x)))
+        return self.lm_head(self.norm(x))
+
+
+def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> TinyBlock:
+    torch.manual_seed(seed)
+    return TinyBlock().to(dtype)
+
+
+def set_gradients(model: nn.Module, step: int, scale: float = 1e-2) -> None:
+    """Deterministic gradients that differ from step to step."""
+    for index, param in enumerate(model.parameters()):
+        values = hashed(param.numel(), 1000 * index + 1) + 0.6 * hashed(
+            param.numel(), 1000 * index + step + 2
+        )
+        param.grad = (scale * values).reshape(param.shape).to(param)
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [param.detach().clone() for param in model.parameters()]
