@@ -1,0 +1,107 @@
+"""Two processes train as one does with the same sequences in a step."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import comparable_metrics, summary
+
+from lowrank.trainers.config import ModelConfig
+from lowrank.trainers.data import Batch
+from lowrank.trainers.distributed import World, join
+from lowrank.trainers.models import build_model
+from lowrank.trainers.pretrain import replicate
+from lowrank.trainers.step import clip, compute_gradient
+
+pytestmark = pytest.mark.slow
+Tiny = Callable[..., list[str]]
+Run = Callable[[list[str]], tuple[int, str, str]]
+
+
+def torchrun(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.run(
+        [*command, "--nproc-per-node=2", *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def train(world: World) -> dict[str, Any]:
+    """Three steps on sequences of uneven length, two micro-batches on every process."""
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    model = build_model(
+        ModelConfig(**shape, num_attention_heads=2, vocab_size=31), 8, 0, world.device
+    )
+    module = replicate(model, world)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    generator = torch.Generator().manual_seed(5)
+    losses, norms = [], []
+    for _ in range(3):
+        tokens = torch.randint(31, (8, 9), generator=generator)
+        targets = tokens[:, 1:].clone()
+        for row in range(8):
+            targets[row, row + 1 :] = -100
+        inputs = tokens[:, :-1].chunk(world.size)[world.rank].chunk(2)
+        own = targets.chunk(world.size)[world.rank].chunk(2)
+        batches = [Batch(*pair) for pair in zip(inputs, own, strict=True)]
+        gradient = compute_gradient(module, batches, world)
+        clip(model.parameters(), gradient.norm, 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(gradient.loss)
+        norms.append(gradient.norm)
+    return {"losses": losses, "norms": norms, "weights": model.network.state_dict()}
+
+
+def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
+    result = torchrun(__file__, tmp_path / "two.pt")
+    assert result.returncode == 0, result.stderr
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    one = train(World(0, 1, torch.device("cpu")))
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert two["norms"] == pytest.approx(one["norms"], rel=1e-5)
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_of_two_processes_resumes_exactly(tiny: Tiny, run: Run, tmp_path: Path) -> None:
+    whole, broken, alone = tmp_path / "whole", tmp_path / "broken", tmp_path / "alone"
+    command = ("-m", "lowrank.trainers.cli")
+    result = torchrun(*command, *tiny(whole, 8, "checkpoint.keep=9"))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("training for") == 1
+    shutil.copytree(whole, broken)
+    again = ("pretrain", "--resume", broken / "checkpoints" / "step-00000003")
+    result = torchrun(*command, *again)
+    assert result.returncode == 0, result.stderr
+    assert comparable_metrics(broken) == comparable_metrics(whole)
+    assert summary(broken)["weights_sha256"] == summary(whole)["weights_sha256"]
+    assert summary(whole)["processes"] == 2
+    assert summary(whole)["tokens"] == 2 * 8 * 2 * 2 * 32
+
+    # The first evaluation is of the same weights on the same text, however many share it.
+    run(tiny(alone, 1))
+    first, shared = comparable_metrics(alone)[0], comparable_metrics(whole)[0]
+    assert shared["tokens"] == first["tokens"]
+    assert shared["val_loss"] == pytest.approx(first["val_loss"], rel=1e-6)
+    assert shared["bits_per_byte"] == pytest.approx(first["bits_per_byte"], rel=1e-6)
+
+    status, _, errors = run(["pretrain", "--resume", str(broken)])
+    assert status == 2
+    assert "written by 2 process(es), and this run has 1" in errors
+
+
+if __name__ == "__main__":
+    with join("cpu") as joined:
+        outcome = train(joined)
+        if joined.leads:
+            torch.save(outcome, sys.argv[1])

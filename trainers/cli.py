@@ -1,0 +1,199 @@
+"""The `lowrank` command. Heavy modules are imported by the subcommand that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from .termination import Terminated
+
+EXIT_FAILED = 1
+EXIT_WRONG = 2
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+_PRETRAIN_TEXT = """\
+Pretrains a LLaMA and leaves a folder with the resolved configuration, metrics, checkpoints, a
+summary and a report to open in a browser. With no options at all: the small llama_9m on the text of
+this Python installation, a few minutes on two CPU cores, nothing downloaded.
+"""
+_PRETRAIN_EXAMPLES = """\
+settings that matter, for --set (the folder's config.yaml lists all of them):
+  optimizer.lr, optimizer.rank, and any other option of the optimizer
+  train.batch_size, train.accumulation, train.clip
+  data.sequence_length, data.packing=pack|pad, data.tokenizer=bpe|bytes|NAME
+  schedule.name=cosine|linear|wsd|constant, schedule.warmup_ratio
+  eval.every, eval.tokens, checkpoint.every, checkpoint.keep
+  model.dtype=float32|bfloat16, model.activation_checkpointing, model.compile
+  log.wandb=true
+
+examples:
+  lowrank pretrain
+  lowrank pretrain --data ../texts --steps 500 --set optimizer.rank=64
+  lowrank pretrain --model llama_60m --data c4 --set data.tokenizer=t5-base data.packing=pad
+  lowrank pretrain --output runs/mine --resume auto
+  torchrun --nproc-per-node 2 -m lowrank.trainers.cli pretrain --output runs/two
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    main_parser = argparse.ArgumentParser(
+        prog="lowrank", description="Pretrain language models in little memory."
+    )
+    commands = main_parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    pretrain = commands.add_parser(
+        "pretrain",
+        help="pretrain a LLaMA",
+        description=_PRETRAIN_TEXT,
+        epilog=_PRETRAIN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    pretrain.set_defaults(run=_pretrain)
+    add = pretrain.add_argument
+    add("--model", metavar="NAME", help="llama_9m (default), llama_60m, 130m, 350m, 1b or 7b")
+    add("--optimizer", metavar="NAME", help="default galore_adamw; `lowrank methods` lists all")
+    add("--data", metavar="SOURCE", help="stdlib (default), c4, or a folder of text files")
+    add("--steps", metavar="N", type=int, help="optimizer steps")
+    add("--seed", metavar="N", type=int, help="seed of weights and data order (default 42)")
+    add("--device", metavar="NAME", help="auto (default: CUDA if there is any), cpu, cuda, cuda:1")
+    add("--output", metavar="FOLDER", type=Path, help="the run's folder (default runs/NAME-001)")
+    add(
+        "--resume",
+        metavar="auto|FOLDER",
+        help="go on from the newest whole checkpoint of --output (auto starts afresh where there is"
+        " none), or from a run's folder or one checkpoint",
+    )
+    add("--config", metavar="FILE", type=Path, help="a YAML file of settings, below the flags")
+    add(
+        "--set",
+        metavar="KEY=VALUE",
+        action="extend",
+        nargs="+",
+        default=[],
+        dest="overrides",
+        help="one or more single settings as section.key=value, above everything else",
+    )
+
+    report = commands.add_parser("report", help="write a run's report.html again")
+    report.set_defaults(run=_report)
+    report.add_argument("folder", type=Path, metavar="FOLDER", help="a run's folder")
+
+    methods = commands.add_parser("methods", help="list the optimizers")
+    methods.set_defaults(run=_methods)
+    methods.add_argument("--system", action="store_true", help="also print versions and the device")
+    return main_parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one subcommand.
+
+    Args:
+        arguments: the command line without the program's name; by default this process's own.
+
+    Returns:
+        The exit status: 0, 1 (the run could not go on), 2 (something asked for is wrong), 130
+        (interrupted) or 143 (ended by SIGTERM, saved).
+    """
+    options = parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], None] = options.run
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            run(options)
+        except Terminated as end:
+            how = f"go on with: lowrank pretrain --resume {end.checkpoint.parent.parent}"
+            return _fail(f"{end}; {how}", EXIT_TERMINATED)
+        except KeyboardInterrupt:
+            return _fail(
+                "interrupted; what was saved can be resumed with --resume", EXIT_INTERRUPTED
+            )
+        except (ValueError, ImportError) as error:
+            return _fail(str(error), EXIT_WRONG)
+        except OSError as error:
+            return _fail(str(error), EXIT_FAILED)
+        except RuntimeError as error:
+            return _fail_at_work(error)
+    return 0
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from .pretrain import Request, pretrain
+
+    pretrain(Request(_settings(options), options.output, options.resume), Console(stderr=False))
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The explicit settings: the configuration file, the flags over it, --set over both."""
+    from .config_io import merge, parse_override, read_layer
+
+    layer: dict[str, Any] = read_layer(options.config) if options.config else {}
+    flags = {
+        ("model", "name"): options.model,
+        ("optimizer", "name"): options.optimizer,
+        ("data", "source"): options.data,
+        ("train", "steps"): options.steps,
+        ("train", "seed"): options.seed,
+        ("train", "device"): options.device,
+    }
+    for (section, key), value in flags.items():
+        if value is not None:
+            layer = merge(layer, {section: {key: value}})
+    return merge(layer, *(parse_override(text) for text in options.overrides))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from .report import write_report
+
+    if not (options.folder / "metrics.jsonl").is_file():
+        raise ValueError(f"{options.folder} is not a run's folder: it has no metrics.jsonl")
+    Console().print(
+        str(write_report(options.folder)), highlight=False, markup=False, soft_wrap=True
+    )
+
+
+def _methods(options: argparse.Namespace) -> None:
+    from .methods import print_methods, print_system
+
+    print_methods()
+    if options.system:
+        print_system()
+
+
+def _fail_at_work(error: RuntimeError) -> int:
+    """A failure while the run was going: orderly ones in one line, unforeseen ones as they are."""
+    from .loop import TrainingError
+
+    if isinstance(error, TrainingError):
+        return _fail(str(error), EXIT_FAILED)
+    raise error
+
+
+def _fail(message: str, status: int) -> int:
+    sys.stderr.write(f"lowrank: {' '.join(message.split())}\n")
+    return status
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """One line without the place in the code, which says nothing to who runs the command."""
+    sys.stderr.write(f"warning: {message}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

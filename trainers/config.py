@@ -1,0 +1,245 @@
+"""The settings of a training run: frozen dataclasses, checked where they are made.
+
+The sections nest as they do in a YAML file or in ``--set section.key=value``. How files, presets
+and flags are layered into one `RunConfig` is in `config_io`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .data.config import DataConfig
+
+DTYPES = ("float32", "bfloat16")
+SCHEDULES = ("cosine", "linear", "wsd", "constant")
+
+
+def _require(condition: bool, key: str, value: object, accepted: str) -> None:
+    if not condition:
+        raise ValueError(f"{key} is {value!r}; accepted: {accepted}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A LLaMA's shape and how it is held.
+
+    Attributes:
+        name: the preset the shape came from (informative once resolved).
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the gated feed-forward layer.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: heads per block; must divide `hidden_size` into even parts.
+        vocab_size: rows of the embedding and of the (untied) output head.
+        rope_theta: base of the rotary position embedding.
+        rms_norm_eps: epsilon of the normalisations.
+        initializer_range: standard deviation of the initial weights.
+        dtype: dtype of weights, gradients and activations, "float32" or "bfloat16".
+        activation_checkpointing: recompute each block in the backward pass.
+        compile: run the blocks through `torch.compile`.
+    """
+
+    name: str = "llama_9m"
+    hidden_size: int = 320
+    intermediate_size: int = 864
+    num_hidden_layers: int = 5
+    num_attention_heads: int = 5
+    vocab_size: int = 4096
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    dtype: str = "float32"
+    activation_checkpointing: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for key in (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "vocab_size",
+        ):
+            value = getattr(self, key)
+            _require(value >= 1, f"model.{key}", value, "a whole number of at least 1")
+        _require(
+            self.hidden_size % (2 * self.num_attention_heads) == 0,
+            "model.num_attention_heads",
+            self.num_attention_heads,
+            f"a number that divides hidden_size ({self.hidden_size}) into heads of even width",
+        )
+        for key in ("rope_theta", "rms_norm_eps", "initializer_range"):
+            value = getattr(self, key)
+            _require(value > 0, f"model.{key}", value, "a positive number")
+        _require(self.dtype in DTYPES, "model.dtype", self.dtype, " or ".join(DTYPES))
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Which optimizer trains, its learning rate, and whatever options its method takes.
+
+    Attributes:
+        name: one of `lowrank.optimizers.available()`.
+        lr: peak learning rate; the schedule multiplies it.
+        options: the method's own options (``rank``, ``update_proj_gap``, ``betas`` ...), passed on
+            to `lowrank.optimizers.build`. In YAML they stand beside `name` and `lr`.
+    """
+
+    name: str = "galore_adamw"
+    lr: float = 0.001
+    options: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require(bool(self.name), "optimizer.name", self.name, "the name of an optimizer")
+        _require(self.lr > 0, "optimizer.lr", self.lr, "a positive number")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length and size of the run.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: sequences in one forward pass of one process.
+        accumulation: forward passes per optimizer step (a step then takes
+            batch_size x accumulation x processes sequences).
+        clip: global gradient norm above which gradients are scaled down; 0 switches it off.
+        seed: seeds the weights, the data order and every other random number.
+        device: "auto" (CUDA when there is one, else the CPU), "cpu", "cuda", "cuda:1" ...
+        threads: CPU threads for torch; 0 leaves torch's own choice (all physical cores). Exact
+            resume assumes that it stays the same.
+        spike: nats by which a step's loss may exceed its running mean before the step is skipped;
+            0 switches it off. Not-a-number losses and gradients are always skipped.
+        max_skips: consecutive skipped steps after which the run stops.
+    """
+
+    steps: int = 200
+    batch_size: int = 8
+    accumulation: int = 1
+    clip: float = 0.0
+    seed: int = 42
+    device: str = "auto"
+    threads: int = 0
+    spike: float = 3.0
+    max_skips: int = 10
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "batch_size", "accumulation", "max_skips"):
+            value = getattr(self, key)
+            _require(value >= 1, f"train.{key}", value, "a whole number of at least 1")
+        _require(0 <= self.seed < 2**32, "train.seed", self.seed, "a whole number from 0 to 2^32-1")
+        _require(self.threads >= 0, "train.threads", self.threads, "0 or a number of threads")
+        _require(self.clip >= 0, "train.clip", self.clip, "0 (off) or a positive norm")
+        _require(self.spike >= 0, "train.spike", self.spike, "0 (off) or a positive number of nats")
+        _require(bool(self.device), "train.device", self.device, "auto, cpu, cuda or cuda:N")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate's course over the run.
+
+    Attributes:
+        name: "cosine", "linear", "wsd" (warmup, stable, decay) or "constant".
+        warmup_ratio: share of the steps spent rising linearly to the peak.
+        min_ratio: learning rate at the end, as a share of the peak (unused by "constant").
+        decay_ratio: share of the steps that "wsd" spends falling at the end.
+    """
+
+    name: str = "cosine"
+    warmup_ratio: float = 0.1
+    min_ratio: float = 0.1
+    decay_ratio: float = 0.2
+
+    def __post_init__(self) -> None:
+        _require(self.name in SCHEDULES, "schedule.name", self.name, ", ".join(SCHEDULES))
+        for key in ("warmup_ratio", "min_ratio", "decay_ratio"):
+            value = getattr(self, key)
+            _require(0 <= value <= 1, f"schedule.{key}", value, "a number from 0 to 1")
+        if self.name == "wsd":
+            _require(
+                self.warmup_ratio + self.decay_ratio <= 1,
+                "schedule.decay_ratio",
+                self.decay_ratio,
+                f"at most 1 - warmup_ratio ({1 - self.warmup_ratio:g})",
+            )
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """When and on how much text the model is evaluated; always first and last.
+
+    Attributes:
+        every: steps between evaluations; 0 for the first and the last only.
+        tokens: validation tokens predicted each time.
+        batch_size: sequences in one forward pass; 0 takes train.batch_size.
+    """
+
+    every: int = 50
+    tokens: int = 32768
+    batch_size: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, "eval.every", self.every, "0 or a number of steps")
+        _require(self.tokens >= 1, "eval.tokens", self.tokens, "a whole number of at least 1")
+        _require(
+            self.batch_size >= 0, "eval.batch_size", self.batch_size, "0 or a number of sequences"
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written and how many stay (the last step always has one).
+
+    Attributes:
+        every: steps between checkpoints; 0 for the last (and the best) only.
+        keep: newest checkpoints kept.
+        best: also write and keep the one with the lowest validation loss.
+    """
+
+    every: int = 100
+    keep: int = 2
+    best: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, "checkpoint.every", self.every, "0 or a number of steps")
+        _require(self.keep >= 1, "checkpoint.keep", self.keep, "a whole number of at least 1")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is shown and sent beside metrics.jsonl, which is always written.
+
+    Attributes:
+        progress: show the progress bar.
+        wandb: also log to Weights & Biases (offline when WANDB_MODE says so).
+        wandb_project: the project there.
+    """
+
+    progress: bool = True
+    wandb: bool = False
+    wandb_project: str = "lowrank"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that defines a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Sequences in one forward pass of an evaluation."""
+        return self.eval.batch_size or self.train.batch_size
+
+
+def warmup_steps(config: RunConfig) -> int:
+    """The number of warmup steps: `schedule.warmup_ratio` of `train.steps`, rounded."""
+    return math.floor(config.schedule.warmup_ratio * config.train.steps + 0.5)

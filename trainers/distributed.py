@@ -1,0 +1,117 @@
+"""One process or several: what torchrun's environment says, and sums over processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that train together.
+
+    Attributes:
+        rank: this process's number; 0 writes the files and speaks.
+        size: number of processes.
+        device: where this process computes.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the files and speaks."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of equally shaped tensors over the processes, on the tensor's device."""
+        if self.size == 1:
+            return values
+        moved = values.to(self.device) if self.device.type == "cuda" else values.clone()
+        dist.all_reduce(moved)
+        return moved.to(values.device)
+
+    def sum_integer(self, value: int) -> int:
+        """The sum of a whole number over the processes."""
+        return int(self.sum(torch.tensor(value, dtype=torch.int64)).item())
+
+    def gather(self, value: object) -> list[Any]:
+        """The values of all processes, by rank, on every process."""
+        if self.size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def broadcast(self, value: object) -> Any:
+        """Rank 0's value on every process."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def wait(self) -> None:
+        """Waits until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device that `train.device` names; "auto" takes CUDA where there is any.
+
+    Raises:
+        ValueError: torch doesn't know the device, or this machine doesn't have it.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"train.device is {name!r}; accepted: auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"train.device is {name!r}, but torch sees no CUDA device here")
+        index = local_rank if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            count = torch.cuda.device_count()
+            raise ValueError(
+                f"train.device is cuda:{index}; this machine has {count} CUDA device(s)"
+            )
+        device = torch.device("cuda", index)
+    elif device.type not in ("cpu", "mps"):
+        raise ValueError(f"train.device is {name!r}; accepted: auto, cpu, cuda or cuda:N")
+    return device
+
+
+@contextmanager
+def join(device_name: str, environment: Mapping[str, str] = os.environ) -> Iterator[World]:
+    """Joins the processes that torchrun started; one process by itself needs nothing set.
+
+    Args:
+        device_name: `train.device`.
+        environment: where RANK, WORLD_SIZE and LOCAL_RANK are looked up.
+    """
+    size = int(environment.get("WORLD_SIZE", "1"))
+    rank = int(environment.get("RANK", "0"))
+    device = choose_device(device_name, int(environment.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size == 1:
+        yield World(0, 1, device)
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=size)
+    try:
+        yield World(rank, size, device)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,163 @@
+"""The training loop: steps, evaluations, checkpoints, and an orderly end."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from lowrank.optimizers import RefreshEvent
+
+from .checkpoint import CheckpointStore
+from .evaluation import Evaluation, count_targets, evaluate
+from .memory import peak_bytes, snapshot
+from .parts import Parts, rank_state, write_parts
+from .recorder import Recorder
+from .schedules import run_multiplier
+from .step import clip, compute_gradient, reason_to_skip
+from .termination import Terminated, Wish
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; the message says why and where the last good state is."""
+
+
+class Loop:
+    """Carries a run from where it stands to its last step.
+
+    Args:
+        parts: what is trained and on what; `parts.state` says where the run stands.
+        recorder: where numbers go.
+        store: where checkpoints go.
+        wish: whether the run was asked to end.
+    """
+
+    def __init__(
+        self, parts: Parts, recorder: Recorder, store: CheckpointStore, wish: Wish
+    ) -> None:
+        self._parts = parts
+        self._recorder = recorder
+        self._store = store
+        self._wish = wish
+        self._events: list[RefreshEvent] = []
+        self._started = time.perf_counter() - parts.state.wall_seconds
+
+    def run(self) -> None:
+        """Evaluates once if nothing was done yet, then takes every step that is left.
+
+        Raises:
+            Terminated: SIGTERM came; the state is saved.
+            TrainingError: too many steps in a row had to be skipped.
+        """
+        parts, steps = self._parts, self._parts.config.train.steps
+        handle = parts.optimizer.register_refresh_hook(self._events.append)  # type: ignore[attr-defined]
+        try:
+            if parts.state.first is None:
+                parts.state.first = self._evaluate()
+            while parts.state.step < steps:
+                self._step()
+                improved = self._evaluate_if_due()
+                saved = self._save_if_due(improved)
+                if parts.world.sum_integer(int(self._wish.came)):
+                    raise Terminated(parts.state.step, saved or self._save())
+        finally:
+            handle.remove()
+
+    def _step(self) -> None:
+        parts, state, config = self._parts, self._parts.state, self._parts.config.train
+        start = time.perf_counter()
+        factor = run_multiplier(parts.config, state.step)
+        for group, rate in zip(parts.optimizer.param_groups, parts.base_rates, strict=True):
+            group["lr"] = rate * factor
+        batches = [next(parts.stream) for _ in range(config.accumulation)]
+        for batch in batches:
+            count_targets(parts.counts, batch.targets)
+        gradient = compute_gradient(parts.module, batches, parts.world)
+        reason = reason_to_skip(gradient, state.mean_loss, config)
+        if reason is None:
+            clip(parts.model.parameters(), gradient.norm, config.clip)
+            self._events.clear()
+            parts.optimizer.step()
+        memory = snapshot(parts.model, parts.optimizer, parts.world.device)
+        parts.optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - start
+
+        state.step += 1
+        state.tokens += gradient.tokens
+        state.epoch = parts.stream.epoch
+        state.train_seconds += seconds
+        state.peak_bytes = max(state.peak_bytes, memory["peak"])
+        self._recorder.train(
+            state,
+            loss=gradient.loss,
+            learning_rate=parts.base_rates[0] * factor,
+            grad_norm=gradient.norm,
+            seconds=seconds,
+            tokens=gradient.tokens,
+            memory=memory,
+        )
+        if reason is None:
+            state.add_loss(gradient.loss)
+            state.skipped_in_row = 0
+            self._recorder.refresh(state.step, self._events)
+        else:
+            self._skip(*reason)
+
+    def _skip(self, reason: str, value: float) -> None:
+        state, limit = self._parts.state, self._parts.config.train.max_skips
+        state.skipped += 1
+        state.skipped_in_row += 1
+        self._recorder.skip(state.step, reason, value)
+        if state.skipped_in_row >= limit:
+            newest = next(iter(self._store.folders()), None)
+            saved = (
+                f"the last checkpoint is {newest}" if newest else "no checkpoint was written yet"
+            )
+            raise TrainingError(
+                f"{state.skipped_in_row} steps in a row up to step {state.step} were skipped"
+                f" ({reason.replace('_', ' ')}, {value:.4g}); try a lower optimizer.lr or"
+                f" train.clip; {saved}"
+            )
+
+    def _evaluate(self) -> Evaluation:
+        parts = self._parts
+        result = evaluate(parts.model, parts.validation, parts.world)
+        parts.state.last = result
+        parts.state.last_step = parts.state.step
+        self._recorder.evaluation(parts.state.step, result)
+        return result
+
+    def _evaluate_if_due(self) -> bool:
+        """Evaluates when it is time; whether the result is the best so far."""
+        parts, state = self._parts, self._parts.state
+        every, last = parts.config.eval.every, state.step == parts.config.train.steps
+        if not last and (every == 0 or state.step % every):
+            return False
+        result = self._evaluate()
+        if not result.loss < state.best:
+            return False
+        state.best, state.best_step = result.loss, state.step
+        return True
+
+    def _save_if_due(self, improved: bool) -> Path | None:
+        parts, step = self._parts, self._parts.state.step
+        settings = parts.config.checkpoint
+        due = step == parts.config.train.steps or (
+            settings.every > 0 and step % settings.every == 0
+        )
+        return self._save() if due or (improved and settings.best) else None
+
+    def _save(self) -> Path:
+        """Writes a checkpoint of all processes; metrics reach the disk before it does."""
+        parts, state = self._parts, self._parts.state
+        state.wall_seconds = time.perf_counter() - self._started
+        state.peak_bytes = max(state.peak_bytes, peak_bytes(parts.world.device))
+        ranks = parts.world.gather(rank_state(parts))
+        saved: Path | None = None
+        if parts.world.leads:
+            self._recorder.sync()
+            measured = state.last.loss if state.last and state.last_step == state.step else None
+            saved = self._store.save(
+                state.step, measured, lambda folder: write_parts(folder, parts, ranks)
+            )
+        folder: Path = parts.world.broadcast(saved)
+        return folder

@@ -1,0 +1,36 @@
+"""`lowrank methods`: the optimizers there are, and the machine they would run on."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lowrank.optimizers import available, describe
+
+from .summary import package_version
+
+
+def print_methods(console: Console | None = None) -> None:
+    """Prints every optimizer with a line on what it is."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name in available():
+        table.add_row(name, describe(name))
+    (console or Console()).print(table, highlight=False)
+
+
+def print_system(console: Console | None = None) -> None:
+    """Prints versions, the processor's threads and the CUDA devices."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_row("lowrank", package_version())
+    table.add_row("torch", torch.__version__)
+    table.add_row("python", platform.python_version())
+    table.add_row("system", platform.platform())
+    table.add_row("threads", str(torch.get_num_threads()))
+    for index in range(torch.cuda.device_count()):
+        table.add_row(f"cuda:{index}", torch.cuda.get_device_name(index))
+    if not torch.cuda.is_available():
+        table.add_row("cuda", "no device")
+    (console or Console()).print(table, highlight=False)

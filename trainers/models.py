@@ -1,0 +1,103 @@
+"""The LLaMA that is trained: built by `transformers`, with our chunked loss on top."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import ModelConfig
+from .loss import chunked_cross_entropy
+from .missing import require
+
+
+class LanguageModel(nn.Module):
+    """A `LlamaForCausalLM` whose forward pass returns the summed loss instead of logits.
+
+    `network` is the Hugging Face model itself: its parameter names are what optimizers and
+    checkpoints see.
+    """
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss in nats, summed over the targets that count.
+
+        Args:
+            inputs: (B, L) int64 token numbers.
+            targets: (B, L) int64 numbers of the tokens that follow; -100 where none is predicted.
+        """
+        hidden = self.network.model(input_ids=inputs, use_cache=False).last_hidden_state
+        return chunked_cross_entropy(hidden, self.network.lm_head.weight, targets)
+
+
+def build_model(
+    config: ModelConfig, sequence_length: int, seed: int, device: torch.device
+) -> LanguageModel:
+    """A freshly initialised model; the same seed gives the same weights on every device.
+
+    Args:
+        config: shape, dtype and how activations are held.
+        sequence_length: longest input in tokens.
+        seed: seeds torch's generator, so it also fixes what random numbers follow.
+        device: where the weights live.
+
+    Raises:
+        MissingExtraError: `transformers` is not installed.
+    """
+    transformers = require("transformers", "train")
+    torch.manual_seed(seed)
+    network = transformers.LlamaForCausalLM(network_config(config, sequence_length))
+    dtype = getattr(torch, config.dtype)
+    for parameter in network.parameters():
+        # The weights alone: rotary frequencies in bfloat16 would blur the positions, and
+        # from_pretrained keeps them in float32 too.
+        parameter.data = parameter.data.to(dtype)
+    network.to(device=device)
+    # from_pretrained reads the dtype from here
+    network.config.dtype = dtype
+    network.train()
+    if config.activation_checkpointing:
+        _checkpoint_activations(network)
+    if config.compile:
+        network.model.compile()
+    return LanguageModel(network)
+
+
+def _checkpoint_activations(network: Any) -> None:
+    """Recomputes each block in the backward pass; newer versions gave the switch a new name."""
+    enable = getattr(network, "activation_checkpointing_enable", None)
+    (enable or network.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def network_config(config: ModelConfig, sequence_length: int) -> Any:
+    """The `transformers.LlamaConfig` of a model.
+
+    Special tokens are left open: the tokenizer saved beside the weights says which there are.
+    """
+    transformers = require("transformers", "train")
+    return transformers.LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        max_position_embeddings=sequence_length,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        hidden_act="silu",
+        initializer_range=config.initializer_range,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        use_cache=True,
+    )
+
+
+def parameter_count(model: nn.Module) -> int:
+    """How many numbers are trained, every shared tensor once."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,136 @@
+"""What a run is made of while it goes, and how that is saved and put back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import verify
+from .config import RunConfig
+from .config_io import changed_keys, from_mapping, to_mapping
+from .data import Tokenizer, TrainingStream, ValidationSet
+from .distributed import World
+from .missing import require
+from .models import LanguageModel
+from .state import TrainState, random_state, restore_random_state
+
+
+@dataclass
+class Parts:
+    """The things that change as a run goes on, and those that they are made from.
+
+    Attributes:
+        config: the run's settings.
+        world: this process among the others.
+        tokenizer: saved beside the weights.
+        model: the model itself; evaluation and checkpoints use it.
+        module: what training calls: the model, or the model inside `DistributedDataParallel`.
+        optimizer: trains the model's parameters.
+        base_rates: peak learning rate of each parameter group.
+        stream: training batches of this process.
+        validation: validation batches of this process.
+        counts: (V,) int64: how often this process saw each token number as a training target.
+        state: the counters.
+    """
+
+    config: RunConfig
+    world: World
+    tokenizer: Tokenizer
+    model: LanguageModel
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    base_rates: list[float]
+    stream: TrainingStream
+    validation: ValidationSet
+    counts: Tensor
+    state: TrainState
+
+
+def rank_state(parts: Parts) -> dict[str, Any]:
+    """What this process alone knows: its random numbers, its place in the data, its counts."""
+    return {
+        "random": random_state(parts.world.device),
+        "stream": parts.stream.state_dict(),
+        "counts": parts.counts,
+    }
+
+
+def write_parts(folder: Path, parts: Parts, ranks: list[dict[str, Any]]) -> None:
+    """Writes a checkpoint's files into an empty folder.
+
+    Args:
+        folder: where to.
+        parts: of rank 0.
+        ranks: `rank_state` of every process.
+    """
+    save_network(parts.model.network, folder)
+    parts.tokenizer.save(folder)
+    torch.save(parts.optimizer.state_dict(), folder / "optimizer.pt")
+    content = {
+        "config": to_mapping(parts.config),
+        "state": parts.state.to_dict(),
+        "ranks": ranks,
+    }
+    torch.save(content, folder / "trainer.pt")
+
+
+def save_network(network: Any, folder: Path) -> None:
+    """Writes a Hugging Face model's weights and configuration, as ``from_pretrained`` reads them.
+
+    One file whatever the size; `save_pretrained` would split it, and show a bar of its own.
+    """
+    weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    path = folder / "model.safetensors"
+    require("safetensors.torch", "train").save_file(weights, path, metadata={"format": "pt"})
+    # The library makes it readable for its owner alone, unlike every other file here.
+    path.chmod(0o644)
+    network.config.architectures = [type(network).__name__]
+    network.config.save_pretrained(folder)
+    network.generation_config.save_pretrained(folder)
+
+
+def read_parts(folder: Path, parts: Parts) -> None:
+    """Puts a run back to where a checkpoint was written; touches nothing unless all is whole.
+
+    Raises:
+        DamagedCheckpointError: a file is not as it was written.
+        ValueError: the run's settings, or the number of processes, are not the checkpoint's.
+    """
+    verify(folder)
+    content = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+    check_unchanged(from_mapping(content["config"]), parts.config)
+    ranks = content["ranks"]
+    if len(ranks) != parts.world.size:
+        raise ValueError(
+            f"{folder} was written by {len(ranks)} process(es), and this run has"
+            f" {parts.world.size}; resume with as many"
+        )
+    own = ranks[parts.world.rank]
+    weights = require("safetensors.torch", "train").load_file(folder / "model.safetensors")
+    optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    parts.stream.load_state_dict(own["stream"])
+    parts.model.network.load_state_dict(weights)
+    parts.optimizer.load_state_dict(optimizer)
+    parts.counts.copy_(own["counts"])
+    parts.state = TrainState.from_dict(content["state"])
+    restore_random_state(own["random"], parts.world.device)
+
+
+def check_unchanged(saved: RunConfig, now: RunConfig) -> None:
+    """Refuses to go on with settings that would make it another run.
+
+    Raises:
+        ValueError: names the first such key, both values, and what to do.
+    """
+    changed = changed_keys(saved, now)
+    if changed:
+        key, before, after = changed[0]
+        others = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise ValueError(
+            f"{key} is {after!r}, but the run to resume has {before!r}{others}; leave it as it"
+            " was, or start a new run with another --output"
+        )

@@ -1,0 +1,52 @@
+"""Presets: a model size's shape and budget, and each method's published settings at that size.
+
+One YAML file per size stands in the folder ``presets``. Its top level has ``source`` (where the
+numbers come from), sections of settings, and ``methods``: for each optimizer a ``source`` and the
+settings that it changes.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import Any
+
+from .config_io import Layer, merge, nearest, parse_yaml
+
+FOLDER = files(__package__) / "presets"
+
+
+def preset_names() -> list[str]:
+    """The names of the model presets, smallest model first."""
+    names = [
+        item.name.removesuffix(".yaml") for item in FOLDER.iterdir() if item.name.endswith(".yaml")
+    ]
+    return sorted(names, key=lambda name: int(read_preset(name)["model"]["hidden_size"]))
+
+
+def preset_layer(model: str, optimizer: str) -> dict[str, Any]:
+    """The settings of `model` with those of `optimizer` on top, as a layer of the configuration.
+
+    A method without settings of its own at this size keeps the size's settings.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    preset = read_preset(model)
+    method: Layer = preset.get("methods", {}).get(optimizer, {})
+    common = {key: value for key, value in preset.items() if key not in ("source", "methods")}
+    own = {key: value for key, value in method.items() if key != "source"}
+    return merge({"model": {"name": model}, "optimizer": {"name": optimizer}}, common, own)
+
+
+def read_preset(model: str) -> dict[str, Any]:
+    """The whole content of a preset's file, sources included.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    path = FOLDER / f"{model}.yaml"
+    if not model.replace("_", "").isalnum() or not path.is_file():
+        known = [item.name.removesuffix(".yaml") for item in FOLDER.iterdir()]
+        raise ValueError(f"model.name is {model!r}; {nearest(model, known)}")
+    content: dict[str, Any] = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    return content

@@ -1,0 +1,251 @@
+"""`lowrank pretrain`: from settings to a finished run's folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.nn.parallel import DistributedDataParallel
+
+from lowrank.optimizers import build, describe
+
+from .checkpoint import CheckpointStore
+from .config import RunConfig
+from .config_io import Layer, from_mapping, merge, read_layer, write_config
+from .data import Tokenizer, TrainingStream, ValidationSet, build_tokenizer
+from .distributed import World, join
+from .loop import Loop
+from .metrics import cut_after
+from .models import build_model, parameter_count
+from .parts import Parts, read_parts
+from .preset import preset_layer
+from .recorder import Recorder
+from .report import write_report
+from .run_folder import Place, find_place, hold, store_of
+from .state import TrainState, seed_everything
+from .summary import device_name, summarise, write_summary
+from .table import summary_table
+from .termination import catch_termination
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a person asks for.
+
+    Attributes:
+        settings: what was given explicitly (configuration file, flags, ``--set``), already layered.
+        output: the run's folder, None for the default below ``runs``.
+        resume: None, "auto", or a folder.
+    """
+
+    settings: Layer = field(default_factory=dict)
+    output: Path | None = None
+    resume: str | None = None
+
+
+def resolve(settings: Layer) -> RunConfig:
+    """Layers explicit settings over the presets of their model and optimizer, over the defaults.
+
+    Raises:
+        ValueError: a key, a value, the model or the optimizer is unknown.
+    """
+    default = RunConfig()
+    model = _named(settings, "model", default.model.name)
+    optimizer = _named(settings, "optimizer", default.optimizer.name)
+    describe(optimizer)  # raises with the nearest name before anything is made
+    return from_mapping(merge(preset_layer(model, optimizer), settings))
+
+
+def pretrain(request: Request, console: Console) -> Path:
+    """Trains, evaluates, and leaves the run's folder.
+
+    Args:
+        request: what to train and where.
+        console: what a person reads: progress and the closing table.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        ValueError: something in the request is wrong, or doesn't fit the run to resume.
+        Terminated: SIGTERM came; the run is saved.
+        TrainingError: the run cannot go on.
+    """
+    device = _named(request.settings, "train", "auto", key="device")
+    with join(device) as world:
+        place, config = _locate(request, world, console)
+        if config.train.threads:
+            torch.set_num_threads(config.train.threads)
+        with hold(place.folder) if world.leads else nullcontext():
+            _run(config, place, world, console)
+    return place.folder
+
+
+def _run(config: RunConfig, place: Place, world: World, console: Console) -> None:
+    folder, started = place.folder, time.perf_counter()
+    store = store_of(folder, keep=config.checkpoint.keep, keep_best=config.checkpoint.best)
+    with _build(config, world) as parts:
+        if place.checkpoint is not None:
+            read_parts(place.checkpoint.folder, parts)
+        carried = parts.state.wall_seconds
+        if world.leads:
+            _prepare(folder, config, place, store, console)
+            console.print(_opening(parts, folder), highlight=False, markup=False, soft_wrap=True)
+        world.wait()
+        with (
+            catch_termination() as wish,
+            Recorder(folder, config, parts.state, leads=world.leads, console=console) as recorder,
+        ):
+            Loop(parts, recorder, store, wish).run()
+        summary = summarise(parts, carried + time.perf_counter() - started)
+    if world.leads:
+        finish(folder, summary, console)
+
+
+def finish(folder: Path, summary: dict[str, Any], console: Console) -> None:
+    """Writes summary.json, unless the finished run has one, and report.html; prints the table."""
+    path = folder / "summary.json"
+    if path.exists():
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        write_summary(summary, path)
+    report = write_report(folder)
+    console.print(summary_table(summary))
+    console.print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
+
+
+def replicate(model: torch.nn.Module, world: World) -> torch.nn.Module:
+    """The model as training calls it: inside `DistributedDataParallel` when there are several."""
+    if world.size == 1:
+        return model
+    devices = [world.device] if world.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+
+def _named(settings: Layer, section: str, default: str, key: str = "name") -> str:
+    """A text setting, looked up before the whole is checked."""
+    content = settings.get(section) or {}
+    value = content.get(key, default) if isinstance(content, dict) else default
+    if not isinstance(value, str):
+        raise ValueError(f"{section}.{key} is {value!r}; accepted: text")
+    return value
+
+
+def _locate(request: Request, world: World, console: Console) -> tuple[Place, RunConfig]:
+    """Rank 0 decides folder and settings for all; an error there is every process's error."""
+    found: tuple[Place, RunConfig] | ValueError | None = None
+    if world.leads:
+        try:
+            found = _decide(request, console)
+        except ValueError as error:
+            found = error
+    found = world.broadcast(found)
+    if isinstance(found, ValueError):
+        raise found
+    assert found is not None
+    return found
+
+
+def _decide(request: Request, console: Console) -> tuple[Place, RunConfig]:
+    def warn(text: str) -> None:
+        console.print(f"warning: {text}", highlight=False, markup=False, soft_wrap=True)
+
+    explicit_folder = request.resume not in (None, "auto")
+    # The settings are checked before a folder is made, except where the folder holds them.
+    config = None if explicit_folder else resolve(request.settings)
+    name = f"{config.model.name}-{config.optimizer.name}" if config else ""
+    place = find_place(name, request.output, request.resume, warn)
+    saved = place.folder / "config.yaml"
+    if place.checkpoint is not None and saved.is_file():
+        config = from_mapping(merge(read_layer(saved), request.settings))
+    elif config is None:
+        config = resolve(request.settings)
+    return place, config
+
+
+def _prepare(
+    folder: Path, config: RunConfig, place: Place, store: CheckpointStore, console: Console
+) -> None:
+    """Brings the folder's files to the step that the run starts from."""
+    step = place.checkpoint.step if place.checkpoint is not None else -1
+    store.remove_leftovers()
+    removed = store.remove_after(step)
+    if removed:
+        console.print(
+            f"removed {len(removed)} checkpoint(s) past step {step}, which will be written anew",
+            highlight=False,
+        )
+    cut_after(folder / "metrics.jsonl", step)
+    if step < config.train.steps:
+        (folder / "summary.json").unlink(missing_ok=True)
+    write_config(config, folder / "config.yaml")
+
+
+@contextmanager
+def _build(config: RunConfig, world: World) -> Iterator[Parts]:
+    """Everything the run needs, at step 0; ends the data's helper processes at the end."""
+    tokenizer = _tokenizer(config, world)
+    seed_everything(config.train.seed)
+    model = build_model(config.model, config.data.sequence_length, config.train.seed, world.device)
+    options = dict(config.optimizer.options)
+    optimizer = build(config.optimizer.name, model.network, lr=config.optimizer.lr, **options)
+    stream = TrainingStream(
+        config.data,
+        tokenizer,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    try:
+        yield Parts(
+            config=config,
+            world=world,
+            tokenizer=tokenizer,
+            model=model,
+            module=replicate(model, world),
+            optimizer=optimizer,
+            base_rates=[float(group["lr"]) for group in optimizer.param_groups],
+            stream=stream,
+            validation=ValidationSet(
+                config.data,
+                tokenizer,
+                batch_size=config.eval_batch_size,
+                tokens=config.eval.tokens,
+                rank=world.rank,
+                world_size=world.size,
+            ),
+            counts=torch.zeros(config.model.vocab_size, dtype=torch.int64),
+            state=TrainState(),
+        )
+    finally:
+        stream.close()
+
+
+def _tokenizer(config: RunConfig, world: World) -> Tokenizer:
+    """Rank 0 first, so that it trains and caches the tokenizer and the others read it."""
+    if not world.leads:
+        world.wait()
+    tokenizer = build_tokenizer(config.data, config.model.vocab_size)
+    if world.leads:
+        world.wait()
+    return tokenizer
+
+
+def _opening(parts: Parts, folder: Path) -> str:
+    config, state = parts.config, parts.state
+    per_step = config.train.batch_size * config.train.accumulation * parts.world.size
+    begins = f"resuming at step {state.step} of" if state.step else "training for"
+    return (
+        f"{config.model.name} ({parameter_count(parts.model) / 1e6:.1f}M parameters) with"
+        f" {config.optimizer.name} on {config.data.source}, {device_name(parts.world.device)}\n"
+        f"{begins} {config.train.steps:,} steps of {per_step} x"
+        f" {config.data.sequence_length} tokens; folder {folder}"
+    )
