@@ -1,4 +1,4 @@
-"""Maps the three top-level code folders to the packages `lowrank.optimizers`, `.cuda` and `.trainers`."""
+"""Maps the code folders to `lowrank.optimizers`, `lowrank.cuda` and `lowrank.trainers`."""
 
 from setuptools import find_packages, setup
 

@@ -78,8 +78,7 @@ def pretrain(request: Request, console: Console) -> Path:
         Terminated: SIGTERM came; the run is saved.
         TrainingError: the run cannot go on.
     """
-    device = _named(request.settings, "train", "auto", key="device")
-    with join(device) as world:
+    with join(_device(request)) as world:
         place, config = _locate(request, world, console)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
@@ -136,6 +135,18 @@ def _named(settings: Layer, section: str, default: str, key: str = "name") -> st
     if not isinstance(value, str):
         raise ValueError(f"{section}.{key} is {value!r}; accepted: text")
     return value
+
+
+def _device(request: Request) -> str:
+    """The device asked for, else that of the run to resume: another one would round differently."""
+    asked = _named(request.settings, "train", "", key="device")
+    folders = [request.output] if request.output is not None else []
+    if request.resume not in (None, "auto"):
+        folders = [Path(request.resume or ""), Path(request.resume or "").resolve().parent.parent]
+    saved = [folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()]
+    if asked or request.resume is None or not saved:
+        return asked or "auto"
+    return _named(read_layer(saved[0]), "train", "auto", key="device")
 
 
 def _locate(request: Request, world: World, console: Console) -> tuple[Place, RunConfig]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -180,12 +181,18 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 def _start_wandb(folder: Path, config: RunConfig, state: TrainState) -> Any:
     wandb = require("wandb", "wandb")
-    state.wandb_id = state.wandb_id or wandb.util.generate_id()
-    return wandb.init(
-        project=config.log.wandb_project,
-        name=folder.name,
-        id=state.wandb_id,
-        resume="allow",
-        dir=str(folder),
-        config=to_mapping(config),
-    )
+    state.wandb_id = state.wandb_id or secrets.token_hex(4)
+    try:
+        return wandb.init(
+            project=config.log.wandb_project,
+            name=folder.name,
+            id=state.wandb_id,
+            resume="allow",
+            dir=str(folder),
+            config=to_mapping(config),
+        )
+    except wandb.errors.Error as error:
+        raise ValueError(
+            f"log.wandb is true, but wandb cannot start ({error}); without an account or a network"
+            " set WANDB_MODE=offline"
+        ) from None

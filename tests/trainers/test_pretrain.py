@@ -2,7 +2,10 @@
 
 import json
 import shutil
+import sys
+import types
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +142,6 @@ def test_resume_is_exact_under_other_settings(
     assert summary(broken)["weights_sha256"] == summary(whole)["weights_sha256"]
 
 
-@pytest.mark.slow
 def test_resume_is_exact_with_loader_processes(tiny: Tiny, run: Run, tmp_path: Path) -> None:
     test_resume_is_exact_under_other_settings(("data.workers=2",), tiny, run, tmp_path)
 
@@ -225,6 +227,18 @@ def test_settings_that_would_make_another_run_are_refused(
     assert ((folder / "metrics.jsonl").read_bytes(), checkpoints(folder)) == before
 
 
+def test_the_device_of_the_run_is_kept(tiny: Tiny, run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    crash(run, tiny(folder, 10), 4)
+    saved = folder / "config.yaml"
+    saved.write_text(saved.read_text().replace("device: cpu", "device: cuda:99"))
+    for resume in (folder, folder / "checkpoints" / "step-00000004"):
+        status, _, errors = run(["pretrain", f"--resume={resume}"])
+        assert status == 2
+        assert "cuda" in errors
+    assert run(["pretrain", f"--resume={folder}", "--device=cpu"])[0] == 0
+
+
 def test_settings_that_only_keep_and_show_may_change(tiny: Tiny, run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     crash(run, tiny(folder, 10), 4)
@@ -295,32 +309,58 @@ def test_resuming_what_is_not_there(
     assert errors.startswith(f"lowrank: --resume {resume}")
 
 
-def test_offline_wandb_gets_the_numbers(
+def stand_in_for_wandb(monkeypatch: pytest.MonkeyPatch, init: Callable[..., Any]) -> None:
+    """What is called matters here, not the library; a slow test uses the real one."""
+    module = types.ModuleType("wandb")
+    module.__spec__ = ModuleSpec("wandb", None)  # other libraries look whether it is there
+    vars(module).update(init=init, errors=types.SimpleNamespace(Error=KeyError))
+    monkeypatch.setitem(sys.modules, "wandb", module)
+
+
+def test_wandb_gets_the_numbers(
     tiny: Tiny, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through a stand-in: what is called matters here, not the library."""
-    import types
-
     logged: list[tuple[int, dict[str, Any]]] = []
     finished: list[int] = []
     session = types.SimpleNamespace(
         log=lambda values, step: logged.append((step, values)),
         finish=lambda exit_code: finished.append(exit_code),
     )
-    fake = types.SimpleNamespace(
-        init=lambda **options: session, util=types.SimpleNamespace(generate_id=lambda: "abc")
-    )
-    monkeypatch.setitem(__import__("sys").modules, "wandb", fake)
+    stand_in_for_wandb(monkeypatch, lambda **options: session)
     assert run(tiny(tmp_path / "run", 3, "log.wandb=true"))[0] == 0
     assert finished == [0]
     assert [step for step, values in logged if "train/loss" in values] == [1, 2, 3]
     assert any("eval/val_loss" in values for _, values in logged)
 
 
+def test_wandb_that_cannot_start_is_one_line(
+    tiny: Tiny, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(**options: object) -> None:
+        raise KeyError("no key")
+
+    stand_in_for_wandb(monkeypatch, fail)
+    status, _, errors = run(tiny(tmp_path / "run", 3, "log.wandb=true"))
+    assert status == 2
+    assert errors.count("\n") == 1
+    assert "WANDB_MODE=offline" in errors
+
+
+@pytest.mark.slow
+def test_wandb_works_offline(
+    tiny: Tiny, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    assert run(tiny(tmp_path / "run", 2, "log.wandb=true"))[0] == 0
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+
+
 def test_missing_wandb_names_the_extra(
     tiny: Tiny, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     status, _, errors = run(tiny(tmp_path / "run", 3, "log.wandb=true"))
     assert status == 2
     assert 'pip install "lowrank-pretrain[wandb]"' in errors

@@ -1,0 +1,1 @@
+"""Benchmarks of the optimizers, run by `./scripts/benchmark`."""

@@ -1,0 +1,131 @@
+"""The two benchmarks: a step between refreshes, and a refresh of the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+
+from .contestants import GALORE_TORCH, Contestant, fused_adamw, galore, galore_torch, gemm_floor
+from .results import Result
+from .timing import milliseconds, round_robin
+from .workload import Workload
+
+Progress = Callable[[str], None]
+
+
+def step(work: Workload, rounds: int, progress: Progress) -> Result:
+    """Times steps on which no basis is refreshed.
+
+    Args:
+        work: the matrices.
+        rounds: timed steps of each contestant.
+        progress: told what is going on.
+    """
+    entrants = [
+        gemm_floor(work),
+        fused_adamw(work),
+        galore(work, "galore", "GaLoreAdamW"),
+        galore(
+            work,
+            "galore_bf16",
+            "GaLoreAdamW, projection in bf16",
+            projection_dtype="bfloat16",
+        ),
+        galore_torch(work),
+    ]
+    contestants = [entrant for entrant in entrants if entrant is not None]
+    (gradients,) = work.gradients(1)
+    for contestant in contestants:
+        progress(f"first refresh and warm-up: {contestant.label}")
+        contestant.take(gradients)
+        for _ in range(4):
+            contestant.step()
+
+    def timed(contestant: Contestant) -> Callable[[int], float]:
+        return lambda _: milliseconds(contestant.step)
+
+    samples, canaries = round_robin(
+        {contestant.name: timed(contestant) for contestant in contestants},
+        rounds,
+        after_round=lambda number: progress(f"round {number + 1} of {rounds}"),
+    )
+    return Result(
+        name="step",
+        title=f"One optimizer step, {_describe(work)}",
+        labels={contestant.name: contestant.label for contestant in contestants},
+        samples=samples,
+        references=("gemm_floor", GALORE_TORCH),
+        canaries=canaries,
+        setting=_setting(work, rounds),
+    )
+
+
+def refresh(work: Workload, rounds: int, progress: Progress) -> Result:
+    """Times refreshes of all bases: a step that refreshes minus the plain step after it.
+
+    Every contestant refreshes on each second step. Gradients of two batches alternate, so that the
+    warm-started mode starts from another batch's basis.
+
+    Args:
+        work: the matrices.
+        rounds: timed refreshes of each contestant.
+        progress: told what is going on.
+    """
+    modes = ("svd", "eigh", "randomized", "warm")
+    entrants = [
+        galore_torch(work, gap=2),
+        *(galore(work, mode, f"refresh={mode}", gap=2, refresh=mode) for mode in modes),
+    ]
+    contestants = [entrant for entrant in entrants if entrant is not None]
+    batches = work.gradients(2)
+    for contestant in contestants:
+        progress(f"first refresh: {contestant.label}")
+        contestant.take(batches[1])
+        contestant.step()
+        contestant.step()
+
+    def timed(contestant: Contestant) -> Callable[[int], float]:
+        def call(number: int) -> float:
+            contestant.take(batches[number % len(batches)])
+            refreshing = milliseconds(contestant.step)
+            return refreshing - milliseconds(contestant.step)
+
+        return call
+
+    samples, canaries = round_robin(
+        {contestant.name: timed(contestant) for contestant in contestants},
+        rounds,
+        after_round=lambda number: progress(f"round {number + 1} of {rounds}"),
+    )
+    energies: dict[str, dict[str, float]] = {}
+    for contestant in contestants:
+        progress(f"captured energy: {contestant.label}")
+        contestant.take(batches[rounds % len(batches)])
+        if contestant.energy is not None:
+            energies[contestant.name] = {"captured_energy": contestant.energy()}
+    return Result(
+        name="refresh",
+        title=f"A refresh of all bases, {_describe(work)}",
+        labels={contestant.name: contestant.label for contestant in contestants},
+        samples=samples,
+        references=(GALORE_TORCH,),
+        canaries=canaries,
+        setting=_setting(work, rounds),
+        extra=energies,
+    )
+
+
+BENCHMARKS = {"step": step, "refresh": refresh}
+#: Rounds when none are asked for: a refresh takes far longer than a step.
+ROUNDS = {"step": 41, "refresh": 7}
+
+
+def _describe(work: Workload) -> str:
+    kinds = " + ".join(f"{count} of {m}x{n}" for count, m, n in work.shapes)
+    return f"{kinds}, rank {work.rank}, fp32, {torch.get_num_threads()} threads"
+
+
+def _setting(work: Workload, rounds: int) -> dict[str, object]:
+    return asdict(work) | {"dtype": "float32", "rounds": rounds}
