@@ -25,8 +25,8 @@ REFRESH_MODES = ("svd", "eigh", "randomized", "warm")
 
 OVERSAMPLING = 16
 MAX_ITERATIONS = 12
-OUTSIDE = 5e-4  # share of the squared norm that may stay outside the subspace
-GAIN = 1e-4  # relative gain of an iteration that is not worth another one
+OUTSIDE = 1e-3  # share of the squared norm that may stay outside the subspace
+GAIN = 4e-4  # relative gain of an iteration that is not worth another one
 CHUNK_ELEMENTS = 1 << 22  # upcast copies of a low-precision gradient are made in pieces of 16 MiB
 SCRATCH_BYTES = 256 << 20  # bound on the Gram matrices that are decomposed together
 

@@ -51,27 +51,28 @@ class Workload:
         ]
 
     def gradients(self, batches: int) -> list[list[Tensor]]:
-        """Gradients of several batches: a common part with singular values i^-0.75, plus noise.
+        """Gradients of several batches: a common part and a smaller one of each batch's own.
 
-        The noise has half of the common part's energy, so that subspaces of different batches
-        overlap without being equal.
+        Both have singular values i^-1.2, which keeps 97 % of the energy in 8 directions and 99.9 %
+        in 128, as gradients of a LLaMA in training do (early ones are steeper still), and a batch's
+        own part has an eighth of the energy: another batch's basis keeps about 88 %.
         """
         generator = torch.Generator().manual_seed(self.seed + 1)
         common = [self._decaying(m, n, generator) for m, n in self.sizes()]
-        return [[self._noisy(signal, generator) for signal in common] for _ in range(batches)]
+        return [[self._with_own(signal, generator) for signal in common] for _ in range(batches)]
 
     def _decaying(self, m: int, n: int, generator: torch.Generator) -> Tensor:
         inner = min(m, n)
-        values = torch.arange(1, inner + 1).pow(-0.75)
+        values = torch.arange(1, inner + 1).pow(-1.2)
         # Random factors are nearly orthogonal; exactness does not matter here.
         left = torch.randn(m, inner, generator=generator) / m**0.5
         right = torch.randn(inner, n, generator=generator) / n**0.5
         product = (left * values) @ right
         return product / torch.linalg.vector_norm(product)
 
-    def _noisy(self, signal: Tensor, generator: torch.Generator) -> Tensor:
-        noise = torch.randn(signal.shape, generator=generator)
-        return 0.1 * (signal + 0.5**0.5 * noise / signal.numel() ** 0.5)
+    def _with_own(self, signal: Tensor, generator: torch.Generator) -> Tensor:
+        own = self._decaying(*signal.shape, generator)
+        return 0.1 * (signal + 0.125**0.5 * own)
 
 
 def give(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
