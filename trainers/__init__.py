@@ -1,1 +1,1 @@
-"""placeholder"""
+"""The pretraining loop, its data, checkpoints, evaluation and reports."""
