@@ -41,7 +41,7 @@ def projection_of(group: Group) -> Projection | None:
 
 
 class GaLoreAdamW(LowRankOptimizer):
-    """GaLore with AdamW, numerically the official `galore_torch.GaLoreAdamW`.
+    """GaLore with AdamW; with `refresh="svd"` numerically `galore_torch.GaLoreAdamW`.
 
     Groups with `rank` are projected; further group keys: `update_proj_gap`, `scale`, `proj_type`
     and those of `ProjectionKeywords`. All other groups get plain AdamW.
@@ -148,7 +148,7 @@ class GaLoreAdamW8bit(LowRankOptimizer):
 
 
 class GaLoreAdafactor(LowRankOptimizer):
-    """GaLore with Adafactor on the projected gradient, numerically the official class.
+    """GaLore with Adafactor; with `refresh="svd"` numerically the official class.
 
     Constructor keywords are transformers' Adafactor's; an explicit `lr` implies
     `relative_step=False`.
