@@ -14,6 +14,7 @@ from rich.console import Console
 from .contestants import GALORE_TORCH
 from .measure import BENCHMARKS, ROUNDS
 from .results import write
+from .timing import disturbed
 from .workload import Workload
 
 
@@ -46,6 +47,12 @@ def main(arguments: Sequence[str]) -> int:
             with notes.status(name) as status:
                 result = BENCHMARKS[name](work, options.rounds or ROUNDS[name], status.update)
             console.print(result.table())
+            if disturbed(result.canaries):
+                notes.print(
+                    "the machine was busy with other work (see the canary): these times are not "
+                    "to be relied on; run it again on a quiet machine",
+                    soft_wrap=True,
+                )
             if GALORE_TORCH not in result.samples:
                 notes.print("galore-torch is not installed: there is nothing to compare with")
             if options.output is not None:

@@ -48,7 +48,7 @@ def fused_adamw(work: Workload) -> Contestant:
     """torch's fused AdamW, with full-size moments."""
     parameters = work.parameters()
     optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, fused=True)
-    return Contestant("adamw_fused", "torch AdamW (fused)", parameters, optimizer.step)
+    return Contestant("adamw_fused", "torch AdamW, fused", parameters, optimizer.step)
 
 
 def galore(
@@ -90,13 +90,14 @@ def galore_torch(work: Workload, *, gap: int = _NEVER) -> Contestant | None:
         shares = []
         for parameter in parameters:
             gradient = parameter.grad
+            assert gradient is not None
             projector = optimizer.state[parameter]["projector"]
             # Step 1 of a gap of 2 or more is never a refresh: this only projects.
             low = projector.project(gradient, 1)
             shares.append(float(low.square().sum() / gradient.square().sum()))
         return sum(shares) / len(shares)
 
-    return Contestant(GALORE_TORCH, "galore-torch GaLoreAdamW", parameters, optimizer.step, energy)
+    return Contestant(GALORE_TORCH, "galore-torch", parameters, optimizer.step, energy)
 
 
 def gemm_floor(work: Workload) -> Contestant:
@@ -123,4 +124,4 @@ def gemm_floor(work: Workload) -> Contestant:
                 torch.mm(basis_dr.mT, grad_mn, out=low)
                 weight_mn.addmm_(basis_dr, low, alpha=-_LEARNING_RATE)
 
-    return Contestant("gemm_floor", "GEMM floor (project, project back)", parameters, step)
+    return Contestant("gemm_floor", "GEMM floor", parameters, step)

@@ -27,12 +27,7 @@ def step(work: Workload, rounds: int, progress: Progress) -> Result:
         gemm_floor(work),
         fused_adamw(work),
         galore(work, "galore", "GaLoreAdamW"),
-        galore(
-            work,
-            "galore_bf16",
-            "GaLoreAdamW, projection in bf16",
-            projection_dtype="bfloat16",
-        ),
+        galore(work, "galore_bf16", "GaLoreAdamW, bf16 GEMMs", projection_dtype="bfloat16"),
         galore_torch(work),
     ]
     contestants = [entrant for entrant in entrants if entrant is not None]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from .timing import Spread, paired_ratios
+from .timing import Spread, disturbed, paired_ratios
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Result:
             "machine": machine(),
             "versions": versions(),
             "setting": dict(self.setting),
+            "disturbed": disturbed(self.canaries),
             "canary_ms": Spread.of(self.canaries).as_dict() | {"samples": list(self.canaries)},
             "results": {
                 name: {

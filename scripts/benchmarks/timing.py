@@ -43,6 +43,16 @@ def milliseconds(call: Callable[[], Any]) -> float:
     return (time.perf_counter() - begin) * 1e3
 
 
+def disturbed(canaries: Sequence[float]) -> bool:
+    """Whether the canary says that something else kept the machine busy.
+
+    Canaries of a quiet machine differ by a few percent. Beyond a quarter the samples say more
+    about the other work than about the contestants: threads that wait for each other at the end
+    of every GEMM lose far more than their share.
+    """
+    return max(canaries) > 1.25 * min(canaries)
+
+
 def canary() -> float:
     """Milliseconds of a fixed GEMM: what changes it is the machine, not the code under test."""
     side = 768

@@ -67,12 +67,12 @@ class Workload:
         # Random factors are nearly orthogonal; exactness does not matter here.
         left = torch.randn(m, inner, generator=generator) / m**0.5
         right = torch.randn(inner, n, generator=generator) / n**0.5
-        product = (left * values) @ right
-        return product / torch.linalg.vector_norm(product)
+        product: Tensor = (left * values) @ right
+        return product.div_(torch.linalg.vector_norm(product))
 
     def _with_own(self, signal: Tensor, generator: torch.Generator) -> Tensor:
-        own = self._decaying(*signal.shape, generator)
-        return 0.1 * (signal + 0.125**0.5 * own)
+        m, n = signal.shape
+        return self._decaying(m, n, generator).mul_(0.125**0.5).add_(signal).mul_(0.1)
 
 
 def give(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
