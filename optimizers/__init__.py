@@ -2,6 +2,7 @@
 
 from .base import LowRankOptimizer
 from .baselines import Adafactor, AdamW, AdamW8bit, Muon
+from .fira import FiraAdamW
 from .galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from .memory import state_bytes, state_bytes_by_category
 from .param_groups import param_groups
@@ -12,6 +13,7 @@ __all__ = [
     "Adafactor",
     "AdamW",
     "AdamW8bit",
+    "FiraAdamW",
     "GaLoreAdafactor",
     "GaLoreAdamW",
     "GaLoreAdamW8bit",

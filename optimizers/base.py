@@ -6,7 +6,8 @@ import contextlib
 import warnings
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from functools import partial
 from typing import Any, ClassVar, overload
 
 import torch
@@ -16,8 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from . import checks
 from . import state_dict as policy
-from .batching import refresh_batches, update_batches
-from .composition import Composition, Projection
+from .batching import update_batches
+from .composition import Composition
 from .gradients import check_param, descent_gradient, finite, label, names
 from .options import (
     COMMON_DEFAULTS,
@@ -27,8 +28,9 @@ from .options import (
     check_common,
     check_lr,
 )
-from .projectors import RowRange, Slot
-from .refreshing import RefreshHook, refresh
+from .projected_step import capturing, make_slots, refresh_due, step_projected
+from .refreshing import RefreshHook
+from .strategies import check_owned, own_options, owners
 
 
 class LowRankOptimizer(Optimizer):
@@ -42,6 +44,10 @@ class LowRankOptimizer(Optimizer):
     projects: ClassVar[bool] = True
     #: Whether step counts may stay on the device.
     supports_capturable: ClassVar[bool] = False
+    #: A method's own choice among the keywords of `ProjectionKeywords`.
+    projection_defaults: ClassVar[Mapping[str, Any]] = {}
+    #: Other names of group keys, as the method's official code calls them.
+    aliases: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], options: Mapping[str, Any] | None = None
@@ -58,18 +64,35 @@ class LowRankOptimizer(Optimizer):
         """
         accepted: dict[str, Any] = {**COMMON_DEFAULTS}
         if self.projects:
-            accepted |= PROJECTION_DEFAULTS
+            accepted |= {**PROJECTION_DEFAULTS, **self.projection_defaults}
         for name in options or {}:
-            if name not in accepted:
-                raise checks.unknown_name("keyword", name, [*accepted, *defaults])
+            if name not in self.keywords():
+                raise checks.unknown_name("keyword", name, [*self.keywords(), *defaults])
+        accepted |= options or {}
+        if self.projects:
+            check_owned(options or {}, own_options({"rank": 1, **accepted}))
         self._refresh_hooks: dict[int, RefreshHook] = OrderedDict()
-        super().__init__(params, {**defaults, **accepted, **(options or {})})
-        if self.projects and not any(group.get("rank") for group in self.param_groups):
+        super().__init__(params, {**defaults, **accepted})
+        if self.projects and not any(ProjectionOptions.of(group) for group in self.param_groups):
             warnings.warn(
                 f"{type(self).__name__}: no parameter group has a rank, so nothing is projected; "
                 "param_groups(model) makes groups that are",
                 stacklevel=3,
             )
+
+    @classmethod
+    def keywords(cls) -> set[str]:
+        """Names of the keywords that every constructor of this class takes as `**options`."""
+        if not cls.projects:
+            return set(COMMON_DEFAULTS)
+        return {*COMMON_DEFAULTS, *PROJECTION_DEFAULTS, *cls.projection_defaults, *owners()}
+
+    @classmethod
+    def group_keys(cls) -> set[str]:
+        """Names of the group keys about projection; baselines ignore `ProjectionOptions`'."""
+        if not cls.projects:
+            return set(ProjectionOptions.names())
+        return {*ProjectionOptions.names(), *owners(), *cls.aliases}
 
     @abstractmethod
     def compose(self, group: Group) -> Composition:
@@ -83,10 +106,13 @@ class LowRankOptimizer(Optimizer):
         Raises:
             ValueError: as in the constructor.
         """
+        if isinstance(param_group, dict):
+            self._rename_aliases(param_group)
+            given = param_group.keys() - {"params"}
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            composition = self._checked(group)
+            composition = self._checked(group, given)
             for param, name in zip(group["params"], names(group), strict=True):
                 check_param(param, name, composition)
             for param in group["params"]:
@@ -100,11 +126,23 @@ class LowRankOptimizer(Optimizer):
                 self.state.pop(param, None)
             raise
 
-    def _checked(self, group: Group) -> Composition:
-        known = {*self.defaults, *(ProjectionOptions.names() if self.projects else ())}
-        for name in group.keys() - known - {"params", "param_names", "initial_lr"}:
+    def _rename_aliases(self, group: Group) -> None:
+        for alias, name in self.aliases.items():
+            if alias not in group:
+                continue
+            if name in group:
+                raise ValueError(
+                    f"{alias}={group[alias]!r} with {name}={group[name]!r}: these are two names of "
+                    "one thing, accepted is one of them"
+                )
+            group[name] = group.pop(alias)
+
+    def _checked(self, group: Group, given: Set[str]) -> Composition:
+        """Checks a group, completes it, and says what it means; `given` was not by default."""
+        known = self.defaults.keys() | (self.group_keys() if self.projects else set())
+        for name in given - known - {"param_names", "initial_lr"}:
             guess = checks.nearest(name, known, cutoff=0.85)
-            if guess is not None and guess not in group.keys() - self.defaults.keys():
+            if guess is not None and guess not in given:
                 raise checks.unknown_name("group key", name, known)
         check_common(group)
         if group["capturable"] and not self.supports_capturable:
@@ -114,8 +152,12 @@ class LowRankOptimizer(Optimizer):
         checks.number("weight_decay", group["weight_decay"], low=0.0)
         options = ProjectionOptions.of(group) if self.projects else None
         if options is not None:
+            own = own_options(group)
+            check_owned({name: group[name] for name in given}, own)
             for name in ProjectionOptions.names():
                 group.setdefault(name, getattr(options, name))
+            for name, value in own.items():
+                group.setdefault(name, value)
         return self.compose(group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -184,20 +226,20 @@ class LowRankOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        compositions = [self.compose(group) for group in self.param_groups]
-        pairs = list(zip(self.param_groups, compositions, strict=True))
+        pairs = [(group, self.compose(group)) for group in self.param_groups]
         count = sum(len(group["params"]) for group, made in pairs if made.projection)
         index = 0
         with _no_autocast():
             for group, composition in pairs:
                 if composition.projection is None:
                     self._step_plain(group, composition)
-                else:
-                    slots = self._slots(group, composition.projection, index)
-                    if not _capturing():
-                        self._refresh_due(slots, composition.projection, count)
-                    self._step_projected(group, composition, composition.projection, slots)
-                    index += len(group["params"])
+                    continue
+                slots = make_slots(group, composition, self.state, index)
+                if not capturing():
+                    refresh_due(slots, composition, count, tuple(self._refresh_hooks.values()))
+                finite = partial(self._finite, group=group)
+                step_projected(group, composition, slots, finite)
+                index += len(group["params"])
         return loss
 
     def _step_plain(self, group: Group, composition: Composition) -> None:
@@ -208,7 +250,7 @@ class LowRankOptimizer(Optimizer):
                 params.append(param)
                 grads.append(grad)
                 called.append(name)
-        kept = self._finite(grads, group, lambda i: label(called[i], params[i]))
+        kept = self._finite(grads, lambda i: label(called[i], params[i]), group)
         for batch in update_batches([params[i] for i in kept], self.state, group):
             picked = [kept[i] for i in batch]
             states = [self.state[params[i]] for i in picked]
@@ -216,62 +258,8 @@ class LowRankOptimizer(Optimizer):
                 state["step"].add_(1)
             composition.rule.apply([grads[i] for i in picked], states, [params[i] for i in picked])
 
-    def _slots(self, group: Group, projection: Projection, first: int) -> list[Slot]:
-        slots = []
-        for offset, (param, name) in enumerate(zip(group["params"], names(group), strict=True)):
-            grad = descent_gradient(param, name, group)
-            if grad is not None:
-                state = self.state[param]
-                slot = Slot(
-                    param=param,
-                    grad=grad,
-                    state=state,
-                    geometry=projection.geometry(param.shape),
-                    rows=RowRange.whole(param.shape[0]),
-                    index=first + offset,
-                    taken=0 if _capturing() else int(state["step"]),
-                    name=name,
-                )
-                slots.append(slot)
-        return slots
-
-    def _refresh_due(self, slots: Sequence[Slot], projection: Projection, count: int) -> None:
-        due = [
-            slot
-            for slot in slots
-            if projection.schedule.due(slot.state, slot.taken, slot.index, count)
-        ]
-        for batch in refresh_batches(due):
-            refresh(batch, projection, tuple(self._refresh_hooks.values()))
-
-    def _step_projected(
-        self, group: Group, composition: Composition, projection: Projection, slots: list[Slot]
-    ) -> None:
-        projector, scale = projection.projector, projection.options.scale
-        for indices in update_batches([slot.param for slot in slots], self.state, group):
-            batch = [slots[i] for i in indices]
-            lows = [projector.project(slot) for slot in batch]
-            # A non-finite gradient always shows in its projection, which is smaller to read.
-            called = [label(slot.name, slot.param) for slot in batch]
-            kept = self._finite(lows, group, called.__getitem__)
-            batch, lows = [batch[i] for i in kept], [lows[i] for i in kept]
-            if not batch:
-                continue
-            for slot in batch:
-                slot.state["step"].add_(1)
-            updates = composition.rule.update(
-                lows, [slot.state for slot in batch], [slot.param for slot in batch]
-            )
-            for slot, low, update in zip(batch, lows, updates, strict=True):
-                keep = update.keep
-                if isinstance(keep, Tensor):
-                    slot.param.mul_(keep)
-                    keep = 1.0
-                projector.write_back(slot, update.delta, alpha=scale * update.alpha, keep=keep)
-                projector.track(slot, low)
-
     def _finite(
-        self, tensors: Sequence[Tensor], group: Group, called: Callable[[int], str]
+        self, tensors: Sequence[Tensor], called: Callable[[int], str], group: Group
     ) -> list[int]:
         """Positions of the tensors to go on with; warns once about the first that is left out."""
         if not group["skip_nonfinite"] or group["capturable"]:
@@ -287,10 +275,6 @@ class LowRankOptimizer(Optimizer):
                 )
 
         return [i for i, good in enumerate(finite(tensors, complain)) if good]
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 @contextlib.contextmanager

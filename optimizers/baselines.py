@@ -68,9 +68,12 @@ class AdamW8bit(LowRankOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         min_8bit_size: int = 4096,
+        quantizer: str = "native",
         **options: Unpack[CommonOptions],
     ) -> None:
         """Makes the optimizer; a tensor below `min_8bit_size` entries keeps fp32 moments.
+
+        `quantizer` is "native" or "bitsandbytes" (needs the extra `bnb`); the states are the same.
 
         Raises:
             ValueError: an option is unknown or out of range, or a parameter can't be optimized.
@@ -81,6 +84,7 @@ class AdamW8bit(LowRankOptimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "min_8bit_size": min_8bit_size,
+            "quantizer": quantizer,
         }
         super().__init__(params, defaults, options)
 

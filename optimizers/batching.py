@@ -28,7 +28,9 @@ def update_batches(
         cached = param.device.type == "cpu" and group["foreach"] is None and param.dim() > 1
         alone = i if single or cached else -1
         step = 0 if group["capturable"] else int(state[param]["step"])
-        kinds[(param.device, param.dtype, step, alone)].append(i)
+        # Bias corrections that start anew at a refresh differ between staggered matrices.
+        since = state[param].get("refreshed_at") if group.get("moments") == "reset" else None
+        kinds[(param.device, param.dtype, step, since, alone)].append(i)
     for indices in kinds.values():
         batch: list[int] = []
         used = 0

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .options import ProjectionOptions
-from .projectors import EveryK, Geometry, Projector, RowRange
+from .projectors import Geometry, Projector, RowRange, Schedule
+from .residuals import Residual
 from .rules import UpdateRule
 
 STEP_BYTES = 4  # a 0-d fp32 tensor
@@ -23,17 +24,18 @@ class Projection:
     Attributes:
         projector: which subspace and how it is stored.
         schedule: when it is refitted.
-        options: rank, side and scale.
+        residual: what becomes of the gradient outside it.
+        options: rank, side, scale and what becomes of moments when the subspace moves.
     """
 
     projector: Projector
-    schedule: EveryK
+    schedule: Schedule
+    residual: Residual
     options: ProjectionOptions
 
     def geometry(self, shape: Sequence[int]) -> Geometry:
-        """Side, rank and shapes for a matrix of the given global shape."""
-        rows, columns = shape
-        return Geometry.of((rows, columns), self.options.rank, self.options.proj_type)
+        """Side, rank and shapes for a parameter of the given global shape."""
+        return self.projector.geometry(shape, self.options.rank_of(shape), self.options.proj_type)
 
 
 @dataclass(frozen=True)
@@ -43,28 +45,42 @@ class Composition:
     rule: UpdateRule
     projection: Projection | None = None
 
+    def __post_init__(self) -> None:
+        if self.projection is not None:
+            how = self.projection.options.moments
+            if how not in self.rule.moves:
+                raise ValueError(
+                    f"moments={how!r}: the moments of {type(self.rule).__name__} accept "
+                    f"{', '.join(map(repr, self.rule.moves))}"
+                )
+
     def init_state(self, param: Tensor, *, capturable: bool) -> dict[str, Any]:
-        """A parameter's whole state: `step`, and the entries of schedule, projector and rule."""
+        """A parameter's whole state: `step`, and the entries of each seam."""
         device = param.device if capturable else torch.device("cpu")
         if param.device.type == "meta":
             device = param.device
         state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device=device)}
         if self.projection is None:
             return state | self.rule.init(param.shape, param)
-        geometry = self.projection.geometry(param.shape)
+        projection = self.projection
+        geometry = projection.geometry(param.shape)
         rows = RowRange.whole(param.shape[0])
         state["side"] = int(geometry.side)
-        state |= self.projection.schedule.init()
-        state |= self.projection.projector.init(geometry, param)
+        state |= projection.schedule.init(geometry, param)
+        state |= projection.projector.init(geometry, param)
+        state |= projection.residual.init(geometry, param)
         return state | self.rule.init(geometry.low_shape(rows.stop - rows.start), param)
 
     def state_bytes(self, shape: Sequence[int], itemsize: int) -> int:
         """Bytes of a parameter's state by formula: the step count and what each seam states."""
         if self.projection is None:
             return STEP_BYTES + self.rule.state_bytes(shape, itemsize)
-        geometry = self.projection.geometry(shape)
+        projection = self.projection
+        geometry = projection.geometry(shape)
         return (
             STEP_BYTES
-            + self.projection.projector.state_bytes(geometry, itemsize)
+            + projection.schedule.state_bytes(geometry)
+            + projection.projector.state_bytes(geometry, itemsize)
+            + projection.residual.state_bytes(geometry)
             + self.rule.state_bytes(geometry.low_shape(), itemsize)
         )

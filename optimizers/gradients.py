@@ -33,7 +33,8 @@ def check_param(param: Tensor, name: str | None, composition: Composition) -> No
                 "matrices"
             )
         return
-    if param.dim() != 2:
+    projector = composition.projection.projector
+    if param.dim() not in projector.DIMENSIONS:
         raise ValueError(
             f"{called} is {param.dim()}-dimensional in a group with rank: accepted are matrices. "
             "ZeRO and FSDP1 flatten parameters to one dimension, use DDP or ZeRO stage 0; biases, "
@@ -41,6 +42,9 @@ def check_param(param: Tensor, name: str | None, composition: Composition) -> No
         )
     if hasattr(param, "placements"):
         raise ValueError(f"{called} is a DTensor in a group with rank: accepted are unsharded ones")
+    if param.numel():
+        geometry = composition.projection.geometry(param.shape)
+        composition.projection.residual.check(geometry, projector)
 
 
 def descent_gradient(param: Tensor, name: str | None, group: Group) -> Tensor | None:

@@ -7,7 +7,7 @@ group to group.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import checks
 from .projectors import PROJ_TYPES, REFRESH_MODES
+from .rules import MOMENT_MOVES
 
 Group = dict[str, Any]
 
@@ -65,21 +66,41 @@ COMMON_DEFAULTS: CommonOptions = {
 class ProjectionKeywords(CommonOptions, total=False):
     """Further keywords of the projecting optimizers; groups may override them.
 
+    Each method is a choice of strategies; any of them can be chosen anew, and what makes no sense
+    together raises.
+
+    projector: which subspace, see `strategies.PROJECTORS`.
     refresh: "svd", "eigh", "randomized" or "warm", see `projectors.decompositions`.
+    schedule: when a matrix is refitted, see `strategies.SCHEDULES`.
     stagger: spread the matrices' refreshes over the steps of a gap.
+    basis: how bases are stored, None for the parameter's precision, see `strategies.STORAGES`.
+    residual: what becomes of the gradient outside the subspace, see `strategies.RESIDUALS`.
+    moments: what becomes of the moments when the subspace moves, see `rules.MOMENT_MOVES`.
     projection_dtype: precision of the projection GEMMs ("bfloat16", ...); None is the weights'.
-    seed: of the sketches in "randomized".
+    seed: of everything random.
+
+    A strategy's own options (`strategies.owners` lists them) are keywords too.
     """
 
+    projector: str
     refresh: str
+    schedule: str
     stagger: bool
+    basis: str | None
+    residual: str
+    moments: str
     projection_dtype: str | None
     seed: int
 
 
 PROJECTION_DEFAULTS: ProjectionKeywords = {
+    "projector": "singular",
     "refresh": "eigh",
+    "schedule": "every",
     "stagger": False,
+    "basis": None,
+    "residual": "dropped",
+    "moments": "keep",
     "projection_dtype": None,
     "seed": 0,
 }
@@ -87,38 +108,62 @@ PROJECTION_DEFAULTS: ProjectionKeywords = {
 
 @dataclass(frozen=True)
 class ProjectionOptions:
-    """How a group's matrices are projected; `rank` in a group switches projection on.
+    """How a group's matrices are projected; a rank in a group switches projection on.
 
     Attributes:
         rank: r, at least 1; clamped to min(m, n) of each matrix.
+        rank_ratio_matrix: r = min(m, n) // ratio, at least 1, instead of `rank` (COAP).
         update_proj_gap: steps between refreshes of the subspace.
         scale: factor on the back-projected update (GaLore's alpha).
         proj_type: which axis is projected: "std" (the shorter), "reverse_std", "left", "right" or
             "full" (both).
-        refresh: how the basis is computed.
+        projector: which subspace.
+        refresh: how singular vectors are computed.
+        schedule: when a matrix is refitted.
         stagger: spread refreshes over the steps of a gap.
+        basis: how bases are stored.
+        residual: what becomes of the gradient outside the subspace.
+        moments: what becomes of the moments when the subspace moves.
         projection_dtype: precision of the projection GEMMs, None for the weights'.
-        seed: of randomized refreshes.
+        seed: of everything random.
     """
 
-    rank: int
+    rank: int | None = None
+    rank_ratio_matrix: float | None = None
     update_proj_gap: int = 200
     scale: float = 0.25
     proj_type: str = "std"
+    projector: str = "singular"
     refresh: str = "eigh"
+    schedule: str = "every"
     stagger: bool = False
+    basis: str | None = None
+    residual: str = "dropped"
+    moments: str = "keep"
     projection_dtype: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        checks.integer("rank", self.rank, low=1)
+        if self.rank is not None:
+            checks.integer("rank", self.rank, low=1)
+        if self.rank_ratio_matrix is not None:
+            checks.number("rank_ratio_matrix", self.rank_ratio_matrix, low=1.0)
         checks.integer("update_proj_gap", self.update_proj_gap, low=1)
         checks.number("scale", self.scale)
         checks.choice("proj_type", self.proj_type, PROJ_TYPES)
         checks.choice("refresh", self.refresh, REFRESH_MODES)
         checks.choice("stagger", self.stagger, (True, False))
+        checks.choice("moments", self.moments, MOMENT_MOVES)
         checks.choice("projection_dtype", self.projection_dtype, (None, *PROJECTION_DTYPES))
         checks.integer("seed", self.seed, low=0)
+
+    def rank_of(self, shape: Sequence[int]) -> int:
+        """The rank of a matrix of this shape, at most its shorter side."""
+        short = min(shape)
+        if self.rank_ratio_matrix is not None:
+            return max(int(short // self.rank_ratio_matrix), 1)
+        assert self.rank is not None
+        return min(self.rank, short)
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -127,12 +172,12 @@ class ProjectionOptions:
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> ProjectionOptions | None:
-        """The group's options, or None if it has no `rank`.
+        """The group's options, or None if it has no rank.
 
         Raises:
             ValueError: an option is out of range.
         """
-        if group.get("rank") is None:
+        if group.get("rank") is None and group.get("rank_ratio_matrix") is None:
             return None
         return cls(**{name: group[name] for name in cls.names() if name in group})
 

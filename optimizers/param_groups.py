@@ -12,6 +12,7 @@ Group = dict[str, Any]
 
 #: A linear layer is projected when one of these occurs in its name (GaLore's targets).
 PATTERNS = ("attn", "attention", "mlp")
+DEFAULT_RANK = 128
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
@@ -37,11 +38,9 @@ def param_groups(
     model: nn.Module,
     *,
     patterns: Sequence[str] = PATTERNS,
-    rank: int = 128,
-    update_proj_gap: int = 200,
-    scale: float = 0.25,
-    proj_type: str = "std",
+    rank: int | None = None,
     weight_decay: float | None = None,
+    plain_lr: float | torch.Tensor | None = None,
     **method_options: Any,
 ) -> list[Group]:
     """Makes parameter groups for a projecting optimizer.
@@ -53,12 +52,13 @@ def param_groups(
     Args:
         model: the model, before any wrapping that flattens parameters.
         patterns: parts of module names to project.
-        rank: r of the projection, clamped to each matrix.
-        update_proj_gap: steps between refreshes.
-        scale: factor on the back-projected update.
-        proj_type: which axis is projected.
+        rank: r of the projection, clamped to each matrix; 128 unless `rank_ratio_matrix` is given.
         weight_decay: of the first two groups; the optimizer's own when None.
-        **method_options: further keys of the projected group, the method's own.
+        plain_lr: learning rate of what is not projected (embeddings, head, norms, biases); the
+            optimizer's own when None. A projected update is `scale` times smaller, so the best
+            rates of the two often differ.
+        **method_options: further keys of the projected group: `update_proj_gap` (default 200),
+            `scale` (0.25), `proj_type` ("std"), and the method's own.
 
     Returns:
         Up to three groups, projected first; empty ones are left out.
@@ -66,13 +66,9 @@ def param_groups(
     Raises:
         ValueError: no linear layer matches the patterns.
     """
-    options = {
-        "rank": rank,
-        "update_proj_gap": update_proj_gap,
-        "scale": scale,
-        "proj_type": proj_type,
-        **method_options,
-    }
+    if rank is None and method_options.get("rank_ratio_matrix") is None:
+        rank = DEFAULT_RANK
+    options = {"rank": rank, **method_options}
     projected, decayed, undecayed = split(model, patterns)
     if not projected:
         raise ValueError(
@@ -80,20 +76,44 @@ def param_groups(
             "accepted are patterns that match one"
         )
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
+    rate = {} if plain_lr is None else {"lr": plain_lr}
     groups = [
         _group(projected, {**decay, **options}),
-        _group(decayed, decay),
-        _group(undecayed, {"weight_decay": 0.0}),
+        _group(decayed, {**decay, **rate}),
+        _group(undecayed, {"weight_decay": 0.0, **rate}),
     ]
     return [group for group in groups if group["params"]]
 
 
-def plain_groups(model: nn.Module, weight_decay: float | None = None) -> list[Group]:
-    """Groups without projection: matrices (decayed), then vectors (not decayed)."""
-    projected, decayed, undecayed = split(model, PATTERNS)
+def plain_groups(
+    model: nn.Module,
+    *,
+    patterns: Sequence[str] = PATTERNS,
+    weight_decay: float | None = None,
+    plain_lr: float | torch.Tensor | None = None,
+    apart: bool = False,
+) -> list[Group]:
+    """Groups without projection: matrices (decayed), then vectors (not decayed).
+
+    Args:
+        model: as in `param_groups`.
+        patterns: as in `param_groups`; what matches is a hidden matrix.
+        weight_decay: of the matrices; the optimizer's own when None.
+        plain_lr: as in `param_groups`; hidden matrices keep the optimizer's.
+        apart: hidden matrices come in a group of their own, first and even if empty.
+
+    Returns:
+        Groups; empty ones are left out.
+    """
+    hidden, decayed, undecayed = split(model, patterns)
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
-    groups = [_group(projected + decayed, decay), _group(undecayed, {"weight_decay": 0.0})]
-    return [group for group in groups if group["params"]]
+    rate = {} if plain_lr is None else {"lr": plain_lr}
+    if apart or plain_lr is not None:
+        matrices = [_group(hidden, decay), _group(decayed, {**decay, **rate})]
+    else:
+        matrices = [_group(hidden + decayed, decay)]
+    groups = [*matrices, _group(undecayed, {"weight_decay": 0.0, **rate})]
+    return [group for i, group in enumerate(groups) if group["params"] or (apart and i == 0)]
 
 
 def split(model: nn.Module, patterns: Sequence[str]) -> tuple[list[tuple[str, nn.Parameter]], ...]:

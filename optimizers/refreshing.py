@@ -1,4 +1,4 @@
-"""Refitting bases, and telling those who listen what it did."""
+"""Refitting bases, moving the moments along, and telling those who listen what it did."""
 
 from __future__ import annotations
 
@@ -8,34 +8,41 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .composition import Projection
+from .composition import Composition, Projection
+from .moves import move_moments
 from .projectors import RefreshEvent, Slot, telemetry
 
 RefreshHook = Callable[[RefreshEvent], None]
 
 
-def refresh(slots: Sequence[Slot], projection: Projection, hooks: Sequence[RefreshHook]) -> None:
+def refresh(slots: Sequence[Slot], composition: Composition, hooks: Sequence[RefreshHook]) -> None:
     """Refits the bases of same-geometry matrices; measures what hooks are told only if any listen.
 
     Args:
         slots: matrices whose refresh is due.
-        projection: their projector and schedule.
+        composition: their projection and rule.
         hooks: called once for each matrix that has a new basis.
     """
+    projection = composition.projection
+    assert projection is not None
     projector = projection.projector
+    moving = projection.options.moments != "keep"
     former = [
         tuple(basis.clone() for basis in projector.bases(slot))
-        if hooks and slot.state["refreshed_at"] >= 0
+        if (hooks or moving) and slot.fitted
         else ()
         for slot in slots
     ]
     start = _now(slots[0].param, hooks)
     fitted = projector.fit(slots)
     seconds = (_now(slots[0].param, hooks) - start) / len(slots)
-    for slot, old, success in zip(slots, former, fitted, strict=True):
-        if not success:
+    for slot, old, bases in zip(slots, former, fitted, strict=True):
+        if bases is None:
             continue
-        projection.schedule.refreshed(slot.state, slot.taken)
+        projection.schedule.refreshed(slot.state, slot.taken, bases)
+        slot.read = None
+        if moving and old:
+            move_moments(slot, old, projection, composition.rule)
         if hooks:
             event = _event(slot, projection, old, seconds)
             for hook in hooks:

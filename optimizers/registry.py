@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import baselines, checks, galore
+from . import baselines, checks, fira, galore
 from .base import LowRankOptimizer
-from .options import COMMON_DEFAULTS, PROJECTION_DEFAULTS, Group, ProjectionOptions
-from .param_groups import PATTERNS, param_groups, plain_groups, split
+from .options import Group
+from .param_groups import param_groups, plain_groups
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,11 @@ class Method:
         """Names of the constructor's keywords."""
         parameters = inspect.signature(self.optimizer.__init__).parameters.values()
         named = {p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
-        accepted = {**COMMON_DEFAULTS, **(PROJECTION_DEFAULTS if self.optimizer.projects else {})}
-        return named - {"self", "params"} | set(accepted)
+        return named - {"self", "params"} | self.optimizer.keywords()
 
-
-#: Options of the groups that `build` makes; every name accepts them, baselines ignore them.
-GROUP_OPTIONS = {*ProjectionOptions.names(), "patterns"}
+    def group_options(self) -> set[str]:
+        """Names of the options of the groups that `build` makes; baselines ignore most of them."""
+        return {*self.optimizer.group_keys(), "patterns", "plain_lr"}
 
 
 def _projected(model: nn.Module, options: dict[str, Any]) -> list[Group]:
@@ -50,23 +49,12 @@ def _projected(model: nn.Module, options: dict[str, Any]) -> list[Group]:
 
 
 def _plain(model: nn.Module, options: dict[str, Any]) -> list[Group]:
-    return plain_groups(model, options.get("weight_decay"))
+    return plain_groups(model, **options)
 
 
 def _muon(model: nn.Module, options: dict[str, Any]) -> list[Group]:
-    hidden = {id(p) for _, p in split(model, options.get("patterns", PATTERNS))[0]}
-    groups: list[Group] = []
-    for group in plain_groups(model, options.get("weight_decay")):
-        for wanted in (True, False):
-            picked = [
-                (param, name)
-                for param, name in zip(group["params"], group["param_names"], strict=True)
-                if (id(param) in hidden) is wanted
-            ]
-            if picked:
-                params, names = map(list, zip(*picked, strict=True))
-                groups.append({**group, "params": params, "param_names": names, "use_muon": wanted})
-    return groups
+    hidden, *others = plain_groups(model, **options, apart=True)
+    return [{**hidden, "use_muon": True}, *({**group, "use_muon": False} for group in others)]
 
 
 _NO_RELATIVE = {"relative_step": False, "scale_parameter": False, "lr": 1e-3}
@@ -77,6 +65,7 @@ _TABLE = {
         Method("adafactor", baselines.Adafactor, "Adafactor, full rank", _plain, _NO_RELATIVE),
         Method("adamw", baselines.AdamW, "AdamW, full rank", _plain),
         Method("adamw_8bit", baselines.AdamW8bit, "AdamW with 8-bit moments, full rank", _plain),
+        Method("fira_adamw", fira.FiraAdamW, "Fira (arXiv 2410.01623)", _projected),
         Method(
             "galore_adafactor",
             galore.GaLoreAdafactor,
@@ -124,17 +113,17 @@ def _method(name: str) -> Method:
 
 def _sort_options(method: Method, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits options into the groups' and the constructor's."""
-    constructor = method.constructor_options()
+    constructor, groups = method.constructor_options(), method.group_options()
     group_options: dict[str, Any] = {}
     keywords: dict[str, Any] = {**method.defaults}
     for name, value in options.items():
-        if name in GROUP_OPTIONS:
-            if method.optimizer.projects or name == "patterns":
+        if name in groups:
+            if method.optimizer.projects or name in ("patterns", "plain_lr"):
                 group_options[name] = value
         elif name in constructor:
             keywords[name] = value
         else:
-            raise checks.unknown_name(f"option of {method.name}", name, constructor | GROUP_OPTIONS)
+            raise checks.unknown_name(f"option of {method.name}", name, constructor | groups)
     return group_options, keywords
 
 
@@ -152,8 +141,8 @@ def build(
         model: the model whose parameters are trained.
         lr: learning rate; the class's default when None.
         **options: group options (`rank`, `update_proj_gap`, `scale`, `proj_type`, `refresh`,
-            `patterns`, ...) and constructor keywords of the class. Baselines ignore projection
-            options.
+            `patterns`, `plain_lr`, ...) and constructor keywords of the class. Baselines ignore
+            projection options.
 
     Returns:
         A `torch.optim.Optimizer`.

@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from . import checks
-from .options import Group
+from .options import Group, ProjectionOptions
 from .rules import Adafactor, Adam, Adam8bit
+from .rules.quantizers import quantizer
 
 
 def _adam_options(group: Group) -> dict[str, Any]:
@@ -22,7 +23,13 @@ def _adam_options(group: Group) -> dict[str, Any]:
         "capturable": group["capturable"],
         "fused": group["fused"] is not False and not group["foreach"],
         "compiled": group["compile"],
+        "restarts": _restarts(group),
     }
+
+
+def _restarts(group: Group) -> bool:
+    """Whether the moments of a projected group start anew at each refresh."""
+    return ProjectionOptions.of(group) is not None and group.get("moments") == "reset"
 
 
 def adam_rule(group: Group, **form: Any) -> Adam:
@@ -41,7 +48,12 @@ def adam8bit_rule(group: Group, **form: Any) -> Adam8bit:
         ValueError: an option is out of range.
     """
     checks.integer("min_8bit_size", group["min_8bit_size"], low=0)
-    return Adam8bit(**_adam_options(group), **form, min_8bit_size=group["min_8bit_size"])
+    return Adam8bit(
+        **_adam_options(group),
+        **form,
+        min_8bit_size=group["min_8bit_size"],
+        quantizer=quantizer(group["quantizer"]),
+    )
 
 
 def adafactor_defaults(
@@ -102,4 +114,5 @@ def adafactor_rule(group: Group) -> Adafactor:
         scale_parameter=group["scale_parameter"],
         relative_step=relative,
         warmup_init=group["warmup_init"],
+        restarts=_restarts(group),
     )

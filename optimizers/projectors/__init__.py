@@ -1,9 +1,9 @@
 """Projectors: the subspace of a gradient, when it is refitted and how it is stored."""
 
-from .base import Projector, Slot
+from .base import Bases, Projector, Slot
 from .decompositions import REFRESH_MODES
 from .geometry import PROJ_TYPES, Geometry, RowRange, Side
-from .schedule import EveryK
+from .schedule import EveryK, Schedule
 from .singular import SingularProjector
 from .storage import BasisStorage, DenseBasis
 from .telemetry import RefreshEvent
@@ -11,6 +11,7 @@ from .telemetry import RefreshEvent
 __all__ = [
     "PROJ_TYPES",
     "REFRESH_MODES",
+    "Bases",
     "BasisStorage",
     "DenseBasis",
     "EveryK",
@@ -18,6 +19,7 @@ __all__ = [
     "Projector",
     "RefreshEvent",
     "RowRange",
+    "Schedule",
     "Side",
     "SingularProjector",
     "Slot",

@@ -26,6 +26,13 @@ def _left_rows(basis_mr: Tensor, rows: RowRange) -> Tensor:
     return basis_mr[rows.start : rows.stop]
 
 
+def rows_of(low: Tensor, geometry: Geometry, held: RowRange, wanted: RowRange) -> Tensor:
+    """The part of a projected tensor that belongs to some of the rows; on the left all of it."""
+    if geometry.side is not Side.RIGHT or held == wanted:
+        return low
+    return low[wanted.start - held.start : wanted.stop - held.start]
+
+
 def project(
     grad_kn: Tensor,
     bases: Sequence[Tensor],

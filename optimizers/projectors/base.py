@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,13 @@ from torch import Tensor
 from . import apply
 from .geometry import Geometry, RowRange
 from .storage import BasisStorage, DenseBasis
+
+Bases = tuple[Tensor, ...]
+
+
+def no_moment() -> Tensor | None:
+    """The `first_moment` of a rule that keeps none."""
+    return None
 
 
 @dataclass
@@ -28,6 +35,8 @@ class Slot:
         index: position among the optimizer's projected matrices.
         taken: steps taken before this one.
         name: the parameter's recorded name, if any.
+        first_moment: reads the rule's first moment as it stands, in the projected shape.
+        read: the bases as read during this step; what changes them sets it to None.
     """
 
     param: Tensor
@@ -38,6 +47,13 @@ class Slot:
     index: int
     taken: int
     name: str | None = None
+    first_moment: Callable[[], Tensor | None] = no_moment
+    read: Bases | None = None
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the matrix has bases yet."""
+        return bool(self.state["refreshed_at"] >= 0)
 
 
 @dataclass(frozen=True)
@@ -47,51 +63,97 @@ class Projector(ABC):
     Attributes:
         storage: how bases are kept.
         dtype: precision of the projection GEMMs, the weights' own when None.
+        seed: of everything random.
     """
+
+    #: Options that a group may set: the names of this class's fields.
+    OPTIONS: ClassVar[tuple[str, ...]] = ()
+    #: Numbers of dimensions of the parameters it can project.
+    DIMENSIONS: ClassVar[tuple[int, ...]] = (2,)
+    #: Whether `track` moves the bases.
+    TRACKS: ClassVar[bool] = False
+    #: Whether bases have orthonormal columns (to the storage's precision).
+    ORTHONORMAL: ClassVar[bool] = True
 
     storage: BasisStorage = field(default_factory=DenseBasis)
     dtype: torch.dtype | None = None
+    seed: int = 0
 
-    def init(self, geometry: Geometry, like: Tensor) -> dict[str, Tensor]:
+    def geometry(self, shape: Sequence[int], rank: int, proj_type: str) -> Geometry:
+        """Side, rank and shapes for a parameter of the given global shape."""
+        rows, columns = shape
+        return Geometry.of((rows, columns), rank, proj_type)
+
+    def init(self, geometry: Geometry, like: Tensor) -> dict[str, Any]:
         """State entries of a new matrix: zero bases."""
-        state: dict[str, Tensor] = {}
+        state: dict[str, Any] = {}
         for key, shape in geometry.basis_shapes.items():
             state.update(self.storage.init(key, shape, like))
         return state
 
     def state_bytes(self, geometry: Geometry, itemsize: int) -> int:
-        """Bytes of all bases of one matrix."""
+        """Bytes of these entries."""
         shapes = geometry.basis_shapes.values()
         return sum(self.storage.state_bytes(shape, itemsize) for shape in shapes)
 
     @abstractmethod
-    def fit(self, slots: Sequence[Slot]) -> list[bool]:
-        """Refits the bases of the given matrices from their gradients (and moments).
+    def fit(self, slots: Sequence[Slot]) -> list[Bases | None]:
+        """Refits and stores the bases of the given matrices from their gradients (and moments).
 
         Returns:
-            For each slot whether it has a new basis; where False the former one was kept.
+            For each slot its new bases before their storage rounds them, or None where the former
+            ones were kept.
         """
 
-    def bases(self, slot: Slot) -> tuple[Tensor, ...]:
-        """The stored bases, one or (full) two."""
+    def bases(self, slot: Slot) -> Bases:
+        """The stored bases, one or (full) two, read once a step."""
+        if slot.read is None:
+            slot.read = self._read(slot)
+        return slot.read
+
+    def _read(self, slot: Slot) -> Bases:
         return tuple(self.storage.read(slot.state, key) for key in slot.geometry.basis_shapes)
+
+    def store(self, slot: Slot, bases: Bases) -> None:
+        """Makes these the slot's bases."""
+        for key, basis in zip(slot.geometry.basis_shapes, bases, strict=True):
+            self.storage.write(slot.state, key, basis)
+        slot.read = None
 
     def project(self, slot: Slot) -> Tensor:
         """The projected gradient: r x n, k x r or r x r."""
         return apply.project(slot.grad, self.bases(slot), slot.geometry, slot.rows, self.dtype)
 
-    def write_back(self, slot: Slot, delta: Tensor, *, alpha: float, keep: float) -> None:
-        """In place: weight <- keep * weight - alpha * back-projection of `delta`."""
+    def write_back(
+        self,
+        slot: Slot,
+        weight_kn: Tensor,
+        rows: RowRange,
+        delta: Tensor,
+        *,
+        alpha: float,
+        keep: float,
+    ) -> None:
+        """In place, on some rows: weight <- keep * weight - alpha * back-projection of `delta`.
+
+        Args:
+            slot: whose bases to use.
+            weight_kn: rows of the weight, those of `rows`.
+            rows: which of the slot's rows these are, in the whole matrix.
+            delta: of the projected gradient's shape, for all of the slot's rows.
+            alpha: step size.
+            keep: 1 less the weight decay.
+        """
         apply.write_back(
-            slot.param,
-            delta,
+            weight_kn,
+            apply.rows_of(delta, slot.geometry, slot.rows, rows),
             self.bases(slot),
             slot.geometry,
-            slot.rows,
+            rows,
             alpha=alpha,
             keep=keep,
             dtype=self.dtype,
         )
 
     def track(self, slot: Slot, low: Tensor) -> None:  # noqa: B027 (optional)
-        """Called after the write-back; a projector that learns online moves its basis here."""
+        """Called after the write-back; a projector that learns online moves its bases here."""

@@ -7,12 +7,13 @@ import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from . import decompositions
-from .base import Projector, Slot
+from .base import Bases, Projector, Slot
 from .geometry import Geometry
 
 #: Tried in turn where a solver does not converge.
@@ -37,48 +38,50 @@ class SingularProjector(Projector):
     Memory: min(m, n) r entries (std), or (m + n) r (full).
 
     Attributes:
-        refresh: one of `decompositions.REFRESH_MODES`.
-        seed: of the sketches of "randomized"; with the step it fixes them.
+        refresh: one of `decompositions.REFRESH_MODES`; `seed` and the step fix the sketches of
+            "randomized".
     """
 
-    refresh: str = "eigh"
-    seed: int = 0
+    OPTIONS: ClassVar[tuple[str, ...]] = ("refresh",)
 
-    def fit(self, slots: Sequence[Slot]) -> list[bool]:
+    refresh: str = "eigh"
+
+    def fit(self, slots: Sequence[Slot]) -> list[Bases | None]:
         """Refits matrices of one shape together; a zero or non-finite gradient keeps its basis."""
         batches: dict[tuple[Geometry, torch.dtype, torch.device, bool], list[int]]
         batches = defaultdict(list)
         for index, slot in enumerate(slots):
-            key = (slot.geometry, slot.grad.dtype, slot.grad.device, _is_fitted(slot))
+            key = (slot.geometry, slot.grad.dtype, slot.grad.device, slot.fitted)
             batches[key].append(index)
-        fitted = [False] * len(slots)
+        fitted: list[Bases | None] = [None] * len(slots)
         for indices in batches.values():
-            for index, success in zip(
+            for index, bases in zip(
                 indices, self._fit_batch([slots[i] for i in indices]), strict=True
             ):
-                fitted[index] = success
+                fitted[index] = bases
         return fitted
 
-    def _fit_batch(self, slots: Sequence[Slot]) -> list[bool]:
+    def _fit_batch(self, slots: Sequence[Slot]) -> list[Bases | None]:
         wholes = [slot.rows.assemble(slot.grad, slot.geometry.shape) for slot in slots]
         scales = torch.stack([torch.linalg.vector_norm(w, torch.inf).double() for w in wholes])
         usable = [i for i, scale in enumerate(scales.tolist()) if 0.0 < scale < math.inf]
-        fitted = [False] * len(slots)
+        fitted: list[Bases | None] = [None] * len(slots)
         if not usable:
             return fitted
         chosen = [slots[i] for i in usable]
         results = self._decompose([wholes[i] for i in usable], scales[usable].tolist(), chosen)
         for i, slot, bases in zip(usable, chosen, results, strict=True):
             if bases is not None:
-                self._store(slot, bases)
-                fitted[i] = True
+                aligned = self._aligned(slot, bases)
+                self.store(slot, aligned)
+                fitted[i] = aligned
         return fitted
 
     def _decompose(
         self, grads: list[Tensor], scales: list[float], slots: Sequence[Slot]
-    ) -> list[tuple[Tensor, ...] | None]:
+    ) -> list[Bases | None]:
         geometry = slots[0].geometry
-        former = [self.bases(slot)[0] if _is_fitted(slot) else None for slot in slots]
+        former = [self.bases(slot)[0] if slot.fitted else None for slot in slots]
         # One seed for a batch: its sketch is shared. The step makes it another one each time.
         seed = (self.seed * 0x9E3779B1 + slots[0].taken) % (1 << 62)
 
@@ -97,7 +100,7 @@ class SingularProjector(Projector):
             return list(attempt(slice(None), self.refresh))
         except decompositions.NotConverged:
             pass
-        results: list[tuple[Tensor, ...] | None] = []
+        results: list[Bases | None] = []
         for i, slot in enumerate(slots):
             results.append(None)
             for mode in (self.refresh, *FALLBACKS[self.refresh]):
@@ -114,15 +117,8 @@ class SingularProjector(Projector):
                 )
         return results
 
-    def _store(self, slot: Slot, bases: tuple[Tensor, ...]) -> None:
-        aligned = list(bases)
-        if self.refresh != "svd" and _is_fitted(slot):
-            aligned = [
-                align_signs(new, old) for new, old in zip(bases, self.bases(slot), strict=True)
-            ]
-        for key, basis in zip(slot.geometry.basis_shapes, aligned, strict=True):
-            self.storage.write(slot.state, key, basis)
-
-
-def _is_fitted(slot: Slot) -> bool:
-    return bool(slot.state["refreshed_at"] >= 0)
+    def _aligned(self, slot: Slot, bases: Bases) -> Bases:
+        if self.refresh == "svd" or not slot.fitted:
+            return bases
+        pairs = zip(bases, self.bases(slot), strict=True)
+        return tuple(align_signs(new, old) for new, old in pairs)

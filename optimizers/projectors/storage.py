@@ -5,14 +5,23 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
 class BasisStorage(ABC):
-    """Stores one basis of shape d x r under `key` in a parameter's flat state."""
+    """Stores one basis of shape d x r under `key` in a parameter's flat state.
+
+    Keys begin with `key`, so that all of them count as the basis's memory.
+    """
+
+    #: Options that a group may set: the names of this class's fields.
+    OPTIONS: ClassVar[tuple[str, ...]] = ()
+    #: Whether a basis is read as it was written, but for its dtype's rounding.
+    exact: ClassVar[bool] = True
 
     @abstractmethod
     def init(self, key: str, shape: tuple[int, int], like: Tensor) -> dict[str, Tensor]:

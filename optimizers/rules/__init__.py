@@ -3,7 +3,16 @@
 from .adafactor import Adafactor
 from .adam import Adam
 from .adam8bit import Adam8bit
-from .base import Update, UpdateRule
+from .base import MOMENT_MOVES, Rotation, Update, UpdateRule
 from .muon import Muon
 
-__all__ = ["Adafactor", "Adam", "Adam8bit", "Muon", "Update", "UpdateRule"]
+__all__ = [
+    "MOMENT_MOVES",
+    "Adafactor",
+    "Adam",
+    "Adam8bit",
+    "Muon",
+    "Rotation",
+    "Update",
+    "UpdateRule",
+]

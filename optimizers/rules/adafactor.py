@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import State, Update, UpdateRule, numel, scalar
+from .base import Rotation, State, Update, UpdateRule, numel, scalar, taken
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,11 @@ class Adafactor(UpdateRule):
         scale_parameter: multiply lr by the parameter's RMS.
         relative_step: a time-dependent lr instead of a given one.
         warmup_init: with `relative_step`, start from 1e-6 t.
+        restarts: the second moment's decay counts from the last refresh (moments="reset").
     """
+
+    #: LDAdam's rotation needs an unfactored second moment.
+    moves: ClassVar[tuple[str, ...]] = ("keep", "reset", "restore")
 
     lr: float | Tensor | None
     eps: tuple[float, float] = (1e-30, 1e-3)
@@ -47,6 +52,7 @@ class Adafactor(UpdateRule):
     scale_parameter: bool = True
     relative_step: bool = True
     warmup_init: bool = False
+    restarts: bool = False
 
     @staticmethod
     def _dtype(like: torch.dtype) -> torch.dtype:
@@ -110,15 +116,23 @@ class Adafactor(UpdateRule):
         updates = []
         for grad, state, weight in zip(grads, states, weights, strict=True):
             rate = self._rate(state["step"], weight)
-            decay = 1.0 - float(state["step"]) ** self.decay_rate
+            decay = 1.0 - float(taken(state, self.restarts)) ** self.decay_rate
             delta = self._normalise(grad.to(self._dtype(grad.dtype)), state, decay)
             delta.div_((_rms(delta) / self.clip_threshold).clamp_(min=1.0)).mul_(rate)
             if self.beta1 is not None:
                 # A copy: what the caller does to the delta must not reach the moment.
                 delta = state["exp_avg"].lerp_(delta, 1 - self.beta1).clone()
             keep = 1.0 - rate * self.weight_decay if self.weight_decay else 1.0
-            updates.append(Update(delta, 1.0, keep))
+            updates.append(Update(delta, 1.0, keep, rate))
         return updates
+
+    def move(self, state: State, how: str, rotation: Rotation) -> None:
+        """See `UpdateRule.move`: the first moment moves, the factors of the second stay."""
+        if how == "reset":
+            for key in state.keys() & {"exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"}:
+                state[key].zero_()
+        elif "exp_avg" in state:
+            state["exp_avg"].copy_(rotation(state["exp_avg"]))
 
 
 def _rms(tensor: Tensor) -> Tensor:

@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.adam import adam as torch_adam
 
-from .base import State, Update, UpdateRule, numel, scalar
+from .base import MOMENT_MOVES, Rotation, State, Update, UpdateRule, numel, scalar, taken
 
 FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -114,6 +114,35 @@ def fused_step(
     )
 
 
+def moved_moments(
+    m: Tensor, v: Tensor, how: str, rotation: Rotation, betas: tuple[float, float], steps: int
+) -> tuple[Tensor, Tensor]:
+    """Adam's moments after their subspace moved.
+
+    Args:
+        m: first moment.
+        v: second moment.
+        how: "reset", "restore" (COAP, arXiv 2412.00071: M -> C M, V -> (C sqrt(V))^2) or "rotate"
+            (LDAdam, arXiv 2410.16103: V as the variance of independent coordinates).
+        rotation: C, from old coordinates to new ones.
+        betas: decay rates.
+        steps: how many gradients the moments have seen.
+
+    Returns:
+        Both moments, in new tensors or the old ones.
+    """
+    if how == "reset" or steps == 0:
+        return torch.zeros_like(m), torch.zeros_like(v)
+    if how == "restore":
+        return rotation(m), rotation(v.sqrt()).square_()
+    wide = m.dtype if m.dtype == torch.float64 else torch.float32
+    correction1, correction2 = (1.0 - beta**steps for beta in betas)
+    mean = m.to(wide) / correction1
+    moved_mean = rotation(mean)
+    variance = rotation.squared()(v.to(wide) / correction2 - mean.square())
+    return moved_mean * correction1, (variance + moved_mean.square()).abs_() * correction2
+
+
 def bias_corrections(beta1: float, beta2: float, step: int) -> tuple[float, float]:
     """(1 - b1^t, sqrt(1 - b2^t))."""
     return 1.0 - beta1**step, (1.0 - beta2**step) ** 0.5
@@ -134,7 +163,10 @@ class Adam(UpdateRule):
         capturable: step counts stay on the device and no value is read back (CUDA graphs).
         fused: torch's fused kernel where it can be used.
         compiled: `torch.compile` the moments' arithmetic.
+        restarts: bias corrections count from the last refresh (moments="reset").
     """
+
+    moves: ClassVar[tuple[str, ...]] = MOMENT_MOVES
 
     lr: Number
     betas: tuple[float, float] = (0.9, 0.999)
@@ -146,6 +178,11 @@ class Adam(UpdateRule):
     capturable: bool = False
     fused: bool = True
     compiled: bool = False
+    restarts: bool = False
+
+    def __post_init__(self) -> None:
+        if self.restarts and self.capturable:
+            raise ValueError("moments='reset' with capturable=True: accepted is one of them")
 
     def init(self, shape: Sequence[int], like: Tensor) -> State:
         """Zero moments in the parameter's precision."""
@@ -168,7 +205,7 @@ class Adam(UpdateRule):
             size: Number = correction2 / (1 - torch.pow(beta1, step))
         else:
             lr = scalar(self.lr)
-            correction1, correction2 = bias_corrections(beta1, beta2, int(state["step"]))
+            correction1, correction2 = bias_corrections(beta1, beta2, taken(state, self.restarts))
             size = correction2 / correction1
         eps = self.eps * correction2 if self.eps_corrected else self.eps
         return (size if self.correct_bias else 1.0), eps, lr
@@ -216,7 +253,7 @@ class Adam(UpdateRule):
                 grads,
                 exp_avgs,
                 exp_avg_sqs,
-                taken=int(state["step"]) - 1,
+                taken=taken(state, self.restarts) - 1,
                 size=-size,
                 beta1=self.betas[0],
                 beta2=self.betas[1],
@@ -228,13 +265,15 @@ class Adam(UpdateRule):
                 step = _compiled_step()
                 size, eps = (torch.as_tensor(x, device=grads[0].device) for x in (size, eps))
             deltas = step(grads, exp_avgs, exp_avg_sqs, *self.betas, eps, size)
-        return self._finish(deltas, lr)
-
-    def _finish(self, deltas: list[Tensor], lr: Number) -> list[Update]:
         keep, alpha = self._keep_and_alpha(lr)
-        if isinstance(alpha, Tensor):  # capturable: the rate stays on the device, in the delta
-            return [Update(delta.mul_(alpha), 1.0, keep) for delta in deltas]
-        return [Update(delta, alpha, keep) for delta in deltas]
+        return [Update(delta, alpha, keep, size) for delta in deltas]
+
+    def move(self, state: State, how: str, rotation: Rotation) -> None:
+        """See `UpdateRule.move`: M -> C M, and V -> (C sqrt(V))^2 or LDAdam's estimate."""
+        m, v = self._moments(state)
+        moved_m, moved_v = moved_moments(m, v, how, rotation, self.betas, int(state["step"]))
+        m.copy_(moved_m)
+        v.copy_(moved_v)
 
     def apply(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
@@ -253,7 +292,7 @@ class Adam(UpdateRule):
             list(grads),
             exp_avgs,
             exp_avg_sqs,
-            taken=int(states[0]["step"]) - 1,
+            taken=taken(states[0], self.restarts) - 1,
             size=alpha * size,
             beta1=self.betas[0],
             beta2=self.betas[1],

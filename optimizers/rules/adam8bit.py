@@ -17,8 +17,9 @@ from torch import Tensor
 
 from lowrank.cuda import blockwise
 
-from .adam import Adam
-from .base import State, Update, numel
+from .adam import Adam, moved_moments
+from .base import Rotation, State, Update, numel
+from .quantizers import NATIVE, Quantizer
 
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 CHUNK_ELEMENTS = 1 << 22  # fp32 copies of both moments are made for this many entries at a time
@@ -30,9 +31,11 @@ class Adam8bit(Adam):
 
     Attributes:
         min_8bit_size: a (projected) gradient with fewer entries keeps fp32 moments.
+        quantizer: between fp32 and codes.
     """
 
     min_8bit_size: int = 4096
+    quantizer: Quantizer = NATIVE
 
     def _is_8bit(self, shape: Sequence[int]) -> bool:
         return numel(shape) >= self.min_8bit_size
@@ -45,7 +48,7 @@ class Adam8bit(Adam):
             if not self._is_8bit(shape):
                 state[key] = zeros
             else:
-                state[key], state[f"{key}_absmax"] = blockwise.quantize_blockwise(zeros, signed)
+                state[key], state[f"{key}_absmax"] = self.quantizer.quantize(zeros, signed)
         return state
 
     def state_bytes(self, shape: Sequence[int], itemsize: int) -> int:
@@ -77,19 +80,35 @@ class Adam8bit(Adam):
                 (update,) = self.update([grad_part], [state_part], [weight_part])
                 if isinstance(update.keep, Tensor) or update.keep != 1.0:
                     weight_part.mul_(update.keep)
-                weight_part.add_(update.delta, alpha=-update.alpha)
+                delta, alpha = update.delta, update.alpha
+                if isinstance(alpha, Tensor):
+                    delta, alpha = delta.mul_(alpha), 1.0
+                weight_part.add_(delta, alpha=-alpha)
+
+    def first_moment(self, state: State) -> Tensor:
+        """The first moment, dequantised to fp32."""
+        return self._load(state, "exp_avg")
+
+    def move(self, state: State, how: str, rotation: Rotation) -> None:
+        """See `Adam.move`, on dequantised moments."""
+        moments = {key: self._load(state, key) for key in SIGNED}
+        m, v = moments.values()
+        moved = moved_moments(m, v, how, rotation, self.betas, int(state["step"]))
+        for moment, new in zip((m, v), moved, strict=True):
+            moment.copy_(new)
+        self._save(state, moments)
 
     def _load(self, state: State, key: str) -> Tensor:
         if f"{key}_absmax" not in state:
             dense: Tensor = state[key]
             return dense
-        return blockwise.dequantize_blockwise(state[key], state[f"{key}_absmax"], SIGNED[key])
+        return self.quantizer.dequantize(state[key], state[f"{key}_absmax"], SIGNED[key])
 
     def _save(self, state: State, moments: dict[str, Tensor]) -> None:
         for key, signed in SIGNED.items():
             if f"{key}_absmax" in state:
                 out = state[key], state[f"{key}_absmax"]
-                blockwise.quantize_blockwise(moments[key], signed, out=out)
+                self.quantizer.quantize(moments[key], signed, out)
 
 
 def _pieces(grad: Tensor, state: State, weight: Tensor) -> list[tuple[Tensor, State, Tensor]]:
@@ -99,7 +118,7 @@ def _pieces(grad: Tensor, state: State, weight: Tensor) -> list[tuple[Tensor, St
     for start in range(0, weight.numel(), CHUNK_ELEMENTS):
         span = slice(start, start + CHUNK_ELEMENTS)
         blocks = slice(start // blockwise.DEFAULT_BLOCK, span.stop // blockwise.DEFAULT_BLOCK)
-        part: State = {"step": state["step"]}
+        part: State = {"step": state["step"], "refreshed_at": state.get("refreshed_at", 0)}
         for key in SIGNED:
             part[key] = state[key].view(-1)[span]
             if f"{key}_absmax" in state:

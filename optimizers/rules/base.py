@@ -18,20 +18,55 @@ from torch import Tensor
 State = dict[str, Any]
 
 
+#: What may become of moments when their subspace moves: kept as they are (GaLore), set to zero
+#: with their bias correction starting anew (FRUGAL), carried over by the overlap of the bases
+#: (COAP's `restore_state`), or rotated with the second moment as a statistic (LDAdam).
+MOMENT_MOVES = ("keep", "reset", "restore", "rotate")
+
+
 @dataclass(frozen=True)
 class Update:
     """What a rule wants done: weight <- keep * weight - alpha * (back-projection of) delta.
 
     Attributes:
         delta: a tensor of the (projected) gradient's shape.
-        alpha: step size that is not in `delta` yet.
-        keep: 1 less this step's decoupled weight decay; a 0-d tensor where it is only known on
-            the device.
+        alpha: step size that is not in `delta` yet; a 0-d tensor where it is only known on the
+            device.
+        keep: 1 less this step's decoupled weight decay; a 0-d tensor as above.
+        factor: what `delta` was multiplied with since it was M / (sqrt(V) + eps) or its like (bias
+            corrections, Adafactor's learning rate): residuals compare steps without it.
     """
 
     delta: Tensor
-    alpha: float
+    alpha: float | Tensor
     keep: float | Tensor
+    factor: float | Tensor = 1.0
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How coordinates in one subspace become coordinates in another: R -> left R right^T.
+
+    Attributes:
+        left: new r x old r, P_new^T P_old of a left projection; None where the left side stays.
+        right: the same of a right projection.
+    """
+
+    left: Tensor | None
+    right: Tensor | None
+
+    def __call__(self, low: Tensor) -> Tensor:
+        """The projected tensor in the new coordinates, in its own precision."""
+        moved = low
+        if self.left is not None:
+            moved = self.left.to(low.dtype) @ moved
+        if self.right is not None:
+            moved = moved @ self.right.to(low.dtype).mT
+        return moved
+
+    def squared(self) -> Rotation:
+        """The rotation with squared entries, which moves variances of independent coordinates."""
+        return Rotation(*(None if m is None else m.square() for m in (self.left, self.right)))
 
 
 class UpdateRule(ABC):
@@ -39,6 +74,8 @@ class UpdateRule(ABC):
 
     #: Whether only matrices can be updated.
     matrices_only: ClassVar[bool] = False
+    #: Which of `MOMENT_MOVES` its moments can follow.
+    moves: ClassVar[tuple[str, ...]] = ("keep",)
 
     @abstractmethod
     def init(self, shape: Sequence[int], like: Tensor) -> State:
@@ -55,7 +92,7 @@ class UpdateRule(ABC):
         """Advances the moments in place and returns each weight's update.
 
         Args:
-            grads: descent gradients or their projections; may be overwritten when projected.
+            grads: descent gradients or their projections, read only.
             states: each parameter's state; `step` already counts this step.
             weights: the parameters themselves, read only (Adafactor scales by their size).
         """
@@ -67,7 +104,32 @@ class UpdateRule(ABC):
         for weight, update in zip(weights, self.update(grads, states, weights), strict=True):
             if isinstance(update.keep, Tensor) or update.keep != 1.0:
                 weight.mul_(update.keep)
-            weight.add_(update.delta.to(weight.dtype), alpha=-update.alpha)
+            delta, alpha = update.delta.to(weight.dtype), update.alpha
+            if isinstance(alpha, Tensor):
+                weight.sub_(delta.mul_(alpha))
+            else:
+                weight.add_(delta, alpha=-alpha)
+
+    def first_moment(self, state: State) -> Tensor | None:
+        """The first moment as it stands, in full precision; None if the rule keeps none."""
+        moment: Tensor | None = state.get("exp_avg")
+        return moment
+
+    def move(self, state: State, how: str, rotation: Rotation) -> None:
+        """In place: adapts the moments to a subspace that moved.
+
+        Args:
+            state: of a parameter that has taken `state["step"]` steps.
+            how: one of `moves` but "keep".
+            rotation: from old coordinates to new ones.
+        """
+        raise NotImplementedError(f"{type(self).__name__} keeps its moments, not {how!r}")
+
+
+def taken(state: State, restarts: bool) -> int:
+    """Steps that the moments have seen: all, or with `restarts` those since the last refresh."""
+    steps = int(state["step"])
+    return steps - max(int(state.get("refreshed_at", 0)), 0) if restarts else steps
 
 
 def numel(shape: Sequence[int]) -> int:

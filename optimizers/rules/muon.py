@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import State, Update, UpdateRule, numel, scalar
+from .base import MOMENT_MOVES, Rotation, State, Update, UpdateRule, numel, scalar
 
 ADJUSTMENTS = ("original", "match_rms_adamw")
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -58,6 +58,7 @@ class Muon(UpdateRule):
     """
 
     matrices_only: ClassVar[bool] = True
+    moves: ClassVar[tuple[str, ...]] = MOMENT_MOVES
 
     lr: float | Tensor
     momentum: float = 0.95
@@ -94,3 +95,13 @@ class Muon(UpdateRule):
                 Update(delta, lr * self._size(*grad.shape), 1.0 - lr * self.weight_decay)
             )
         return updates
+
+    def first_moment(self, state: State) -> Tensor:
+        """The momentum."""
+        moment: Tensor = state["momentum_buffer"]
+        return moment
+
+    def move(self, state: State, how: str, rotation: Rotation) -> None:
+        """See `UpdateRule.move`; with one moment "restore" and "rotate" are the same."""
+        moment: Tensor = state["momentum_buffer"]
+        moment.copy_(torch.zeros_like(moment) if how == "reset" else rotation(moment))

@@ -24,6 +24,7 @@ class Row:
         options: further arguments of `build`.
         capturable: whether `capturable=True` is accepted.
         bits8: moments are quantised, so equalities hold only to a code's width.
+        one_sided: `proj_type="full"` is refused.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Row:
     options: dict[str, Any] = field(default_factory=dict)
     capturable: bool = False
     bits8: bool = False
+    one_sided: bool = False
 
     @property
     def projects(self) -> bool:
@@ -48,6 +50,7 @@ TABLE = (
     Row("adafactor", optimizers.Adafactor),
     Row("adamw", optimizers.AdamW, capturable=True),
     Row("adamw_8bit", optimizers.AdamW8bit, SMALL_8BIT, capturable=True, bits8=True),
+    Row("fira_adamw", optimizers.FiraAdamW, capturable=True, one_sided=True),
     Row("galore_adafactor", optimizers.GaLoreAdafactor, {"beta1": 0.9}),
     Row("galore_adamw", optimizers.GaLoreAdamW, capturable=True),
     Row("galore_adamw_8bit", optimizers.GaLoreAdamW8bit, SMALL_8BIT, capturable=True, bits8=True),

@@ -11,7 +11,7 @@ import torch
 from support import matrix
 from torch import nn
 
-from lowrank.optimizers import GaLoreAdafactor, GaLoreAdamW, LowRankOptimizer
+from lowrank.optimizers import FiraAdamW, GaLoreAdafactor, GaLoreAdamW, LowRankOptimizer
 
 # sum(W6 - W0), ||W6 - W0||, (W6 - W0)[0, 0], (W6 - W0)[-1, -1] after six steps; see `golden_run`.
 ADAM_ROWS = (
@@ -30,6 +30,13 @@ ADAFACTOR_ROWS = (
     ((8, 12), None, (-1.234916e-01, 7.727175e-02, -1.457006e-03, 1.270019e-03)),
     ((8, 12), 0.9, (-3.507009e-02, 2.319664e-02, -6.725937e-04, -4.202127e-06)),
 )
+FIRA_ROWS = (
+    ((12, 8), 1.0, 1000, (-3.154563e-01, 3.281723e-01, -1.006013e-02, 3.081147e-02)),
+    ((12, 8), 0.25, 1000, (-3.450307e-01, 2.639917e-01, -1.842407e-02, 2.247325e-02)),
+    ((8, 12), 1.0, 1000, (-5.518361e-01, 4.562267e-01, -2.205233e-02, -3.955632e-03)),
+    ((8, 12), 0.25, 1000, (-5.254804e-01, 4.441329e-01, -2.091390e-02, 1.074191e-02)),
+    ((12, 8), 0.25, 3, (-3.339737e-01, 2.520570e-01, -1.404243e-02, 2.227336e-02)),
+)
 
 
 def golden_run(
@@ -38,7 +45,7 @@ def golden_run(
     weight = nn.Parameter((0.2 * matrix(*shape, 0)).float())
     start = weight.detach().clone()
     made = optimizer(
-        [{"params": [weight], "rank": 3, "scale": 0.25, **group}],
+        [{"params": [weight], "rank": 3, **group}],
         lr=0.01,
         weight_decay=0.1,
         refresh="svd",
@@ -66,7 +73,7 @@ def test_inputs_are_the_golden_ones() -> None:
 def test_galore_adamw_golden_rows(
     shape: tuple[int, int], proj_type: str, gap: int, expected: tuple[float, ...]
 ) -> None:
-    group = {"update_proj_gap": gap, "proj_type": proj_type}
+    group = {"update_proj_gap": gap, "proj_type": proj_type, "scale": 0.25}
     # the sum cancels: its error is that of a hundred fp32 entries
     assert golden_run(GaLoreAdamW, shape, group) == pytest.approx(expected, rel=1e-5, abs=3e-7)
 
@@ -76,8 +83,20 @@ def test_galore_adafactor_golden_rows(
     shape: tuple[int, int], beta1: float | None, expected: tuple[float, ...]
 ) -> None:
     result = golden_run(
-        GaLoreAdafactor, shape, {"update_proj_gap": 1000}, beta1=beta1, scale_parameter=False
+        GaLoreAdafactor,
+        shape,
+        {"update_proj_gap": 1000, "scale": 0.25},
+        beta1=beta1,
+        scale_parameter=False,
     )
+    assert result == pytest.approx(expected, rel=1e-5, abs=3e-7)
+
+
+@pytest.mark.parametrize(("shape", "alpha", "gap", "expected"), FIRA_ROWS)
+def test_fira_golden_rows(
+    shape: tuple[int, int], alpha: float, gap: int, expected: tuple[float, ...]
+) -> None:
+    result = golden_run(FiraAdamW, shape, {"update_proj_gap": gap, "alpha": alpha})
     assert result == pytest.approx(expected, rel=1e-5, abs=3e-7)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -12,21 +12,24 @@ from support import matrix
 from torch import Tensor, nn
 
 from lowrank.optimizers import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, LowRankOptimizer
-from lowrank.optimizers.composition import Composition, Projection
-from lowrank.optimizers.options import Group, ProjectionOptions
-from lowrank.optimizers.projectors import EveryK, Projector, SingularProjector, Slot
+from lowrank.optimizers.composition import Composition
+from lowrank.optimizers.options import Group
+from lowrank.optimizers.projectors import Bases, Projector, Slot
 from lowrank.optimizers.rules import Update, UpdateRule
+from lowrank.optimizers.strategies import projection_of
 
 
 @dataclass(frozen=True)
 class Coordinates(Projector):
     """P = I: the subspace of the first r coordinates."""
 
-    def fit(self, slots: Sequence[Slot]) -> list[bool]:
+    def fit(self, slots: Sequence[Slot]) -> list[Bases | None]:
+        fitted: list[Bases | None] = []
         for slot in slots:
-            for key, (rows, rank) in slot.geometry.basis_shapes.items():
-                self.storage.write(slot.state, key, torch.eye(rows, rank))
-        return [True] * len(slots)
+            bases = tuple(torch.eye(*shape) for shape in slot.geometry.basis_shapes.values())
+            self.store(slot, bases)
+            fitted.append(bases)
+        return fitted
 
 
 def with_coordinates(base: type[LowRankOptimizer]) -> type[LowRankOptimizer]:
@@ -35,10 +38,7 @@ def with_coordinates(base: type[LowRankOptimizer]) -> type[LowRankOptimizer]:
             made = super().compose(group)
             if made.projection is None:
                 return made
-            projection = Projection(
-                Coordinates(), made.projection.schedule, made.projection.options
-            )
-            return Composition(made.rule, projection)
+            return Composition(made.rule, replace(made.projection, projector=Coordinates()))
 
     return OnCoordinates
 
@@ -103,10 +103,7 @@ class GaLoreMomentum(LowRankOptimizer):
         super().__init__(params, {"lr": lr, "weight_decay": 0.0})
 
     def compose(self, group: Group) -> Composition:
-        options = ProjectionOptions.of(group)
-        assert options is not None
-        projection = Projection(SingularProjector(), EveryK(options.update_proj_gap), options)
-        return Composition(Momentum(group["lr"]), projection)
+        return Composition(Momentum(group["lr"]), projection_of(group))
 
 
 @pytest.mark.parametrize("shape", [(9, 6), (6, 9), (7, 7)], ids=str)

@@ -1,0 +1,131 @@
+"""One step of a group's projected matrices: refresh what is due, project, update, write back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batching import refresh_batches, update_batches
+from .composition import Composition, Projection
+from .gradients import descent_gradient, label, names
+from .moves import move_moments
+from .options import Group
+from .projectors import RowRange, Slot
+from .refreshing import RefreshHook, refresh
+from .residuals import Write
+from .rules import UpdateRule
+from .weights import editable_rows
+
+#: Positions of the tensors to go on with, given tensors and what to call each.
+Finite = Callable[[Sequence[Tensor], Callable[[int], str]], list[int]]
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured, in which nothing may be read back."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def make_slots(
+    group: Group, composition: Composition, state: dict[Tensor, dict[str, Any]], first: int
+) -> list[Slot]:
+    """A slot for each parameter that has a gradient.
+
+    Args:
+        group: a group with a projection.
+        composition: what its options mean.
+        state: the optimizer's state.
+        first: projected matrices before this group.
+    """
+    assert composition.projection is not None
+    slots = []
+    for offset, (param, name) in enumerate(zip(group["params"], names(group), strict=True)):
+        grad = descent_gradient(param, name, group)
+        if grad is not None:
+            own = state[param]
+            slots.append(
+                Slot(
+                    param=param,
+                    grad=grad,
+                    state=own,
+                    geometry=composition.projection.geometry(param.shape),
+                    rows=RowRange.whole(param.shape[0]),
+                    index=first + offset,
+                    taken=0 if capturing() else int(own["step"]),
+                    name=name,
+                    first_moment=partial(composition.rule.first_moment, own),
+                )
+            )
+    return slots
+
+
+def refresh_due(
+    slots: Sequence[Slot], composition: Composition, count: int, hooks: Sequence[RefreshHook]
+) -> None:
+    """Refits the bases of the matrices whose turn it is, of `count` in all."""
+    projection = composition.projection
+    assert projection is not None
+    due = [
+        slot for slot in slots if projection.schedule.due(slot.state, slot.taken, slot.index, count)
+    ]
+    for batch in refresh_batches(due):
+        refresh(batch, composition, hooks)
+
+
+def step_projected(
+    group: Group, composition: Composition, slots: Sequence[Slot], finite: Finite
+) -> None:
+    """Takes the step of these matrices, in batches of bounded scratch."""
+    projection = composition.projection
+    assert projection is not None
+    states = {slot.param: slot.state for slot in slots}
+    for indices in update_batches([slot.param for slot in slots], states, group):
+        batch = [slots[i] for i in indices]
+        lows = [projection.projector.project(slot) for slot in batch]
+        # A non-finite gradient always shows in its projection, which is smaller to read.
+        called = [label(slot.name, slot.param) for slot in batch]
+        kept = finite(lows, called.__getitem__)
+        batch, lows = [batch[i] for i in kept], [lows[i] for i in kept]
+        if not batch:
+            continue
+        for slot in batch:
+            slot.state["step"].add_(1)
+        updates = composition.rule.update(
+            lows, [slot.state for slot in batch], [slot.param for slot in batch]
+        )
+        for slot, low, update in zip(batch, lows, updates, strict=True):
+            write = projection.residual.plan(slot, low, update, projection.projector)
+            carry_out(write, slot, projection)
+            if projection.projector.TRACKS:
+                _track(slot, low, projection, composition.rule)
+            slot.read = None
+
+
+def carry_out(write: Write, slot: Slot, projection: Projection) -> None:
+    """Does to a weight what its residual planned, row chunk by row chunk where it is quantised."""
+    delta, alpha, keep = write.delta, write.alpha, write.keep
+    if isinstance(alpha, Tensor):
+        delta, alpha = (None if delta is None else delta.mul_(alpha)), 1.0
+    for weight_kn, rows in editable_rows(slot.param, slot.rows):
+        scalar_keep = keep
+        if isinstance(scalar_keep, Tensor) or (delta is None and scalar_keep != 1.0):
+            weight_kn.mul_(scalar_keep)
+            scalar_keep = 1.0
+        if delta is not None:
+            projection.projector.write_back(
+                slot, weight_kn, rows, delta, alpha=alpha, keep=scalar_keep
+            )
+        if write.edit is not None:
+            write.edit(weight_kn, rows)
+
+
+def _track(slot: Slot, low: Tensor, projection: Projection, rule: UpdateRule) -> None:
+    how = projection.options.moments
+    former = () if how == "keep" else tuple(b.clone() for b in projection.projector.bases(slot))
+    projection.projector.track(slot, low)
+    slot.read = None
+    if former:
+        move_moments(slot, former, projection, rule)

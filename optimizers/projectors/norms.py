@@ -1,0 +1,82 @@
+"""Norms of a gradient and its projection by index of the long axis, with no m x n temporary."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import Projector, Slot
+from .geometry import Side
+
+CHUNK_ELEMENTS = 1 << 18
+
+
+def axis_norms(matrix: Tensor, axis: int) -> Tensor:
+    """Euclidean norms along an axis, kept as one of length 1, in fp32 (fp64 for fp64)."""
+    if matrix.dtype in (torch.float32, torch.float64):
+        norms: Tensor = torch.linalg.vector_norm(matrix, dim=axis, keepdim=True)
+        return norms
+    # A reduction of a half-precision tensor in fp32 would copy all of it.
+    rows, columns = matrix.shape
+    step = max(1, CHUNK_ELEMENTS // max(1, columns))
+    size = (1, columns) if axis == 0 else (rows, 1)
+    squares = torch.zeros(size, dtype=torch.float32, device=matrix.device)
+    for start in range(0, rows, step):
+        span = slice(start, start + step)
+        chunk = squares if axis == 0 else squares[span]
+        chunk += matrix[span].float().square_().sum(axis, keepdim=True)
+    return squares.sqrt_()
+
+
+def kept_squares(
+    slot: Slot, low: Tensor, low_squares: Tensor, projector: Projector, axis: int
+) -> Tensor:
+    """||up(R)_j||^2 by index of the long axis: ||R_j||^2 where the basis is orthonormal."""
+    (basis,) = projector.bases(slot)
+    if projector.ORTHONORMAL and projector.storage.exact and basis.dtype != torch.bfloat16:
+        return low_squares
+    gram_rr = (basis.mT @ basis).to(low.dtype)
+    products = gram_rr @ low if slot.geometry.side is Side.LEFT else low @ gram_rr
+    squares: Tensor = (products * low).sum(axis, keepdim=True, dtype=low_squares.dtype)
+    return squares.clamp_(min=0)
+
+
+def outside_norm(
+    slot: Slot,
+    low: Tensor,
+    projector: Projector,
+    phi: Tensor,
+    squares: Tensor,
+    low_squares: Tensor,
+    kept: Tensor,
+    beta: float,
+) -> Tensor:
+    """||phi o (G - beta up(R))||, 0-d, from norms by index of the long axis.
+
+    Where the difference would cancel (nearly all of the gradient lies in the subspace), a CPU takes
+    the norm directly, in chunks; elsewhere, where asking would synchronise, it is floored at what
+    rounding leaves.
+    """
+    by_index = squares - 2 * beta * low_squares + beta**2 * kept
+    total = squares.sum()
+    if slot.grad.device.type == "cpu" and bool(by_index.sum() < 1e-3 * total):
+        return _direct_norm(slot, low, projector, phi, beta)
+    floor = squares * torch.finfo(squares.dtype).eps
+    norm: Tensor = (phi.square() * torch.maximum(by_index, floor)).sum().sqrt()
+    return norm
+
+
+def _direct_norm(slot: Slot, low: Tensor, projector: Projector, phi: Tensor, beta: float) -> Tensor:
+    (basis,) = projector.bases(slot)
+    left = slot.geometry.side is Side.LEFT
+    rows, columns = slot.grad.shape
+    step = max(1, CHUNK_ELEMENTS // max(1, columns))
+    total = torch.zeros((), dtype=phi.dtype, device=phi.device)
+    basis, low = basis.to(phi.dtype), low.to(phi.dtype)
+    for start in range(0, rows, step):
+        span = slice(start, min(start + step, rows))
+        up = basis[span] @ low if left else low[span] @ basis.mT
+        outside = slot.grad[span].to(phi.dtype).sub_(up, alpha=beta)
+        outside.mul_(phi if left else phi[span])
+        total += torch.linalg.vector_norm(outside).square()
+    return total.sqrt_()

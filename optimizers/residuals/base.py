@@ -1,0 +1,78 @@
+"""The residual seam: from a rule's update in the subspace to what is written into the weight."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..projectors import Geometry, Projector, RowRange, Slot
+from ..rules import Update
+
+#: Adds the part that is no back-projection to rows of a weight: (weight rows, which rows).
+RowEdit = Callable[[Tensor, RowRange], None]
+
+
+@dataclass(frozen=True)
+class Write:
+    """What is to be done to a weight: W <- keep W - alpha (back-projection of) delta, then `edit`.
+
+    Attributes:
+        delta: a tensor of the projected gradient's shape, or None for no back-projection.
+        alpha: its step size; a 0-d tensor where it is only known on the device.
+        keep: 1 less the weight decay.
+        edit: called with each chunk of the weight's rows after that.
+    """
+
+    delta: Tensor | None
+    alpha: float | Tensor
+    keep: float | Tensor
+    edit: RowEdit | None = None
+
+
+@dataclass(frozen=True)
+class Residual(ABC):
+    """A stateless strategy; what it keeps lies in the parameter's flat state.
+
+    Attributes:
+        scale: factor on the back-projected update (GaLore's alpha).
+    """
+
+    #: Options that a group may set: the names of this class's fields.
+    OPTIONS: ClassVar[tuple[str, ...]] = ()
+
+    scale: float = 0.25
+
+    def check(self, geometry: Geometry, projector: Projector) -> None:  # noqa: B027 (optional)
+        """Raises `ValueError` where this residual makes no sense for a matrix."""
+
+    def init(self, geometry: Geometry, like: Tensor) -> dict[str, Any]:
+        """State entries of a new matrix."""
+        return {}
+
+    def state_bytes(self, geometry: Geometry) -> int:
+        """Bytes of these entries."""
+        return 0
+
+    @abstractmethod
+    def plan(self, slot: Slot, low: Tensor, update: Update, projector: Projector) -> Write:
+        """What to do to the weight; advances the residual's own state.
+
+        Args:
+            slot: the matrix and its gradient.
+            low: the projected gradient.
+            update: the rule's update.
+            projector: gives norms and bases of the subspace.
+        """
+
+
+@dataclass(frozen=True)
+class Dropped(Residual):
+    """Nothing outside the subspace is used (GaLore)."""
+
+    def plan(self, slot: Slot, low: Tensor, update: Update, projector: Projector) -> Write:
+        """The back-projected update alone."""
+        return Write(update.delta, update.alpha * self.scale, update.keep)
