@@ -35,6 +35,7 @@ def kept_squares(
     (basis,) = projector.bases(slot)
     if projector.ORTHONORMAL and projector.storage.exact and basis.dtype != torch.bfloat16:
         return low_squares
+    basis = basis.to(low_squares.dtype)
     gram_rr = (basis.mT @ basis).to(low.dtype)
     products = gram_rr @ low if slot.geometry.side is Side.LEFT else low @ gram_rr
     squares: Tensor = (products * low).sum(axis, keepdim=True, dtype=low_squares.dtype)
@@ -76,7 +77,7 @@ def _direct_norm(slot: Slot, low: Tensor, projector: Projector, phi: Tensor, bet
     for start in range(0, rows, step):
         span = slice(start, min(start + step, rows))
         up = basis[span] @ low if left else low[span] @ basis.mT
-        outside = slot.grad[span].to(phi.dtype).sub_(up, alpha=beta)
+        outside = torch.sub(slot.grad[span], up, alpha=beta)
         outside.mul_(phi if left else phi[span])
         total += torch.linalg.vector_norm(outside).square()
     return total.sqrt_()
