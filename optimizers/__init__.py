@@ -8,6 +8,7 @@ from .memory import state_bytes, state_bytes_by_category
 from .param_groups import param_groups
 from .projectors import RefreshEvent
 from .registry import available, build, describe, expected_state_bytes
+from .subspace_muon import GaLoreMuon
 
 __all__ = [
     "Adafactor",
@@ -17,6 +18,7 @@ __all__ = [
     "GaLoreAdafactor",
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
+    "GaLoreMuon",
     "LowRankOptimizer",
     "Muon",
     "RefreshEvent",

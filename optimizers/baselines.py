@@ -11,13 +11,16 @@ from typing import ClassVar, Unpack
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import checks
 from .base import LowRankOptimizer
 from .composition import Composition
 from .options import CommonOptions, Group
-from .rule_factories import adafactor_defaults, adafactor_rule, adam8bit_rule, adam_rule
-from .rules import Muon as MuonRule
-from .rules.muon import ADJUSTMENTS
+from .rule_factories import (
+    adafactor_defaults,
+    adafactor_rule,
+    adam8bit_rule,
+    adam_rule,
+    muon_rule,
+)
 
 
 class AdamW(LowRankOptimizer):
@@ -194,18 +197,5 @@ class Muon(LowRankOptimizer):
 
     def compose(self, group: Group) -> Composition:
         """Muon or AdamW, by the group's `use_muon`."""
-        checks.number("momentum", group["momentum"], low=0.0, high=1.0, high_open=True)
-        checks.integer("ns_steps", group["ns_steps"], low=1)
-        checks.choice("adjust_lr", group["adjust_lr"], ADJUSTMENTS)
-        if not group["use_muon"]:
-            return Composition(adam_rule(group))
-        return Composition(
-            MuonRule(
-                lr=group["lr"],
-                momentum=group["momentum"],
-                nesterov=group["nesterov"],
-                ns_steps=group["ns_steps"],
-                weight_decay=group["weight_decay"],
-                adjust_lr=group["adjust_lr"],
-            )
-        )
+        rule = muon_rule(group)
+        return Composition(rule if group["use_muon"] else adam_rule(group))

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import baselines, checks, fira, galore
+from . import baselines, checks, fira, galore, subspace_muon
 from .base import LowRankOptimizer
 from .options import Group
 from .param_groups import param_groups, plain_groups
@@ -79,6 +79,13 @@ _TABLE = {
             galore.GaLoreAdamW8bit,
             "GaLore with 8-bit moments (arXiv 2403.03507)",
             _projected,
+        ),
+        Method(
+            "galore_muon",
+            subspace_muon.GaLoreMuon,
+            "Muon in GaLore's subspace, AdamW elsewhere",
+            _projected,
+            {"adjust_lr": "match_rms_adamw", "lr": 1e-3},
         ),
         Method(
             "muon",

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from . import checks
 from .options import Group, ProjectionOptions
-from .rules import Adafactor, Adam, Adam8bit
+from .rules import Adafactor, Adam, Adam8bit, Muon
+from .rules.muon import ADJUSTMENTS
 from .rules.quantizers import quantizer
 
 
@@ -54,6 +55,19 @@ def adam8bit_rule(group: Group, **form: Any) -> Adam8bit:
         min_8bit_size=group["min_8bit_size"],
         quantizer=quantizer(group["quantizer"]),
     )
+
+
+def muon_rule(group: Group) -> Muon:
+    """Muon from a group's options.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    checks.number("momentum", group["momentum"], low=0.0, high=1.0, high_open=True)
+    checks.integer("ns_steps", group["ns_steps"], low=1)
+    checks.choice("adjust_lr", group["adjust_lr"], ADJUSTMENTS)
+    names = ("lr", "momentum", "nesterov", "ns_steps", "weight_decay", "adjust_lr")
+    return Muon(**{name: group[name] for name in names})
 
 
 def adafactor_defaults(

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from . import apply
-from .geometry import Geometry, RowRange
+from .geometry import Geometry, RowRange, Side
+from .rotation import Rotation
 from .storage import BasisStorage, DenseBasis
 
 Bases = tuple[Tensor, ...]
@@ -153,6 +154,24 @@ class Projector(ABC):
             alpha=alpha,
             keep=keep,
             dtype=self.dtype,
+        )
+
+    def back_project(self, slot: Slot, low: Tensor, rows: RowRange) -> Tensor:
+        """Some rows of the back-projection of a projected tensor, in the weight's precision."""
+        width = slot.grad.shape[1:]
+        rows_kn = slot.grad.new_zeros((rows.stop - rows.start, *width))
+        self.write_back(slot, rows_kn, rows, low, alpha=-1.0, keep=0.0)
+        return rows_kn
+
+    def rotation(self, slot: Slot, former: Bases) -> Rotation:
+        """From coordinates in the former bases to those in the slot's bases."""
+        between = [
+            new.mT @ old.to(new.dtype) for new, old in zip(self.bases(slot), former, strict=True)
+        ]
+        side = slot.geometry.side
+        return Rotation(
+            left=None if side is Side.RIGHT else between[0],
+            right=None if side is Side.LEFT else between[-1],
         )
 
     def track(self, slot: Slot, low: Tensor) -> None:  # noqa: B027 (optional)

@@ -68,16 +68,11 @@ def outside_norm(
 
 
 def _direct_norm(slot: Slot, low: Tensor, projector: Projector, phi: Tensor, beta: float) -> Tensor:
-    (basis,) = projector.bases(slot)
     left = slot.geometry.side is Side.LEFT
-    rows, columns = slot.grad.shape
-    step = max(1, CHUNK_ELEMENTS // max(1, columns))
     total = torch.zeros((), dtype=phi.dtype, device=phi.device)
-    basis, low = basis.to(phi.dtype), low.to(phi.dtype)
-    for start in range(0, rows, step):
-        span = slice(start, min(start + step, rows))
-        up = basis[span] @ low if left else low[span] @ basis.mT
-        outside = torch.sub(slot.grad[span], up, alpha=beta)
-        outside.mul_(phi if left else phi[span])
-        total += torch.linalg.vector_norm(outside).square()
+    for rows in slot.rows.chunks(slot.grad.shape[1], CHUNK_ELEMENTS):
+        span = slice(rows.start - slot.rows.start, rows.stop - slot.rows.start)
+        outside = slot.grad[span] - projector.back_project(slot, low, rows).mul_(beta)
+        factors = phi if left else phi[span]
+        total += torch.linalg.vector_norm(outside.to(phi.dtype).mul_(factors)).square()
     return total.sqrt_()

@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..projectors.rotation import Rotation
+
 State = dict[str, Any]
 
 
@@ -41,32 +43,6 @@ class Update:
     alpha: float | Tensor
     keep: float | Tensor
     factor: float | Tensor = 1.0
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """How coordinates in one subspace become coordinates in another: R -> left R right^T.
-
-    Attributes:
-        left: new r x old r, P_new^T P_old of a left projection; None where the left side stays.
-        right: the same of a right projection.
-    """
-
-    left: Tensor | None
-    right: Tensor | None
-
-    def __call__(self, low: Tensor) -> Tensor:
-        """The projected tensor in the new coordinates, in its own precision."""
-        moved = low
-        if self.left is not None:
-            moved = self.left.to(low.dtype) @ moved
-        if self.right is not None:
-            moved = moved @ self.right.to(low.dtype).mT
-        return moved
-
-    def squared(self) -> Rotation:
-        """The rotation with squared entries, which moves variances of independent coordinates."""
-        return Rotation(*(None if m is None else m.square() for m in (self.left, self.right)))
 
 
 class UpdateRule(ABC):

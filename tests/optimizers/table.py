@@ -54,6 +54,7 @@ TABLE = (
     Row("galore_adafactor", optimizers.GaLoreAdafactor, {"beta1": 0.9}),
     Row("galore_adamw", optimizers.GaLoreAdamW, capturable=True),
     Row("galore_adamw_8bit", optimizers.GaLoreAdamW8bit, SMALL_8BIT, capturable=True, bits8=True),
+    Row("galore_muon", optimizers.GaLoreMuon),
     Row("muon", optimizers.Muon),
 )
 PROJECTING = tuple(row for row in TABLE if row.projects)
