@@ -4,6 +4,7 @@ from .base import LowRankOptimizer
 from .baselines import Adafactor, AdamW, AdamW8bit, Muon
 from .fira import FiraAdamW
 from .galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
+from .galore_plus import GaLorePlusAdamW, cross_head_groups
 from .memory import state_bytes, state_bytes_by_category
 from .param_groups import param_groups
 from .projectors import RefreshEvent
@@ -19,11 +20,13 @@ __all__ = [
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
     "GaLoreMuon",
+    "GaLorePlusAdamW",
     "LowRankOptimizer",
     "Muon",
     "RefreshEvent",
     "available",
     "build",
+    "cross_head_groups",
     "describe",
     "expected_state_bytes",
     "param_groups",

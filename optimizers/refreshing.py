@@ -57,7 +57,7 @@ def _event(
         step=slot.taken + 1,
         name=slot.name,
         shape=slot.geometry.shape,
-        rank=slot.geometry.rank,
+        rank=min(slot.geometry.low_shape()[:2]),
         seconds=seconds,
         captured_energy=telemetry.captured_energy(slot.grad, projector.project(slot)),
         overlap=telemetry.overlap(former, projector.bases(slot)) if former else None,

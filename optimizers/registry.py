@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import baselines, checks, fira, galore, subspace_muon
+from . import baselines, checks, fira, galore, galore_plus, subspace_muon
 from .base import LowRankOptimizer
 from .options import Group
 from .param_groups import param_groups, plain_groups
@@ -57,6 +57,10 @@ def _muon(model: nn.Module, options: dict[str, Any]) -> list[Group]:
     return [{**hidden, "use_muon": True}, *({**group, "use_muon": False} for group in others)]
 
 
+def _cross_head(model: nn.Module, options: dict[str, Any]) -> list[Group]:
+    return galore_plus.cross_head_groups(model, **options)
+
+
 _NO_RELATIVE = {"relative_step": False, "scale_parameter": False, "lr": 1e-3}
 
 _TABLE = {
@@ -79,6 +83,12 @@ _TABLE = {
             galore.GaLoreAdamW8bit,
             "GaLore with 8-bit moments (arXiv 2403.03507)",
             _projected,
+        ),
+        Method(
+            "galore_plus_adamw",
+            galore_plus.GaLorePlusAdamW,
+            "GaLore+: attention heads share a basis (arXiv 2412.19820)",
+            _cross_head,
         ),
         Method(
             "galore_muon",

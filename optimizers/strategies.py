@@ -12,11 +12,19 @@ import torch
 from . import checks
 from .composition import Projection
 from .options import ProjectionOptions
-from .projectors import DenseBasis, EveryK, Projector, Schedule, SingularProjector
+from .projectors import (
+    CrossHeadProjector,
+    DenseBasis,
+    EveryK,
+    Projector,
+    Schedule,
+    SingularProjector,
+)
 from .projectors.storage import BasisStorage
 from .residuals import Dropped, NormScaled, Residual
 
 PROJECTORS: dict[str, type[Projector]] = {
+    "cross_head": CrossHeadProjector,
     "singular": SingularProjector,
 }
 SCHEDULES: dict[str, type[Schedule]] = {

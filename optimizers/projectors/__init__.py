@@ -1,6 +1,7 @@
 """Projectors: the subspace of a gradient, when it is refitted and how it is stored."""
 
 from .base import Bases, Projector, Slot
+from .cross_head import CrossHeadProjector
 from .decompositions import REFRESH_MODES
 from .geometry import PROJ_TYPES, Geometry, RowRange, Side
 from .schedule import EveryK, Schedule
@@ -13,6 +14,7 @@ __all__ = [
     "REFRESH_MODES",
     "Bases",
     "BasisStorage",
+    "CrossHeadProjector",
     "DenseBasis",
     "EveryK",
     "Geometry",

@@ -61,8 +61,14 @@ class SingularProjector(Projector):
                 fitted[index] = bases
         return fitted
 
+    def matrix(self, slot: Slot, whole_mn: Tensor) -> Tensor:
+        """What to decompose of the gradient, assembled from all processes."""
+        return whole_mn
+
     def _fit_batch(self, slots: Sequence[Slot]) -> list[Bases | None]:
-        wholes = [slot.rows.assemble(slot.grad, slot.geometry.shape) for slot in slots]
+        wholes = [
+            self.matrix(slot, slot.rows.assemble(slot.grad, slot.geometry.shape)) for slot in slots
+        ]
         scales = torch.stack([torch.linalg.vector_norm(w, torch.inf).double() for w in wholes])
         usable = [i for i, scale in enumerate(scales.tolist()) if 0.0 < scale < math.inf]
         fitted: list[Bases | None] = [None] * len(slots)

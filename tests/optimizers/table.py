@@ -25,6 +25,7 @@ class Row:
         capturable: whether `capturable=True` is accepted.
         bits8: moments are quantised, so equalities hold only to a code's width.
         one_sided: `proj_type="full"` is refused.
+        left_only: `proj_type` is "std" or "left", or an error.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Row:
     capturable: bool = False
     bits8: bool = False
     one_sided: bool = False
+    left_only: bool = False
 
     @property
     def projects(self) -> bool:
@@ -54,6 +56,13 @@ TABLE = (
     Row("galore_adafactor", optimizers.GaLoreAdafactor, {"beta1": 0.9}),
     Row("galore_adamw", optimizers.GaLoreAdamW, capturable=True),
     Row("galore_adamw_8bit", optimizers.GaLoreAdamW8bit, SMALL_8BIT, capturable=True, bits8=True),
+    Row(
+        "galore_plus_adamw",
+        optimizers.GaLorePlusAdamW,
+        {"heads": 2},
+        capturable=True,
+        left_only=True,
+    ),
     Row("galore_muon", optimizers.GaLoreMuon),
     Row("muon", optimizers.Muon),
 )

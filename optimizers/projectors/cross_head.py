@@ -1,0 +1,136 @@
+"""GaLore+'s projector: one basis shared by all heads of an attention matrix."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from .base import Bases, Slot
+from .geometry import Geometry, RowRange, Side
+from .rotation import Rotation
+from .singular import SingularProjector
+
+
+@dataclass(frozen=True)
+class HeadGeometry(Geometry):
+    """An m x n matrix as `heads` blocks of m / heads rows, each projected from the left.
+
+    Attributes:
+        heads: h; `rank` is that of one head, and the projected gradient is (h rank) x n.
+    """
+
+    heads: int = 1
+
+    @property
+    def basis_shapes(self) -> dict[str, tuple[int, int]]:
+        """One basis of (m / h) x rank."""
+        return {"basis": (self.shape[0] // self.heads, self.rank)}
+
+    def low_shape(self, local_rows: int | None = None) -> tuple[int, int]:
+        """(h rank) x n."""
+        return self.heads * self.rank, self.shape[1]
+
+
+@dataclass(frozen=True)
+class CrossHeadProjector(SingularProjector):
+    """A basis of one head's gradient for all heads (GaLore+, arXiv 2412.19820).
+
+    With G_1 ... G_h the blocks of m / h rows that belong to the heads of a query, key or value
+    matrix: P holds leading left singular vectors of one G_i, drawn anew at each refresh, and
+    R_j = P^T G_j for every head j. A decomposition is h^2 times cheaper than the whole matrix's.
+    `rank` counts the rows of all heads together: each has rank // h, at least 1.
+
+    Memory: (m / h) (rank / h) entries for P; moments as in GaLore.
+
+    Attributes:
+        heads: h, required; it must divide m.
+        fit_on: "one" head, as in the paper, or "all": the leading left singular vectors of all
+            heads' gradients side by side.
+    """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = ("refresh", "heads", "fit_on")
+
+    heads: int | None = None
+    fit_on: str = "one"
+
+    def __post_init__(self) -> None:
+        if self.heads is None:
+            raise ValueError(
+                "heads=None with projector='cross_head': accepted is the number of attention heads"
+            )
+        checks.integer("heads", self.heads, low=1)
+        checks.choice("fit_on", self.fit_on, ("one", "all"))
+
+    def geometry(self, shape: Sequence[int], rank: int, proj_type: str) -> HeadGeometry:
+        """See `Projector.geometry`.
+
+        Raises:
+            ValueError: the heads don't divide the rows, or the side isn't the heads' own.
+        """
+        rows, columns = shape
+        assert self.heads is not None
+        if rows % self.heads:
+            raise ValueError(
+                f"heads={self.heads} for a matrix of {rows} x {columns}: accepted is a divisor of "
+                f"{rows}"
+            )
+        if proj_type not in ("std", "left"):
+            raise ValueError(
+                f"proj_type={proj_type!r} with projector='cross_head': accepted are 'std' and "
+                "'left', heads share a basis of their rows"
+            )
+        own = max(1, min(rank // self.heads, rows // self.heads, columns))
+        return HeadGeometry((rows, columns), Side.LEFT, own, self.heads)
+
+    def matrix(self, slot: Slot, whole_mn: Tensor) -> Tensor:
+        """What to decompose: one head's rows, or all heads side by side."""
+        blocks_hdn = whole_mn.unflatten(0, (self.heads, -1))
+        if self.fit_on == "all":
+            return blocks_hdn.transpose(0, 1).flatten(1)
+        draw = random.Random(f"{self.seed}/{slot.index}/{slot.taken}").randrange(len(blocks_hdn))
+        return blocks_hdn[draw]
+
+    def project(self, slot: Slot) -> Tensor:
+        """(h rank) x n."""
+        (basis_dr,) = self.bases(slot)
+        precision = self.dtype or slot.grad.dtype
+        blocks_hdn = slot.grad.unflatten(0, (self.heads, -1))
+        basis_rd = basis_dr.to(precision).mT
+        if precision == slot.grad.dtype:
+            return (basis_rd @ blocks_hdn).flatten(0, 1)
+        return torch.cat([(basis_rd @ b.to(precision)).to(slot.grad.dtype) for b in blocks_hdn])
+
+    def write_back(
+        self,
+        slot: Slot,
+        weight_kn: Tensor,
+        rows: RowRange,
+        delta: Tensor,
+        *,
+        alpha: float,
+        keep: float,
+    ) -> None:
+        """See `Projector.write_back`; head by head."""
+        (basis_dr,) = self.bases(slot)
+        size, rank = basis_dr.shape
+        basis_dr, delta = basis_dr.to(weight_kn.dtype), delta.to(weight_kn.dtype)
+        for head in range(rows.start // size, -(-rows.stop // size)):
+            start, stop = max(rows.start, head * size), min(rows.stop, (head + 1) * size)
+            weight_kn[start - rows.start : stop - rows.start].addmm_(
+                basis_dr[start - head * size : stop - head * size],
+                delta[head * rank : (head + 1) * rank],
+                beta=keep,
+                alpha=-alpha,
+            )
+
+    def rotation(self, slot: Slot, former: Bases) -> Rotation:
+        """The same r x r rotation in every head."""
+        inner = super().rotation(slot, former).left
+        assert inner is not None
+        return Rotation(left=torch.block_diag(*[inner] * (self.heads or 1)), right=None)
