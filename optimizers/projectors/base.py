@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..rotation import Rotation
 from . import apply
 from .geometry import Geometry, RowRange, Side
-from .rotation import Rotation
 from .storage import BasisStorage, DenseBasis
 
 Bases = tuple[Tensor, ...]
@@ -79,6 +79,15 @@ class Projector(ABC):
     storage: BasisStorage = field(default_factory=DenseBasis)
     dtype: torch.dtype | None = None
     seed: int = 0
+
+    @property
+    def orthonormal(self) -> bool:
+        """Whether this projector's bases have orthonormal columns."""
+        return self.ORTHONORMAL
+
+    def for_group(self, group: Mapping[str, Any]) -> Projector:
+        """This projector with what it needs of a group besides its options (a learning rate)."""
+        return self
 
     def geometry(self, shape: Sequence[int], rank: int, proj_type: str) -> Geometry:
         """Side, rank and shapes for a parameter of the given global shape."""
@@ -173,6 +182,20 @@ class Projector(ABC):
             left=None if side is Side.RIGHT else between[0],
             right=None if side is Side.LEFT else between[-1],
         )
+
+    def outside(self, slot: Slot, low: Tensor, span: slice) -> Tensor:
+        """G - up(R) for some of the slot's rows, in a new tensor.
+
+        Args:
+            slot: whose gradient and bases to use.
+            low: R, the projected gradient.
+            span: which of the rows held here, with both ends given.
+        """
+        chunk = slot.grad[span].clone()
+        held = slot.rows
+        rows = RowRange(held.start + span.start, held.start + span.stop, held.reduce)
+        self.write_back(slot, chunk, rows, low, alpha=1.0, keep=1.0)
+        return chunk
 
     def track(self, slot: Slot, low: Tensor) -> None:  # noqa: B027 (optional)
         """Called after the write-back; a projector that learns online moves its bases here."""

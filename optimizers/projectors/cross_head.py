@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..rotation import Rotation
 from .base import Bases, Slot
 from .geometry import Geometry, RowRange, Side
-from .rotation import Rotation
 from .singular import SingularProjector
 
 

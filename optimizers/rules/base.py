@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..projectors.rotation import Rotation
+from ..rotation import Rotation
 
 State = dict[str, Any]
 
@@ -37,12 +37,14 @@ class Update:
         keep: 1 less this step's decoupled weight decay; a 0-d tensor as above.
         factor: what `delta` was multiplied with since it was M / (sqrt(V) + eps) or its like (bias
             corrections, Adafactor's learning rate): residuals compare steps without it.
+        rate: the learning rate, for what is updated without moments; `alpha` when None.
     """
 
     delta: Tensor
     alpha: float | Tensor
     keep: float | Tensor
     factor: float | Tensor = 1.0
+    rate: float | Tensor | None = None
 
 
 class UpdateRule(ABC):
