@@ -259,6 +259,20 @@ def test_folder_of_no_run_is_named(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
+def test_headline_calls_a_folder_by_its_name(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", RunPlan())
+    for name, section in (("config.yaml", None), ("summary.json", "data")):
+        text = (folder / name).read_text()
+        if section is None:
+            text = text.replace("stdlib", "/somewhere/my-corpus")
+        else:
+            content = json.loads(text)
+            content[section]["source"] = "folder"
+            text = json.dumps(content)
+        (folder / name).write_text(text)
+    assert headline(read_run(folder)).data == "my-corpus"
+
+
 def test_headline_prefers_the_summary(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", RunPlan(summary={"val_loss": 1.5, "bits_per_byte": 0.5}))
     figures = headline(read_run(folder))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..table import initial_bits_per_byte, number
 from ..units import perplexity
@@ -51,7 +52,7 @@ def headline(run: Run) -> Headline:
     return Headline(
         model=_name(summary.get("model"), run.config.get("model")),
         optimizer=_name(summary.get("optimizer"), run.config.get("optimizer")),
-        data=_name(summary.get("data"), run.config.get("data")),
+        data=_data_name(_name(summary.get("data"), {}), run.config.get("data")),
         parameters=number(summary, "parameters"),
         steps=_either(number(summary, "steps"), _last_step(run)),
         total_steps=_total_steps(run.config),
@@ -105,6 +106,14 @@ def _total_steps(config: Mapping[str, object]) -> float | None:
     train = config.get("train")
     holder = train if isinstance(train, Mapping) else config
     return number(holder, "steps")
+
+
+def _data_name(kind: str, section: object) -> str:
+    """What a run's data is called: a folder by its own name, whose path is of this machine alone."""
+    given = _name(section, {})
+    if kind in ("folder", "unknown") and given != "unknown":
+        return Path(given).name or given
+    return kind
 
 
 def _name(*candidates: object) -> str:
