@@ -109,7 +109,7 @@ def _total_steps(config: Mapping[str, object]) -> float | None:
 
 
 def _data_name(kind: str, section: object) -> str:
-    """What a run's data is called: a folder by its own name, whose path is of this machine alone."""
+    """What a run's data is called: a folder by its own name, its path is of one machine alone."""
     given = _name(section, {})
     if kind in ("folder", "unknown") and given != "unknown":
         return Path(given).name or given
