@@ -29,8 +29,8 @@ def check_param(param: Tensor, name: str | None, composition: Composition) -> No
     if composition.projection is None:
         if composition.rule.matrices_only and param.dim() != 2:
             raise ValueError(
-                f"{called} is {param.dim()}-dimensional: {type(composition.rule).__name__} accepts "
-                "matrices"
+                f"{called} is {param.dim()}-dimensional: accepted are matrices, by "
+                f"{type(composition.rule).__name__}"
             )
         return
     projector = composition.projection.projector

@@ -10,7 +10,13 @@ from torch.optim.optimizer import ParamsT
 from .base import LowRankOptimizer
 from .composition import Composition
 from .options import Group, ProjectionKeywords
-from .rule_factories import adafactor_defaults, adafactor_rule, adam8bit_rule, adam_rule
+from .rule_factories import (
+    adafactor_defaults,
+    adafactor_rule,
+    adam8bit_rule,
+    adam_rule,
+    lion_rule,
+)
 from .strategies import projection_of
 
 
@@ -173,3 +179,36 @@ class ProjectedAdafactor(LowRankOptimizer):
     def compose(self, group: Group) -> Composition:
         """Adafactor and the group's projection."""
         return Composition(adafactor_rule(group), projection_of(group))
+
+
+class ProjectedLion(LowRankOptimizer):
+    """Lion, in a subspace where the group has a rank."""
+
+    supports_capturable: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        **options: Unpack[ProjectionKeywords],
+    ) -> None:
+        """Makes the optimizer.
+
+        Args:
+            params: parameters or groups, see `param_groups`.
+            lr: learning rate, float or 0-d tensor, read at each step.
+            betas: decay rates of the update and of the momentum.
+            weight_decay: decoupled, before the update.
+            **options: see `ProjectionKeywords`.
+
+        Raises:
+            ValueError: an option is unknown or out of range, or a parameter can't be optimized.
+        """
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
+        super().__init__(params, defaults, options)
+
+    def compose(self, group: Group) -> Composition:
+        """Lion and the group's projection."""
+        return Composition(lion_rule(group), projection_of(group))

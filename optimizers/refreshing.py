@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .composition import Composition, Projection
 from .moves import move_moments
-from .projectors import RefreshEvent, Slot, telemetry
+from .projectors import RefreshEvent, Slot, apply, telemetry
 
 RefreshHook = Callable[[RefreshEvent], None]
 
@@ -53,14 +53,19 @@ def _event(
     slot: Slot, projection: Projection, former: tuple[Tensor, ...], seconds: float
 ) -> RefreshEvent:
     projector = projection.projector
+    bases, low = projector.bases(slot), projector.project(slot)
+    if slot.grad.dim() == 2 and not projector.orthonormal:
+        # Energy and overlap are those of the subspaces.
+        bases, former = (tuple(torch.linalg.qr(b).Q for b in t) for t in (bases, former))
+        low = apply.project(slot.grad, bases, slot.geometry, slot.rows)
     return RefreshEvent(
         step=slot.taken + 1,
         name=slot.name,
         shape=slot.geometry.shape,
         rank=min(slot.geometry.low_shape()[:2]),
         seconds=seconds,
-        captured_energy=telemetry.captured_energy(slot.grad, projector.project(slot)),
-        overlap=telemetry.overlap(former, projector.bases(slot)) if former else None,
+        captured_energy=telemetry.captured_energy(slot.grad, low),
+        overlap=telemetry.overlap(former, bases) if former else None,
     )
 
 

@@ -9,7 +9,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import baselines, checks, fira, galore, galore_plus, subspace_muon
+from . import (
+    apollo,
+    baselines,
+    checks,
+    fira,
+    flora,
+    frugal,
+    galore,
+    galore_plus,
+    online_subspace,
+    subspace_muon,
+)
 from .base import LowRankOptimizer
 from .options import Group
 from .param_groups import param_groups, plain_groups
@@ -61,6 +72,10 @@ def _cross_head(model: nn.Module, options: dict[str, Any]) -> list[Group]:
     return galore_plus.cross_head_groups(model, **options)
 
 
+def _rank_one(model: nn.Module, options: dict[str, Any]) -> list[Group]:
+    return param_groups(model, **{"rank": 1, **options})
+
+
 _NO_RELATIVE = {"relative_step": False, "scale_parameter": False, "lr": 1e-3}
 
 _TABLE = {
@@ -69,7 +84,22 @@ _TABLE = {
         Method("adafactor", baselines.Adafactor, "Adafactor, full rank", _plain, _NO_RELATIVE),
         Method("adamw", baselines.AdamW, "AdamW, full rank", _plain),
         Method("adamw_8bit", baselines.AdamW8bit, "AdamW with 8-bit moments, full rank", _plain),
+        Method("apollo_adamw", apollo.ApolloAdamW, "APOLLO (arXiv 2412.05270)", _projected),
+        Method(
+            "apollo_mini_adamw",
+            apollo.ApolloMiniAdamW,
+            "APOLLO-Mini, rank 1 by default (arXiv 2412.05270)",
+            _rank_one,
+        ),
         Method("fira_adamw", fira.FiraAdamW, "Fira (arXiv 2410.01623)", _projected),
+        Method(
+            "flora_adafactor",
+            flora.FloraAdafactor,
+            "Flora (arXiv 2402.03293)",
+            _projected,
+            _NO_RELATIVE,
+        ),
+        Method("frugal_adamw", frugal.FrugalAdamW, "FRUGAL (arXiv 2411.07837)", _projected),
         Method(
             "galore_adafactor",
             galore.GaLoreAdafactor,
@@ -96,6 +126,31 @@ _TABLE = {
             "Muon in GaLore's subspace, AdamW elsewhere",
             _projected,
             {"adjust_lr": "match_rms_adamw", "lr": 1e-3},
+        ),
+        Method(
+            "online_subspace_adafactor",
+            online_subspace.OnlineSubspaceAdafactor,
+            "Online Subspace Descent with Adafactor (arXiv 2408.12857)",
+            _projected,
+            _NO_RELATIVE,
+        ),
+        Method(
+            "online_subspace_adamw",
+            online_subspace.OnlineSubspaceAdamW,
+            "Online Subspace Descent (arXiv 2408.12857)",
+            _projected,
+        ),
+        Method(
+            "online_subspace_adamw_8bit",
+            online_subspace.OnlineSubspaceAdamW8bit,
+            "Online Subspace Descent with 8-bit moments (arXiv 2408.12857)",
+            _projected,
+        ),
+        Method(
+            "online_subspace_lion",
+            online_subspace.OnlineSubspaceLion,
+            "Online Subspace Descent with Lion (arXiv 2408.12857)",
+            _projected,
         ),
         Method(
             "muon",

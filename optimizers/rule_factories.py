@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import checks
 from .options import Group, ProjectionOptions
-from .rules import Adafactor, Adam, Adam8bit, Muon
+from .rules import Adafactor, Adam, Adam8bit, Lion, Muon
 from .rules.muon import ADJUSTMENTS
 from .rules.quantizers import quantizer
 
@@ -68,6 +68,22 @@ def muon_rule(group: Group) -> Muon:
     checks.choice("adjust_lr", group["adjust_lr"], ADJUSTMENTS)
     names = ("lr", "momentum", "nesterov", "ns_steps", "weight_decay", "adjust_lr")
     return Muon(**{name: group[name] for name in names})
+
+
+def lion_rule(group: Group, **form: Any) -> Lion:
+    """Lion from `lr`, `betas`, `weight_decay`; `form` as in `rules.Lion`.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    checks.betas(group["betas"])
+    return Lion(
+        lr=group["lr"],
+        betas=tuple(group["betas"]),
+        weight_decay=group["weight_decay"],
+        capturable=group["capturable"],
+        **form,
+    )
 
 
 def adafactor_defaults(

@@ -13,32 +13,47 @@ from . import checks
 from .composition import Projection
 from .options import ProjectionOptions
 from .projectors import (
+    CoordinateProjector,
     CrossHeadProjector,
     DenseBasis,
     EveryK,
+    Once,
+    OnlineProjector,
     Projector,
+    RandomProjector,
     Schedule,
     SingularProjector,
 )
+from .projectors.lazy import LazyLayerwise
+from .projectors.quantized_storage import Int4Basis, Int8Basis
 from .projectors.storage import BasisStorage
-from .residuals import Dropped, NormScaled, Residual
+from .residuals import Dropped, NormScaled, Residual, ScaledGradient, SignResidual
 
 PROJECTORS: dict[str, type[Projector]] = {
     "cross_head": CrossHeadProjector,
+    "coordinate": CoordinateProjector,
+    "online": OnlineProjector,
+    "random": RandomProjector,
     "singular": SingularProjector,
 }
 SCHEDULES: dict[str, type[Schedule]] = {
     "every": EveryK,
+    "lazy": LazyLayerwise,
+    "once": Once,
 }
 #: Storage classes and the arguments that a name stands for; None is a group's `basis=None`.
 STORAGES: dict[str | None, tuple[type[BasisStorage], dict[str, Any]]] = {
     None: (DenseBasis, {}),
     "float32": (DenseBasis, {"dtype": torch.float32}),
     "bfloat16": (DenseBasis, {"dtype": torch.bfloat16}),
+    "int8": (Int8Basis, {}),
+    "int4": (Int4Basis, {}),
 }
 RESIDUALS: dict[str, type[Residual]] = {
     "dropped": Dropped,
     "norm_scaled": NormScaled,
+    "scaled": ScaledGradient,
+    "sign": SignResidual,
 }
 
 _Strategy = type[Projector] | type[Schedule] | type[BasisStorage] | type[Residual]
@@ -132,7 +147,7 @@ def projection_of(group: Mapping[str, Any]) -> Projection | None:
     return Projection(
         projector=chosen.projector(
             storage=stored, dtype=options.dtype, seed=options.seed, **arguments(chosen.projector)
-        ),
+        ).for_group(group),
         schedule=chosen.schedule(
             gap=options.update_proj_gap, stagger=options.stagger, **arguments(chosen.schedule)
         ),

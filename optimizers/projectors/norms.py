@@ -33,7 +33,7 @@ def kept_squares(
 ) -> Tensor:
     """||up(R)_j||^2 by index of the long axis: ||R_j||^2 where the basis is orthonormal."""
     (basis,) = projector.bases(slot)
-    if projector.ORTHONORMAL and projector.storage.exact and basis.dtype != torch.bfloat16:
+    if projector.orthonormal and projector.storage.exact and basis.dtype != torch.bfloat16:
         return low_squares
     basis = basis.to(low_squares.dtype)
     gram_rr = (basis.mT @ basis).to(low.dtype)

@@ -56,6 +56,15 @@ def passed(gap: int, last: int, taken: int, phase: int = 0) -> bool:
 
 
 @dataclass(frozen=True)
+class Once(Schedule):
+    """A first fit and no refresh, for a projector that learns online; a failed fit is retried."""
+
+    def due(self, state: Mapping[str, Any], taken: int, index: int, count: int) -> bool:
+        """Until there is a basis."""
+        return int(state["refreshed_at"]) == NEVER
+
+
+@dataclass(frozen=True)
 class EveryK(Schedule):
     """A refresh at steps 0, gap, 2 gap, ... counted before the step's increment, as GaLore does.
 

@@ -1,6 +1,18 @@
 """Residuals: what becomes of the gradient outside the subspace."""
 
-from .base import Dropped, Residual, Write
+from .base import Dropped, Residual, RowEdit, Write
 from .norm_scaled import NormScaled
+from .scaled_gradient import ScaledGradient
+from .sign import SignResidual
+from .signed_back import SignedBack
 
-__all__ = ["Dropped", "NormScaled", "Residual", "Write"]
+__all__ = [
+    "Dropped",
+    "NormScaled",
+    "Residual",
+    "RowEdit",
+    "ScaledGradient",
+    "SignResidual",
+    "SignedBack",
+    "Write",
+]

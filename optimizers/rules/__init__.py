@@ -4,6 +4,8 @@ from .adafactor import Adafactor
 from .adam import Adam
 from .adam8bit import Adam8bit
 from .base import MOMENT_MOVES, Rotation, Update, UpdateRule
+from .lion import Lion
+from .momentum import Momentum
 from .muon import Muon
 
 __all__ = [
@@ -11,6 +13,8 @@ __all__ = [
     "Adafactor",
     "Adam",
     "Adam8bit",
+    "Lion",
+    "Momentum",
     "Muon",
     "Rotation",
     "Update",

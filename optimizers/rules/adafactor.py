@@ -93,8 +93,10 @@ class Adafactor(UpdateRule):
             rate = scalar(self.lr)
         if not self.scale_parameter:
             return rate
-        size = _rms(weight.to(self._dtype(weight.dtype)))
-        return size.clamp(min=self.eps[1]).mul(rate)
+        return self._weight_rms(weight).clamp(min=self.eps[1]).mul(rate)
+
+    def _weight_rms(self, weight: Tensor) -> Tensor:
+        return _rms(weight.to(self._dtype(weight.dtype)))
 
     def _normalise(self, grad: Tensor, state: State, decay: float) -> Tensor:
         """The gradient over its factored root mean square; advances the factors."""
@@ -123,7 +125,7 @@ class Adafactor(UpdateRule):
                 # A copy: what the caller does to the delta must not reach the moment.
                 delta = state["exp_avg"].lerp_(delta, 1 - self.beta1).clone()
             keep = 1.0 - rate * self.weight_decay if self.weight_decay else 1.0
-            updates.append(Update(delta, 1.0, keep, rate))
+            updates.append(Update(delta, 1.0, keep, rate, rate))
         return updates
 
     def move(self, state: State, how: str, rotation: Rotation) -> None:

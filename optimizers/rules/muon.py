@@ -92,7 +92,7 @@ class Muon(UpdateRule):
             ahead = grad.lerp(moment, self.momentum) if self.nesterov else moment
             delta = orthogonalize(ahead, self.ns_steps)
             updates.append(
-                Update(delta, lr * self._size(*grad.shape), 1.0 - lr * self.weight_decay)
+                Update(delta, lr * self._size(*grad.shape), 1.0 - lr * self.weight_decay, rate=lr)
             )
         return updates
 

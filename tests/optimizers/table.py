@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from support import set_gradients
 from torch import nn
@@ -26,6 +27,8 @@ class Row:
         bits8: moments are quantised, so equalities hold only to a code's width.
         one_sided: `proj_type="full"` is refused.
         left_only: `proj_type` is "std" or "left", or an error.
+        refits: what makes a basis: a "solver" or a random "draw" at each gap, a solver "once", or
+            "never" (no basis is fitted to gradients).
     """
 
     name: str
@@ -35,6 +38,7 @@ class Row:
     bits8: bool = False
     one_sided: bool = False
     left_only: bool = False
+    refits: str = "solver"
 
     @property
     def projects(self) -> bool:
@@ -52,7 +56,18 @@ TABLE = (
     Row("adafactor", optimizers.Adafactor),
     Row("adamw", optimizers.AdamW, capturable=True),
     Row("adamw_8bit", optimizers.AdamW8bit, SMALL_8BIT, capturable=True, bits8=True),
+    Row("apollo_adamw", optimizers.ApolloAdamW, capturable=True, one_sided=True, refits="draw"),
+    Row("apollo_mini_adamw", optimizers.ApolloMiniAdamW, capturable=True, refits="draw"),
     Row("fira_adamw", optimizers.FiraAdamW, capturable=True, one_sided=True),
+    # Its moves add noise that only a long gap averages out.
+    Row(
+        "flora_adafactor",
+        optimizers.FloraAdafactor,
+        {"update_proj_gap": 40},
+        one_sided=True,
+        refits="never",
+    ),
+    Row("frugal_adamw", optimizers.FrugalAdamW, refits="draw"),
     Row("galore_adafactor", optimizers.GaLoreAdafactor, {"beta1": 0.9}),
     Row("galore_adamw", optimizers.GaLoreAdamW, capturable=True),
     Row("galore_adamw_8bit", optimizers.GaLoreAdamW8bit, SMALL_8BIT, capturable=True, bits8=True),
@@ -65,12 +80,61 @@ TABLE = (
     ),
     Row("galore_muon", optimizers.GaLoreMuon),
     Row("muon", optimizers.Muon),
+    Row(
+        "online_subspace_adafactor",
+        optimizers.OnlineSubspaceAdafactor,
+        {"beta1": 0.9},
+        refits="once",
+    ),
+    Row(
+        "online_subspace_adamw",
+        optimizers.OnlineSubspaceAdamW,
+        capturable=True,
+        refits="once",
+    ),
+    Row(
+        "online_subspace_adamw_8bit",
+        optimizers.OnlineSubspaceAdamW8bit,
+        SMALL_8BIT,
+        capturable=True,
+        bits8=True,
+        refits="once",
+    ),
+    Row(
+        "online_subspace_lion",
+        optimizers.OnlineSubspaceLion,
+        capturable=True,
+        refits="once",
+    ),
 )
 PROJECTING = tuple(row for row in TABLE if row.projects)
 
 
+DTYPES = (torch.float32, torch.bfloat16)
+
+
 def identifier(row: Row) -> str:
     return row.name
+
+
+every = pytest.mark.parametrize("row", TABLE, ids=identifier)
+projecting = pytest.mark.parametrize("row", PROJECTING, ids=identifier)
+
+
+def refitting(*kinds: str) -> pytest.MarkDecorator:
+    """The projecting rows whose bases come about in one of these ways."""
+    rows = [row for row in PROJECTING if row.refits in kinds]
+    return pytest.mark.parametrize("row", rows, ids=identifier)
+
+
+def assert_same(first: nn.Module, second: nn.Module) -> None:
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def assert_close(first: nn.Module, second: nn.Module, rtol: float, atol: float) -> None:
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
 def train(

@@ -1,0 +1,186 @@
+"""Quantisation in groups with a scale and a zero point each: one code a byte.
+
+A tensor is read as one flat row (row-major) and cut into groups of `group_size` entries; the last
+one may be shorter. With L + 1 levels (L = 255 or 15), for each group
+
+    s = max(max - min, 1e-5) / L,  z = round(-min / s) in 0..L,  q = round(x / s) + z in 0..L
+
+and x is read back as s (q - z) (Q-GaLore, arXiv 2407.08296). Zero is forced into the group's range
+(min <= 0 <= max), so that z needs no clipping and a group of one sign keeps its values: the
+released code clips it. Groups that straddle zero, as nearly all do, are quantised as there.
+
+With a seed q = floor(x / s + u) + z for u in [0, 1) from `noise.uniform`: rounding up or down with
+probabilities that keep the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .noise import uniform
+
+DEFAULT_GROUP = 256
+SMALLEST_RANGE = 1e-5
+# Elements worked on at once, as in `blockwise`.
+_CPU_CHUNK = 1 << 18
+_DEVICE_CHUNK = 1 << 22
+
+Out = tuple[Tensor, Tensor, Tensor]
+
+
+def group_count(numel: int, group_size: int = DEFAULT_GROUP) -> int:
+    """How many groups `numel` entries have, a last partial one included.
+
+    Raises:
+        ValueError: `group_size` is not positive.
+    """
+    if group_size < 1:
+        raise ValueError(f"group_size is {group_size}; it must be 1 or more")
+    return -(-numel // group_size)
+
+
+def group_bytes(numel: int, bits: int, group_size: int, itemsize: int, per_group: int = 2) -> int:
+    """Bytes of `numel` entries: codes of `bits` bits, and `per_group` numbers for each group.
+
+    Args:
+        numel: number of entries.
+        bits: 4 (two codes a byte) or 8.
+        group_size: entries that share a scale.
+        itemsize: bytes of a scale.
+        per_group: 2 for scale and zero point, 1 for a scale alone.
+    """
+    return -(-numel * bits // 8) + per_group * itemsize * group_count(numel, group_size)
+
+
+def quantize_groups(
+    x: Tensor,
+    levels: int = 255,
+    group_size: int = DEFAULT_GROUP,
+    *,
+    dtype: torch.dtype | None = None,
+    seed: int | None = None,
+    first: int = 0,
+    out: Out | None = None,
+) -> Out:
+    """Quantises a tensor.
+
+    Args:
+        x: any shape and floating dtype, contiguous or not (a non-contiguous one is copied).
+        levels: the largest code, 255 or 15.
+        group_size: entries that share a scale.
+        dtype: of scales and zeros, that of `x` by default. A scale that it can't hold is rounded
+            up, so that the range stays covered.
+        seed: rounds stochastically when given.
+        first: position of the first entry, for the noise.
+        out: contiguous tensors to write to instead of making new ones.
+
+    Returns:
+        `codes`, uint8 of the shape of `x`; `scales` and `zeros`, one a group.
+
+    Raises:
+        ValueError: `x` is not floating or `group_size` is not positive.
+    """
+    if not x.is_floating_point():
+        raise ValueError(f"x has dtype {x.dtype}; it must be a floating dtype")
+    if out is None:
+        count = group_count(x.numel(), group_size)
+        made = (torch.empty(count, dtype=dtype or x.dtype, device=x.device) for _ in range(2))
+        out = (torch.empty(x.shape, dtype=torch.uint8, device=x.device), *made)
+    codes, scales, zeros = out
+    with torch.no_grad():
+        flat, codes_n = x.detach().reshape(-1), codes.view(-1)
+        for start, stop, width in spans(flat.numel(), group_size, flat.device):
+            rows_gw = flat[start:stop].view(-1, width).to(_wide(x.dtype))
+            groups = slice(start // group_size, start // group_size + rows_gw.shape[0])
+            scale_g, zero_g = affine_parameters(rows_gw, levels, scales.dtype)
+            scales[groups].copy_(scale_g)
+            zeros[groups].copy_(zero_g)
+            codes_gw = rows_gw / scale_g.unsqueeze(1)
+            if seed is None:
+                codes_gw.round_()
+            else:
+                noise = uniform(stop - start, seed, first + start, flat.device)
+                codes_gw.add_(noise.view(codes_gw.shape)).floor_()
+            codes_gw.add_(zero_g.unsqueeze(1)).clamp_(0, levels)
+            codes_n[start:stop].copy_(codes_gw.view(-1))
+    return out
+
+
+def dequantize_groups(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    group_size: int = DEFAULT_GROUP,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Turns codes back into numbers: s (q - z), rounded once.
+
+    Args:
+        codes: contiguous uint8 of any shape.
+        scales: one a group.
+        zeros: one a group.
+        group_size: entries that share a scale.
+        dtype: of the result, that of `scales` by default.
+        out: contiguous tensor of the shape of `codes` to write to.
+
+    Returns:
+        A tensor of the shape of `codes`; `out` if it was given.
+    """
+    if out is None:
+        out = torch.empty(codes.shape, dtype=dtype or scales.dtype, device=codes.device)
+    compute = torch.promote_types(scales.dtype, out.dtype)
+    with torch.no_grad():
+        codes_n, out_n = codes.reshape(-1), out.view(-1)
+        scale_g1, zero_g1 = (t.to(compute).unsqueeze(1) for t in (scales, zeros))
+        for start, stop, width in spans(codes_n.numel(), group_size, codes_n.device):
+            first = start // group_size
+            groups = slice(first, first + (stop - start) // width)
+            rows_gw = out_n[start:stop].view(-1, width)
+            # Codes and zeros are small integers, which every floating dtype here holds exactly.
+            centred_gw = torch.sub(codes_n[start:stop].view(-1, width), zero_g1[groups])
+            torch.mul(centred_gw, scale_g1[groups], out=rows_gw)
+    return out
+
+
+def affine_parameters(rows_gw: Tensor, levels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale (as `dtype` holds it) and zero point of each row, in the precision of the rows."""
+    low_g = rows_gw.amin(1).clamp_(max=0)
+    high_g = rows_gw.amax(1).clamp_(min=0)
+    exact_g = (high_g - low_g).clamp_(min=SMALLEST_RANGE) / levels
+    scale_g = ceil_to(exact_g, dtype).to(rows_gw.dtype)
+    zero_g = (low_g / scale_g).round_().neg_().clamp_(0, levels)
+    return scale_g, zero_g
+
+
+def ceil_to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The smallest numbers of `dtype` that are not below the positive `x`."""
+    nearest = x.to(dtype)
+    if dtype not in (torch.bfloat16, torch.float16):
+        return nearest
+    # The next number of a positive half-precision one has the next pattern.
+    above = (nearest.view(torch.int16) + 1).view(dtype)
+    return torch.where(nearest.to(x.dtype) < x, above, nearest)
+
+
+def spans(numel: int, group_size: int, device: torch.device) -> Iterator[tuple[int, int, int]]:
+    """Yields (start, stop, entries per group) of chunks of equal groups; the short one last."""
+    step = chunk_elements(device, group_size)
+    whole = numel - numel % group_size
+    for start in range(0, whole, step):
+        yield start, min(start + step, whole), group_size
+    if whole < numel:
+        yield whole, numel, numel - whole
+
+
+def chunk_elements(device: torch.device, multiple: int) -> int:
+    """Entries worked on at once: a bounded number, divisible by `multiple`."""
+    wanted = _CPU_CHUNK if device.type == "cpu" else _DEVICE_CHUNK
+    return max(1, wanted // multiple) * multiple
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,92 @@
+"""Random numbers that are a function of a seed and a position.
+
+Stochastic rounding asks for one number per entry of a matrix. Here it is a hash of the entry's
+position, keyed by a 64-bit seed, so it is the same however the matrix is cut into chunks or shards,
+and on every device. The hash has two rounds of xor-shift and multiplication (the 32-bit finaliser
+of MurmurHash's family); its key enters before each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK32 = (1 << 32) - 1
+_MASK64 = (1 << 64) - 1
+_GOLDEN64 = 0x9E3779B97F4A7C15
+_STRIDE = 0x9E3779B1
+_FIRST, _SECOND = 0x7FEB352D, 0x846CA68B
+
+
+def mix(*values: int) -> int:
+    """One 64-bit seed from several integers; changing any of them changes it entirely."""
+    state = 0
+    for value in values:
+        state = (state + _GOLDEN64 + value) & _MASK64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
+        state ^= state >> 31
+    return state
+
+
+def random_bits(
+    count: int, seed: int, first: int = 0, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Hashes of the positions first, ..., first + count - 1.
+
+    Args:
+        count: how many.
+        seed: 64 bits, see `mix`.
+        first: the first position, at least 0; positions repeat after 2^32.
+        device: where the numbers are made.
+
+    Returns:
+        int32 of shape (count,), all 32 bits random.
+    """
+    x = torch.arange(count, dtype=torch.int32, device=device)
+    x.mul_(_signed(_STRIDE)).add_(_signed(first * _STRIDE + (seed & _MASK32)))
+    y = torch.empty_like(x)
+    _fold(x, y, 16)
+    x.mul_(_FIRST)
+    _fold(x, y, 15)
+    x.bitwise_xor_(_signed(seed >> 32)).mul_(_signed(_SECOND))
+    _fold(x, y, 16)
+    return x
+
+
+def uniform(count: int, seed: int, first: int = 0, device: torch.device | str = "cpu") -> Tensor:
+    """Numbers in [0, 1), multiples of 2^-24; arguments as in `random_bits`.
+
+    Returns:
+        fp32 of shape (count,).
+    """
+    bits = random_bits(count, seed, first, device)
+    return bits.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF).to(torch.float32).mul_(2.0**-24)
+
+
+def stochastic_bfloat16(x: Tensor, seed: int, first: int = 0) -> Tensor:
+    """Rounds fp32 to bf16, up or down with probabilities that keep the mean.
+
+    Args:
+        x: fp32 of any shape.
+        seed: 64 bits, see `mix`.
+        first: position of the first entry.
+
+    Returns:
+        A bf16 tensor of the shape of `x`; numbers that bf16 holds exactly, infinities and NaN stay.
+    """
+    noise = random_bits(x.numel(), seed, first, x.device).bitwise_and_(0xFFFF).view(x.shape)
+    raised = noise.add_(x.contiguous().view(torch.int32)).bitwise_and_(-0x10000)
+    return torch.where(x.isfinite(), raised.view(torch.float32), x).to(torch.bfloat16)
+
+
+def _fold(x: Tensor, scratch: Tensor, bits: int) -> None:
+    """In place: x ^= x >> bits, with zeros shifted in."""
+    torch.bitwise_right_shift(x, bits, out=scratch)
+    x.bitwise_xor_(scratch.bitwise_and_((1 << (32 - bits)) - 1))
+
+
+def _signed(value: int) -> int:
+    """The int32 with the same lowest 32 bits."""
+    value &= _MASK32
+    return value - (1 << 32) if value >> 31 else value

@@ -1,0 +1,144 @@
+"""Coordinate bases: r random rows or columns of the gradient (FRUGAL, arXiv 2411.07837).
+
+Projecting is a gather and back-projecting a scatter, so that no GEMM is needed. Redrawn from
+(`seed`, the matrix's index, the step) at each refresh. Memory: 4 r bytes (the indices, sorted).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Bases, Projector, Slot
+from .geometry import Geometry, RowRange, Side
+from .random import mixed, usable
+from .storage import DenseBasis
+
+INDEX_BYTES = 4
+INDEX = "_index"  # after the key of the basis that the indices stand for
+
+
+@dataclass(frozen=True)
+class CoordinateProjector(Projector):
+    """The subspace of r random coordinates of the projected axis, or of both axes."""
+
+    def __post_init__(self) -> None:
+        if self.storage != DenseBasis():
+            raise ValueError(
+                "basis with projector='coordinate': accepted is None; indices are stored"
+            )
+
+    def init(self, geometry: Geometry, like: Tensor) -> dict[str, Any]:
+        """Indices that stand for nothing yet."""
+        return {
+            key + INDEX: torch.zeros(rank, dtype=torch.int32, device=like.device)
+            for key, (_, rank) in geometry.basis_shapes.items()
+        }
+
+    def state_bytes(self, geometry: Geometry, itemsize: int) -> int:
+        """Bytes of the indices."""
+        return INDEX_BYTES * sum(rank for _, rank in geometry.basis_shapes.values())
+
+    def fit(self, slots: Sequence[Slot]) -> list[Bases | None]:
+        """Draws new indices; a matrix with a non-finite gradient keeps its own."""
+        fitted: list[Bases | None] = []
+        for slot in slots:
+            if not usable(slot):
+                fitted.append(None)
+                continue
+            for side, (key, (size, rank)) in enumerate(slot.geometry.basis_shapes.items()):
+                generator = torch.Generator().manual_seed(
+                    mixed(self.seed, slot.index, slot.taken, side)
+                )
+                drawn = torch.randperm(size, generator=generator)[:rank].sort().values
+                slot.state[key + INDEX].copy_(drawn)
+            slot.read = None
+            fitted.append(self.bases(slot))
+        return fitted
+
+    def _read(self, slot: Slot) -> Bases:
+        """The indices as 0/1 matrices, for what asks for a basis in full."""
+        bases = []
+        for key, shape in slot.geometry.basis_shapes.items():
+            basis_dr = slot.param.new_zeros(shape)
+            basis_dr.scatter_(0, slot.state[key + INDEX].long()[None], 1.0)
+            bases.append(basis_dr)
+        return tuple(bases)
+
+    def _indices(self, slot: Slot) -> tuple[Tensor | None, Tensor | None]:
+        """(of rows, of columns); None where that axis is not projected."""
+        found = [slot.state[key + INDEX] for key in slot.geometry.basis_shapes]
+        side = slot.geometry.side
+        return (
+            None if side is Side.RIGHT else found[0],
+            None if side is Side.LEFT else found[-1],
+        )
+
+    def project(self, slot: Slot) -> Tensor:
+        """The gradient's rows and columns; NaN throughout if any other entry is not finite."""
+        rows, columns = self._indices(slot)
+        low = slot.grad
+        if rows is not None:
+            local, inside = _local(rows, slot.rows.start, slot.rows.stop)
+            low = low.index_select(0, local)
+            low = slot.rows.reduce(low.masked_fill_(~inside[:, None], 0.0))
+        if columns is not None:
+            low = low.index_select(1, columns)
+        # What is not selected must not pass unseen: 0 where all is finite, else NaN.
+        return low.add_(torch.linalg.vector_norm(slot.grad, torch.inf) * 0.0)
+
+    def write_back(
+        self,
+        slot: Slot,
+        weight_kn: Tensor,
+        rows: RowRange,
+        delta: Tensor,
+        *,
+        alpha: float,
+        keep: float,
+    ) -> None:
+        """See `Projector.write_back`: a scatter."""
+        if keep != 1.0:
+            weight_kn.mul_(keep)
+        picked, columns = self._indices(slot)
+        delta = delta.to(weight_kn.dtype)
+        if picked is None:
+            assert columns is not None
+            start = rows.start - slot.rows.start
+            part = delta[start : start + rows.stop - rows.start]
+            weight_kn.index_add_(1, columns, part, alpha=-alpha)
+            return
+        local, inside = _local(picked, rows.start, rows.stop)
+        delta = delta.masked_fill(~inside[:, None], 0.0)
+        if columns is None:
+            weight_kn.index_add_(0, local, delta, alpha=-alpha)
+        else:
+            where = (local.long()[:, None], columns.long()[None])
+            weight_kn.index_put_(where, delta.mul_(-alpha), accumulate=True)
+
+    def outside(self, slot: Slot, low: Tensor, span: slice) -> Tensor:
+        """See `Projector.outside`: the gradient with the selected entries set to zero."""
+        chunk = slot.grad[span].clone()
+        rows, columns = self._indices(slot)
+        start = slot.rows.start + (span.start or 0)
+        if rows is None:
+            assert columns is not None
+            return chunk.index_fill_(1, columns.long(), 0.0)
+        local, inside = _local(rows, start, start + len(chunk))
+        keep_k = torch.ones(len(chunk), dtype=chunk.dtype, device=chunk.device)
+        keep_k.index_add_(0, local, inside.to(chunk.dtype), alpha=-1.0)
+        if columns is None:
+            return chunk.mul_(keep_k[:, None])
+        kept_n = torch.zeros(chunk.shape[1], dtype=chunk.dtype, device=chunk.device)
+        kept_n.index_fill_(0, columns.long(), 1.0)
+        return chunk.mul_(1.0 - (1.0 - keep_k)[:, None] * kept_n)
+
+
+def _local(index: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Positions within rows [start, stop), clamped, and which of them lie there."""
+    local = index - start
+    return local.clamp(0, stop - start - 1), (local >= 0) & (local < stop - start)

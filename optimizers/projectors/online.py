@@ -1,0 +1,199 @@
+"""Online PCA: a basis that takes one optimizer step towards each gradient's subspace.
+
+Liang et al., "Memory-Efficient LLM Training with Online Subspace Descent", NeurIPS 2024 (arXiv
+2408.12857). For a left projection (P of m x r; a right one is the same on G^T), Ghat = G / ||G||:
+
+    L(P) = ||P P^T Ghat - Ghat||^2 + lambda ||P^T P - I||^2
+    dL/dP = 2 (P Rhat Rhat^T - 2 C + C P^T P) + 4 lambda P (P^T P - I)
+    Rhat = P^T Ghat,  C = Ghat Rhat^T
+
+The projection gives Rhat, so a step costs one more GEMM, 2 m n r, and nothing of size m x n. P
+starts at the first gradient's singular vectors and moves after the weights did, with the step size
+
+    lr_P = online_lr lr / lr_0,    online_lr = 1 / update_proj_gap unless given
+
+lr_0 is the learning rate that the group was made with: lr_P follows warmup and decay. The released
+code has lambda = 0; the paper lambda = 0.1 and online_lr = 5 lr_0.
+
+Memory: min(m, n) r for P and as much for each moment of its optimizer: two for AdamW, one for Lion,
+none for SGD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..rules import Adam, Adam8bit, Lion, Momentum, UpdateRule
+from . import apply
+from .base import Bases, Slot
+from .geometry import Geometry, RowRange, Side
+from .norms import axis_norms
+from .singular import SingularProjector
+
+PREFIX = "basis_"
+#: Accepted values of the option `online_optimizer`.
+ONLINE_OPTIMIZERS = ("adamw", "sgd", "lion", "adam8bit")
+
+
+def total_norm(grad: Tensor, rows: RowRange) -> Tensor:
+    """||G||, 0-d, in fp32 (fp64 for fp64), safe where its square would overflow."""
+    norms = axis_norms(grad, 1)
+    peak = norms.max().clamp(min=torch.finfo(norms.dtype).tiny)
+    squares = torch.linalg.vector_norm(norms / peak).square() * peak.double().square()
+    norm: Tensor = rows.reduce(squares).sqrt()
+    return norm.to(norms.dtype)
+
+
+@dataclass(frozen=True)
+class OnlineProjector(SingularProjector):
+    """A basis that learns with each gradient after its first fit.
+
+    Attributes:
+        online_optimizer: P's optimizer, one of `ONLINE_OPTIMIZERS`: torch's AdamW (weight decay
+            0.01), plain SGD, Lion, or Adam with 8-bit moments.
+        online_lr: its learning rate before the group's schedule; None is 1 / update_proj_gap.
+        orthogonality: lambda, weight of the penalty ||P^T P - I||^2.
+        rate: P's learning rate at this step; `for_group` fills it in.
+    """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = (
+        *SingularProjector.OPTIONS,
+        "online_optimizer",
+        "online_lr",
+        "orthogonality",
+    )
+    TRACKS: ClassVar[bool] = True
+    ORTHONORMAL: ClassVar[bool] = False
+
+    online_optimizer: str = "adamw"
+    online_lr: float | None = None
+    orthogonality: float = 0.0
+    rate: float | Tensor = 0.0
+
+    def __post_init__(self) -> None:
+        checks.choice("online_optimizer", self.online_optimizer, ONLINE_OPTIMIZERS)
+        if self.online_lr is not None:
+            checks.number("online_lr", self.online_lr, low=0.0)
+        checks.number("orthogonality", self.orthogonality, low=0.0)
+
+    def for_group(self, group: Mapping[str, Any]) -> OnlineProjector:
+        """With P's learning rate of this step.
+
+        Raises:
+            ValueError: moments="reset", which would zero the moments at every step.
+        """
+        if group.get("moments") == "reset":
+            raise ValueError(
+                "moments='reset' with projector='online': accepted are 'keep', 'restore' and "
+                "'rotate'; the subspace moves at every step"
+            )
+        rate = self.online_lr
+        if rate is None:
+            rate = 1.0 / group.get("update_proj_gap", 200)
+        lr, base = group.get("lr"), group.get("base_lr")
+        return replace(self, rate=rate * (lr / base) if lr is not None and base else rate)
+
+    def geometry(self, shape: Sequence[int], rank: int, proj_type: str) -> Geometry:
+        """Side, rank and shapes.
+
+        Raises:
+            ValueError: both axes are to be projected.
+        """
+        geometry = super().geometry(shape, rank, proj_type)
+        if geometry.side is Side.BOTH:
+            raise ValueError(
+                "proj_type='full' with projector='online': accepted is one projected axis"
+            )
+        return geometry
+
+    def _rule(self, *, capturable: bool, fused: bool) -> UpdateRule:
+        if self.online_optimizer == "sgd":
+            return Momentum(self.rate, momentum=0.0, capturable=capturable)
+        if self.online_optimizer == "lion":
+            return Lion(self.rate, capturable=capturable)
+        if self.online_optimizer == "adam8bit":
+            return Adam8bit(self.rate, capturable=capturable, fused=fused)
+        return Adam(self.rate, weight_decay=0.01, capturable=capturable, fused=fused)
+
+    def init(self, geometry: Geometry, like: Tensor) -> dict[str, Any]:
+        """A zero basis and the state of its optimizer under keys that begin with "basis_"."""
+        (shape,) = geometry.basis_shapes.values()
+        moments = self._rule(capturable=False, fused=False).init(shape, like)
+        return super().init(geometry, like) | {PREFIX + key: v for key, v in moments.items()}
+
+    def state_bytes(self, geometry: Geometry, itemsize: int) -> int:
+        """The basis and its optimizer's state."""
+        (shape,) = geometry.basis_shapes.values()
+        moments = self._rule(capturable=False, fused=False).state_bytes(shape, itemsize)
+        return super().state_bytes(geometry, itemsize) + moments
+
+    def fit(self, slots: Sequence[Slot]) -> list[Bases | None]:
+        """Singular vectors of the gradient; P's optimizer starts anew."""
+        fitted = super().fit(slots)
+        for slot, bases in zip(slots, fitted, strict=True):
+            if bases is not None:
+                (shape,) = slot.geometry.basis_shapes.values()
+                fresh = self._rule(capturable=False, fused=False).init(shape, slot.param)
+                for key, value in fresh.items():
+                    slot.state[PREFIX + key].copy_(value)
+        return fitted
+
+    def _moments(self, slot: Slot) -> dict[str, Any]:
+        """The state of P's optimizer, under its rule's own names."""
+        return {
+            key.removeprefix(PREFIX): value
+            for key, value in slot.state.items()
+            if key.startswith(PREFIX + "exp_avg")
+        }
+
+    def gradient(self, slot: Slot, low: Tensor) -> Tensor:
+        """The gradient of the loss in the basis, d x r, from one GEMM with G.
+
+        Args:
+            slot: its matrix and gradient.
+            low: the gradient projected by the present basis.
+        """
+        (basis_dr,) = self.bases(slot)
+        basis_dr = basis_dr.to(low.dtype)
+        norm = total_norm(slot.grad, slot.rows).clamp(min=torch.finfo(torch.float32).tiny)
+        hat = (low / norm.to(low.dtype)).contiguous()
+        m, n = slot.geometry.shape
+        local = RowRange(0, slot.grad.shape[0], slot.rows.reduce)
+        if slot.geometry.side is Side.LEFT:
+            square_rr = hat @ hat.mT
+            whole = Geometry((m, n), Side.RIGHT, slot.geometry.rank)
+            product = apply.project(slot.grad, (hat.mT,), whole, local, self.dtype)
+            product_dr = slot.rows.assemble(product, (m, slot.geometry.rank))
+        else:
+            square_rr = slot.rows.reduce(hat.mT @ hat)
+            whole = Geometry((m, n), Side.LEFT, slot.geometry.rank)
+            product_dr = apply.project(slot.grad, (hat,), whole, local, self.dtype).mT
+        product_dr = product_dr / norm.to(low.dtype)
+        gram_rr = basis_dr.mT @ basis_dr
+        result = torch.addmm(product_dr, basis_dr, square_rr, beta=-2.0).addmm_(product_dr, gram_rr)
+        result.mul_(2.0)
+        if self.orthogonality:
+            gram_rr.diagonal().sub_(1.0)
+            result.addmm_(basis_dr, gram_rr, alpha=4.0 * self.orthogonality)
+        return result
+
+    def track(self, slot: Slot, low: Tensor) -> None:
+        """One step of P's optimizer; none at the step that fitted it."""
+        captured = low.is_cuda and torch.cuda.is_current_stream_capturing()
+        refreshed = int(slot.state["refreshed_at"])
+        if not slot.fitted or (not captured and slot.taken == refreshed):
+            return
+        count: Tensor = slot.state["step"]
+        moved_dr = self.bases(slot)[0].clone()
+        grad_dr = self.gradient(slot, low)
+        rule = self._rule(capturable=count.is_cuda, fused=moved_dr.dtype == grad_dr.dtype)
+        # The steps that this basis has tracked, this one included.
+        state = {**self._moments(slot), "step": count - (1 + refreshed)}
+        rule.apply([grad_dr], [state], [moved_dr])
+        self.store(slot, (moved_dr,))

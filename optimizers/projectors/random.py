@@ -1,0 +1,126 @@
+"""Random bases, redrawn at each refresh: what they cost is a seed.
+
+"gaussian" (APOLLO, arXiv 2412.05270; Flora, arXiv 2402.03293): P has entries N(0, 1/r), so that
+P^T G keeps norms in expectation; its columns are not orthonormal. P is drawn again whenever it is
+read, from (`seed`, the matrix's index, the step of the refresh), on the parameter's device: the
+same bits on each call, other bits on another kind of device. Memory: none.
+
+"orthonormal" (FRUGAL, arXiv 2411.07837; "random" of Online Subspace Descent's code): the leading
+singular vectors of a Gaussian matrix. These are distributed as the Q factor of a d x r Gaussian
+one, which is what is computed. Drawing it at each step would cost 2 d r^2, so it is stored.
+Memory: min(m, n) r entries (std).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from .base import Bases, Projector, Slot
+from .decompositions import compute_dtype
+from .geometry import Geometry
+from .storage import DenseBasis
+
+DISTRIBUTIONS = ("gaussian", "orthonormal")
+
+
+def mixed(*numbers: int) -> int:
+    """A seed of 63 bits from several integers (the finaliser of SplitMix64 over each)."""
+    mask = (1 << 64) - 1
+    value = 0
+    for number in numbers:
+        value = (value + number + 0x9E3779B97F4A7C15) & mask
+        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
+        value ^= value >> 31
+    return value >> 1
+
+
+def gaussian(shape: tuple[int, int], seed: int, like: Tensor) -> Tensor:
+    """A d x r matrix with entries N(0, 1/r), in fp32 (fp64 for fp64) on the device of `like`.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured; generators can't be seeded in it.
+    """
+    if like.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "distribution='gaussian' while a CUDA graph is captured: accepted is 'orthonormal' or "
+            "another projector, whose bases are stored"
+        )
+    generator = torch.Generator(like.device).manual_seed(seed)
+    dtype = compute_dtype(like.dtype)
+    drawn = torch.randn(shape, generator=generator, dtype=dtype, device=like.device)
+    return drawn.mul_(shape[1] ** -0.5)
+
+
+def usable(slot: Slot) -> bool:
+    """Whether the gradient is finite, so that its step will be taken; reads one number back."""
+    return bool(torch.linalg.vector_norm(slot.grad, torch.inf).isfinite())
+
+
+@dataclass(frozen=True)
+class RandomProjector(Projector):
+    """Random bases.
+
+    Attributes:
+        distribution: "gaussian" (regenerated) or "orthonormal" (stored).
+    """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = ("distribution",)
+
+    distribution: str = "gaussian"
+
+    def __post_init__(self) -> None:
+        checks.choice("distribution", self.distribution, DISTRIBUTIONS)
+        if self._drawn and self.storage != DenseBasis():
+            raise ValueError(
+                "basis with distribution='gaussian': accepted is None; nothing is stored"
+            )
+
+    @property
+    def _drawn(self) -> bool:
+        return self.distribution == "gaussian"
+
+    @property
+    def orthonormal(self) -> bool:
+        """See `Projector.orthonormal`."""
+        return not self._drawn
+
+    def init(self, geometry: Geometry, like: Tensor) -> dict[str, Any]:
+        """Nothing, or zero bases."""
+        return {} if self._drawn else super().init(geometry, like)
+
+    def state_bytes(self, geometry: Geometry, itemsize: int) -> int:
+        """Bytes of these entries."""
+        return 0 if self._drawn else super().state_bytes(geometry, itemsize)
+
+    def _draw(self, slot: Slot, refreshed: int) -> Bases:
+        shapes = slot.geometry.basis_shapes.values()
+        seeds = [mixed(self.seed, slot.index, refreshed, side) for side in range(len(shapes))]
+        return tuple(
+            gaussian(shape, seed, slot.param) for shape, seed in zip(shapes, seeds, strict=True)
+        )
+
+    def fit(self, slots: Sequence[Slot]) -> list[Bases | None]:
+        """Draws new bases; a matrix with a non-finite gradient keeps its own."""
+        fitted: list[Bases | None] = []
+        for slot in slots:
+            if not usable(slot):
+                fitted.append(None)
+                continue
+            bases = self._draw(slot, slot.taken)
+            if not self._drawn:
+                bases = tuple(torch.linalg.qr(basis).Q for basis in bases)
+                self.store(slot, bases)
+            fitted.append(bases)
+        return fitted
+
+    def _read(self, slot: Slot) -> Bases:
+        if not self._drawn:
+            return super()._read(slot)
+        return self._draw(slot, int(slot.state["refreshed_at"]))

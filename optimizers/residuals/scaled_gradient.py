@@ -1,0 +1,110 @@
+"""APOLLO's update: the gradient itself, scaled as Adam scales it in the subspace.
+
+Zhu et al., "APOLLO: SGD-like Memory, AdamW-level Performance" (arXiv 2412.05270). With R the
+projected gradient, N = M / (sqrt(V) + eps) and j an index of the axis that is not projected:
+
+    channel:  phi_j = ||N_j|| / (||R_j|| + 1e-8)        tensor:  phi = ||N|| / (||R|| + 1e-8)
+    S = sqrt(scale) phi o G, limited to a growth of 1 % a step (`limiter`) before the factor
+    sqrt(scale) or, with `scale_front`, after it;    W <- W - s_t S
+
+Nothing is projected back. The factor is the square root of `scale`, as in the released package.
+Memory: one fp32 number a matrix, the limiter's norm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..projectors import Geometry, Projector, RowRange, Side, Slot
+from ..projectors.norms import axis_norms
+from ..rules import Update
+from .base import Residual, RowEdit, Write
+from .limiter import limit_growth
+
+STATE_KEY = "residual_norm"
+SCALE_TYPES = ("channel", "tensor")
+
+
+@dataclass(frozen=True)
+class ScaledGradient(Residual):
+    """The gradient scaled by channel or as a whole.
+
+    Attributes:
+        scale_type: "channel" or "tensor".
+        scale_front: multiply by sqrt(scale) before the limiter.
+        limiter: largest growth of ||S|| in one step, or None for no limit.
+    """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = ("scale_type", "scale_front", "limiter")
+
+    scale_type: str = "channel"
+    scale_front: bool = False
+    limiter: float | None = 1.01
+
+    def __post_init__(self) -> None:
+        checks.number("scale", self.scale, low=0.0)
+        checks.choice("scale_type", self.scale_type, SCALE_TYPES)
+        checks.choice("scale_front", self.scale_front, (True, False))
+        if self.limiter is not None:
+            checks.number("limiter", self.limiter, low=1.0)
+
+    def check(self, geometry: Geometry, projector: Projector) -> None:
+        """Raises `ValueError` for factors by channel where both axes are projected."""
+        if geometry.side is Side.BOTH and self.scale_type == "channel":
+            raise ValueError(
+                "proj_type='full' with scale_type='channel': accepted is one projected axis, the "
+                "channels belong to the other one"
+            )
+
+    def init(self, geometry: Geometry, like: Tensor) -> dict[str, Any]:
+        """Zero: no norm yet."""
+        if self.limiter is None:
+            return {}
+        return {STATE_KEY: torch.zeros((), dtype=torch.float32, device=like.device)}
+
+    def state_bytes(self, geometry: Geometry) -> int:
+        """One fp32 number with a limiter."""
+        return 0 if self.limiter is None else 4
+
+    def plan(self, slot: Slot, low: Tensor, update: Update, projector: Projector) -> Write:
+        """See the module; without host synchronisation on CUDA."""
+        axis = 0 if slot.geometry.side is Side.LEFT else 1
+        steps, lows = axis_norms(update.delta, axis), axis_norms(low, axis)
+        if self.scale_type == "tensor":
+            steps, lows = _norm(steps), _norm(lows)
+        ratios = steps / (lows + 1e-8)  # phi, times update.factor
+        if self.scale_front:
+            ratios = ratios * self.scale**0.5
+        if self.limiter is not None:
+            factor = update.factor
+            nonzero = isinstance(factor, Tensor) or factor != 0.0
+            phi = ratios / factor if nonzero else torch.zeros_like(ratios)
+            norm = _norm(axis_norms(slot.grad, axis) * phi)
+            ratios = ratios * limit_growth(slot.state[STATE_KEY], norm.view(()), self.limiter)
+        if not self.scale_front:
+            ratios = ratios * self.scale**0.5
+        alpha = update.alpha
+        if isinstance(alpha, Tensor):
+            ratios, alpha = ratios * alpha, 1.0
+        return Write(None, alpha, update.keep, _multiply_add(slot, ratios, float(alpha)))
+
+
+def _norm(norms: Tensor) -> Tensor:
+    """The Euclidean norm of norms, 1 x 1."""
+    peak = norms.max().clamp(min=torch.finfo(norms.dtype).tiny)
+    norm: Tensor = torch.linalg.vector_norm(norms / peak) * peak
+    return norm.view(1, 1)
+
+
+def _multiply_add(slot: Slot, factors: Tensor, alpha: float) -> RowEdit:
+    def edit(weight_kn: Tensor, rows: RowRange) -> None:
+        span = slice(rows.start - slot.rows.start, rows.stop - slot.rows.start)
+        chunk = factors[span] if factors.shape[0] > 1 else factors
+        weight_kn.addcmul_(slot.grad[span], chunk.to(weight_kn.dtype), value=-alpha)
+
+    return edit

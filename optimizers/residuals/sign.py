@@ -1,0 +1,75 @@
+"""FRUGAL's residual: what is outside the subspace takes a state-free step.
+
+Zmushko et al., "FRUGAL: Memory-Efficient Optimization by Reducing State Overhead for Scalable
+Training" (arXiv 2411.07837). With R the projected gradient and lr without any bias correction:
+
+    W <- W - lr scale inactive_lr_scale sign(G - up(R))    or, "sgd", without the sign
+
+in row chunks, with no m x n temporary and no memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from .. import checks
+from ..projectors import Geometry, Projector, RowRange, Side, Slot
+from ..rules import Update
+from .base import Residual, RowEdit, Write
+
+CHUNK_ELEMENTS = 1 << 18
+INACTIVE_UPDATES = ("sign", "sgd")
+
+
+def complete(geometry: Geometry) -> bool:
+    """Whether the subspace is the whole space, so that rounding is all that lies outside."""
+    m, n = geometry.shape
+    left, right = geometry.rank == m, geometry.rank == n
+    if geometry.side is Side.BOTH:
+        return left and right
+    return left if geometry.side is Side.LEFT else right
+
+
+@dataclass(frozen=True)
+class SignResidual(Residual):
+    """signSGD (or SGD) outside the subspace.
+
+    Attributes:
+        inactive_lr_scale: its learning rate as a multiple of the group's.
+        inactive_update: "sign" or "sgd".
+    """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = ("inactive_lr_scale", "inactive_update")
+
+    inactive_lr_scale: float = 1.0
+    inactive_update: str = "sign"
+
+    def __post_init__(self) -> None:
+        checks.number("inactive_lr_scale", self.inactive_lr_scale, low=0.0)
+        checks.choice("inactive_update", self.inactive_update, INACTIVE_UPDATES)
+
+    def plan(self, slot: Slot, low: Tensor, update: Update, projector: Projector) -> Write:
+        """See the module; without host synchronisation on CUDA."""
+        rate = update.alpha if update.rate is None else update.rate
+        size = rate * self.scale * self.inactive_lr_scale
+        edit = None if complete(slot.geometry) else self._edit(slot, low, size, projector)
+        return Write(update.delta, update.alpha * self.scale, update.keep, edit)
+
+    def _edit(self, slot: Slot, low: Tensor, size: float | Tensor, projector: Projector) -> RowEdit:
+        def edit(weight_kn: Tensor, rows: RowRange) -> None:
+            step = max(1, CHUNK_ELEMENTS // max(1, weight_kn.shape[1]))
+            first = rows.start - slot.rows.start
+            for start in range(0, len(weight_kn), step):
+                stop = min(start + step, len(weight_kn))
+                outside = projector.outside(slot, low, slice(first + start, first + stop))
+                if self.inactive_update == "sign":
+                    outside.sign_()
+                if isinstance(size, Tensor):
+                    weight_kn[start:stop].sub_(outside.mul_(size))
+                else:
+                    weight_kn[start:stop].add_(outside, alpha=-size)
+
+        return edit

@@ -1,0 +1,45 @@
+"""The sign of the back-projected update, as Online Subspace Descent's Lion takes it.
+
+    W <- keep W - lr sign(up(N))
+
+in row chunks, with no m x n temporary and no memory. The scale of the back-projection has no effect
+but for its own sign.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..projectors import Projector, RowRange, Slot
+from ..rules import Update
+from .base import Residual, Write
+
+CHUNK_ELEMENTS = 1 << 18
+
+
+@dataclass(frozen=True)
+class SignedBack(Residual):
+    """Nothing outside the subspace is used, and the step is its update's sign in full space."""
+
+    def plan(self, slot: Slot, low: Tensor, update: Update, projector: Projector) -> Write:
+        """See the module."""
+        sense = math.copysign(1.0, self.scale) if self.scale else 0.0
+
+        def edit(weight_kn: Tensor, rows: RowRange) -> None:
+            step = max(1, CHUNK_ELEMENTS // max(1, weight_kn.shape[1]))
+            for start in range(0, len(weight_kn), step):
+                stop = min(start + step, len(weight_kn))
+                signs = torch.zeros_like(weight_kn[start:stop])
+                part = RowRange(rows.start + start, rows.start + stop, rows.reduce)
+                projector.write_back(slot, signs, part, update.delta, alpha=-sense, keep=1.0)
+                signs.sign_()
+                if isinstance(update.alpha, Tensor):
+                    weight_kn[start:stop].sub_(signs.mul_(update.alpha))
+                else:
+                    weight_kn[start:stop].add_(signs, alpha=-update.alpha)
+
+        return Write(None, update.alpha, update.keep, edit)

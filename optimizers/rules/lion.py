@@ -1,0 +1,72 @@
+"""Lion: the sign of an interpolated momentum (Chen et al., 2023, arXiv 2302.06675).
+
+    U = sign(b1 M + (1 - b1) G),  M <- b2 M + (1 - b2) G
+    W <- (1 - lr wd) W - lr U    (or the decay after the update, `decay_first=False`)
+
+Memory: 1 entry of the gradient's precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import MOMENT_MOVES, Rotation, State, Update, UpdateRule, numel, scalar
+
+
+@dataclass(frozen=True)
+class Lion(UpdateRule):
+    """Lion's hyper-parameters.
+
+    Attributes:
+        lr: learning rate, a float or a 0-d tensor.
+        betas: (b1, of the update; b2, of the momentum).
+        weight_decay: decoupled, times lr.
+        decay_first: decay before the update rather than after it.
+        signed: False leaves the sign to whoever writes the update (Online Subspace Descent takes
+            it after the back-projection).
+        capturable: `lr` is never read back (CUDA graphs).
+    """
+
+    moves: ClassVar[tuple[str, ...]] = MOMENT_MOVES
+
+    lr: float | Tensor
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    decay_first: bool = True
+    signed: bool = True
+    capturable: bool = False
+
+    def init(self, shape: Sequence[int], like: Tensor) -> State:
+        """A zero momentum in the parameter's precision."""
+        return {"exp_avg": torch.zeros(tuple(shape), dtype=like.dtype, device=like.device)}
+
+    def state_bytes(self, shape: Sequence[int], itemsize: int) -> int:
+        """One moment."""
+        return numel(shape) * itemsize
+
+    def update(
+        self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
+    ) -> list[Update]:
+        """See `UpdateRule.update`."""
+        lr: Any = self.lr if self.capturable else scalar(self.lr)
+        keep = 1.0 - lr * self.weight_decay if self.weight_decay else 1.0
+        alpha = lr if self.decay_first else lr * keep
+        updates = []
+        for grad, state in zip(grads, states, strict=True):
+            moment: Tensor = state["exp_avg"]
+            delta = moment.lerp(grad, 1 - self.betas[0])
+            if self.signed:
+                delta.sign_()
+            moment.lerp_(grad, 1 - self.betas[1])
+            updates.append(Update(delta, alpha, keep))
+        return updates
+
+    def move(self, state: State, how: str, rotation: Rotation) -> None:
+        """See `UpdateRule.move`; with one moment "restore" and "rotate" are the same."""
+        moment: Tensor = state["exp_avg"]
+        moment.copy_(torch.zeros_like(moment) if how == "reset" else rotation(moment))

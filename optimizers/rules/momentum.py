@@ -1,0 +1,80 @@
+"""Stochastic gradient descent, with or without momentum, in torch's form.
+
+    M <- momentum M + G,  U = G + momentum M with Nesterov, else M
+    W <- (1 - lr wd) W - lr U
+
+The momentum starts at zero, as in `torch.optim.SGD`. Memory: 1 entry of the gradient's precision,
+none without momentum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import MOMENT_MOVES, Rotation, State, Update, UpdateRule, numel, scalar
+
+
+@dataclass(frozen=True)
+class Momentum(UpdateRule):
+    """SGD's hyper-parameters.
+
+    Attributes:
+        lr: learning rate, a float or a 0-d tensor.
+        momentum: decay of the first moment, 0 for plain SGD.
+        nesterov: look ahead by one momentum step.
+        weight_decay: decoupled, times lr, before the update.
+        capturable: `lr` is never read back (CUDA graphs).
+    """
+
+    moves: ClassVar[tuple[str, ...]] = MOMENT_MOVES
+
+    lr: float | Tensor
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    capturable: bool = False
+
+    def init(self, shape: Sequence[int], like: Tensor) -> State:
+        """A zero momentum in the parameter's precision, or nothing."""
+        if not self.momentum:
+            return {}
+        return {"momentum_buffer": torch.zeros(tuple(shape), dtype=like.dtype, device=like.device)}
+
+    def state_bytes(self, shape: Sequence[int], itemsize: int) -> int:
+        """One moment, or nothing."""
+        return numel(shape) * itemsize if self.momentum else 0
+
+    def update(
+        self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
+    ) -> list[Update]:
+        """See `UpdateRule.update`."""
+        lr: Any = self.lr if self.capturable else scalar(self.lr)
+        keep = 1.0 - lr * self.weight_decay if self.weight_decay else 1.0
+        updates = []
+        for grad, state in zip(grads, states, strict=True):
+            delta = grad.clone()  # the caller may scale it in place
+            if self.momentum:
+                moment: Tensor = state["momentum_buffer"]
+                moment.mul_(self.momentum).add_(grad)
+                if self.nesterov:
+                    delta.add_(moment, alpha=self.momentum)
+                else:
+                    delta.copy_(moment)
+            updates.append(Update(delta, lr, keep))
+        return updates
+
+    def first_moment(self, state: State) -> Tensor | None:
+        """The momentum."""
+        moment: Tensor | None = state.get("momentum_buffer")
+        return moment
+
+    def move(self, state: State, how: str, rotation: Rotation) -> None:
+        """See `UpdateRule.move`; with one moment "restore" and "rotate" are the same."""
+        if self.momentum:
+            moment: Tensor = state["momentum_buffer"]
+            moment.copy_(torch.zeros_like(moment) if how == "reset" else rotation(moment))

@@ -1,0 +1,127 @@
+"""What every optimizer does with gradients that are missing, strided, huge or broken."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+from support import set_gradients, tiny_model, weights
+from table import Row, assert_close, every, train
+from torch import Tensor, nn
+
+
+@every
+def test_missing_and_empty_gradients_are_left_alone(row: Row) -> None:
+    model = tiny_model()
+    model.mlp["empty"] = nn.Linear(4, 4, bias=False)
+    model.mlp["empty"].weight = nn.Parameter(torch.zeros(4, 0))
+    optimizer = row.build(model)
+    set_gradients(model, 0)
+    still = model.self_attn["q_proj"].weight
+    still.grad = None
+    before = still.detach().clone()
+    optimizer.step()
+    assert torch.equal(before, still)
+    assert int(optimizer.state[still]["step"]) == 0
+    optimizer.zero_grad()
+    optimizer.step()
+
+
+@every
+def test_non_contiguous_weights_and_gradients(row: Row) -> None:
+    plain, strided = tiny_model(), tiny_model()
+    for param in strided.parameters():
+        if param.dim() == 2:
+            param.data = param.data.t().contiguous().t()
+    first, second = row.build(plain), row.build(strided)
+    for step in range(4):
+        for model, optimizer in ((plain, first), (strided, second)):
+            set_gradients(model, step)
+            for param in model.parameters():
+                if model is strided and param.dim() == 2:
+                    param.grad = param.grad.t().contiguous().t()
+            optimizer.step()
+    assert_close(plain, strided, rtol=1e-4, atol=2e-3 if row.bits8 else 1e-5)
+
+
+@every
+def test_sparse_gradients_raise(row: Row) -> None:
+    model = tiny_model()
+    optimizer = row.build(model)
+    model.embed_tokens.weight.grad = torch.zeros(32, 16).to_sparse()
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight has a sparse gradient"):
+        optimizer.step()
+
+
+@every
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_non_finite_gradients_leave_the_parameter_as_it_is(row: Row, bad: float) -> None:
+    model = tiny_model()
+    optimizer = row.build(model)
+    train(model, optimizer, range(3))  # the next step refreshes
+    hit = (model.self_attn["q_proj"].weight, model.norm.weight)
+    set_gradients(model, 3)
+    for param in hit:
+        param.grad.view(-1)[5] = bad
+    before = [copy.deepcopy(optimizer.state[p]) for p in hit], [p.detach().clone() for p in hit]
+    with pytest.warns(UserWarning, match="non-finite gradient of"):
+        optimizer.step()
+    for param, state, old in zip(hit, *before, strict=True):
+        assert torch.equal(param, old)
+        for key, value in state.items():
+            now = optimizer.state[param][key]
+            assert torch.equal(now, value) if isinstance(value, Tensor) else now == value
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, range(4, 7))
+    assert all(param.isfinite().all() for param in model.parameters())
+    if row.projects and row.refits in ("solver", "draw"):
+        assert optimizer.state[hit[0]]["refreshed_at"] >= 3  # the missed refresh was made up
+
+
+@every
+def test_zero_gradients_from_the_start(row: Row) -> None:
+    model = tiny_model()
+    optimizer = row.build(model, weight_decay=0.0)
+    before = weights(model)
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    for _ in range(2):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    train(model, optimizer, range(3))
+    for old, param in zip(before, model.parameters(), strict=True):
+        assert param.isfinite().all()
+        assert not torch.equal(old, param)
+
+
+@every
+@pytest.mark.parametrize("scale", [1e-18, 1e18], ids=str)
+def test_extreme_gradient_scales(row: Row, scale: float) -> None:
+    model = tiny_model()
+    optimizer = row.build(model)
+    for step in range(4):
+        set_gradients(model, step, scale)
+        optimizer.step()
+    assert all(param.isfinite().all() for param in model.parameters())
+
+
+@every
+def test_grad_scaler_skips_without_advancing(row: Row) -> None:
+    model = tiny_model()
+    optimizer = row.build(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    set_gradients(model, 0)
+    scaler.scale(torch.ones(()))
+    next(model.parameters()).grad.view(-1)[0] = math.inf
+    before = weights(model)
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(int(state["step"]) == 0 for state in optimizer.state.values())
+    set_gradients(model, 0)
+    scaler.step(optimizer)
+    assert all(int(state["step"]) == 1 for state in optimizer.state.values())

@@ -1,0 +1,144 @@
+"""What every optimizer's state owes: saving, loading, copying and its size."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from support import TinyBlock, tiny_model, weights
+from table import DTYPES, Row, assert_same, every, train
+from torch import Tensor
+
+from lowrank.optimizers import expected_state_bytes, state_bytes
+
+
+@every
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_state_is_made_at_construction_and_plain(row: Row, dtype: torch.dtype) -> None:
+    model = tiny_model(dtype=dtype)
+    optimizer = row.build(model)
+    assert set(optimizer.state) == set(model.parameters())
+    keys = {param: sorted(state) for param, state in optimizer.state.items()}
+    before = weights(model)
+    for state in optimizer.state.values():
+        assert all(isinstance(value, Tensor | int) for value in state.values())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    train(model, optimizer, range(4))
+    assert keys == {param: sorted(state) for param, state in optimizer.state.items()}
+
+
+@every
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_resume_through_a_file_is_exact(row: Row, dtype: torch.dtype) -> None:
+    straight = tiny_model(dtype=dtype)
+    optimizer = row.build(straight)
+    train(straight, optimizer, range(9))
+
+    model = tiny_model(dtype=dtype)
+    optimizer = row.build(model)
+    for start, stop in ((0, 2), (2, 5), (5, 9)):
+        train(model, optimizer, range(start, stop))
+        file = io.BytesIO()
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+        file.seek(0)
+        saved = torch.load(file, weights_only=True)
+        model = tiny_model(seed=1, dtype=dtype)
+        model.load_state_dict(saved["model"])
+        optimizer = row.build(model)
+        optimizer.load_state_dict(state_dict=saved["optimizer"])
+    assert_same(straight, model)
+
+
+@every
+def test_load_keeps_each_tensors_dtype(row: Row) -> None:
+    model = tiny_model(dtype=torch.bfloat16)
+    optimizer = row.build(model)
+    train(model, optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    other = row.build(tiny_model(dtype=torch.bfloat16))
+    other.load_state_dict(saved)
+    loaded = other.state_dict()["state"]
+    for key, state in saved["state"].items():
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                assert loaded[key][name].dtype == value.dtype
+                assert torch.equal(loaded[key][name], value)
+                assert loaded[key][name].data_ptr() != value.data_ptr()
+            else:
+                assert loaded[key][name] == value
+
+
+@every
+def test_load_of_a_state_that_does_not_fit_changes_nothing(row: Row) -> None:
+    optimizer = row.build(tiny_model())
+    before = copy.deepcopy(optimizer.state_dict())
+    other = row.build(TinyBlock(hidden=8))
+    with pytest.raises(ValueError, match="accepted"):
+        optimizer.load_state_dict(other.state_dict())
+    broken = copy.deepcopy(before)
+    del broken["state"][0]["step"]
+    with pytest.raises(ValueError, match="step"):
+        optimizer.load_state_dict(broken)
+    for key, state in before["state"].items():
+        for name, value in state.items():
+            now = optimizer.state_dict()["state"][key][name]
+            assert torch.equal(now, value) if isinstance(value, Tensor) else now == value
+
+
+@every
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_continue_alike(row: Row, how: str) -> None:
+    model = tiny_model()
+    optimizer = row.build(model)
+    train(model, optimizer, range(2))
+    pair = (model, optimizer)
+    twin_model, twin = (
+        copy.deepcopy(pair) if how == "deepcopy" else pickle.loads(pickle.dumps(pair))
+    )
+    train(model, optimizer, range(2, 6))
+    train(twin_model, twin, range(2, 6))
+    assert_same(model, twin_model)
+
+
+@every
+def test_older_pickle_gets_new_defaults(row: Row) -> None:
+    optimizer = row.build(tiny_model())
+    state = optimizer.__getstate__()
+    for group in state["param_groups"]:
+        del group["skip_nonfinite"]
+    optimizer.__setstate__(state)
+    assert all(group["skip_nonfinite"] is True for group in optimizer.param_groups)
+
+
+@every
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_state_bytes_equal_the_formula(row: Row, dtype: torch.dtype) -> None:
+    model = tiny_model(dtype=dtype)
+    options = {"rank": 4, **row.options}
+    optimizer = row.build(model)
+    expected = expected_state_bytes(row.name, model, **options)
+    assert state_bytes(optimizer) == expected
+    train(model, optimizer, range(4))
+    assert state_bytes(optimizer) == expected
+    assert expected_state_bytes(row.name, model.to("meta"), **options) == expected
+
+
+@every
+def test_every_state_tensor_owns_its_storage(row: Row) -> None:
+    model = tiny_model()
+    optimizer = row.build(model)
+    train(model, optimizer, range(4))
+    storages = [
+        value.untyped_storage()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    ]
+    assert len({storage.data_ptr() for storage in storages}) == len(storages)
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                assert value.untyped_storage().nbytes() == value.numel() * value.element_size()
