@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..rotation import Rotation
 from . import apply
+from .decompositions import compute_dtype
 from .geometry import Geometry, RowRange, Side
 from .storage import BasisStorage, DenseBasis
 
@@ -174,9 +175,9 @@ class Projector(ABC):
 
     def rotation(self, slot: Slot, former: Bases) -> Rotation:
         """From coordinates in the former bases to those in the slot's bases."""
-        between = [
-            new.mT @ old.to(new.dtype) for new, old in zip(self.bases(slot), former, strict=True)
-        ]
+        wide = compute_dtype(slot.param.dtype)
+        pairs = zip(self.bases(slot), former, strict=True)
+        between = [new.to(wide).mT @ old.to(wide) for new, old in pairs]
         side = slot.geometry.side
         return Rotation(
             left=None if side is Side.RIGHT else between[0],

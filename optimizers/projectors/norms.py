@@ -35,9 +35,7 @@ def kept_squares(
     (basis,) = projector.bases(slot)
     if projector.orthonormal and projector.storage.exact and basis.dtype != torch.bfloat16:
         return low_squares
-    basis = basis.to(low_squares.dtype)
-    gram_rr = (basis.mT @ basis).to(low.dtype)
-    products = gram_rr @ low if slot.geometry.side is Side.LEFT else low @ gram_rr
+    products = projector.rotation(slot, (basis,))(low)
     squares: Tensor = (products * low).sum(axis, keepdim=True, dtype=low_squares.dtype)
     return squares.clamp_(min=0)
 
