@@ -71,10 +71,7 @@ def param_groups(
     options = {"rank": rank, **method_options}
     projected, decayed, undecayed = split(model, patterns)
     if not projected:
-        raise ValueError(
-            f"no nn.Linear of {type(model).__name__} has one of {tuple(patterns)} in its name; "
-            "accepted are patterns that match one"
-        )
+        raise _no_match(model, patterns)
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
     rate = {} if plain_lr is None else {"lr": plain_lr}
     groups = [
@@ -121,14 +118,40 @@ def split(model: nn.Module, patterns: Sequence[str]) -> tuple[list[tuple[str, nn
     tied = _tied(model)
     lists: tuple[list[tuple[str, nn.Parameter]], ...] = ([], [], [])
     for name, param, module in _parameters(model):
-        target = (
-            isinstance(module, nn.Linear)
-            and param is module.weight
-            and param not in tied
-            and any(pattern in name for pattern in patterns)
-        )
+        target = param not in tied and _matches(name, param, module, patterns)
         lists[0 if target else 1 if param.dim() > 1 else 2].append((name, param))
     return lists
+
+
+def projected_layers(model: nn.Module, patterns: Sequence[str]) -> list[nn.Linear]:
+    """The layers whose weights `param_groups` projects.
+
+    Raises:
+        ValueError: no linear layer matches the patterns.
+    """
+    tied = _tied(model)
+    layers = [
+        module
+        for name, param, module in _parameters(model)
+        if isinstance(module, nn.Linear)
+        and param not in tied
+        and _matches(name, param, module, patterns)
+    ]
+    if not layers:
+        raise _no_match(model, patterns)
+    return layers
+
+
+def _matches(name: str, param: nn.Parameter, module: nn.Module, patterns: Sequence[str]) -> bool:
+    is_weight = isinstance(module, nn.Linear) and param is module.weight
+    return is_weight and any(pattern in name for pattern in patterns)
+
+
+def _no_match(model: nn.Module, patterns: Sequence[str]) -> ValueError:
+    return ValueError(
+        f"no nn.Linear of {type(model).__name__} has one of {tuple(patterns)} in its name; "
+        "accepted are patterns that match one"
+    )
 
 
 def _group(named: Sequence[tuple[str, torch.Tensor]], options: Group) -> Group:

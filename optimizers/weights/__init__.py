@@ -1,5 +1,7 @@
-"""Weights: how a step writes into them."""
+"""Weights: how they are stored, and how a step writes into them."""
 
-from .rows import editable_rows
+from .int8 import Int8Weight
+from .rows import apply_rule, editable_rows
+from .state import dense_state_dict
 
-__all__ = ["editable_rows"]
+__all__ = ["Int8Weight", "apply_rule", "dense_state_dict", "editable_rows"]

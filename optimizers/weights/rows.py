@@ -2,21 +2,137 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
+from lowrank.cuda.noise import stochastic_bfloat16
+
 from ..projectors import RowRange
+from ..rules import Update, UpdateRule
+from ..rules.base import State
+from .int8 import Int8Weight
+
+CHUNK_ELEMENTS = 1 << 18
 
 
-def editable_rows(weight: Tensor, rows: RowRange) -> Iterator[tuple[Tensor, RowRange]]:
+def editable_rows(
+    weight: Tensor, rows: RowRange, seed: int = 0, *, stochastic: bool = False
+) -> Iterator[tuple[Tensor, RowRange]]:
     """Yields chunks of a weight's rows; what is done to them in place is in the weight afterwards.
+
+    A plain weight is its own only chunk. An INT8 weight is dequantised in chunks of whole groups
+    and about 2^18 entries, in fp32 (fp64 for fp64); each group that was changed gets a new range
+    and is rounded stochastically. With `stochastic` a bf16 weight is treated likewise.
 
     Args:
         weight: the parameter.
         rows: which rows of the whole matrix it holds.
+        seed: of the rounding; another one for each weight and step. The noise of an entry depends
+            on the seed and its position alone.
+        stochastic: round bf16 weights stochastically.
 
     Yields:
         A plain tensor of some rows, and which rows of the whole matrix these are.
+
+    Raises:
+        ValueError: rounding stochastically while a CUDA graph is captured, which would repeat the
+            same noise at each step.
     """
-    yield weight, rows
+    if isinstance(weight, Int8Weight):
+        _check_capture("an INT8 weight")
+        yield from _int8_rows(weight, rows, seed)
+    elif stochastic and weight.dtype == torch.bfloat16:
+        _check_capture("stochastic_rounding=True")
+        yield from _bfloat16_rows(weight, rows, seed)
+    else:
+        yield weight, rows
+
+
+def apply_rule(
+    rule: UpdateRule,
+    grads: Sequence[Tensor],
+    states: Sequence[State],
+    weights: Sequence[Tensor],
+    seeds: Sequence[int],
+    *,
+    stochastic: bool = False,
+) -> None:
+    """Updates whole parameters in place, by rows where they have to be rounded stochastically.
+
+    Args:
+        rule: gives the updates.
+        grads: descent gradients.
+        states: the parameters' states.
+        weights: the parameters.
+        seeds: of the rounding, one for each parameter.
+        stochastic: as in `editable_rows`.
+    """
+    by_rows = [_by_rows(weight, stochastic) for weight in weights]
+    plain = [i for i, slow in enumerate(by_rows) if not slow]
+    if plain:
+        rule.apply(*([items[i] for i in plain] for items in (grads, states, weights)))
+    for i, weight in enumerate(weights):
+        if by_rows[i]:
+            (update,) = rule.update([grads[i]], [states[i]], [weight])
+            _write(weight, update, seeds[i], stochastic)
+
+
+def _write(weight: Tensor, update: Update, seed: int, stochastic: bool) -> None:
+    whole = RowRange.whole(weight.shape[0] if weight.dim() else 1)
+    for chunk, rows in editable_rows(weight, whole, seed, stochastic=stochastic):
+        delta = update.delta[rows.start : rows.stop] if weight.dim() else update.delta
+        chunk.mul_(update.keep).sub_(delta.to(chunk.dtype) * update.alpha)
+
+
+def _by_rows(weight: Tensor, stochastic: bool) -> bool:
+    return isinstance(weight, Int8Weight) or (stochastic and weight.dtype == torch.bfloat16)
+
+
+def _int8_rows(
+    weight: Int8Weight, rows: RowRange, seed: int
+) -> Iterator[tuple[Tensor, RowRange]]:
+    width = weight.shape[1]
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    # Rows after which a group ends, too.
+    aligned = weight.group_size // math.gcd(weight.group_size, width)
+    step = max(1, CHUNK_ELEMENTS // (aligned * width)) * aligned
+    for start in range(0, weight.shape[0], step):
+        stop = min(start + step, weight.shape[0])
+        chunk = weight.chunk(start * width, stop * width)
+        old = chunk.load(dtype)
+        new = old.clone()
+        yield new.view(stop - start, width), _part(rows, start, stop)
+        chunk.store(new, old, seed, (rows.start + start) * width)
+
+
+def _bfloat16_rows(
+    weight: Tensor, rows: RowRange, seed: int
+) -> Iterator[tuple[Tensor, RowRange]]:
+    if weight.dim() == 0:
+        wide = weight.float()
+        yield wide, rows
+        weight.copy_(stochastic_bfloat16(wide, seed))
+        return
+    width = math.prod(weight.shape[1:])
+    step = max(1, CHUNK_ELEMENTS // max(1, width))
+    for start in range(0, weight.shape[0], step):
+        chunk = weight[start : start + step]
+        # A copy in rows, whatever the strides of the weight.
+        wide = chunk.to(torch.float32, memory_format=torch.contiguous_format)
+        yield wide, _part(rows, start, start + len(chunk))
+        chunk.copy_(stochastic_bfloat16(wide, seed, (rows.start + start) * width))
+
+
+def _part(rows: RowRange, start: int, stop: int) -> RowRange:
+    return RowRange(rows.start + start, rows.start + stop, rows.reduce)
+
+
+def _check_capture(what: str) -> None:
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            f"{what} while a CUDA graph is captured: accepted is a step outside of one, or dense "
+            "weights (weight_bits=None, stochastic_rounding=False)"
+        )
