@@ -87,8 +87,11 @@ def quantize_groups(
         raise ValueError(f"x has dtype {x.dtype}; it must be a floating dtype")
     if out is None:
         count = group_count(x.numel(), group_size)
-        made = (torch.empty(count, dtype=dtype or x.dtype, device=x.device) for _ in range(2))
-        out = (torch.empty(x.shape, dtype=torch.uint8, device=x.device), *made)
+        out = (
+            torch.empty(x.shape, dtype=torch.uint8, device=x.device),
+            torch.empty(count, dtype=dtype or x.dtype, device=x.device),
+            torch.empty(count, dtype=dtype or x.dtype, device=x.device),
+        )
     codes, scales, zeros = out
     with torch.no_grad():
         flat, codes_n = x.detach().reshape(-1), codes.view(-1)

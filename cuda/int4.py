@@ -4,8 +4,8 @@ Three formats, each with groups of the flattened tensor (the last one may be sho
 
 - "asymmetric": `groups.quantize_groups` with 16 levels (Q-GaLore, arXiv 2407.08296), a scale and a
   zero point a group.
-- "midrise": x = s (q - 7.5) with s = 0.85 max|x| / 7.5. The largest entries are clipped, which costs
-  less than it saves on the others; a scale alone, half the asymmetric format's overhead.
+- "midrise": x = s (q - 7.5) with s = 0.85 max|x| / 7.5. The largest entries are clipped, which
+  costs less than it saves on the others; a scale alone, half the asymmetric format's overhead.
 - "nf4": x = s t_q with s = max|x| and t the 16 quantiles of a normal distribution of QLoRA (arXiv
   2305.14314); a scale alone.
 
@@ -34,7 +34,8 @@ class Packed(NamedTuple):
     """A quantised tensor.
 
     Attributes:
-        codes: uint8 (ceil(numel / 2),): entry 2 i in the lower half of byte i, 2 i + 1 in the upper.
+        codes: uint8 (ceil(numel / 2),): entry 2 i in the lower half of byte i, 2 i + 1 in the
+            upper.
         scales: one a group.
         zeros: one a group; None in the symmetric formats.
     """
@@ -194,7 +195,8 @@ def _nf4(device: torch.device) -> Tensor:
         return torch.special.ndtri(tail)
 
     values = torch.cat((-quantiles(7), torch.zeros(1, dtype=torch.float64), quantiles(8)))
-    return (values / values.max()).sort().values.float().to(device)
+    ascending: Tensor = torch.sort(values / values.max())[0].float().to(device)
+    return ascending
 
 
 def _quantize_symmetric(

@@ -17,8 +17,11 @@ from .online_subspace import (
 )
 from .param_groups import param_groups
 from .projectors import RefreshEvent
-from .registry import available, build, describe, expected_state_bytes
+from .qgalore import QGaLoreAdamW8bit
+from .registry import available, build, convert, describe, expected_state_bytes
 from .subspace_muon import GaLoreMuon
+from .weights import Int8Weight, dense_state_dict
+from .weights.convert import merge
 
 __all__ = [
     "Adafactor",
@@ -34,18 +37,23 @@ __all__ = [
     "GaLoreAdamW8bit",
     "GaLoreMuon",
     "GaLorePlusAdamW",
+    "Int8Weight",
     "LowRankOptimizer",
     "Muon",
     "OnlineSubspaceAdafactor",
     "OnlineSubspaceAdamW",
     "OnlineSubspaceAdamW8bit",
     "OnlineSubspaceLion",
+    "QGaLoreAdamW8bit",
     "RefreshEvent",
     "available",
     "build",
+    "convert",
     "cross_head_groups",
+    "dense_state_dict",
     "describe",
     "expected_state_bytes",
+    "merge",
     "param_groups",
     "state_bytes",
     "state_bytes_by_category",

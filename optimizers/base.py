@@ -31,6 +31,7 @@ from .options import (
 from .projected_step import capturing, make_slots, refresh_due, step_projected
 from .refreshing import RefreshHook
 from .strategies import check_owned, own_options, owners
+from .weights import apply_rule
 
 
 class LowRankOptimizer(Optimizer):
@@ -228,11 +229,12 @@ class LowRankOptimizer(Optimizer):
                 loss = closure()
         pairs = [(group, self.compose(group)) for group in self.param_groups]
         count = sum(len(group["params"]) for group, made in pairs if made.projection)
-        index = 0
+        index = plain = 0
         with _no_autocast():
             for group, composition in pairs:
                 if composition.projection is None:
-                    self._step_plain(group, composition)
+                    self._step_plain(group, composition, plain)
+                    plain += len(group["params"])
                     continue
                 slots = make_slots(group, composition, self.state, index)
                 if not capturing():
@@ -242,21 +244,32 @@ class LowRankOptimizer(Optimizer):
                 index += len(group["params"])
         return loss
 
-    def _step_plain(self, group: Group, composition: Composition) -> None:
-        params, grads, called = [], [], []
-        for param, name in zip(group["params"], names(group), strict=True):
+    def _step_plain(self, group: Group, composition: Composition, first: int) -> None:
+        params, grads, called, indices = [], [], [], []
+        for index, (param, name) in enumerate(
+            zip(group["params"], names(group), strict=True), start=first
+        ):
             grad = descent_gradient(param, name, group)
             if grad is not None:
                 params.append(param)
                 grads.append(grad)
                 called.append(name)
+                indices.append(index)
         kept = self._finite(grads, lambda i: label(called[i], params[i]), group)
         for batch in update_batches([params[i] for i in kept], self.state, group):
             picked = [kept[i] for i in batch]
             states = [self.state[params[i]] for i in picked]
             for state in states:
                 state["step"].add_(1)
-            composition.rule.apply([grads[i] for i in picked], states, [params[i] for i in picked])
+            apply_rule(
+                composition.rule,
+                [grads[i] for i in picked],
+                states,
+                [params[i] for i in picked],
+                group.get("seed", 0),
+                [indices[i] for i in picked],
+                stochastic=group.get("stochastic_rounding", False),
+            )
 
     def _finite(
         self, tensors: Sequence[Tensor], called: Callable[[int], str], group: Group

@@ -30,13 +30,12 @@ from torch.optim.optimizer import ParamsT
 from .base import LowRankOptimizer
 from .composition import Composition
 from .options import PROJECTION_DEFAULTS, Group, ProjectionKeywords, ProjectionOptions
-from .projectors import Geometry, RowRange, Side
+from .projectors import Geometry, Side
 from .projectors.norms import axis_norms
 from .projectors.random import gaussian, mixed
 from .rule_factories import adafactor_defaults, adafactor_rule
 from .rules import Adafactor, Update
 from .rules.base import State, numel
-from .weights import editable_rows
 
 CHUNK_ELEMENTS = 1 << 18
 #: Options of `ProjectionKeywords` that mean nothing to a moment that is compressed at random.
@@ -164,12 +163,10 @@ class FloraRule(Adafactor):
         for grad, state, weight in zip(grads, states, weights, strict=True):
             rate = self._rate(state["step"], weight)
             delta = self._advance(grad, state, rate)
-            for weight_kn, rows in editable_rows(weight, RowRange.whole(len(weight))):
-                if self.weight_decay:
-                    weight_kn.mul_(1.0 - rate * self.weight_decay)
-                for span in _spans(*weight_kn.shape):
-                    whole = slice(rows.start + span.start, rows.start + span.stop)
-                    weight_kn[span].sub_(delta(whole))
+            if self.weight_decay:
+                weight.mul_(1.0 - rate * self.weight_decay)
+            for span in _spans(*weight.shape):
+                weight[span].sub_(delta(span))
 
     def update(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]

@@ -70,7 +70,13 @@ def finite(tensors: Sequence[Tensor], complain: Callable[[int], None]) -> list[b
     """Which tensors hold only finite numbers; calls `complain` with the position of each other."""
     if not tensors:
         return []
-    sums = torch.stack([tensor.sum(dtype=torch.float32).cpu() for tensor in tensors])
+    # A sum in another dtype would copy the tensor; bfloat16 has fp32's range, float16 has not.
+    sums = torch.stack(
+        [
+            tensor.sum(dtype=torch.float32 if tensor.dtype == torch.float16 else None).float().cpu()
+            for tensor in tensors
+        ]
+    )
     good: list[bool] = sums.isfinite().tolist()
     for position, known in enumerate(good):
         if not known:

@@ -77,6 +77,9 @@ class ProjectionKeywords(CommonOptions, total=False):
     residual: what becomes of the gradient outside the subspace, see `strategies.RESIDUALS`.
     moments: what becomes of the moments when the subspace moves, see `rules.MOMENT_MOVES`.
     projection_dtype: precision of the projection GEMMs ("bfloat16", ...); None is the weights'.
+    stochastic_rounding: round bf16 weights up or down with probabilities that keep the mean, so
+        that updates below their precision count; other dtypes are left as they are, INT8 weights
+        are rounded so in any case.
     seed: of everything random.
 
     A strategy's own options (`strategies.owners` lists them) are keywords too.
@@ -90,6 +93,7 @@ class ProjectionKeywords(CommonOptions, total=False):
     residual: str
     moments: str
     projection_dtype: str | None
+    stochastic_rounding: bool
     seed: int
 
 
@@ -102,6 +106,7 @@ PROJECTION_DEFAULTS: ProjectionKeywords = {
     "residual": "dropped",
     "moments": "keep",
     "projection_dtype": None,
+    "stochastic_rounding": False,
     "seed": 0,
 }
 
@@ -125,6 +130,7 @@ class ProjectionOptions:
         residual: what becomes of the gradient outside the subspace.
         moments: what becomes of the moments when the subspace moves.
         projection_dtype: precision of the projection GEMMs, None for the weights'.
+        stochastic_rounding: of bf16 weights.
         seed: of everything random.
     """
 
@@ -141,6 +147,7 @@ class ProjectionOptions:
     residual: str = "dropped"
     moments: str = "keep"
     projection_dtype: str | None = None
+    stochastic_rounding: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -155,6 +162,7 @@ class ProjectionOptions:
         checks.choice("stagger", self.stagger, (True, False))
         checks.choice("moments", self.moments, MOMENT_MOVES)
         checks.choice("projection_dtype", self.projection_dtype, (None, *PROJECTION_DTYPES))
+        checks.choice("stochastic_rounding", self.stochastic_rounding, (True, False))
         checks.integer("seed", self.seed, low=0)
 
     def rank_of(self, shape: Sequence[int]) -> int:

@@ -18,7 +18,7 @@ from .projectors import RowRange, Slot
 from .refreshing import RefreshHook, refresh
 from .residuals import Write
 from .rules import UpdateRule
-from .weights import editable_rows
+from .weights import editable_rows, rounding_seed
 
 #: Positions of the tensors to go on with, given tensors and what to call each.
 Finite = Callable[[Sequence[Tensor], Callable[[int], str]], list[int]]
@@ -109,7 +109,10 @@ def carry_out(write: Write, slot: Slot, projection: Projection) -> None:
     delta, alpha, keep = write.delta, write.alpha, write.keep
     if isinstance(alpha, Tensor):
         delta, alpha = (None if delta is None else delta.mul_(alpha)), 1.0
-    for weight_kn, rows in editable_rows(slot.param, slot.rows):
+    options = projection.options
+    seed = rounding_seed(options.seed, slot.taken, slot.index)
+    rounds = options.stochastic_rounding
+    for weight_kn, rows in editable_rows(slot.param, slot.rows, seed, stochastic=rounds):
         scalar_keep = keep
         if isinstance(scalar_keep, Tensor) or (delta is None and scalar_keep != 1.0):
             weight_kn.mul_(scalar_keep)

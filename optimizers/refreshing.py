@@ -54,7 +54,7 @@ def _event(
 ) -> RefreshEvent:
     projector = projection.projector
     bases, low = projector.bases(slot), projector.project(slot)
-    if slot.grad.dim() == 2 and not projector.orthonormal:
+    if slot.grad.dim() == 2 and not (projector.orthonormal and projector.storage.exact):
         # Energy and overlap are those of the subspaces.
         bases, former = (tuple(torch.linalg.qr(b).Q for b in t) for t in (bases, former))
         low = apply.project(slot.grad, bases, slot.geometry, slot.rows)

@@ -19,11 +19,26 @@ from . import (
     galore,
     galore_plus,
     online_subspace,
+    qgalore,
     subspace_muon,
 )
 from .base import LowRankOptimizer
 from .options import Group
 from .param_groups import param_groups, plain_groups
+from .weights.convert import to_int8
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A change of a model's parametrisation, in place; what is converted already stays.
+
+    Attributes:
+        apply: changes the model; takes `patterns` and the options.
+        options: names of its own options.
+    """
+
+    apply: Callable[..., None]
+    options: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -36,6 +51,7 @@ class Method:
         summary: one line for people.
         groups: makes parameter groups from a model and the group options.
         defaults: constructor arguments that `build` sets unless they are given.
+        conversion: how the method changes a model before, if it does.
     """
 
     name: str
@@ -43,6 +59,7 @@ class Method:
     summary: str
     groups: Callable[[nn.Module, dict[str, Any]], list[Group]]
     defaults: dict[str, Any] = field(default_factory=dict)
+    conversion: Conversion | None = None
 
     def constructor_options(self) -> set[str]:
         """Names of the constructor's keywords."""
@@ -77,6 +94,8 @@ def _rank_one(model: nn.Module, options: dict[str, Any]) -> list[Group]:
 
 
 _NO_RELATIVE = {"relative_step": False, "scale_parameter": False, "lr": 1e-3}
+
+_INT8 = Conversion(to_int8, ("weight_bits", "weight_group_size"))
 
 _TABLE = {
     method.name: method
@@ -153,6 +172,13 @@ _TABLE = {
             _projected,
         ),
         Method(
+            "qgalore_adamw_8bit",
+            qgalore.QGaLoreAdamW8bit,
+            "Q-GaLore: lazy refreshes, INT4 bases, INT8 weights (arXiv 2407.08296)",
+            _projected,
+            conversion=_INT8,
+        ),
+        Method(
             "muon",
             baselines.Muon,
             "Muon on hidden matrices, AdamW elsewhere",
@@ -184,19 +210,50 @@ def _method(name: str) -> Method:
 
 
 def _sort_options(method: Method, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Splits options into the groups' and the constructor's."""
+    """Splits options into the groups' and the constructor's; those of a conversion are left out."""
     constructor, groups = method.constructor_options(), method.group_options()
+    conversion = method.conversion.options if method.conversion else ()
     group_options: dict[str, Any] = {}
     keywords: dict[str, Any] = {**method.defaults}
     for name, value in options.items():
+        if name in conversion:
+            continue
         if name in groups:
             if method.optimizer.projects or name in ("patterns", "plain_lr"):
                 group_options[name] = value
         elif name in constructor:
             keywords[name] = value
         else:
-            raise checks.unknown_name(f"option of {method.name}", name, constructor | groups)
+            known = constructor | groups | {*conversion}
+            raise checks.unknown_name(f"option of {method.name}", name, known)
     return group_options, keywords
+
+
+def convert(name: str, model: nn.Module, **options: Any) -> nn.Module:
+    """Changes a model's parametrisation, in place, to the one that a method trains.
+
+    `build` does this by itself. Call it before where the model is wrapped (DDP), loaded from a
+    converted model's state dict, or moved between the two. Methods without a parametrisation of
+    their own, and what is converted already, leave the model as it is; `merge` undoes it.
+
+    Args:
+        name: one of `available()`.
+        model: the model.
+        **options: as for `build`; `qgalore_adamw_8bit` has `weight_bits` (8, or None for weights as
+            they are), `weight_group_size` (256) and `patterns`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the name or an option is unknown or out of range, or no layer matches.
+    """
+    method = _method(name)
+    _sort_options(method, options)
+    if method.conversion is not None:
+        taken = {*method.conversion.options, "patterns"}
+        method.conversion.apply(model, **{key: options[key] for key in options if key in taken})
+    return model
 
 
 def build(
@@ -206,7 +263,8 @@ def build(
 
     Linear layers of attention and MLP are projected (see `param_groups`), everything else gets the
     method's plain rule. Defaults: rank 128 (clamped to each matrix), gap 200, scale 0.25;
-    Adafactor with `relative_step` and `scale_parameter` off.
+    Adafactor with `relative_step` and `scale_parameter` off. A method with a parametrisation of its
+    own changes the model in place first, see `convert`.
 
     Args:
         name: one of `available()`.
@@ -224,6 +282,7 @@ def build(
     """
     method = _method(name)
     group_options, keywords = _sort_options(method, options)
+    convert(name, model, **options)
     if lr is not None:
         keywords["lr"] = lr
     return method.optimizer(method.groups(model, group_options), **keywords)
@@ -248,8 +307,8 @@ def expected_state_bytes(name: str, model: nn.Module, **options: Any) -> int:
         [{**group, "params": [], "param_names": []} for group in groups], **keywords
     )
     total = 0
-    for group in groups:
-        composition = template.compose({**template.defaults, **group})
+    for group, completed in zip(groups, template.param_groups, strict=True):
+        composition = template.compose(completed)
         for param in group["params"]:
             if param.numel():
                 total += composition.state_bytes(param.shape, param.element_size())

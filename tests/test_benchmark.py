@@ -93,7 +93,7 @@ def test_the_floor_does_what_a_projected_step_does() -> None:
         torch.testing.assert_close(weight.detach() / -1e-6, gradient, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["step", "refresh"])
+@pytest.mark.parametrize("name", ["step", "refresh", "coap"])
 def test_each_benchmark_runs_and_is_recorded(name: str, tmp_path: Path) -> None:
     work = part("workload").Workload(shapes=TINY, rank=4)
     result = part("measure").BENCHMARKS[name](work, 2, lambda text: None)
@@ -103,8 +103,9 @@ def test_each_benchmark_runs_and_is_recorded(name: str, tmp_path: Path) -> None:
     assert record["machine"]["threads"] == torch.get_num_threads()
     assert record["versions"]["torch"] == torch.__version__
     wanted = {
-        "step": {"gemm_floor", "adamw_fused", "galore", "galore_bf16"},
+        "step": {"gemm_floor", "adamw_fused", "galore", "galore_bf16", "fira_ours", "coap"},
         "refresh": {"svd", "eigh", "randomized", "warm"},
+        "coap": {"autograd", "closed_form"},
     }
     assert wanted[name] <= set(record["results"])
     for row in record["results"].values():
@@ -113,8 +114,10 @@ def test_each_benchmark_runs_and_is_recorded(name: str, tmp_path: Path) -> None:
         energies = {key: row["captured_energy"] for key, row in record["results"].items()}
         assert energies["eigh"] == pytest.approx(energies["svd"], abs=1e-5)
         assert energies["svd"] >= energies["warm"] - 1e-6
-    else:
+    elif name == "step":
         assert record["results"]["galore"]["ratio_to"]["gemm_floor"]["median"] > 0
+    else:
+        assert record["results"]["closed_form"]["ratio_to"]["autograd"]["median"] > 0
     assert result.table().row_count == len(record["results"])
 
 

@@ -2,9 +2,9 @@
 
 A checkpoint ``step-00000200`` holds ``model.safetensors`` with Hugging Face's ``config.json`` and
 the tokenizer's files (so the folder loads with ``AutoModelForCausalLM.from_pretrained``),
-``optimizer.pt`` and ``trainer.pt`` (both load with ``weights_only=True``) and ``manifest.json``:
-the size and SHA-256 of each of the others. It is written into a temporary folder beside, flushed to
-the disk and renamed.
+``optimizer.pt`` and ``trainer.pt`` (both load with ``weights_only=True``), for quantised weights
+``quantized.safetensors``, and ``manifest.json``: the size and SHA-256 of each of the others. It is
+written into a temporary folder beside, flushed to the disk and renamed.
 """
 
 from __future__ import annotations

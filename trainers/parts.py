@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank.optimizers import dense_state_dict
+
 from .checkpoint import verify
 from .config import RunConfig
 from .config_io import changed_keys, from_mapping, to_mapping
@@ -17,6 +19,9 @@ from .distributed import World
 from .missing import require
 from .models import LanguageModel
 from .state import TrainState, random_state, restore_random_state
+
+#: Quantised weights of a checkpoint, where there are any.
+QUANTISED = "quantized.safetensors"
 
 
 @dataclass
@@ -82,15 +87,38 @@ def save_network(network: Any, folder: Path) -> None:
     """Writes a Hugging Face model's weights and configuration, as ``from_pretrained`` reads them.
 
     One file whatever the size; `save_pretrained` would split it, and show a bar of its own.
+    Quantised weights are dense in it, and lie beside as they are for this run to go on from.
     """
-    weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-    path = folder / "model.safetensors"
-    require("safetensors.torch", "train").save_file(weights, path, metadata={"format": "pt"})
-    # The library makes it readable for its owner alone, unlike every other file here.
-    path.chmod(0o644)
+    dense = dense_state_dict(network)
+    quantised = {k: v for k, v in network.state_dict().items() if k not in dense}
+    _write_tensors(dense, folder / "model.safetensors")
+    if quantised:
+        _write_tensors(quantised, folder / QUANTISED)
     network.config.architectures = [type(network).__name__]
     network.config.save_pretrained(folder)
     network.generation_config.save_pretrained(folder)
+
+
+def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    require("safetensors.torch", "train").save_file(whole, path, metadata={"format": "pt"})
+    # The library makes it readable for its owner alone, unlike every other file here.
+    path.chmod(0o644)
+
+
+def load_network(network: nn.Module, folder: Path) -> None:
+    """Puts back the weights that `save_network` wrote, to the bit.
+
+    Raises:
+        RuntimeError: they are not those of this network.
+    """
+    load_file = require("safetensors.torch", "train").load_file
+    weights: dict[str, Tensor] = load_file(folder / "model.safetensors")
+    if (folder / QUANTISED).is_file():
+        quantised: dict[str, Tensor] = load_file(folder / QUANTISED)
+        replaced = {name.rpartition(".")[0] for name in quantised}
+        weights = {k: v for k, v in weights.items() if k not in replaced} | quantised
+    network.load_state_dict(weights)
 
 
 def read_parts(folder: Path, parts: Parts) -> None:
@@ -110,10 +138,9 @@ def read_parts(folder: Path, parts: Parts) -> None:
             f" {parts.world.size}; resume with as many"
         )
     own = ranks[parts.world.rank]
-    weights = require("safetensors.torch", "train").load_file(folder / "model.safetensors")
     optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     parts.stream.load_state_dict(own["stream"])
-    parts.model.network.load_state_dict(weights)
+    load_network(parts.model.network, folder)
     parts.optimizer.load_state_dict(optimizer)
     parts.counts.copy_(own["counts"])
     parts.state = TrainState.from_dict(content["state"])

@@ -64,7 +64,7 @@ class CoordinateProjector(Projector):
         """The indices as 0/1 matrices, for what asks for a basis in full."""
         bases = []
         for key, shape in slot.geometry.basis_shapes.items():
-            basis_dr = slot.param.new_zeros(shape)
+            basis_dr = torch.zeros(shape, dtype=slot.grad.dtype, device=slot.grad.device)
             basis_dr.scatter_(0, slot.state[key + INDEX].long()[None], 1.0)
             bases.append(basis_dr)
         return tuple(bases)

@@ -161,8 +161,9 @@ class OnlineProjector(SingularProjector):
         """
         (basis_dr,) = self.bases(slot)
         basis_dr = basis_dr.to(low.dtype)
-        norm = total_norm(slot.grad, slot.rows).clamp(min=torch.finfo(torch.float32).tiny)
-        hat = (low / norm.to(low.dtype)).contiguous()
+        norm = total_norm(slot.grad, slot.rows).to(low.dtype)
+        norm = norm.clamp_(min=torch.finfo(low.dtype).tiny)
+        hat = (low / norm).contiguous()
         m, n = slot.geometry.shape
         local = RowRange(0, slot.grad.shape[0], slot.rows.reduce)
         if slot.geometry.side is Side.LEFT:
@@ -174,7 +175,7 @@ class OnlineProjector(SingularProjector):
             square_rr = slot.rows.reduce(hat.mT @ hat)
             whole = Geometry((m, n), Side.LEFT, slot.geometry.rank)
             product_dr = apply.project(slot.grad, (hat,), whole, local, self.dtype).mT
-        product_dr = product_dr / norm.to(low.dtype)
+        product_dr = product_dr / norm
         gram_rr = basis_dr.mT @ basis_dr
         result = torch.addmm(product_dr, basis_dr, square_rr, beta=-2.0).addmm_(product_dr, gram_rr)
         result.mul_(2.0)

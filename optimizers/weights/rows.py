@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lowrank.cuda.noise import stochastic_bfloat16
+from lowrank.cuda.noise import mix, stochastic_bfloat16
 
 from ..projectors import RowRange
 from ..rules import Update, UpdateRule
@@ -51,12 +51,18 @@ def editable_rows(
         yield weight, rows
 
 
+def rounding_seed(seed: int, step: int, index: int) -> int:
+    """The seed of one weight's rounding in one step."""
+    return mix(seed, step, index)
+
+
 def apply_rule(
     rule: UpdateRule,
     grads: Sequence[Tensor],
     states: Sequence[State],
     weights: Sequence[Tensor],
-    seeds: Sequence[int],
+    seed: int,
+    indices: Sequence[int],
     *,
     stochastic: bool = False,
 ) -> None:
@@ -65,19 +71,24 @@ def apply_rule(
     Args:
         rule: gives the updates.
         grads: descent gradients.
-        states: the parameters' states.
+        states: the parameters' states; `step` already counts this step.
         weights: the parameters.
-        seeds: of the rounding, one for each parameter.
+        seed: of the rounding.
+        indices: positions among the parameters that are updated whole.
         stochastic: as in `editable_rows`.
     """
     by_rows = [_by_rows(weight, stochastic) for weight in weights]
     plain = [i for i, slow in enumerate(by_rows) if not slow]
     if plain:
-        rule.apply(*([items[i] for i in plain] for items in (grads, states, weights)))
+        rule.apply(
+            [grads[i] for i in plain], [states[i] for i in plain], [weights[i] for i in plain]
+        )
     for i, weight in enumerate(weights):
         if by_rows[i]:
             (update,) = rule.update([grads[i]], [states[i]], [weight])
-            _write(weight, update, seeds[i], stochastic)
+            # Indices of projected matrices are not negative.
+            own = rounding_seed(seed, int(states[i]["step"]), ~indices[i])
+            _write(weight, update, own, stochastic)
 
 
 def _write(weight: Tensor, update: Update, seed: int, stochastic: bool) -> None:
@@ -91,9 +102,7 @@ def _by_rows(weight: Tensor, stochastic: bool) -> bool:
     return isinstance(weight, Int8Weight) or (stochastic and weight.dtype == torch.bfloat16)
 
 
-def _int8_rows(
-    weight: Int8Weight, rows: RowRange, seed: int
-) -> Iterator[tuple[Tensor, RowRange]]:
+def _int8_rows(weight: Int8Weight, rows: RowRange, seed: int) -> Iterator[tuple[Tensor, RowRange]]:
     width = weight.shape[1]
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     # Rows after which a group ends, too.
@@ -101,16 +110,14 @@ def _int8_rows(
     step = max(1, CHUNK_ELEMENTS // (aligned * width)) * aligned
     for start in range(0, weight.shape[0], step):
         stop = min(start + step, weight.shape[0])
-        chunk = weight.chunk(start * width, stop * width)
+        chunk = weight.entries(start * width, stop * width)
         old = chunk.load(dtype)
         new = old.clone()
         yield new.view(stop - start, width), _part(rows, start, stop)
         chunk.store(new, old, seed, (rows.start + start) * width)
 
 
-def _bfloat16_rows(
-    weight: Tensor, rows: RowRange, seed: int
-) -> Iterator[tuple[Tensor, RowRange]]:
+def _bfloat16_rows(weight: Tensor, rows: RowRange, seed: int) -> Iterator[tuple[Tensor, RowRange]]:
     if weight.dim() == 0:
         wide = weight.float()
         yield wide, rows

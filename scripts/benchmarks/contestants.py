@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.optimizers import GaLoreAdamW, RefreshEvent
+from lowrank.optimizers import GaLoreAdamW, LowRankOptimizer, RefreshEvent
 
 from .workload import Workload, give
 
 GALORE_TORCH = "galore_torch"
+FIRA = "fira"
 #: Small enough that the weights stay what they are over any number of steps.
 _LEARNING_RATE = 1e-6
 _NEVER = 1_000_000_000
@@ -51,13 +52,19 @@ def fused_adamw(work: Workload) -> Contestant:
     return Contestant("adamw_fused", "torch AdamW, fused", parameters, optimizer.step)
 
 
-def galore(
-    work: Workload, name: str, label: str, *, gap: int = _NEVER, **options: Any
+def ours(
+    work: Workload,
+    name: str,
+    label: str,
+    *,
+    optimizer_class: type[LowRankOptimizer] = GaLoreAdamW,
+    gap: int = _NEVER,
+    **options: Any,
 ) -> Contestant:
-    """Our GaLoreAdamW; `gap` steps between refreshes."""
+    """One of our optimizers, GaLoreAdamW unless another is given; `gap` steps between refreshes."""
     parameters = work.parameters()
     group = {"params": parameters, "rank": work.rank, "update_proj_gap": gap, "scale": 0.25}
-    optimizer = GaLoreAdamW([group], lr=_LEARNING_RATE, **options)
+    optimizer = optimizer_class([group], lr=_LEARNING_RATE, **options)
 
     def energy() -> float:
         events: list[RefreshEvent] = []
@@ -98,6 +105,20 @@ def galore_torch(work: Workload, *, gap: int = _NEVER) -> Contestant | None:
         return sum(shares) / len(shares)
 
     return Contestant(GALORE_TORCH, "galore-torch", parameters, optimizer.step, energy)
+
+
+def fira_package(work: Workload) -> Contestant | None:
+    """The official FiraAdamW, or None where the package is missing."""
+    try:
+        from fira import FiraAdamW as Official
+    except ModuleNotFoundError:
+        return None
+    parameters = work.parameters()
+    group = {"params": parameters, "rank": work.rank, "update_proj_gap": _NEVER, "alpha": 0.25}
+    optimizer = Official(
+        [group | {"proj_type": "std"}], lr=_LEARNING_RATE, no_deprecation_warning=True
+    )
+    return Contestant(FIRA, "fira", parameters, optimizer.step)
 
 
 def gemm_floor(work: Workload) -> Contestant:

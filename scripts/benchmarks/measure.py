@@ -7,11 +7,24 @@ from dataclasses import asdict
 
 import torch
 
-from .contestants import GALORE_TORCH, Contestant, fused_adamw, galore, galore_torch, gemm_floor
+from lowrank.optimizers import ApolloAdamW, CoapAdamW, FiraAdamW, OnlineSubspaceAdamW
+
+from .contestants import (
+    FIRA,
+    GALORE_TORCH,
+    Contestant,
+    fira_package,
+    fused_adamw,
+    galore_torch,
+    gemm_floor,
+    ours,
+)
+from .correlation import by_autograd, in_closed_form
 from .results import Result
 from .timing import milliseconds, round_robin
 from .workload import Workload
 
+OURS = "galore"
 Progress = Callable[[str], None]
 
 
@@ -26,9 +39,14 @@ def step(work: Workload, rounds: int, progress: Progress) -> Result:
     entrants = [
         gemm_floor(work),
         fused_adamw(work),
-        galore(work, "galore", "GaLoreAdamW"),
-        galore(work, "galore_bf16", "GaLoreAdamW, bf16 GEMMs", projection_dtype="bfloat16"),
+        ours(work, OURS, "GaLoreAdamW"),
+        ours(work, "galore_bf16", "GaLoreAdamW, bf16 GEMMs", projection_dtype="bfloat16"),
         galore_torch(work),
+        ours(work, "fira_ours", "FiraAdamW", optimizer_class=FiraAdamW),
+        fira_package(work),
+        ours(work, "apollo", "ApolloAdamW", optimizer_class=ApolloAdamW),
+        ours(work, "online", "OnlineSubspaceAdamW", optimizer_class=OnlineSubspaceAdamW),
+        ours(work, "coap", "CoapAdamW", optimizer_class=CoapAdamW),
     ]
     contestants = [entrant for entrant in entrants if entrant is not None]
     (gradients,) = work.gradients(1)
@@ -51,7 +69,7 @@ def step(work: Workload, rounds: int, progress: Progress) -> Result:
         title=f"One optimizer step, {_describe(work)}",
         labels={contestant.name: contestant.label for contestant in contestants},
         samples=samples,
-        references=("gemm_floor", GALORE_TORCH),
+        references=("gemm_floor", OURS, GALORE_TORCH, FIRA),
         canaries=canaries,
         setting=_setting(work, rounds),
     )
@@ -71,7 +89,7 @@ def refresh(work: Workload, rounds: int, progress: Progress) -> Result:
     modes = ("svd", "eigh", "randomized", "warm")
     entrants = [
         galore_torch(work, gap=2),
-        *(galore(work, mode, f"refresh={mode}", gap=2, refresh=mode) for mode in modes),
+        *(ours(work, mode, f"refresh={mode}", gap=2, refresh=mode) for mode in modes),
     ]
     contestants = [entrant for entrant in entrants if entrant is not None]
     batches = work.gradients(2)
@@ -112,9 +130,44 @@ def refresh(work: Workload, rounds: int, progress: Progress) -> Result:
     )
 
 
-BENCHMARKS = {"step": step, "refresh": refresh}
+def coap(work: Workload, rounds: int, progress: Progress) -> Result:
+    """Times COAP's update of all bases between re-projections: closed form against autograd.
+
+    Args:
+        work: the matrices.
+        rounds: timed updates of each contestant.
+        progress: told what is going on.
+    """
+    (gradients,) = work.gradients(1)
+    contestants = {
+        "autograd": by_autograd(work, gradients),
+        "closed_form": in_closed_form(work, gradients),
+    }
+    for call in contestants.values():
+        call()
+
+    def timed(call: Callable[[], None]) -> Callable[[int], float]:
+        return lambda _: milliseconds(call)
+
+    samples, canaries = round_robin(
+        {name: timed(call) for name, call in contestants.items()},
+        rounds,
+        after_round=lambda number: progress(f"round {number + 1} of {rounds}"),
+    )
+    return Result(
+        name="coap",
+        title=f"COAP's update of all bases, {_describe(work)}",
+        labels={"autograd": "autograd of the loss", "closed_form": "CorrelationProjector"},
+        samples=samples,
+        references=("autograd",),
+        canaries=canaries,
+        setting=_setting(work, rounds),
+    )
+
+
+BENCHMARKS = {"step": step, "refresh": refresh, "coap": coap}
 #: Rounds when none are asked for: a refresh takes far longer than a step.
-ROUNDS = {"step": 41, "refresh": 7}
+ROUNDS = {"step": 41, "refresh": 7, "coap": 21}
 
 
 def _describe(work: Workload) -> str:

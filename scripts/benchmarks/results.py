@@ -23,7 +23,7 @@ class Result:
     """One benchmark's samples.
 
     Attributes:
-        name: "step" or "refresh".
+        name: "step", "refresh" or "coap".
         title: heading of the table.
         labels: contestant to its row's label, in the order of the rows.
         samples: contestant to milliseconds by round.
@@ -133,7 +133,7 @@ def processor() -> str:
 def versions() -> dict[str, str]:
     """Of Python and the packages that took part and are installed."""
     found = {"python": platform.python_version()}
-    for name in ("lowrank-pretrain", "torch", "galore-torch"):
+    for name in ("lowrank-pretrain", "torch", "galore-torch", "fira"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -12,7 +12,7 @@ from support import set_gradients
 from torch import nn
 
 from lowrank import optimizers
-from lowrank.optimizers import LowRankOptimizer, build
+from lowrank.optimizers import LowRankOptimizer, build, convert
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Row:
         capturable: whether `capturable=True` is accepted.
         bits8: moments are quantised, so equalities hold only to a code's width.
         one_sided: `proj_type="full"` is refused.
+        int8: weights are INT8, so equalities hold only to a step of theirs.
+        rounded_basis: what is stored under "basis" is codes.
         left_only: `proj_type` is "std" or "left", or an error.
         refits: what makes a basis: a "solver" or a random "draw" at each gap, a solver "once", or
             "never" (no basis is fitted to gradients).
@@ -37,12 +39,23 @@ class Row:
     capturable: bool = False
     bits8: bool = False
     one_sided: bool = False
+    int8: bool = False
+    rounded_basis: bool = False
     left_only: bool = False
     refits: str = "solver"
 
     @property
     def projects(self) -> bool:
         return self.optimizer.projects
+
+    @property
+    def slack(self) -> float:
+        """How far weights may lie apart that differ by rounding alone."""
+        return 5e-3 if self.int8 else 2e-3 if self.bits8 else 2e-6
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """The model as `build` would make it."""
+        return convert(self.name, model, **self.options)
 
     def build(self, model: nn.Module, **options: Any) -> LowRankOptimizer:
         """For a tiny model: rank 4, a refresh every 3 steps."""
@@ -106,6 +119,23 @@ TABLE = (
         capturable=True,
         refits="once",
     ),
+    Row(
+        "qgalore_adamw_8bit",
+        optimizers.QGaLoreAdamW8bit,
+        {**SMALL_8BIT, "weight_bits": None},
+        capturable=True,
+        bits8=True,
+        rounded_basis=True,
+    ),
+    Row(
+        "qgalore_adamw_8bit",
+        optimizers.QGaLoreAdamW8bit,
+        SMALL_8BIT,
+        capturable=True,
+        bits8=True,
+        rounded_basis=True,
+        int8=True,
+    ),
 )
 PROJECTING = tuple(row for row in TABLE if row.projects)
 
@@ -114,7 +144,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def identifier(row: Row) -> str:
-    return row.name
+    return f"{row.name}-int8" if row.int8 else row.name
 
 
 every = pytest.mark.parametrize("row", TABLE, ids=identifier)

@@ -97,7 +97,7 @@ def test_rank_deficient_gradients(row: Row, mode: str, proj_type: str) -> None:
     assert all(param.isfinite().all() for param in model.parameters())
     for state in optimizer.state.values():
         for key in ("basis", "basis_right"):
-            if key in state:
+            if key in state and not row.rounded_basis:
                 gram = state[key].mT @ state[key]
                 torch.testing.assert_close(gram, torch.eye(len(gram)), rtol=0, atol=1e-5)
 

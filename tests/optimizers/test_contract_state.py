@@ -45,7 +45,7 @@ def test_resume_through_a_file_is_exact(row: Row, dtype: torch.dtype) -> None:
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
         file.seek(0)
         saved = torch.load(file, weights_only=True)
-        model = tiny_model(seed=1, dtype=dtype)
+        model = row.prepare(tiny_model(seed=1, dtype=dtype))
         model.load_state_dict(saved["model"])
         optimizer = row.build(model)
         optimizer.load_state_dict(state_dict=saved["optimizer"])

@@ -1,0 +1,69 @@
+"""Changing a model's linear layers to INT8 weights, and back to dense ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .. import checks
+from ..param_groups import PATTERNS, projected_layers
+from .int8 import Int8Weight
+from .state import attach, detach
+
+
+def to_int8(
+    model: nn.Module,
+    *,
+    patterns: Sequence[str] = PATTERNS,
+    weight_bits: int | None = 8,
+    weight_group_size: int = 256,
+) -> None:
+    """In place: quantises the weights that `param_groups` projects; those that are stay.
+
+    A layer remains an `nn.Linear`, with another parameter as its `weight`: convert before making an
+    optimizer or wrapping the model. Processes that train together need equal weights before (one
+    seed, or one checkpoint): what `DistributedDataParallel` broadcasts is rounded anew.
+
+    Args:
+        model: the model.
+        patterns: as in `param_groups`.
+        weight_bits: 8, or None for no change.
+        weight_group_size: entries that share a scale; the last group may have fewer.
+
+    Raises:
+        ValueError: an option is out of range, no layer matches, or the model is already wrapped.
+    """
+    checks.choice("weight_bits", weight_bits, (8, None))
+    checks.integer("weight_group_size", weight_group_size, low=1)
+    if weight_bits is None:
+        return
+    for layer in projected_layers(model, patterns):
+        weight = layer.weight
+        if isinstance(weight, Int8Weight) or not weight.numel():
+            continue
+        if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+            raise ValueError(
+                "a model inside DistributedDataParallel can't get INT8 weights: accepted is "
+                "convert(name, model) before wrapping, or weight_bits=None"
+            )
+        layer.weight = nn.Parameter(Int8Weight.quantize(weight, weight_group_size))
+        attach(layer)
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Makes a converted model dense again, in place; a dense one stays as it is.
+
+    Parameters that were quantised are replaced, so an optimizer made before no longer trains them.
+
+    Returns:
+        The model.
+    """
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Int8Weight):
+            module.weight = nn.Parameter(weight.dequantize(), weight.requires_grad)
+            module.weight.grad = weight.grad
+            detach(module)
+    return model

@@ -1,0 +1,99 @@
+"""INT8 weights in a module's state dict: plain tensors, which any file format can hold.
+
+The hooks are functions of this module, so that layers with them can be copied and pickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .int8 import Int8Weight
+
+PARTS = ("codes", "scales", "zeros")
+
+
+def has_int8(module: nn.Module) -> bool:
+    """Whether a module's own `weight` is in eight bits."""
+    return isinstance(getattr(module, "weight", None), Int8Weight)
+
+
+def attach(module: nn.Linear) -> None:
+    """Makes the layer save its weight as `weight.codes`, `.scales`, `.zeros`, and load it back."""
+    detach(module)
+    module.register_state_dict_post_hook(split_weight)  # type: ignore[no-untyped-call]
+    module.register_load_state_dict_pre_hook(join_weight)  # type: ignore[no-untyped-call]
+
+
+def detach(module: nn.Module) -> None:
+    """Takes the hooks away."""
+    for key, saved in list(module._state_dict_hooks.items()):
+        if saved is split_weight:
+            del module._state_dict_hooks[key]
+    for key, loaded in list(module._load_state_dict_pre_hooks.items()):
+        if getattr(loaded, "hook", None) is join_weight:
+            del module._load_state_dict_pre_hooks[key]
+
+
+def split_weight(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: object
+) -> None:
+    """In a new state dict: the weight's parts instead of the weight; `keep_vars=True` keeps it."""
+    name = f"{prefix}weight"
+    weight = state_dict.get(name)
+    if not isinstance(weight, Int8Weight) or weight is module.weight:
+        return
+    # The order of the entries stays.
+    following = list(state_dict)[list(state_dict).index(name) + 1 :]
+    del state_dict[name]
+    for part, tensor in zip(PARTS, weight.parts(), strict=True):
+        state_dict[f"{name}.{part}"] = tensor
+    for key in following:
+        state_dict[key] = state_dict.pop(key)
+
+
+def join_weight(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Mapping[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """In a state dict to be loaded: the weight made of its parts; a dense one stays as it is."""
+    own = module.weight
+    if not isinstance(own, Int8Weight):
+        return
+    name = f"{prefix}weight"
+    keys = [f"{name}.{part}" for part in PARTS]
+    if all(key in state_dict for key in keys):
+        parts = [state_dict.pop(key) for key in keys]
+        try:
+            state_dict[name] = Int8Weight(*parts, group_size=own.group_size)
+        except ValueError as error:
+            state_dict[name] = own.detach()
+            error_msgs.append(f"{name}: {error} (the layer has groups of {own.group_size})")
+    dense = state_dict.get(name)
+    assigned = local_metadata.get("assign_to_params_buffers", False)
+    if assigned and isinstance(dense, Tensor) and not isinstance(dense, Int8Weight):
+        state_dict[name] = Int8Weight.quantize(dense, own.group_size)
+
+
+def dense_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """A module's state dict on the CPU, INT8 weights dense under their own names.
+
+    What a plain copy of the model loads, and other tools read.
+    """
+    state: dict[str, Any] = {
+        name: tensor.detach() for name, tensor in module.state_dict(keep_vars=True).items()
+    }
+    cpu = torch.device("cpu")
+    return {
+        name: tensor.to(cpu).dequantize() if isinstance(tensor, Int8Weight) else tensor.to(cpu)
+        for name, tensor in state.items()
+    }

@@ -1,0 +1,66 @@
+"""COAP's update of a basis, in two ways: closed form as the optimizer does it, and by autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lowrank.optimizers.projectors.correlation import correlation_step
+from lowrank.optimizers.projectors.geometry import Side
+
+from .workload import Workload
+
+_STEP = 0.1
+
+
+def _problems(work: Workload, gradients: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Gradient, basis (d x r) and moment of each matrix; the moment lies near the projection."""
+    generator = torch.Generator().manual_seed(work.seed)
+    made = []
+    for grad_mn in gradients:
+        m, n = grad_mn.shape
+        basis_dr = torch.linalg.qr(torch.randn(min(m, n), work.rank, generator=generator)).Q
+        low = grad_mn @ basis_dr if m >= n else basis_dr.mT @ grad_mn
+        noise = torch.randn(low.shape, generator=generator) * low.std()
+        made.append((grad_mn, basis_dr, 0.1 * (low + noise)))
+    return made
+
+
+def in_closed_form(work: Workload, gradients: Sequence[Tensor]) -> Callable[[], None]:
+    """Our update of every basis."""
+    problems = _problems(work, gradients)
+
+    @torch.no_grad()
+    def call() -> None:
+        for grad_mn, basis_dr, moment in problems:
+            m, n = grad_mn.shape
+            side = Side.RIGHT if m >= n else Side.LEFT
+            correlation_step(grad_mn, basis_dr, moment, side, _STEP)
+
+    return call
+
+
+def by_autograd(work: Workload, gradients: Sequence[Tensor]) -> Callable[[], None]:
+    """The same loss differentiated by torch, as the paper describes the update."""
+    problems = _problems(work, gradients)
+
+    def call() -> None:
+        for grad_mn, basis_dr, moment in problems:
+            basis = basis_dr.clone().requires_grad_()
+            if grad_mn.shape[0] >= grad_mn.shape[1]:
+                rebuilt_mn = grad_mn @ basis @ basis.mT
+                moved_mn = moment @ basis.mT
+            else:
+                rebuilt_mn = basis @ (basis.mT @ grad_mn)
+                moved_mn = basis @ moment
+            error = functional.mse_loss(rebuilt_mn, grad_mn)
+            cosine = functional.cosine_similarity(moved_mn, grad_mn, dim=1).mean()
+            (grad_dr,) = torch.autograd.grad(error * (1 - cosine), basis)
+            norm = torch.linalg.vector_norm(grad_dr)
+            with torch.no_grad():
+                basis.sub_(grad_dr * (_STEP * (1 / (norm + 1e-6)).clamp(max=1.0)))
+
+    return call
