@@ -95,6 +95,8 @@ def _rank_one(model: nn.Module, options: dict[str, Any]) -> list[Group]:
 
 _NO_RELATIVE = {"relative_step": False, "scale_parameter": False, "lr": 1e-3}
 
+#: Group options that `build` gives to plain parameters, too.
+_EVERYWHERE = ("seed", "stochastic_rounding")
 _INT8 = Conversion(to_int8, ("weight_bits", "weight_group_size"))
 
 _TABLE = {
@@ -218,7 +220,9 @@ def _sort_options(method: Method, options: dict[str, Any]) -> tuple[dict[str, An
     for name, value in options.items():
         if name in conversion:
             continue
-        if name in groups:
+        if name in _EVERYWHERE and method.optimizer.projects:
+            keywords[name] = value
+        elif name in groups:
             if method.optimizer.projects or name in ("patterns", "plain_lr"):
                 group_options[name] = value
         elif name in constructor:

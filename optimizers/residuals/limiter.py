@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from abc import ABC
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from .. import checks
+from ..projectors import Geometry, RowRange, Slot
+from ..rules import Update
+from .base import Residual, RowEdit
+
+STATE_KEY = "residual_norm"
 
 
 def limit_growth(stored: Tensor, norm: Tensor, limit: float) -> Tensor:
@@ -21,3 +33,58 @@ def limit_growth(stored: Tensor, norm: Tensor, limit: float) -> Tensor:
     factor = torch.where(stored > 0, growth.reciprocal(), 1.0)
     stored.copy_(norm * factor)
     return factor
+
+
+@dataclass(frozen=True)
+class LimitedResidual(Residual, ABC):
+    """A residual whose norm may grow by `limiter` in one step. Memory: one fp32 number a matrix.
+
+    Attributes:
+        limiter: largest growth of the norm, at least 1, or None for no limit.
+    """
+
+    limiter: float | None = 1.01
+
+    def __post_init__(self) -> None:
+        if self.limiter is not None:
+            checks.number("limiter", self.limiter, low=1.0)
+
+    def init(self, geometry: Geometry, like: Tensor) -> dict[str, Any]:
+        """Zero: no norm yet."""
+        if self.limiter is None:
+            return {}
+        return {STATE_KEY: torch.zeros((), dtype=torch.float32, device=like.device)}
+
+    def state_bytes(self, geometry: Geometry) -> int:
+        """One fp32 number with a limiter."""
+        return 0 if self.limiter is None else 4
+
+    def limited(
+        self, slot: Slot, ratios: Tensor, update: Update, norm: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Factors of the gradient such that the residual's norm doesn't outgrow the limit.
+
+        Args:
+            slot: the matrix, whose stored norm is advanced.
+            ratios: factors that contain `update.factor`.
+            update: the rule's update.
+            norm: of the residual (0-d) for factors without `update.factor`, so that what varies
+                from step to step in it (a bias correction) doesn't count as growth.
+        """
+        if self.limiter is None:
+            return ratios
+        factor = update.factor
+        nonzero = isinstance(factor, Tensor) or factor != 0.0
+        phi = ratios / factor if nonzero else torch.zeros_like(ratios)
+        return ratios * limit_growth(slot.state[STATE_KEY], norm(phi), self.limiter)
+
+
+def multiply_add(slot: Slot, factors: Tensor, alpha: float) -> RowEdit:
+    """W <- W - alpha factors o G, row by row of what it is called with; factors broadcast."""
+
+    def edit(weight_kn: Tensor, rows: RowRange) -> None:
+        span = slice(rows.start - slot.rows.start, rows.stop - slot.rows.start)
+        chunk = factors[span] if factors.shape[0] > 1 else factors
+        weight_kn.addcmul_(slot.grad[span], chunk.to(weight_kn.dtype), value=-alpha)
+
+    return edit

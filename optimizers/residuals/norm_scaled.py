@@ -15,41 +15,36 @@ the norms of G's and R's columns. Memory: one fp32 number a matrix, s.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import checks
-from ..projectors import Geometry, Projector, RowRange, Side, Slot
+from ..projectors import Geometry, Projector, Side, Slot
 from ..projectors.norms import axis_norms, kept_squares, outside_norm
 from ..rules import Update
-from .base import Residual, Write
-from .limiter import limit_growth
-
-STATE_KEY = "residual_norm"
+from .base import Write
+from .limiter import LimitedResidual, multiply_add
 
 
 @dataclass(frozen=True)
-class NormScaled(Residual):
+class NormScaled(LimitedResidual):
     """Fira's residual with its norm-growth limiter.
 
     Attributes:
         residual_scale: beta, the share of the reconstruction that is taken off the gradient; None
             is `scale`, as in the released code, 1 is the paper's.
-        limiter: largest growth of ||S|| in one step, or None for no limit.
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = ("residual_scale", "limiter")
 
     residual_scale: float | None = None
-    limiter: float | None = 1.01
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.residual_scale is not None:
             checks.number("residual_scale", self.residual_scale)
-        if self.limiter is not None:
-            checks.number("limiter", self.limiter, low=1.0)
 
     def check(self, geometry: Geometry, projector: Projector) -> None:
         """Raises `ValueError` for a projection of both axes, which leaves no axis to scale by."""
@@ -59,44 +54,21 @@ class NormScaled(Residual):
                 "factors belong to the other one"
             )
 
-    def init(self, geometry: Geometry, like: Tensor) -> dict[str, Any]:
-        """Zero: no norm yet."""
-        if self.limiter is None:
-            return {}
-        return {STATE_KEY: torch.zeros((), dtype=torch.float32, device=like.device)}
-
-    def state_bytes(self, geometry: Geometry) -> int:
-        """One fp32 number with a limiter."""
-        return 0 if self.limiter is None else 4
-
     def plan(self, slot: Slot, low: Tensor, update: Update, projector: Projector) -> Write:
         """See the module; without host synchronisation on CUDA."""
         beta = self.scale if self.residual_scale is None else self.residual_scale
         axis = 0 if slot.geometry.side is Side.LEFT else 1
         low_norms = axis_norms(low, axis)
         ratios = axis_norms(update.delta, axis) / (low_norms + 1e-8)  # phi, times update.factor
-        if self.limiter is not None:
-            squares = axis_norms(slot.grad, axis).square()
-            kept = kept_squares(slot, low, low_norms.square(), projector, axis)
-            phi = ratios / update.factor if _nonzero(update.factor) else torch.zeros_like(ratios)
-            norm = outside_norm(slot, low, projector, phi, squares, low_norms.square(), kept, beta)
-            ratios = ratios * limit_growth(slot.state[STATE_KEY], norm, self.limiter)
-        alpha = update.alpha
-        delta, factors = update.delta, ratios.to(low.dtype)
+
+        def norm(phi: Tensor) -> Tensor:
+            squares, low_squares = axis_norms(slot.grad, axis).square(), low_norms.square()
+            kept = kept_squares(slot, low, low_squares, projector, axis)
+            return outside_norm(slot, low, projector, phi, squares, low_squares, kept, beta)
+
+        factors = self.limited(slot, ratios, update, norm).to(low.dtype)
+        delta, alpha = update.delta, update.alpha
         if isinstance(alpha, Tensor):
             factors, delta, alpha = factors * alpha, delta * alpha, 1.0
         delta = torch.addcmul(delta.to(low.dtype) * self.scale, low, factors, value=-beta)
-        return Write(delta, alpha, update.keep, _multiply_add(slot, factors, float(alpha), axis))
-
-
-def _nonzero(factor: float | Tensor) -> bool:
-    return isinstance(factor, Tensor) or factor != 0.0
-
-
-def _multiply_add(slot: Slot, factors: Tensor, alpha: float, axis: int) -> Any:
-    def edit(weight_kn: Tensor, rows: RowRange) -> None:
-        span = slice(rows.start - slot.rows.start, rows.stop - slot.rows.start)
-        chunk = factors if axis == 0 else factors[span]
-        weight_kn.addcmul_(slot.grad[span], chunk.to(weight_kn.dtype), value=-alpha)
-
-    return edit
+        return Write(delta, alpha, update.keep, multiply_add(slot, factors, float(alpha)))

@@ -14,44 +14,40 @@ Memory: one fp32 number a matrix, the limiter's norm.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import checks
-from ..projectors import Geometry, Projector, RowRange, Side, Slot
+from ..projectors import Geometry, Projector, Side, Slot
 from ..projectors.norms import axis_norms
 from ..rules import Update
-from .base import Residual, RowEdit, Write
-from .limiter import limit_growth
+from .base import Write
+from .limiter import LimitedResidual, multiply_add
 
-STATE_KEY = "residual_norm"
 SCALE_TYPES = ("channel", "tensor")
 
 
 @dataclass(frozen=True)
-class ScaledGradient(Residual):
+class ScaledGradient(LimitedResidual):
     """The gradient scaled by channel or as a whole.
 
     Attributes:
         scale_type: "channel" or "tensor".
         scale_front: multiply by sqrt(scale) before the limiter.
-        limiter: largest growth of ||S|| in one step, or None for no limit.
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = ("scale_type", "scale_front", "limiter")
 
     scale_type: str = "channel"
     scale_front: bool = False
-    limiter: float | None = 1.01
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         checks.number("scale", self.scale, low=0.0)
         checks.choice("scale_type", self.scale_type, SCALE_TYPES)
         checks.choice("scale_front", self.scale_front, (True, False))
-        if self.limiter is not None:
-            checks.number("limiter", self.limiter, low=1.0)
 
     def check(self, geometry: Geometry, projector: Projector) -> None:
         """Raises `ValueError` for factors by channel where both axes are projected."""
@@ -60,16 +56,6 @@ class ScaledGradient(Residual):
                 "proj_type='full' with scale_type='channel': accepted is one projected axis, the "
                 "channels belong to the other one"
             )
-
-    def init(self, geometry: Geometry, like: Tensor) -> dict[str, Any]:
-        """Zero: no norm yet."""
-        if self.limiter is None:
-            return {}
-        return {STATE_KEY: torch.zeros((), dtype=torch.float32, device=like.device)}
-
-    def state_bytes(self, geometry: Geometry) -> int:
-        """One fp32 number with a limiter."""
-        return 0 if self.limiter is None else 4
 
     def plan(self, slot: Slot, low: Tensor, update: Update, projector: Projector) -> Write:
         """See the module; without host synchronisation on CUDA."""
@@ -80,18 +66,15 @@ class ScaledGradient(Residual):
         ratios = steps / (lows + 1e-8)  # phi, times update.factor
         if self.scale_front:
             ratios = ratios * self.scale**0.5
-        if self.limiter is not None:
-            factor = update.factor
-            nonzero = isinstance(factor, Tensor) or factor != 0.0
-            phi = ratios / factor if nonzero else torch.zeros_like(ratios)
-            norm = _norm(axis_norms(slot.grad, axis) * phi)
-            ratios = ratios * limit_growth(slot.state[STATE_KEY], norm.view(()), self.limiter)
+        ratios = self.limited(
+            slot, ratios, update, lambda phi: _norm(axis_norms(slot.grad, axis) * phi).view(())
+        )
         if not self.scale_front:
             ratios = ratios * self.scale**0.5
         alpha = update.alpha
         if isinstance(alpha, Tensor):
             ratios, alpha = ratios * alpha, 1.0
-        return Write(None, alpha, update.keep, _multiply_add(slot, ratios, float(alpha)))
+        return Write(None, alpha, update.keep, multiply_add(slot, ratios, float(alpha)))
 
 
 def _norm(norms: Tensor) -> Tensor:
@@ -99,12 +82,3 @@ def _norm(norms: Tensor) -> Tensor:
     peak = norms.max().clamp(min=torch.finfo(norms.dtype).tiny)
     norm: Tensor = torch.linalg.vector_norm(norms / peak) * peak
     return norm.view(1, 1)
-
-
-def _multiply_add(slot: Slot, factors: Tensor, alpha: float) -> RowEdit:
-    def edit(weight_kn: Tensor, rows: RowRange) -> None:
-        span = slice(rows.start - slot.rows.start, rows.stop - slot.rows.start)
-        chunk = factors[span] if factors.shape[0] > 1 else factors
-        weight_kn.addcmul_(slot.grad[span], chunk.to(weight_kn.dtype), value=-alpha)
-
-    return edit

@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import MOMENT_MOVES, Rotation, State, Update, UpdateRule, numel, scalar
+from ..rotation import Rotation
+from .base import MOMENT_MOVES, State, Update, UpdateRule, numel, scalar
 
 
 @dataclass(frozen=True)
