@@ -192,11 +192,11 @@ def nf4_values(device: torch.device | str = "cpu") -> Tensor:
 def _nf4(device: torch.device) -> Tensor:
     def quantiles(count: int) -> Tensor:
         tail = torch.linspace(_NF4_OFFSET, 0.5, count + 1, dtype=torch.float64)[:-1]
-        return torch.special.ndtri(tail)
+        values: Tensor = torch.special.ndtri(tail)
+        return values
 
     values = torch.cat((-quantiles(7), torch.zeros(1, dtype=torch.float64), quantiles(8)))
-    ascending: Tensor = torch.sort(values / values.max())[0].float().to(device)
-    return ascending
+    return torch.sort(values / values.max())[0].float().to(device)
 
 
 def _quantize_symmetric(

@@ -11,6 +11,7 @@ from torch import Tensor
 from .composition import Composition, Projection
 from .moves import move_moments
 from .projectors import RefreshEvent, Slot, apply, telemetry
+from .projectors.decompositions import compute_dtype
 
 RefreshHook = Callable[[RefreshEvent], None]
 
@@ -56,7 +57,7 @@ def _event(
     bases, low = projector.bases(slot), projector.project(slot)
     if slot.grad.dim() == 2 and not (projector.orthonormal and projector.storage.exact):
         # Energy and overlap are those of the subspaces.
-        bases, former = (tuple(torch.linalg.qr(b).Q for b in t) for t in (bases, former))
+        bases, former = (tuple(_orthonormal(b) for b in t) for t in (bases, former))
         low = apply.project(slot.grad, bases, slot.geometry, slot.rows)
     return RefreshEvent(
         step=slot.taken + 1,
@@ -67,6 +68,11 @@ def _event(
         captured_energy=telemetry.captured_energy(slot.grad, low),
         overlap=telemetry.overlap(former, bases) if former else None,
     )
+
+
+def _orthonormal(basis_dr: Tensor) -> Tensor:
+    factor: Tensor = torch.linalg.qr(basis_dr.to(compute_dtype(basis_dr.dtype))).Q
+    return factor
 
 
 def _now(like: Tensor, hooks: Sequence[RefreshHook]) -> float:

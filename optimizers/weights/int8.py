@@ -327,6 +327,8 @@ def _copy(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     else:
         dense = source.dequantize() if isinstance(source, Int8Weight) else source
         weight.assign(dense.expand(weight.shape))
+    # Below autograd the parts' versions don't count; a pending backward pass must notice.
+    torch.autograd.graph.increment_version(weight.parts())
     return weight
 
 

@@ -8,14 +8,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from lowrank.cuda.groups import chunk_elements
 from lowrank.cuda.noise import mix, stochastic_bfloat16
 
 from ..projectors import RowRange
 from ..rules import Update, UpdateRule
 from ..rules.base import State
 from .int8 import Int8Weight
-
-CHUNK_ELEMENTS = 1 << 18
 
 
 def editable_rows(
@@ -24,8 +23,9 @@ def editable_rows(
     """Yields chunks of a weight's rows; what is done to them in place is in the weight afterwards.
 
     A plain weight is its own only chunk. An INT8 weight is dequantised in chunks of whole groups
-    and about 2^18 entries, in fp32 (fp64 for fp64); each group that was changed gets a new range
-    and is rounded stochastically. With `stochastic` a bf16 weight is treated likewise.
+    and about 2^18 entries (2^22 beyond CPUs), in fp32 (fp64 for fp64); each group that was
+    changed gets a new range and is rounded stochastically. With `stochastic` a bf16 weight is
+    treated likewise.
 
     Args:
         weight: the parameter.
@@ -107,7 +107,7 @@ def _int8_rows(weight: Int8Weight, rows: RowRange, seed: int) -> Iterator[tuple[
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     # Rows after which a group ends, too.
     aligned = weight.group_size // math.gcd(weight.group_size, width)
-    step = max(1, CHUNK_ELEMENTS // (aligned * width)) * aligned
+    step = chunk_elements(weight.device, aligned * width) // width
     for start in range(0, weight.shape[0], step):
         stop = min(start + step, weight.shape[0])
         chunk = weight.entries(start * width, stop * width)
@@ -124,7 +124,7 @@ def _bfloat16_rows(weight: Tensor, rows: RowRange, seed: int) -> Iterator[tuple[
         weight.copy_(stochastic_bfloat16(wide, seed))
         return
     width = math.prod(weight.shape[1:])
-    step = max(1, CHUNK_ELEMENTS // max(1, width))
+    step = chunk_elements(weight.device, max(1, width)) // max(1, width)
     for start in range(0, weight.shape[0], step):
         chunk = weight[start : start + step]
         # A copy in rows, whatever the strides of the weight.

@@ -87,7 +87,8 @@ def join_weight(
 def dense_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """A module's state dict on the CPU, INT8 weights dense under their own names.
 
-    What a plain copy of the model loads, and other tools read.
+    What a plain copy of the model loads and other tools read: for a Hugging Face model
+    `model.save_pretrained(folder, state_dict=dense_state_dict(model))`.
     """
     state: dict[str, Any] = {
         name: tensor.detach() for name, tensor in module.state_dict(keep_vars=True).items()

@@ -121,9 +121,7 @@ def test_stochastic_rounding_is_unbiased_seeded_and_free_of_chunks(
 @pytest.mark.parametrize("format", int4.FORMATS)
 @pytest.mark.parametrize("group", [1, 7, 64, 256])
 @pytest.mark.parametrize("count", [1, 63, 64, 1001])
-def test_int4_formats(
-    format: str, group: int, count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_int4_formats(format: str, group: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x = hashed(count, 9).float()
     packed = int4.quantize_int4(x, format, group)
     stored = sum(t.nbytes for t in packed if t is not None)

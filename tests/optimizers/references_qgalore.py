@@ -1,4 +1,4 @@
-"""Q-GaLore as plain tensors, written from its formula sheet; fp64 but for what is stored in fp32."""
+"""Q-GaLore as plain tensors from its formula sheet; fp64 but for what is stored in fp32."""
 
 from __future__ import annotations
 

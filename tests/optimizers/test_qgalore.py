@@ -1,4 +1,4 @@
-"""Q-GaLore whole: against its written-out rule, its options, its bytes, and the ways to train it."""
+"""Q-GaLore whole: its written-out rule, its options, its bytes, and the ways to train it."""
 
 from __future__ import annotations
 
@@ -45,9 +45,7 @@ def test_equals_the_written_out_rule(shape: tuple[int, int], drift: float) -> No
     weight = nn.Parameter(Int8Weight.quantize(dense, 100))
     keys = {"update_proj_gap": 3, "quant_group_size": 32, "refresh": "svd"}
     group = {"params": [other, weight], **settings, **keys}
-    optimizer = QGaLoreAdamW8bit(
-        [group], lr=0.01, weight_decay=0.1, min_8bit_size=10**6, seed=11
-    )
+    optimizer = QGaLoreAdamW8bit([group], lr=0.01, weight_decay=0.1, min_8bit_size=10**6, seed=11)
     events = []
     optimizer.register_refresh_hook(events.append)
     for grad in grads:
@@ -132,7 +130,7 @@ def test_official_groups_and_keywords() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quant_n_bit": 3}, "quant_n_bit=3.*4, 8"),
+        ({"quant_n_bit": 3}, r"quant_n_bit=3.*4, 8"),
         ({"quant": "yes"}, "quant='yes'"),
         ({"quant_group_size": 0}, "quant_group_size=0"),
         ({"quant_format": "fp4"}, "quant_format='fp4'.*'nf4'"),
@@ -151,9 +149,9 @@ def test_bad_options_name_the_value(options: dict[str, Any], message: str) -> No
 
 
 def test_options_of_strategies_not_chosen_raise() -> None:
-    with pytest.raises(ValueError, match="quant_group_size=64.*basis='int8'"):
+    with pytest.raises(ValueError, match=r"quant_group_size=64.*basis='int8'"):
         build("galore_adamw", tiny_model(), rank=4, quant_group_size=64)
-    with pytest.raises(ValueError, match="gamma_proj=2.*schedule='lazy'"):
+    with pytest.raises(ValueError, match=r"gamma_proj=2.*schedule='lazy'"):
         build("galore_adamw", tiny_model(), rank=4, gamma_proj=2)
 
 
@@ -234,7 +232,7 @@ def test_grad_scaler_steps_and_skips() -> None:
 
 
 def test_small_updates_count_on_average() -> None:
-    """An update of a fiftieth of a step moves the mean; to the nearest it never would."""
+    """Updates of a twentieth of a step add up; rounded to the nearest they never would."""
     dense = (0.2 * matrix(64, 64, 0)).float()
     weight = nn.Parameter(Int8Weight.quantize(dense))
     start = weight.dequantize()
@@ -251,7 +249,7 @@ def test_small_updates_count_on_average() -> None:
     expected = -3e-5 * 200 * (grad.double() @ direction).sign() @ direction.T
     slope = float((moved * expected).sum() / expected.square().sum())
     assert slope == pytest.approx(1.0, abs=0.1)
-    assert float(weight.scales.mean()) > 40 * 3e-5
+    assert float(weight.scales.mean()) > 20 * 3e-5
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon", "galore_adamw", "fira_adamw"])
@@ -295,7 +293,9 @@ def test_stochastic_rounding_of_bfloat16_weights(name: str) -> None:
             optimizer.step()
         changes.append([p.detach().double().flatten() - 1 for p in model.parameters()])
     assert all((change == 0).all() for change in changes[0])
-    means = {n: float(c.mean()) for (n, _), c in zip(model.named_parameters(), changes[1])}
+    means = {
+        n: float(c.mean()) for (n, _), c in zip(model.named_parameters(), changes[1], strict=True)
+    }
     assert means["embed_tokens.weight"] == pytest.approx(-40 * 1e-4, rel=0.2)
     # the gradient is one direction in which each entry of its vector is 1/4
     assert means["self_attn.q_proj.weight"] == pytest.approx(-10 * 1e-4, rel=0.5)

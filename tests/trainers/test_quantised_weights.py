@@ -1,0 +1,92 @@
+"""Runs with INT8 weights: exact resume, plain Hugging Face checkpoints, true byte counts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_pretrain import crash
+from tiny_runs import comparable_metrics, summary
+
+from lowrank.optimizers import Int8Weight, build
+from lowrank.trainers.checkpoint import DamagedCheckpointError, verify
+from lowrank.trainers.config import ModelConfig
+from lowrank.trainers.memory import snapshot, weight_bytes
+from lowrank.trainers.models import build_model
+from lowrank.trainers.parts import QUANTISED, load_network, save_network
+from lowrank.trainers.weights import weights_sha256
+
+Run = Callable[[list[str]], tuple[int, str, str]]
+Tiny = Callable[..., list[str]]
+NAME = "qgalore_adamw_8bit"
+#: Linear layers of the tiny model: four of 32 x 32 and three of 32 x 48.
+PROJECTED = 4 * 32 * 32 + 3 * 32 * 48
+GROUPS = 4 * 4 + 3 * 6
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_counts_and_resumes_exactly(dtype: str, tiny: Tiny, run: Run, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    settings = (f"model.dtype={dtype}", "optimizer.queue_size=1", "train.clip=0.5")
+    run(tiny(whole, 10, *settings, optimizer=NAME))
+    arguments = tiny(broken, 10, "--resume=auto", *settings, optimizer=NAME)
+    crash(run, arguments, 5)
+    crash(run, arguments, 7)
+    status, _, errors = run(arguments)
+    assert (status, errors) == (0, "")
+    assert comparable_metrics(broken) == comparable_metrics(whole)
+    content = summary(whole)
+    assert content["weights_sha256"] == summary(broken)["weights_sha256"]
+    size = 4 if dtype == "float32" else 2
+    plain = int(str(content["parameters"])) - PROJECTED
+    assert content["weight_bytes"] == PROJECTED + 2 * size * GROUPS + size * plain
+
+
+def test_a_checkpoint_is_dense_for_others_and_exact_for_us(
+    tiny: Tiny, run: Run, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    run(tiny(tmp_path / "run", 3, optimizer=NAME))
+    saved = tmp_path / "run" / "checkpoints" / "step-00000003"
+    assert QUANTISED in json.loads((saved / "manifest.json").read_text())["files"]
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    assert weights_sha256(model) == summary(tmp_path / "run")["weights_sha256"]
+    assert not any(isinstance(param, Int8Weight) for param in model.parameters())
+    (saved / QUANTISED).write_bytes((saved / QUANTISED).read_bytes()[:-1])
+    with pytest.raises(DamagedCheckpointError, match=QUANTISED):
+        verify(saved)
+
+
+def test_dense_runs_write_no_such_file_and_can_be_asked_for(
+    tiny: Tiny, run: Run, tmp_path: Path
+) -> None:
+    run(tiny(tmp_path / "run", 3, "optimizer.weight_bits=null", optimizer=NAME))
+    content = summary(tmp_path / "run")
+    assert content["weight_bytes"] == 4 * int(str(content["parameters"]))
+    assert not (tmp_path / "run" / "checkpoints" / "step-00000003" / QUANTISED).exists()
+
+
+def test_save_and_load_to_the_bit_after_steps(tmp_path: Path) -> None:
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = ModelConfig(**shape, num_attention_heads=2, vocab_size=31)
+    models = [build_model(config, 8, seed, torch.device("cpu")) for seed in (0, 1)]
+    optimizers = [build(NAME, model.network, lr=1e-2, rank=4) for model in models]
+    tokens = torch.randint(31, (2, 8))
+    models[0](tokens, tokens).backward()
+    memory = snapshot(models[0], optimizers[0], torch.device("cpu"))
+    assert memory["weights"] == weight_bytes(models[0].network)
+    assert memory["gradients"] == 4 * sum(p.numel() for p in models[0].parameters())
+    optimizers[0].step()
+    save_network(models[0].network, tmp_path)
+    load_network(models[1].network, tmp_path)
+    first, second = (dict(model.network.named_parameters()) for model in models)
+    assert sum(isinstance(param, Int8Weight) for param in second.values()) == 7
+    for name, param in first.items():
+        assert torch.equal(param, second[name])
+        if isinstance(param, Int8Weight):
+            parts = zip(param.parts(), second[name].parts(), strict=True)
+            assert all(torch.equal(a, b) for a, b in parts)
