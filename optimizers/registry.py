@@ -238,7 +238,8 @@ def convert(name: str, model: nn.Module, **options: Any) -> nn.Module:
 
     `build` does this by itself. Call it before where the model is wrapped (DDP), loaded from a
     converted model's state dict, or moved between the two. Methods without a parametrisation of
-    their own, and what is converted already, leave the model as it is; `merge` undoes it.
+    their own, and what is converted already, leave the model as it is; `merge` undoes it. Processes
+    that train together need equal models here: DDP's broadcast of INT8 weights is rounded anew.
 
     Args:
         name: one of `available()`.

@@ -26,9 +26,9 @@ class Setting:
     """
 
     data: str = "stdlib"
-    steps: int = 240
+    steps: int = 320
     batch_size: int = 8
-    sequence_length: int = 128
+    sequence_length: int = 64
     hidden: int = 128
     inner: int = 344
     layers: int = 4
@@ -37,7 +37,7 @@ class Setting:
     rank: int = 32
     gap: int = 40
     clip: float = 1.0
-    validation_tokens: int = 65536
+    validation_tokens: int = 32768
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
     @property

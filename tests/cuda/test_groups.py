@@ -156,9 +156,9 @@ def test_nf4_values() -> None:
 
 
 def test_what_is_not_accepted() -> None:
-    with pytest.raises(ValueError, match="torch.int64"):
+    with pytest.raises(ValueError, match=r"torch.int64"):
         groups.quantize_groups(torch.arange(4))
     with pytest.raises(ValueError, match="group_size is 0"):
         groups.quantize_groups(torch.ones(4), group_size=0)
-    with pytest.raises(ValueError, match="'int3'.*'nf4'"):
+    with pytest.raises(ValueError, match=r"'int3'.*'nf4'"):
         int4.quantize_int4(torch.ones(4), "int3")

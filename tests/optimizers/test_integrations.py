@@ -114,10 +114,10 @@ def test_ddp_ranks_agree_to_the_bit_and_equal_one_process() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["galore_adamw", "galore_adafactor"])
+@pytest.mark.parametrize("name", ["galore_adamw", "galore_adafactor", "qgalore_adamw_8bit-int8"])
 def test_hugging_face_trainer_resumes_exactly(name: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    row = next(row for row in TABLE if row.name == name)
+    row = next(row for row in TABLE if identifier(row) == name)
     config = transformers.LlamaConfig(
         hidden_size=16,
         intermediate_size=24,

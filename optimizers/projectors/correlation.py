@@ -1,0 +1,316 @@
+"""COAP's projector: a basis that follows gradient and momentum, re-projected now and then.
+
+Chen et al., "COAP: Memory-Efficient Training with Correlation-Aware Gradient Projection" (arXiv
+2412.00071). At multiples of the interval, with R the projection, M the first moment before this
+step's update, up(.) the back-projection and g2 the squared row norms of G:
+
+    L(P) = L1 L2,    L1 = ||up(R) - G||^2 / (m n),    L2 = 1 - mean_i cos(up(M)_i, G_i)
+    g = dL/dP, scaled down to norm 1 at most;    P <- P - coap_lr g
+
+with the cosine over rows of the whole matrix on both sides. At every `reproject_factor`-th multiple
+P becomes the right (left) singular vectors of Q^T G, Q = orth(G P): a warm-started sketch; at the
+first step the sketch is Gaussian. In closed form with K = P^T P a step takes 6 m n r: one GEMM for
+R and one with G for [R | w M], and nothing of size m x n (`correlation_gradient`).
+
+The released code's P step does not see the scale of the gradient: at the scale of language models'
+(entries of 1e-3 and less) it moves P by nothing, and COAP is the re-projection alone.
+`normalize_gradient=True` takes the step for G sqrt(m n) / ||G||. Memory: min(m, n) r entries.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..rotation import Rotation
+from . import apply, decompositions, tucker
+from .base import Bases, Projector, Slot
+from .geometry import Geometry, RowRange, Side
+from .norms import axis_norms
+from .schedule import passed
+from .singular import align_signs
+
+#: Seed of the first sketch, the released code's.
+SKETCH_SEED = 3407
+#: What torch's cosine similarity keeps norms above.
+EPS = 1e-8
+
+
+def correlation_gradient(
+    grad_mn: Tensor,
+    basis_dr: Tensor,
+    moment: Tensor | None,
+    side: Side,
+    *,
+    normalize: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The gradient of COAP's loss in the basis, d x r, without temporaries of size m x n.
+
+    Args:
+        grad_mn: the gradient.
+        basis_dr: the basis, m x r on the left, n x r on the right.
+        moment: the first moment, r x n or m x r; None leaves the factor L2 out.
+        side: the projected axis, one of them.
+        normalize: for G sqrt(m n) / ||G|| instead of G.
+        dtype: precision of the GEMMs with G; its own by default.
+    """
+    m, n = grad_mn.shape
+    left = side is Side.LEFT
+    wide = decompositions.compute_dtype(grad_mn.dtype)
+    basis = basis_dr.to(wide)
+    row_norms = axis_norms(grad_mn, 1).squeeze(1)
+    total = torch.linalg.vector_norm(row_norms)
+    factor = math.sqrt(m * n) / total if normalize else torch.ones_like(total)
+    row_norms = row_norms * factor
+    across = Side.RIGHT if left else Side.LEFT
+
+    def gemm(bases: Tensor, which: Side) -> Tensor:
+        geometry = Geometry((m, n), which, bases.shape[1])
+        low = apply.project(grad_mn, (bases,), geometry, RowRange.whole(m), dtype)
+        return low.to(wide) * factor
+
+    low = gemm(basis, side)  # r x n, or m x r
+    low_lr = low.mT if left else low  # the long axis first
+    gram, square = basis.mT @ basis, low_lr.mT @ low_lr
+    error = (row_norms.square().sum() - 2 * square.trace() + (gram * square).sum()) / (m * n)
+    if moment is None:
+        product = gemm(low_lr.to(grad_mn.dtype), across)
+        product_dr = product if left else product.mT
+        return _reconstruction(basis, square, gram, product_dr, m * n)
+    moment_lr = (moment.mT if left else moment).to(wide) * factor
+    if left:
+        wanted = torch.cat((low_lr, moment_lr), dim=1)
+        product_dr, aligned_dr = gemm(wanted.to(grad_mn.dtype), across).chunk(2, dim=1)
+        inner = moment_lr.mT @ moment_lr
+        turned = basis @ inner
+        dots, moved = (basis * aligned_dr).sum(1), (basis * turned).sum(1)
+    else:
+        dots, moved = (moment_lr * low_lr).sum(1), ((moment_lr @ gram) * moment_lr).sum(1)
+    moved_norms, norms = moved.clamp(min=0).sqrt().clamp(min=EPS), row_norms.clamp(min=EPS)
+    cosines = dots / (moved_norms * norms)
+    first = 1.0 / (moved_norms * norms)
+    second = torch.where(moved_norms > EPS, cosines / moved_norms.square(), 0.0)
+    if left:
+        towards = first[:, None] * aligned_dr - second[:, None] * turned
+    else:
+        wanted = torch.cat((low_lr, first[:, None] * moment_lr), dim=1)
+        product_dr, aligned_dr = gemm(wanted.to(grad_mn.dtype), across).mT.chunk(2, dim=1)
+        towards = aligned_dr - basis @ (moment_lr.mT @ (second[:, None] * moment_lr))
+    apart = 1.0 - cosines.mean()
+    return apart * _reconstruction(basis, square, gram, product_dr, m * n) - towards * (error / m)
+
+
+def _reconstruction(
+    basis: Tensor, square: Tensor, gram: Tensor, product_dr: Tensor, count: int
+) -> Tensor:
+    """dL1/dP from P, R R^T, P^T P and G R^T (or their mirror images)."""
+    result = torch.addmm(product_dr, basis, square, beta=-2.0).addmm_(product_dr, gram)
+    return result.mul_(2.0 / count)
+
+
+def correlation_step(
+    grad_mn: Tensor,
+    basis_dr: Tensor,
+    moment: Tensor | None,
+    side: Side,
+    lr: float,
+    *,
+    normalize: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The basis after one step against `correlation_gradient`, clipped to norm 1."""
+    grad_dr = correlation_gradient(
+        grad_mn, basis_dr, moment, side, normalize=normalize, dtype=dtype
+    )
+    return descend(basis_dr, grad_dr, lr)
+
+
+def descend(basis_dr: Tensor, grad_dr: Tensor, lr: float) -> Tensor:
+    """P - lr g / max(1, ||g||), as `clip_grad_norm_` does it, in g's precision."""
+    shrink = (1.0 / (torch.linalg.vector_norm(grad_dr) + 1e-6)).clamp(max=1.0)
+    return basis_dr.to(grad_dr.dtype) - lr * shrink * grad_dr
+
+
+def reprojected(grad_mn: Tensor, sketch_dr: Tensor, side: Side, mode: str) -> Tensor:
+    """Singular vectors of the gradient within the range that a sketch finds, d x r.
+
+    Args:
+        grad_mn: the gradient.
+        sketch_dr: Gaussian or the former basis, n x r on the right, m x r on the left.
+        side: the projected axis.
+        mode: "svd" decomposes with `torch.linalg.svd`, signs untouched; anything else by `eigh`.
+
+    Raises:
+        NotConverged: the solver doesn't converge.
+    """
+    wide = decompositions.compute_dtype(grad_mn.dtype)
+    grad = grad_mn.to(wide)
+    tall = grad if side is Side.RIGHT else grad.mT
+    range_lr = torch.linalg.qr(tall @ sketch_dr.to(wide)).Q
+    small_rd = range_lr.mT @ tall
+    scale = float(torch.linalg.vector_norm(small_rd, torch.inf))
+    solver = "svd" if mode == "svd" else "eigh"
+    rank = sketch_dr.shape[1]
+    ((basis,),) = decompositions.bases([small_rd], [scale], rank, Side.RIGHT, solver, [None], 0)
+    return basis
+
+
+@dataclass(frozen=True)
+class CorrelationProjector(Projector):
+    """COAP's basis; see the module.
+
+    Attributes:
+        refresh: "svd" keeps the signs that `torch.linalg.svd` gives (the released code's); any
+            other mode aligns them with the former basis.
+        reproject_factor: intervals between re-projections, at least 1.
+        coap_lr: step size of P.
+        normalize_gradient: take P's step for a gradient with entries of size 1.
+        rank_ratio_cnn: for 4-D weights (`tucker`): ranks are O / sqrt(ratio) and I / sqrt(ratio).
+        interval: steps between fits; `for_group` fills it in.
+    """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = (
+        "refresh",
+        "reproject_factor",
+        "coap_lr",
+        "normalize_gradient",
+        "rank_ratio_cnn",
+    )
+    DIMENSIONS: ClassVar[tuple[int, ...]] = (2, 4)
+    ORTHONORMAL: ClassVar[bool] = False
+
+    refresh: str = "eigh"
+    reproject_factor: int = 5
+    coap_lr: float = 0.1
+    normalize_gradient: bool = False
+    rank_ratio_cnn: float | None = None
+    interval: int = 32
+
+    def __post_init__(self) -> None:
+        checks.integer("reproject_factor", self.reproject_factor, low=1)
+        checks.number("coap_lr", self.coap_lr, low=0.0)
+        checks.choice("normalize_gradient", self.normalize_gradient, (True, False))
+        if self.rank_ratio_cnn is not None:
+            checks.number("rank_ratio_cnn", self.rank_ratio_cnn, low=1.0)
+
+    def for_group(self, group: Mapping[str, Any]) -> CorrelationProjector:
+        """With the group's interval."""
+        return replace(self, interval=group.get("update_proj_gap", self.interval))
+
+    def geometry(self, shape: Sequence[int], rank: int, proj_type: str) -> Geometry:
+        """Side, rank and shapes.
+
+        Raises:
+            ValueError: both axes are to be projected, or a 4-D weight has no `rank_ratio_cnn`.
+        """
+        if len(shape) == 4:
+            if self.rank_ratio_cnn is None:
+                raise ValueError(
+                    f"rank_ratio_cnn=None for a weight of shape {tuple(shape)}: accepted is a "
+                    "number of at least 1"
+                )
+            return tucker.geometry(tuple(shape), self.rank_ratio_cnn)
+        geometry = super().geometry(shape, rank, proj_type)
+        if geometry.side is Side.BOTH:
+            raise ValueError(
+                "proj_type='full' with projector='coap': accepted is one projected axis"
+            )
+        return geometry
+
+    def fit(self, slots: Sequence[Slot]) -> list[Bases | None]:
+        """A P step or a re-projection; a zero or non-finite gradient keeps its basis."""
+        return [self._fit(slot) for slot in slots]
+
+    def _fit(self, slot: Slot) -> Bases | None:
+        scale = float(torch.linalg.vector_norm(slot.grad, torch.inf))
+        if not 0.0 < scale < math.inf:
+            return None
+        last = int(slot.state["refreshed_at"])
+        again = passed(self.interval * self.reproject_factor, last, slot.taken)
+        try:
+            if isinstance(slot.geometry, tucker.TuckerGeometry):
+                bases = self._fit_tucker(slot, again)
+            else:
+                whole = slot.rows.assemble(slot.grad, slot.geometry.shape)
+                bases = (self._reproject(slot, whole) if again else self._move(slot, whole),)
+        except decompositions.NotConverged:
+            warnings.warn(
+                f"no decomposition of the gradient of {slot.name or slot.geometry.shape} converged "
+                f"at step {slot.taken}; its former basis is kept and the refresh tried again",
+                stacklevel=2,
+            )
+            return None
+        self.store(slot, bases)
+        return bases
+
+    def _reproject(self, slot: Slot, whole_mn: Tensor) -> Tensor:
+        former = self.bases(slot)[0] if slot.fitted else None
+        sketch = former
+        if sketch is None:
+            ((d, r),) = slot.geometry.basis_shapes.values()
+            generator = torch.Generator().manual_seed(SKETCH_SEED)
+            sketch = torch.randn(d, r, generator=generator).to(whole_mn.device)
+        basis = reprojected(whole_mn, sketch, slot.geometry.side, self.refresh)
+        if former is not None and self.refresh != "svd":
+            basis = align_signs(basis, former)
+        return basis
+
+    def _move(self, slot: Slot, whole_mn: Tensor) -> Tensor:
+        return correlation_step(
+            whole_mn,
+            self.bases(slot)[0],
+            slot.first_moment(),
+            slot.geometry.side,
+            self.coap_lr,
+            normalize=self.normalize_gradient,
+            dtype=self.dtype,
+        )
+
+    # 4-D weights
+
+    def _fit_tucker(self, slot: Slot, again: bool) -> Bases:
+        if again:
+            return tucker.decompose(slot.grad, slot.geometry)
+        former = self.bases(slot)
+        moment = slot.first_moment()
+        grads = tucker.gradients(slot.grad, former, moment, normalize=self.normalize_gradient)
+        pairs = zip(former, grads, strict=True)
+        return tuple(descend(basis, grad, self.coap_lr) for basis, grad in pairs)
+
+    def project(self, slot: Slot) -> Tensor:
+        """The projected gradient, or the core of a 4-D one."""
+        if isinstance(slot.geometry, tucker.TuckerGeometry):
+            return tucker.down(slot.grad, self.bases(slot))
+        return super().project(slot)
+
+    def write_back(
+        self,
+        slot: Slot,
+        weight_kn: Tensor,
+        rows: RowRange,
+        delta: Tensor,
+        *,
+        alpha: float,
+        keep: float,
+    ) -> None:
+        """See `Projector.write_back`."""
+        if isinstance(slot.geometry, tucker.TuckerGeometry):
+            tucker.write_back(
+                weight_kn, delta, self.bases(slot), rows, alpha=alpha, keep=keep
+            )
+        else:
+            super().write_back(slot, weight_kn, rows, delta, alpha=alpha, keep=keep)
+
+    def rotation(self, slot: Slot, former: Bases) -> Rotation:
+        """See `Projector.rotation`."""
+        if isinstance(slot.geometry, tucker.TuckerGeometry):
+            return tucker.rotation(self.bases(slot), former)
+        return super().rotation(slot, former)
