@@ -3,6 +3,7 @@
 from .apollo import ApolloAdamW, ApolloMiniAdamW
 from .base import LowRankOptimizer
 from .baselines import Adafactor, AdamW, AdamW8bit, Muon
+from .coap import CoapAdafactor, CoapAdafactor8bit, CoapAdamW, CoapAdamW8bit
 from .fira import FiraAdamW
 from .flora import FloraAdafactor
 from .frugal import FrugalAdamW
@@ -29,6 +30,10 @@ __all__ = [
     "AdamW8bit",
     "ApolloAdamW",
     "ApolloMiniAdamW",
+    "CoapAdafactor",
+    "CoapAdafactor8bit",
+    "CoapAdamW",
+    "CoapAdamW8bit",
     "FiraAdamW",
     "FloraAdafactor",
     "FrugalAdamW",

@@ -44,6 +44,12 @@ def check_param(param: Tensor, name: str | None, composition: Composition) -> No
         raise ValueError(f"{called} is a DTensor in a group with rank: accepted are unsharded ones")
     if param.numel():
         geometry = composition.projection.geometry(param.shape)
+        residual = type(composition.projection.residual)
+        if param.dim() not in residual.DIMENSIONS:
+            raise ValueError(
+                f"{called} is {param.dim()}-dimensional: accepted with {residual.__name__} are "
+                "matrices, with residual='dropped' convolutions too"
+            )
         composition.projection.residual.check(geometry, projector)
 
 

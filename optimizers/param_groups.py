@@ -13,6 +13,8 @@ Group = dict[str, Any]
 #: A linear layer is projected when one of these occurs in its name (GaLore's targets).
 PATTERNS = ("attn", "attention", "mlp")
 DEFAULT_RANK = 128
+#: Convolution weights with no more entries are not worth projecting (COAP, released code).
+SMALL_CONVOLUTION = 32 * 32 * 9
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
@@ -47,7 +49,8 @@ def param_groups(
 
     The weight of each `nn.Linear` whose name contains one of `patterns` is projected; everything
     else is plain, split into matrices (decayed) and vectors such as biases and norms (not
-    decayed). Tied weights appear once and are never projected. Parameter names are recorded.
+    decayed). Tied weights appear once and are never projected. Parameter names are recorded. With
+    `rank_ratio_cnn` (COAP) convolutions of more than 9216 entries are projected too.
 
     Args:
         model: the model, before any wrapping that flattens parameters.
@@ -61,7 +64,7 @@ def param_groups(
             `scale` (0.25), `proj_type` ("std"), and the method's own.
 
     Returns:
-        Up to three groups, projected first; empty ones are left out.
+        Groups, projected ones first; empty ones are left out.
 
     Raises:
         ValueError: no linear layer matches the patterns.
@@ -70,12 +73,19 @@ def param_groups(
         rank = DEFAULT_RANK
     options = {"rank": rank, **method_options}
     projected, decayed, undecayed = split(model, patterns)
-    if not projected:
+    convolutions: list[tuple[str, nn.Parameter]] = []
+    if method_options.get("rank_ratio_cnn") is not None:
+        convolutions = [
+            (n, p) for n, p in decayed if p.dim() == 4 and p.numel() > SMALL_CONVOLUTION
+        ]
+        decayed = [(n, p) for n, p in decayed if all(p is not kernel for _, kernel in convolutions)]
+    if not projected and not convolutions:
         raise _no_match(model, patterns)
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
     rate = {} if plain_lr is None else {"lr": plain_lr}
     groups = [
         _group(projected, {**decay, **options}),
+        _group(convolutions, {**decay, **options}),
         _group(decayed, {**decay, **rate}),
         _group(undecayed, {"weight_decay": 0.0, **rate}),
     ]

@@ -13,6 +13,7 @@ from . import (
     apollo,
     baselines,
     checks,
+    coap,
     fira,
     flora,
     frugal,
@@ -63,9 +64,15 @@ class Method:
 
     def constructor_options(self) -> set[str]:
         """Names of the constructor's keywords."""
-        parameters = inspect.signature(self.optimizer.__init__).parameters.values()
-        named = {p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
-        return named - {"self", "params"} | self.optimizer.keywords()
+        found = self.optimizer.keywords()
+        for base in self.optimizer.__mro__:
+            if base is LowRankOptimizer:
+                break
+            if "__init__" in vars(base):
+                parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+                wanted = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+                found |= {p.name for p in parameters if p.kind in wanted}
+        return found - {"self", "params", "grouped_params_with_proj"}
 
     def group_options(self) -> set[str]:
         """Names of the options of the groups that `build` makes; baselines ignore most of them."""
@@ -95,6 +102,8 @@ def _rank_one(model: nn.Module, options: dict[str, Any]) -> list[Group]:
 
 _NO_RELATIVE = {"relative_step": False, "scale_parameter": False, "lr": 1e-3}
 
+_FACTORED = {**_NO_RELATIVE, "scale": 0.25}  # COAP's own scale is 1
+
 #: Group options that `build` gives to plain parameters, too.
 _EVERYWHERE = ("seed", "stochastic_rounding")
 _INT8 = Conversion(to_int8, ("weight_bits", "weight_group_size"))
@@ -111,6 +120,30 @@ _TABLE = {
             apollo.ApolloMiniAdamW,
             "APOLLO-Mini, rank 1 by default (arXiv 2412.05270)",
             _rank_one,
+        ),
+        Method(
+            "coap_adafactor",
+            coap.CoapAdafactor,
+            "COAP with Adafactor (arXiv 2412.00071)",
+            _projected,
+            _FACTORED,
+        ),
+        Method(
+            "coap_adafactor_8bit",
+            coap.CoapAdafactor8bit,
+            "COAP with Adafactor, first moment in 8 bits (arXiv 2412.00071)",
+            _projected,
+            _FACTORED,
+        ),
+        Method(
+            "coap_adamw", coap.CoapAdamW, "COAP (arXiv 2412.00071)", _projected, {"scale": 0.25}
+        ),
+        Method(
+            "coap_adamw_8bit",
+            coap.CoapAdamW8bit,
+            "COAP with 8-bit moments (arXiv 2412.00071)",
+            _projected,
+            {"scale": 0.25},
         ),
         Method("fira_adamw", fira.FiraAdamW, "Fira (arXiv 2410.01623)", _projected),
         Method(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import checks
 from .options import Group, ProjectionOptions
-from .rules import Adafactor, Adam, Adam8bit, Lion, Muon
+from .rules import Adafactor, Adafactor8bit, Adam, Adam8bit, Lion, Muon
 from .rules.muon import ADJUSTMENTS
 from .rules.quantizers import quantizer
 
@@ -117,6 +117,24 @@ def adafactor_rule(group: Group) -> Adafactor:
     Raises:
         ValueError: an option is out of range or two contradict each other.
     """
+    return Adafactor(**_adafactor_options(group))
+
+
+def adafactor8bit_rule(group: Group) -> Adafactor8bit:
+    """Adafactor with an 8-bit first moment, from the same options and `min_8bit_size`.
+
+    Raises:
+        ValueError: an option is out of range or two contradict each other.
+    """
+    checks.integer("min_8bit_size", group["min_8bit_size"], low=0)
+    return Adafactor8bit(
+        **_adafactor_options(group),
+        min_8bit_size=group["min_8bit_size"],
+        quantizer=quantizer(group["quantizer"]),
+    )
+
+
+def _adafactor_options(group: Group) -> dict[str, Any]:
     eps, lr, relative = group["eps"], group["lr"], group["relative_step"]
     if not isinstance(eps, tuple | list) or len(eps) != 2:
         raise ValueError(f"eps={eps!r}: accepted are two numbers of at least 0")
@@ -134,15 +152,15 @@ def adafactor_rule(group: Group) -> Adafactor:
         )
     if group["warmup_init"] and not relative:
         raise ValueError("warmup_init=True: accepted only with relative_step=True")
-    return Adafactor(
-        lr=lr,
-        eps=(eps[0], eps[1]),
-        clip_threshold=group["clip_threshold"],
-        decay_rate=group["decay_rate"],
-        beta1=group["beta1"],
-        weight_decay=group["weight_decay"],
-        scale_parameter=group["scale_parameter"],
-        relative_step=relative,
-        warmup_init=group["warmup_init"],
-        restarts=_restarts(group),
-    )
+    return {
+        "lr": lr,
+        "eps": (eps[0], eps[1]),
+        "clip_threshold": group["clip_threshold"],
+        "decay_rate": group["decay_rate"],
+        "beta1": group["beta1"],
+        "weight_decay": group["weight_decay"],
+        "scale_parameter": group["scale_parameter"],
+        "relative_step": relative,
+        "warmup_init": group["warmup_init"],
+        "restarts": _restarts(group),
+    }

@@ -14,6 +14,7 @@ from .composition import Projection
 from .options import ProjectionOptions
 from .projectors import (
     CoordinateProjector,
+    CorrelationProjector,
     CrossHeadProjector,
     DenseBasis,
     EveryK,
@@ -30,6 +31,7 @@ from .projectors.storage import BasisStorage
 from .residuals import Dropped, NormScaled, Residual, ScaledGradient, SignResidual
 
 PROJECTORS: dict[str, type[Projector]] = {
+    "coap": CorrelationProjector,
     "cross_head": CrossHeadProjector,
     "coordinate": CoordinateProjector,
     "online": OnlineProjector,

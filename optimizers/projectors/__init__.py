@@ -2,6 +2,7 @@
 
 from .base import Bases, Projector, Slot
 from .coordinate import CoordinateProjector
+from .correlation import CorrelationProjector
 from .cross_head import CrossHeadProjector
 from .decompositions import REFRESH_MODES
 from .geometry import PROJ_TYPES, Geometry, RowRange, Side
@@ -20,6 +21,7 @@ __all__ = [
     "Bases",
     "BasisStorage",
     "CoordinateProjector",
+    "CorrelationProjector",
     "CrossHeadProjector",
     "DenseBasis",
     "EveryK",

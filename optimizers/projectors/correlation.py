@@ -136,7 +136,8 @@ def correlation_step(
 def descend(basis_dr: Tensor, grad_dr: Tensor, lr: float) -> Tensor:
     """P - lr g / max(1, ||g||), as `clip_grad_norm_` does it, in g's precision."""
     shrink = (1.0 / (torch.linalg.vector_norm(grad_dr) + 1e-6)).clamp(max=1.0)
-    return basis_dr.to(grad_dr.dtype) - lr * shrink * grad_dr
+    moved: Tensor = basis_dr.to(grad_dr.dtype) - lr * shrink * grad_dr
+    return moved
 
 
 def reprojected(grad_mn: Tensor, sketch_dr: Tensor, side: Side, mode: str) -> Tensor:
@@ -214,8 +215,8 @@ class CorrelationProjector(Projector):
         if len(shape) == 4:
             if self.rank_ratio_cnn is None:
                 raise ValueError(
-                    f"rank_ratio_cnn=None for a weight of shape {tuple(shape)}: accepted is a "
-                    "number of at least 1"
+                    f"rank_ratio_cnn=None for a weight of shape {tuple(shape)}: accepted are "
+                    "matrices, or with a rank_ratio_cnn of at least 1 convolutions too"
                 )
             return tucker.geometry(tuple(shape), self.rank_ratio_cnn)
         geometry = super().geometry(shape, rank, proj_type)
@@ -303,9 +304,7 @@ class CorrelationProjector(Projector):
     ) -> None:
         """See `Projector.write_back`."""
         if isinstance(slot.geometry, tucker.TuckerGeometry):
-            tucker.write_back(
-                weight_kn, delta, self.bases(slot), rows, alpha=alpha, keep=keep
-            )
+            tucker.write_back(weight_kn, delta, self.bases(slot), rows, alpha=alpha, keep=keep)
         else:
             super().write_back(slot, weight_kn, rows, delta, alpha=alpha, keep=keep)
 

@@ -88,9 +88,14 @@ class CrossHeadProjector(SingularProjector):
         own = max(1, min(rank // self.heads, rows // self.heads, columns))
         return HeadGeometry((rows, columns), Side.LEFT, own, self.heads)
 
+    def _blocks(self, matrix_mn: Tensor) -> Tensor:
+        assert self.heads is not None
+        rows, columns = matrix_mn.shape
+        return matrix_mn.reshape(self.heads, rows // self.heads, columns)
+
     def matrix(self, slot: Slot, whole_mn: Tensor) -> Tensor:
         """What to decompose: one head's rows, or all heads side by side."""
-        blocks_hdn = whole_mn.unflatten(0, (self.heads, -1))
+        blocks_hdn = self._blocks(whole_mn)
         if self.fit_on == "all":
             return blocks_hdn.transpose(0, 1).flatten(1)
         draw = random.Random(f"{self.seed}/{slot.index}/{slot.taken}").randrange(len(blocks_hdn))
@@ -100,7 +105,7 @@ class CrossHeadProjector(SingularProjector):
         """(h rank) x n."""
         (basis_dr,) = self.bases(slot)
         precision = self.dtype or slot.grad.dtype
-        blocks_hdn = slot.grad.unflatten(0, (self.heads, -1))
+        blocks_hdn = self._blocks(slot.grad)
         basis_rd = basis_dr.to(precision).mT
         if precision == slot.grad.dtype:
             return (basis_rd @ blocks_hdn).flatten(0, 1)
@@ -133,4 +138,4 @@ class CrossHeadProjector(SingularProjector):
         """The same r x r rotation in every head."""
         inner = super().rotation(slot, former).left
         assert inner is not None
-        return Rotation(left=torch.block_diag(*[inner] * (self.heads or 1)), right=None)
+        return Rotation(left=torch.kron(torch.eye(self.heads or 1).to(inner), inner), right=None)

@@ -67,7 +67,8 @@ def geometry(shape: tuple[int, ...], ratio: float) -> TuckerGeometry:
 
 def _times(tensor: Tensor, matrix: Tensor, axis: int) -> Tensor:
     """The product along an axis: rows of `matrix` take that axis's place."""
-    return torch.tensordot(tensor, matrix, dims=([axis], [1])).movedim(-1, axis)
+    product: Tensor = torch.tensordot(tensor, matrix, dims=([axis], [1]))
+    return product.movedim(-1, axis)
 
 
 def down(grad: Tensor, bases: Bases) -> Tensor:
@@ -120,7 +121,8 @@ def _leading(unfolded: Tensor, rank: int) -> Tensor:
     """Leading left singular vectors, from the Gram matrix of the channels."""
     scale = torch.linalg.vector_norm(unfolded, torch.inf)
     scaled = unfolded / scale
-    return torch.linalg.eigh(scaled @ scaled.mT).eigenvectors[:, -rank:].flip(1).contiguous()
+    vectors: Tensor = torch.linalg.eigh(scaled @ scaled.mT).eigenvectors
+    return vectors[:, -rank:].flip(1).contiguous()
 
 
 def gradients(

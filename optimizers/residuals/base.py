@@ -43,6 +43,8 @@ class Residual(ABC):
 
     #: Options that a group may set: the names of this class's fields.
     OPTIONS: ClassVar[tuple[str, ...]] = ()
+    #: Numbers of dimensions of the parameters it can treat.
+    DIMENSIONS: ClassVar[tuple[int, ...]] = (2,)
 
     scale: float = 0.25
 
@@ -72,6 +74,8 @@ class Residual(ABC):
 @dataclass(frozen=True)
 class Dropped(Residual):
     """Nothing outside the subspace is used (GaLore)."""
+
+    DIMENSIONS: ClassVar[tuple[int, ...]] = (2, 4)
 
     def plan(self, slot: Slot, low: Tensor, update: Update, projector: Projector) -> Write:
         """The back-projected update alone."""

@@ -1,9 +1,10 @@
 """Update rules: pure functions on lists of tensors behind frozen records of hyper-parameters."""
 
 from .adafactor import Adafactor
+from .adafactor8bit import Adafactor8bit
 from .adam import Adam
 from .adam8bit import Adam8bit
-from .base import MOMENT_MOVES, Rotation, Update, UpdateRule
+from .base import MOMENT_MOVES, Update, UpdateRule
 from .lion import Lion
 from .momentum import Momentum
 from .muon import Muon
@@ -11,12 +12,12 @@ from .muon import Muon
 __all__ = [
     "MOMENT_MOVES",
     "Adafactor",
+    "Adafactor8bit",
     "Adam",
     "Adam8bit",
     "Lion",
     "Momentum",
     "Muon",
-    "Rotation",
     "Update",
     "UpdateRule",
 ]

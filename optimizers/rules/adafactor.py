@@ -20,7 +20,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Rotation, State, Update, UpdateRule, numel, scalar, taken
+from ..rotation import Rotation
+from .base import State, Update, UpdateRule, numel, scalar, taken
 
 
 @dataclass(frozen=True)
@@ -122,11 +123,16 @@ class Adafactor(UpdateRule):
             delta = self._normalise(grad.to(self._dtype(grad.dtype)), state, decay)
             delta.div_((_rms(delta) / self.clip_threshold).clamp_(min=1.0)).mul_(rate)
             if self.beta1 is not None:
-                # A copy: what the caller does to the delta must not reach the moment.
-                delta = state["exp_avg"].lerp_(delta, 1 - self.beta1).clone()
+                delta = self._averaged(state, delta)
             keep = 1.0 - rate * self.weight_decay if self.weight_decay else 1.0
             updates.append(Update(delta, 1.0, keep, rate, rate))
         return updates
+
+    def _averaged(self, state: State, delta: Tensor) -> Tensor:
+        """Advances the first moment by an update; a copy of it."""
+        assert self.beta1 is not None
+        moment: Tensor = state["exp_avg"]
+        return moment.lerp_(delta, 1 - self.beta1).clone()
 
     def move(self, state: State, how: str, rotation: Rotation) -> None:
         """See `UpdateRule.move`: the first moment moves, the factors of the second stay."""

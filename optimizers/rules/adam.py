@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam as torch_adam
 
-from .base import MOMENT_MOVES, Rotation, State, Update, UpdateRule, numel, scalar, taken
+from ..rotation import Rotation
+from .base import MOMENT_MOVES, State, Update, UpdateRule, numel, scalar, taken
 
 FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

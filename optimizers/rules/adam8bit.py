@@ -17,8 +17,9 @@ from torch import Tensor
 
 from lowrank.cuda import blockwise
 
+from ..rotation import Rotation
 from .adam import Adam, moved_moments
-from .base import Rotation, State, Update, numel
+from .base import State, Update, numel
 from .quantizers import NATIVE, Quantizer
 
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}

@@ -18,7 +18,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import MOMENT_MOVES, Rotation, State, Update, UpdateRule, numel, scalar
+from ..rotation import Rotation
+from .base import MOMENT_MOVES, State, Update, UpdateRule, numel, scalar
 
 ADJUSTMENTS = ("original", "match_rms_adamw")
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.optimizers import GaLoreAdamW, LowRankOptimizer, RefreshEvent
+from lowrank.optimizers import GaLoreAdamW, RefreshEvent
+from lowrank.optimizers.projected import ProjectedAdamW
 
 from .workload import Workload, give
 
@@ -57,7 +58,7 @@ def ours(
     name: str,
     label: str,
     *,
-    optimizer_class: type[LowRankOptimizer] = GaLoreAdamW,
+    optimizer_class: type[ProjectedAdamW] = GaLoreAdamW,
     gap: int = _NEVER,
     **options: Any,
 ) -> Contestant:

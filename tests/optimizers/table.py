@@ -64,6 +64,8 @@ class Row:
 
 
 SMALL_8BIT = {"min_8bit_size": 0}
+#: COAP without the steps in between, which need no solver and leave no orthonormal basis.
+REPROJECTED = {"reproject_factor": 1}
 
 TABLE = (
     Row("adafactor", optimizers.Adafactor),
@@ -71,6 +73,28 @@ TABLE = (
     Row("adamw_8bit", optimizers.AdamW8bit, SMALL_8BIT, capturable=True, bits8=True),
     Row("apollo_adamw", optimizers.ApolloAdamW, capturable=True, one_sided=True, refits="draw"),
     Row("apollo_mini_adamw", optimizers.ApolloMiniAdamW, capturable=True, refits="draw"),
+    Row(
+        "coap_adafactor",
+        optimizers.CoapAdafactor,
+        {"beta1": 0.9, **REPROJECTED},
+        one_sided=True,
+    ),
+    Row(
+        "coap_adafactor_8bit",
+        optimizers.CoapAdafactor8bit,
+        {**SMALL_8BIT, **REPROJECTED},
+        bits8=True,
+        one_sided=True,
+    ),
+    Row("coap_adamw", optimizers.CoapAdamW, REPROJECTED, capturable=True, one_sided=True),
+    Row(
+        "coap_adamw_8bit",
+        optimizers.CoapAdamW8bit,
+        {**SMALL_8BIT, **REPROJECTED},
+        capturable=True,
+        bits8=True,
+        one_sided=True,
+    ),
     Row("fira_adamw", optimizers.FiraAdamW, capturable=True, one_sided=True),
     # Its moves add noise that only a long gap averages out.
     Row(

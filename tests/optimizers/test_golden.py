@@ -37,7 +37,12 @@ FIRA_ROWS = (
 
 
 def golden_run(
-    optimizer: type[LowRankOptimizer], shape: tuple[int, int], group: dict[str, Any], **options: Any
+    optimizer: type[LowRankOptimizer],
+    shape: tuple[int, int],
+    group: dict[str, Any],
+    *,
+    size: float = 1e-2,
+    **options: Any,
 ) -> tuple[float, ...]:
     weight = nn.Parameter((0.2 * matrix(*shape, 0)).float())
     start = weight.detach().clone()
@@ -49,7 +54,7 @@ def golden_run(
         **options,
     )
     for step in range(6):
-        weight.grad = (1e-2 * (matrix(*shape, 1) + 0.6 * matrix(*shape, step + 2))).float()
+        weight.grad = (size * (matrix(*shape, 1) + 0.6 * matrix(*shape, step + 2))).float()
         made.step()
     change = weight.detach() - start
     return (

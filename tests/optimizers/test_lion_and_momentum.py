@@ -14,7 +14,8 @@ from lowrank.optimizers import LowRankOptimizer
 from lowrank.optimizers.composition import Composition
 from lowrank.optimizers.options import Group
 from lowrank.optimizers.projected import ProjectedLion
-from lowrank.optimizers.rules import MOMENT_MOVES, Lion, Momentum, Rotation
+from lowrank.optimizers.rotation import Rotation
+from lowrank.optimizers.rules import MOMENT_MOVES, Lion, Momentum
 from lowrank.optimizers.strategies import projection_of
 
 SHAPE = (9, 14)

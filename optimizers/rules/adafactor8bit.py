@@ -1,0 +1,80 @@
+"""Adafactor whose first moment takes one byte an entry and one fp32 scale per 256 entries.
+
+The rule is `Adafactor`'s; the factored second moment stays in fp32, where it is next to nothing.
+Memory of a x b entries: 4 (a + b) + a b + 4 ceil(a b / 256) bytes; below `min_8bit_size` entries
+the first moment is in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lowrank.cuda import blockwise
+
+from ..rotation import Rotation
+from .adafactor import Adafactor
+from .base import State, numel
+from .quantizers import NATIVE, Quantizer
+
+KEY = "exp_avg"
+SCALES = "exp_avg_absmax"
+
+
+@dataclass(frozen=True)
+class Adafactor8bit(Adafactor):
+    """`Adafactor` with an 8-bit first moment.
+
+    Attributes:
+        min_8bit_size: a (projected) gradient with fewer entries keeps it in fp32.
+        quantizer: between fp32 and codes.
+    """
+
+    min_8bit_size: int = 4096
+    quantizer: Quantizer = NATIVE
+
+    def init(self, shape: Sequence[int], like: Tensor) -> State:
+        """Zero factors, and codes of a zero first moment."""
+        state = super().init(shape, like)
+        if KEY in state and numel(shape) >= self.min_8bit_size:
+            state[KEY], state[SCALES] = self.quantizer.quantize(state[KEY].float(), True)
+        return state
+
+    def state_bytes(self, shape: Sequence[int], itemsize: int) -> int:
+        """Factors, codes and scales."""
+        size, total = numel(shape), super().state_bytes(shape, itemsize)
+        if self.beta1 is None or size < self.min_8bit_size:
+            return total
+        return total - max(itemsize, 4) * size + blockwise.blockwise_bytes(size)
+
+    def first_moment(self, state: State) -> Tensor | None:
+        """The first moment, dequantised to fp32."""
+        if SCALES in state:
+            return self.quantizer.dequantize(state[KEY], state[SCALES], True)
+        return super().first_moment(state)
+
+    def _averaged(self, state: State, delta: Tensor) -> Tensor:
+        if SCALES not in state:
+            return super()._averaged(state, delta)
+        assert self.beta1 is not None
+        moment = self.first_moment(state)
+        assert moment is not None
+        moment.lerp_(delta.float(), 1 - self.beta1)
+        self._save(state, moment)
+        return moment
+
+    def _save(self, state: State, moment: Tensor) -> None:
+        self.quantizer.quantize(moment.contiguous(), True, (state[KEY], state[SCALES]))
+
+    def move(self, state: State, how: str, rotation: Rotation) -> None:
+        """See `Adafactor.move`, on the dequantised moment."""
+        if SCALES not in state:
+            super().move(state, how, rotation)
+            return
+        moment = self.first_moment(state)
+        assert moment is not None
+        dense = {**state, KEY: moment}
+        super().move(dense, how, rotation)
+        self._save(state, moment)
