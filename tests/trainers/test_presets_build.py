@@ -1,0 +1,33 @@
+"""Each method's preset at each size is one that the method accepts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lowrank.optimizers import available, expected_state_bytes
+from lowrank.trainers.config_io import from_mapping
+from lowrank.trainers.models import network_config
+from lowrank.trainers.preset import preset_layer, preset_names
+
+
+@pytest.mark.parametrize("size", preset_names())
+def test_presets_are_accepted(size: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    for name in available():
+        config = from_mapping(preset_layer(size, name))
+        with torch.device("meta"):
+            shape = network_config(config.model, config.data.sequence_length)
+            shape.num_hidden_layers = 1  # all layers are alike
+            network = transformers.LlamaForCausalLM(shape)
+        options = dict(config.optimizer.options)
+        assert expected_state_bytes(name, network, lr=config.optimizer.lr, **options) > 0
+
+
+@pytest.mark.parametrize("size", preset_names())
+def test_every_method_has_a_preset(size: str) -> None:
+    default = preset_layer(size, "no such method")
+    for name in available():
+        if size == "llama_9m" and name in ("adafactor", "muon"):
+            continue  # the size's own settings suit them
+        assert preset_layer(size, name)["optimizer"].keys() > default["optimizer"].keys(), name
