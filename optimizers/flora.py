@@ -27,12 +27,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from lowrank.cuda.noise import mix
+
 from .base import LowRankOptimizer
 from .composition import Composition
 from .options import PROJECTION_DEFAULTS, Group, ProjectionKeywords, ProjectionOptions
 from .projectors import Geometry, Side
 from .projectors.norms import axis_norms
-from .projectors.random import gaussian, mixed
+from .projectors.random import gaussian
 from .rule_factories import adafactor_defaults, adafactor_rule
 from .rules import Adafactor, Update
 from .rules.base import State, numel
@@ -80,7 +82,7 @@ class FloraRule(Adafactor):
     def basis(self, state: State, geometry: Geometry, period: int, like: Tensor) -> Tensor:
         """A, d x r, of a matrix in its `period`-th run of kappa steps."""
         (shape,) = geometry.basis_shapes.values()
-        return gaussian(shape, mixed(self.options.seed, state["matrix"], period), like)
+        return gaussian(shape, mix(self.options.seed, state["matrix"], period), like)
 
     def _weight_rms(self, weight: Tensor) -> Tensor:
         norm: Tensor = torch.linalg.vector_norm(axis_norms(weight, 1))

@@ -166,13 +166,6 @@ class Projector(ABC):
             dtype=self.dtype,
         )
 
-    def back_project(self, slot: Slot, low: Tensor, rows: RowRange) -> Tensor:
-        """Some rows of the back-projection of a projected tensor, in the weight's precision."""
-        width = slot.grad.shape[1:]
-        rows_kn = slot.grad.new_zeros((rows.stop - rows.start, *width))
-        self.write_back(slot, rows_kn, rows, low, alpha=-1.0, keep=0.0)
-        return rows_kn
-
     def rotation(self, slot: Slot, former: Bases) -> Rotation:
         """From coordinates in the former bases to those in the slot's bases."""
         wide = compute_dtype(slot.param.dtype)
@@ -184,18 +177,19 @@ class Projector(ABC):
             right=None if side is Side.LEFT else between[-1],
         )
 
-    def outside(self, slot: Slot, low: Tensor, span: slice) -> Tensor:
-        """G - up(R) for some of the slot's rows, in a new tensor.
+    def outside(self, slot: Slot, low: Tensor, span: slice, share: float = 1.0) -> Tensor:
+        """G - share up(R) for some of the slot's rows, in a new tensor.
 
         Args:
             slot: whose gradient and bases to use.
             low: R, the projected gradient.
             span: which of the rows held here, with both ends given.
+            share: how much of the reconstruction is taken off.
         """
         chunk = slot.grad[span].clone()
         held = slot.rows
         rows = RowRange(held.start + span.start, held.start + span.stop, held.reduce)
-        self.write_back(slot, chunk, rows, low, alpha=1.0, keep=1.0)
+        self.write_back(slot, chunk, rows, low, alpha=share, keep=1.0)
         return chunk
 
     def track(self, slot: Slot, low: Tensor) -> None:  # noqa: B027 (optional)

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank.cuda.noise import mix
+
 from .base import Bases, Projector, Slot
 from .geometry import Geometry, RowRange, Side
-from .random import mixed, usable
+from .random import usable
 from .storage import DenseBasis
 
 INDEX_BYTES = 4
@@ -52,7 +54,7 @@ class CoordinateProjector(Projector):
                 continue
             for side, (key, (size, rank)) in enumerate(slot.geometry.basis_shapes.items()):
                 generator = torch.Generator().manual_seed(
-                    mixed(self.seed, slot.index, slot.taken, side)
+                    mix(self.seed, slot.index, slot.taken, side) >> 1
                 )
                 drawn = torch.randperm(size, generator=generator)[:rank].sort().values
                 slot.state[key + INDEX].copy_(drawn)
@@ -120,8 +122,10 @@ class CoordinateProjector(Projector):
             where = (local.long()[:, None], columns.long()[None])
             weight_kn.index_put_(where, delta.mul_(-alpha), accumulate=True)
 
-    def outside(self, slot: Slot, low: Tensor, span: slice) -> Tensor:
+    def outside(self, slot: Slot, low: Tensor, span: slice, share: float = 1.0) -> Tensor:
         """See `Projector.outside`: the gradient with the selected entries set to zero."""
+        if share != 1.0:
+            return super().outside(slot, low, span, share)
         chunk = slot.grad[span].clone()
         rows, columns = self._indices(slot)
         start = slot.rows.start + (span.start or 0)

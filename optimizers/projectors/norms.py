@@ -70,7 +70,7 @@ def _direct_norm(slot: Slot, low: Tensor, projector: Projector, phi: Tensor, bet
     total = torch.zeros((), dtype=phi.dtype, device=phi.device)
     for rows in slot.rows.chunks(slot.grad.shape[1], CHUNK_ELEMENTS):
         span = slice(rows.start - slot.rows.start, rows.stop - slot.rows.start)
-        outside = slot.grad[span] - projector.back_project(slot, low, rows).mul_(beta)
+        outside = projector.outside(slot, low, span, beta)
         factors = phi if left else phi[span]
         total += torch.linalg.vector_norm(outside.to(phi.dtype).mul_(factors)).square()
     return total.sqrt_()

@@ -20,6 +20,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lowrank.cuda.noise import mix
+
 from .. import checks
 from .base import Bases, Projector, Slot
 from .decompositions import compute_dtype
@@ -27,18 +29,6 @@ from .geometry import Geometry
 from .storage import DenseBasis
 
 DISTRIBUTIONS = ("gaussian", "orthonormal")
-
-
-def mixed(*numbers: int) -> int:
-    """A seed of 63 bits from several integers (the finaliser of SplitMix64 over each)."""
-    mask = (1 << 64) - 1
-    value = 0
-    for number in numbers:
-        value = (value + number + 0x9E3779B97F4A7C15) & mask
-        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
-        value ^= value >> 31
-    return value >> 1
 
 
 def gaussian(shape: tuple[int, int], seed: int, like: Tensor) -> Tensor:
@@ -52,7 +42,7 @@ def gaussian(shape: tuple[int, int], seed: int, like: Tensor) -> Tensor:
             "distribution='gaussian' while a CUDA graph is captured: accepted is 'orthonormal' or "
             "another projector, whose bases are stored"
         )
-    generator = torch.Generator(like.device).manual_seed(seed)
+    generator = torch.Generator(like.device).manual_seed(seed >> 1)
     dtype = compute_dtype(like.dtype)
     drawn = torch.randn(shape, generator=generator, dtype=dtype, device=like.device)
     return drawn.mul_(shape[1] ** -0.5)
@@ -101,7 +91,7 @@ class RandomProjector(Projector):
 
     def _draw(self, slot: Slot, refreshed: int) -> Bases:
         shapes = slot.geometry.basis_shapes.values()
-        seeds = [mixed(self.seed, slot.index, refreshed, side) for side in range(len(shapes))]
+        seeds = [mix(self.seed, slot.index, refreshed, side) for side in range(len(shapes))]
         return tuple(
             gaussian(shape, seed, slot.param) for shape, seed in zip(shapes, seeds, strict=True)
         )

@@ -11,10 +11,11 @@ import torch
 from support import matrix
 from torch import Tensor, nn
 
+from lowrank.cuda.noise import mix
 from lowrank.optimizers import Adafactor, FloraAdafactor, state_bytes
 from lowrank.optimizers import flora as flora_module
 from lowrank.optimizers.flora import FloraRule
-from lowrank.optimizers.projectors.random import gaussian, mixed
+from lowrank.optimizers.projectors.random import gaussian
 
 SHAPES = ((14, 9), (9, 14), (11, 11))
 
@@ -62,7 +63,7 @@ def test_equals_the_written_out_rule(
     number = made.state[weight]["matrix"]
 
     def bases_at(period: int) -> references_beyond.Bases:
-        basis = gaussian(size, mixed(7, number, period), start)
+        basis = gaussian(size, mix(7, number, period), start)
         return references_beyond.one_sided(basis, left)
 
     expected = references_beyond.flora(
