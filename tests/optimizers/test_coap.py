@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import references
 import torch
-from support import hashed, matrix, tiny_model
+from support import matrix, tiny_model
 from test_golden import golden_run
 from torch import Tensor, nn
 from torch.nn import functional
@@ -20,9 +19,8 @@ from lowrank.optimizers import (
     CoapAdamW,
     CoapAdamW8bit,
     build,
-    state_bytes,
 )
-from lowrank.optimizers.projectors import Side, tucker
+from lowrank.optimizers.projectors import Side
 from lowrank.optimizers.projectors.correlation import correlation_gradient, correlation_step
 
 # shape, update_interval, reproject_factor, large gradients, restore_state, expected
@@ -259,149 +257,3 @@ def test_8bit_follows(pair: tuple[Any, Any]) -> None:
             made.step()
         results.append(weight.detach())
     assert (results[0] - results[1]).norm() < 0.05 * (results[1] - start).norm()
-
-
-# Convolutions
-
-
-@pytest.mark.parametrize(
-    ("shape", "ratio", "ranks"),
-    [
-        ((64, 64, 3, 3), 2, (45, 45)),
-        ((40, 32, 3, 3), 2, (28, 22)),
-        ((40, 32, 1, 1), 2, (20,)),
-        ((3, 2, 3, 3), 100, (1, 1)),
-    ],
-)
-def test_tucker_ranks(shape: tuple[int, ...], ratio: float, ranks: tuple[int, ...]) -> None:
-    assert tucker.geometry(shape, ratio).ranks == ranks
-
-
-def tensor(shape: tuple[int, ...], stream: int) -> Tensor:
-    return hashed(torch.Size(shape).numel(), stream).reshape(shape)
-
-
-def test_orthogonal_iteration_beats_separate_factors_and_full_rank_is_exact() -> None:
-    grad = tensor((12, 10, 3, 3), 1)
-    shape = tucker.geometry(tuple(grad.shape), 4.0)
-    bases = tucker.decompose(grad, shape)
-    separate = tuple(
-        torch.linalg.svd(grad.movedim(axis, 0).flatten(1), full_matrices=False).U[:, :rank]
-        for axis, rank in enumerate(shape.ranks)
-    )
-    assert tucker.down(grad, bases).norm() >= tucker.down(grad, separate).norm() - 1e-12
-    for basis in bases:
-        torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]).double())
-    full = tucker.decompose(grad, tucker.geometry(tuple(grad.shape), 1.0))
-    torch.testing.assert_close(tucker.down(grad, full).norm(), grad.norm())
-
-
-@pytest.mark.parametrize("shape", [(48, 32, 3, 3), (96, 110, 3, 1)], ids=str)
-@pytest.mark.parametrize("restore", [False, True])
-def test_convolutions_follow_the_written_out_rule(shape: tuple[int, ...], restore: bool) -> None:
-    weight = nn.Parameter(0.2 * tensor(shape, 0))
-    w = weight.detach().clone()
-    made = CoapAdamW(
-        [{"params": [weight], "rank_ratio_cnn": 4.0}],
-        lr=0.02,
-        update_interval=2,
-        reproject_factor=2,
-        restore_state=restore,
-    )
-    m = v = torch.zeros((), dtype=torch.float64)
-    bases: tuple[Tensor, ...] = ()
-    letters = "ab"[: 1 if shape[-1] == 1 else 2]
-
-    def down(x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
-        for axis, factor in zip(letters, factors, strict=True):
-            x = torch.einsum(f"abcd,{axis}r->" + "abcd".replace(axis, "r"), x, factor)
-        return x
-
-    def up(x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
-        return down(x, tuple(factor.T for factor in factors))
-
-    for k in range(7):
-        g = tensor(shape, 1) + 0.6 * tensor(shape, k + 2)
-        old = bases
-        if k % 4 == 0:
-            bases = tucker.decompose(g, tucker.geometry(shape, 4.0))
-        elif k % 2 == 0:
-            leaves = [b.clone().requires_grad_() for b in bases]
-            loss = functional.mse_loss(up(down(g, tuple(leaves)), tuple(leaves)), g)
-            loss = loss * (1 - functional.cosine_similarity(up(m, tuple(leaves)), g, dim=1).mean())
-            steps = torch.autograd.grad(loss, leaves)
-            bases = tuple(
-                b - 0.1 * s * min(1.0, 1.0 / (s.norm().item() + 1e-6))
-                for b, s in zip(bases, steps, strict=True)
-            )
-        if restore and old and k % 2 == 0:
-            m, v = down(up(m, old), bases), down(up(v.sqrt(), old), bases).square()
-        r = down(g, bases)
-        m, v = 0.9 * m + 0.1 * r, 0.999 * v + 0.001 * r * r
-        size = 0.02 * (1 - 0.999 ** (k + 1)) ** 0.5 / (1 - 0.9 ** (k + 1))
-        w = w - size * up(m / (v.sqrt() + 1e-6), bases)
-        weight.grad = g.clone()
-        made.step()
-    torch.testing.assert_close(weight.detach(), w, rtol=1e-6, atol=1e-8)
-
-
-@pytest.mark.parametrize("cls", [CoapAdamW, CoapAdamW8bit, CoapAdafactor, CoapAdafactor8bit])
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_a_small_convolutional_net_trains_and_resumes(cls: Any, channels_last: bool) -> None:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 40, 3), nn.Flatten())
-    net.append(nn.Linear(40 * 16, 5))
-    if channels_last:
-        net = net.to(memory_format=torch.channels_last)
-    images, labels = torch.randn(16, 3, 8, 8), torch.arange(16) % 5
-
-    own = {"scale_parameter": False} if issubclass(cls, CoapAdafactor) else {}
-
-    def made(model: nn.Module) -> Any:
-        return cls(
-            model.named_parameters(), lr=3e-3, rank=4, rank_ratio_cnn=2.0, update_interval=3, **own
-        )
-
-    optimizer = made(net)
-    events: list[Any] = []
-    optimizer.register_refresh_hook(events.append)
-    losses = []
-    for step in range(30):
-        if step == 20:
-            twin = copy.deepcopy(net)
-            other = made(twin)
-            other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        for model, opt in ((net, optimizer), *(((twin, other),) if step >= 20 else ())):
-            loss = functional.cross_entropy(model(images), labels)
-            opt.zero_grad()
-            loss.backward()
-            opt.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.6 * losses[0]
-    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters(), strict=True))
-    kernel = net[2].weight
-    assert len(optimizer.state[kernel]["basis"]) == 40
-    assert {event.shape for event in events} >= {(40, 288)}
-    assert all(0 < event.captured_energy <= 1 for event in events)
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    expected = sum(
-        optimizer.compose(groups[id(p)]).state_bytes(p.shape, 4) for p in net.parameters()
-    )
-    assert state_bytes(optimizer) == expected
-
-
-def test_param_groups_take_convolutions_with_a_ratio() -> None:
-    net = nn.ModuleDict({"stem": nn.Conv2d(3, 8, 3), "body": nn.Conv2d(40, 48, 3)})
-    made = build("coap_adamw", net, rank_ratio_cnn=2.0)
-    names = [group["param_names"] for group in made.param_groups]
-    assert names[0] == ["body.weight"]
-    assert "stem.weight" in names[1]
-    assert made.state[net["body"].weight]["exp_avg"].shape == (33, 28, 3, 3)
-
-
-def test_convolutions_need_a_ratio_and_a_dropped_residual() -> None:
-    kernel = nn.Parameter(torch.zeros(8, 8, 3, 3))
-    with pytest.raises(ValueError, match="rank_ratio_cnn=None"):
-        CoapAdamW([{"params": [kernel], "rank": 2}])
-    with pytest.raises(ValueError, match="4-dimensional: accepted with SignResidual"):
-        CoapAdamW([{"params": [kernel], "rank_ratio_cnn": 2.0, "residual": "sign"}])
