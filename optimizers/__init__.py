@@ -19,7 +19,14 @@ from .online_subspace import (
 from .param_groups import param_groups
 from .projectors import RefreshEvent
 from .qgalore import QGaLoreAdamW8bit
-from .registry import available, build, convert, describe, expected_state_bytes
+from .registry import (
+    available,
+    build,
+    convert,
+    describe,
+    expected_state_bytes,
+    option_aliases,
+)
 from .subspace_muon import GaLoreMuon
 from .weights import Int8Weight, dense_state_dict
 from .weights.convert import merge
@@ -59,6 +66,7 @@ __all__ = [
     "describe",
     "expected_state_bytes",
     "merge",
+    "option_aliases",
     "param_groups",
     "state_bytes",
     "state_bytes_by_category",

@@ -238,6 +238,15 @@ def describe(name: str) -> str:
     return _method(name).summary
 
 
+def option_aliases(name: str) -> dict[str, str]:
+    """Other names of a method's options, as its official code has them, and ours: {alias: ours}.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    return dict(_method(name).optimizer.aliases)
+
+
 def _method(name: str) -> Method:
     if name not in _TABLE:
         raise checks.unknown_name("optimizer", name, _TABLE)

@@ -7,8 +7,11 @@ settings that it changes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
+
+from lowrank.optimizers import option_aliases
 
 from .config_io import Layer, merge, nearest, parse_yaml
 
@@ -36,6 +39,27 @@ def preset_layer(model: str, optimizer: str) -> dict[str, Any]:
     common = {key: value for key, value in preset.items() if key not in ("source", "methods")}
     own = {key: value for key, value in method.items() if key != "source"}
     return merge({"model": {"name": model}, "optimizer": {"name": optimizer}}, common, own)
+
+
+def canonical(layer: Layer, optimizer: str) -> dict[str, Any]:
+    """A layer with the optimizer's options under one name each, so that layers can override.
+
+    Raises:
+        ValueError: an option is given under both of its names.
+    """
+    section = layer.get("optimizer")
+    if not isinstance(section, Mapping):
+        return dict(layer)
+    renamed = dict(section)
+    for alias, name in option_aliases(optimizer).items():
+        if alias in renamed:
+            if name in renamed:
+                raise ValueError(
+                    f"optimizer.{alias} with optimizer.{name}: these are two names of one thing, "
+                    "accepted is one of them"
+                )
+            renamed[name] = renamed.pop(alias)
+    return {**layer, "optimizer": renamed}
 
 
 def read_preset(model: str) -> dict[str, Any]:

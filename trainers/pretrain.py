@@ -25,7 +25,7 @@ from .loop import Loop
 from .metrics import cut_after
 from .models import build_model, parameter_count
 from .parts import Parts, read_parts
-from .preset import preset_layer
+from .preset import canonical, preset_layer
 from .recorder import Recorder
 from .report import write_report
 from .run_folder import Place, find_place, hold, store_of
@@ -60,7 +60,8 @@ def resolve(settings: Layer) -> RunConfig:
     model = _named(settings, "model", default.model.name)
     optimizer = _named(settings, "optimizer", default.optimizer.name)
     describe(optimizer)  # raises with the nearest name before anything is made
-    return from_mapping(merge(preset_layer(model, optimizer), settings))
+    preset = canonical(preset_layer(model, optimizer), optimizer)
+    return from_mapping(merge(preset, canonical(settings, optimizer)))
 
 
 def pretrain(request: Request, console: Console) -> Path:
@@ -175,7 +176,9 @@ def _decide(request: Request, console: Console) -> tuple[Place, RunConfig]:
     place = find_place(name, request.output, request.resume, warn)
     saved = place.folder / "config.yaml"
     if place.checkpoint is not None and saved.is_file():
-        config = from_mapping(merge(read_layer(saved), request.settings))
+        content = read_layer(saved)
+        named = _named(content, "optimizer", RunConfig().optimizer.name)
+        config = from_mapping(merge(content, canonical(request.settings, named)))
     elif config is None:
         config = resolve(request.settings)
     return place, config

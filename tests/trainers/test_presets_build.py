@@ -9,6 +9,7 @@ from lowrank.optimizers import available, expected_state_bytes
 from lowrank.trainers.config_io import from_mapping
 from lowrank.trainers.models import network_config
 from lowrank.trainers.preset import preset_layer, preset_names
+from lowrank.trainers.pretrain import resolve
 
 
 @pytest.mark.parametrize("size", preset_names())
@@ -31,3 +32,14 @@ def test_every_method_has_a_preset(size: str) -> None:
         if size == "llama_9m" and name in ("adafactor", "muon"):
             continue  # the size's own settings suit them
         assert preset_layer(size, name)["optimizer"].keys() > default["optimizer"].keys(), name
+
+
+def test_settings_override_a_preset_under_either_name() -> None:
+    for key in ("update_interval", "update_proj_gap"):
+        settings = {"optimizer": {"name": "coap_adamw", key: 7}}
+        options = resolve(settings).optimizer.options
+        assert options["update_proj_gap"] == 7
+        assert "update_interval" not in options
+    both = {"name": "fira_adamw", "alpha": 0.5, "scale": 0.5}
+    with pytest.raises(ValueError, match=r"optimizer\.alpha with optimizer\.scale"):
+        resolve({"optimizer": both})
