@@ -22,7 +22,7 @@ here neither.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -43,7 +43,8 @@ class Coap(LowRankOptimizer):
 
     Group keys: `rank` or `rank_ratio_matrix`, `rank_ratio_cnn`, `update_interval` (another name of
     `update_proj_gap`), `reproject_factor`, `restore_state`, `scale`, `coap_lr`,
-    `normalize_gradient`; `proj_method` may be "coap".
+    `normalize_gradient`. A rank or ratio switches projection on; so does `proj_method` ("coap"),
+    with the constructor's rank or ratios.
     """
 
     projection_defaults: ClassVar[Mapping[str, Any]] = {
@@ -74,9 +75,10 @@ class Coap(LowRankOptimizer):
             *rule: the update rule's arguments, `lr` first.
             grouped_params_with_proj: groups, instead of `params`.
             proj_method: "coap".
-            rank: of the matrices that are sorted out of `params`.
+            rank: of the matrices that are sorted out of `params`, or lie in groups that have
+                `proj_method` but no rank or ratio.
             rank_ratio_matrix: min(m, n) over their rank, instead of `rank`.
-            rank_ratio_cnn: of 4-D weights; also the default of groups.
+            rank_ratio_cnn: of 4-D weights, sorted out of `params` or in projected groups.
             restore_state: carry the moments over when the basis changes.
             update_interval: steps between changes of the basis, 32 unless given.
             **options: the update rule's keywords, and see `ProjectionKeywords`.
@@ -86,14 +88,15 @@ class Coap(LowRankOptimizer):
         """
         if (params is None) == (grouped_params_with_proj is None):
             raise ValueError("params and grouped_params_with_proj: accepted is exactly one of them")
-        common: Group = {"proj_method": proj_method}
+        checks.choice("proj_method", proj_method, ("coap",))
+        common: Group = {}
         if restore_state is not None:
             common["restore_state"] = restore_state
         if update_interval is not None:
             common["update_proj_gap"] = update_interval
         if "moments" in options:
             common["moments"] = options.pop("moments")
-        _translate(common)
+        _restoring(common)
         given = params if params is not None else grouped_params_with_proj
         assert given is not None
         made = sorted_groups(
@@ -112,15 +115,43 @@ class Coap(LowRankOptimizer):
         return {*super().group_keys(), "proj_method", "restore_state"}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, see `LowRankOptimizer`; the released code's keys are translated."""
+        """Adds a group, see `LowRankOptimizer`; the released code's keys are translated.
+
+        Raises:
+            ValueError: as in the constructor, and for `proj_method` in a group without a rank.
+        """
         if isinstance(param_group, dict):
             _translate(param_group)
         super().add_param_group(param_group)
 
 
+#: What says how far a group is projected.
+SIZES = ("rank", "rank_ratio_matrix", "rank_ratio_cnn")
+
+
+def _sized(group: Mapping[str, Any]) -> bool:
+    return any(group.get(name) is not None for name in SIZES)
+
+
 def _translate(group: Group) -> None:
-    """In place: `proj_method` and `restore_state` in our options."""
-    checks.choice("proj_method", group.pop("proj_method", "coap"), ("coap",))
+    """In place: the released code's keys in our options."""
+    if "proj_method" in group:
+        method = group.pop("proj_method")
+        checks.choice("proj_method", method, ("coap",))
+        if not _sized(group):
+            raise ValueError(
+                f"proj_method={method!r} in a group without a rank: accepted with one of "
+                f"{', '.join(SIZES)}, in the group or beside the groups"
+            )
+    _restoring(group)
+    alone = group.get("rank") is None and group.get("rank_ratio_matrix") is None
+    if alone and group.get("rank_ratio_cnn") is not None:
+        # A group of convolutions; the ratio of matrices switches projection on.
+        group["rank_ratio_matrix"] = group["rank_ratio_cnn"]
+
+
+def _restoring(group: Group) -> None:
+    """In place: `restore_state` as `moments`."""
     if "restore_state" in group:
         restore = group.pop("restore_state")
         checks.choice("restore_state", restore, (True, False))
@@ -130,10 +161,6 @@ def _translate(group: Group) -> None:
                 f"restore_state={restore} with moments={group['moments']!r}: accepted is "
                 f"{wanted!r}, or one of the two"
             )
-    alone = group.get("rank") is None and group.get("rank_ratio_matrix") is None
-    if alone and group.get("rank_ratio_cnn") is not None:
-        # A group of convolutions; the ratio of matrices switches projection on.
-        group["rank_ratio_matrix"] = group["rank_ratio_cnn"]
 
 
 def sorted_groups(
@@ -147,11 +174,17 @@ def sorted_groups(
 
     Matrices whose shorter side exceeds the rank are projected, embeddings included; 4-D weights
     with more than 9216 entries too where `rank_ratio_cnn` is given; all others are plain. Groups
-    are left as they are.
+    stay together; those with `proj_method` take what they lack.
+
+    Raises:
+        ValueError: a rank or ratio is given beside groups, none of which is projected.
     """
     given = list(params)
+    sizes = {"rank": rank, "rank_ratio_matrix": rank_ratio_matrix, "rank_ratio_cnn": rank_ratio_cnn}
+    if any(isinstance(p, dict) for p in given):
+        return _completed(given, {k: v for k, v in sizes.items() if v is not None})
     by_matrix = rank is not None or rank_ratio_matrix is not None
-    if any(isinstance(p, dict) for p in given) or not (by_matrix or rank_ratio_cnn is not None):
+    if not _sized(sizes):
         return given  # type: ignore[return-value]
     kinds: dict[str, list[Any]] = {"plain": [], "matrix": [], "convolution": []}
     for entry in given:
@@ -169,6 +202,28 @@ def sorted_groups(
         "convolution": {"rank_ratio_cnn": rank_ratio_cnn},
     }
     return [{"params": members, **own[kind]} for kind, members in kinds.items() if members]
+
+
+def _completed(groups: Sequence[Any], sizes: Group) -> list[Any]:
+    """Groups that are to be projected, with the constructor's rank and ratios where they lack."""
+    made = []
+    for group in groups:
+        if isinstance(group, dict) and _sized(group):
+            # A rank of its own stands; convolutions beside the matrices still need their ratio.
+            ratio = {
+                k: v for k, v in sizes.items() if k == "rank_ratio_cnn" and group.get(k) is None
+            }
+            group = {**group, **ratio}
+        elif isinstance(group, dict) and "proj_method" in group:
+            group = {**group, **sizes}
+        made.append(group)
+    if sizes and not any(isinstance(group, dict) and _sized(group) for group in made):
+        name, value = next(iter(sizes.items()))
+        raise ValueError(
+            f"{name}={value!r} beside groups none of which is projected: accepted with "
+            "proj_method='coap' in those to project, or with plain parameters"
+        )
+    return made
 
 
 class CoapAdamW(Coap, ProjectedAdamW):

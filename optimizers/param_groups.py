@@ -75,8 +75,11 @@ def param_groups(
     projected, decayed, undecayed = split(model, patterns)
     convolutions: list[tuple[str, nn.Parameter]] = []
     if method_options.get("rank_ratio_cnn") is not None:
+        tied = _tied(model)
         convolutions = [
-            (n, p) for n, p in decayed if p.dim() == 4 and p.numel() > SMALL_CONVOLUTION
+            (n, p)
+            for n, p in decayed
+            if p.dim() == 4 and p.numel() > SMALL_CONVOLUTION and p not in tied
         ]
         decayed = [(n, p) for n, p in decayed if all(p is not kernel for _, kernel in convolutions)]
     if not projected and not convolutions:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .composition import Composition, Projection
 from .moves import move_moments
-from .projectors import RefreshEvent, Slot, apply, telemetry
+from .projectors import RefreshEvent, Slot, telemetry
 from .projectors.decompositions import compute_dtype
 
 RefreshHook = Callable[[RefreshEvent], None]
@@ -54,16 +54,18 @@ def _event(
     slot: Slot, projection: Projection, former: tuple[Tensor, ...], seconds: float
 ) -> RefreshEvent:
     projector = projection.projector
-    bases, low = projector.bases(slot), projector.project(slot)
-    if slot.grad.dim() == 2 and not (projector.orthonormal and projector.storage.exact):
+    bases = projector.bases(slot)
+    if not (projector.orthonormal and projector.storage.exact):
         # Energy and overlap are those of the subspaces.
         bases, former = (tuple(_orthonormal(b) for b in t) for t in (bases, former))
-        low = apply.project(slot.grad, bases, slot.geometry, slot.rows)
+        slot.read = bases
+    low = projector.project(slot)
+    slot.read = None
     return RefreshEvent(
         step=slot.taken + 1,
         name=slot.name,
         shape=slot.geometry.shape,
-        rank=min(slot.geometry.low_shape()[:2]),
+        rank=slot.geometry.rank if low.dim() > 2 else min(slot.geometry.low_shape()),
         seconds=seconds,
         captured_energy=telemetry.captured_energy(slot.grad, low),
         overlap=telemetry.overlap(former, bases) if former else None,

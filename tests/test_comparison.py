@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT
+from support import ROOT, tiny_model
 
-from lowrank.optimizers import available
+from lowrank.optimizers import available, build
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def test_every_method_takes_part() -> None:
     entrants = part("entrants").entrants()
     assert set(available()) <= set(entrants)
     for entrant in entrants.values():
-        assert entrant.rates in entrants
+        assert entrant.method in available()
         assert entrant.plain in entrants
 
 
@@ -88,6 +88,42 @@ def test_tuning_walks_to_the_best_pair_and_shares_plain_rates(tmp_path: Path) ->
     assert tuning.read_rates(path) == tuned
     with pytest.raises(ValueError, match="--tune makes it"):
         tuning.read_rates(tmp_path / "missing.json")
+
+
+def test_packages_are_tuned_by_themselves(tmp_path: Path) -> None:
+    tuning, entrant = part("tuning"), part("entrants").Entrant
+    best = {"adamw": 1e-3, "galore_adamw": 1e-2, "the package": 3e-2}
+
+    def loss(_: Any, job: Any) -> dict[str, Any]:
+        places = tuning.GRID.index(job.lr) - tuning.GRID.index(best[job.name])
+        return record(job, 4.0 + abs(places))
+
+    picked = [entrant("adamw", None, "adamw", "adamw")]
+    picked += [
+        entrant(name, None, "galore_adamw", "adamw") for name in ("galore_adamw", "the package")
+    ]
+    ledger = ledger_at(tmp_path / "ledger.jsonl")
+    tuned = tuning.tune(ledger, picked, Immediately(loss), lambda text: None)
+    assert {name: rates["lr"] for name, rates in tuned.items()} == best
+    assert len({rates["plain_lr"] for rates in tuned.values()}) == 1
+    jobs = part("__main__").jobs_of(picked, tuned, [0, 1])
+    assert {job.name: job.lr for job in jobs} == best
+    with pytest.raises(ValueError, match="the package has no tuned learning rate"):
+        part("__main__").jobs_of(picked, {n: tuned[n] for n in ("adamw", "galore_adamw")}, [0])
+
+
+def test_rules_with_a_first_moment_share_no_rate_with_those_without() -> None:
+    entrants = part("entrants").entrants()
+    without = {"adafactor", "galore_adafactor", "coap_adafactor", "online_subspace_adafactor"}
+    assert {entrants[name].plain for name in without} == {"adafactor"}
+    first = {"flora_adafactor", "coap_adafactor_8bit"}
+    assert {entrants[name].plain for name in first} == {"flora_adafactor"}
+    for name in without:
+        made = build(name, tiny_model(), rank=4)
+        assert not any("exp_avg" in state for state in made.state.values())
+    for name in first:
+        made = build(name, tiny_model(), rank=4)
+        assert any("exp_avg" in state for state in made.state.values())
 
 
 def test_ledger_passes_over_a_broken_line_and_other_settings(tmp_path: Path) -> None:

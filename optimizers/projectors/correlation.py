@@ -33,7 +33,7 @@ from ..rotation import Rotation
 from . import apply, decompositions, tucker
 from .base import Bases, Projector, Slot
 from .geometry import Geometry, RowRange, Side
-from .norms import axis_norms
+from .norms import CHUNK_ELEMENTS, axis_norms
 from .schedule import passed
 from .singular import align_signs
 
@@ -67,15 +67,19 @@ def correlation_gradient(
     wide = decompositions.compute_dtype(grad_mn.dtype)
     basis = basis_dr.to(wide)
     row_norms = axis_norms(grad_mn, 1).squeeze(1)
-    total = torch.linalg.vector_norm(row_norms)
-    factor = math.sqrt(m * n) / total if normalize else torch.ones_like(total)
-    row_norms = row_norms * factor
+    factor = math.sqrt(m * n) / torch.linalg.vector_norm(row_norms) if normalize else None
+
+    def scaled(tensor: Tensor) -> Tensor:
+        tensor = tensor.to(wide)
+        return tensor if factor is None else tensor * factor
+
+    row_norms = scaled(row_norms)
     across = Side.RIGHT if left else Side.LEFT
 
     def gemm(bases: Tensor, which: Side) -> Tensor:
         geometry = Geometry((m, n), which, bases.shape[1])
         low = apply.project(grad_mn, (bases,), geometry, RowRange.whole(m), dtype)
-        return low.to(wide) * factor
+        return scaled(low)
 
     low = gemm(basis, side)  # r x n, or m x r
     low_lr = low.mT if left else low  # the long axis first
@@ -84,8 +88,9 @@ def correlation_gradient(
     if moment is None:
         product = gemm(low_lr.to(grad_mn.dtype), across)
         product_dr = product if left else product.mT
-        return _reconstruction(basis, square, gram, product_dr, m * n)
-    moment_lr = (moment.mT if left else moment).to(wide) * factor
+        gram.diagonal().sub_(2.0)
+        return (basis @ square).addmm_(product_dr, gram).mul_(2.0 / (m * n))
+    moment_lr = scaled(moment.mT if left else moment)
     if left:
         wanted = torch.cat((low_lr, moment_lr), dim=1)
         product_dr, aligned_dr = gemm(wanted.to(grad_mn.dtype), across).chunk(2, dim=1)
@@ -100,20 +105,16 @@ def correlation_gradient(
     second = torch.where(moved_norms > EPS, cosines / moved_norms.square(), 0.0)
     if left:
         towards = first[:, None] * aligned_dr - second[:, None] * turned
+        inner = torch.zeros_like(gram)
     else:
         wanted = torch.cat((low_lr, first[:, None] * moment_lr), dim=1)
-        product_dr, aligned_dr = gemm(wanted.to(grad_mn.dtype), across).mT.chunk(2, dim=1)
-        towards = aligned_dr - basis @ (moment_lr.mT @ (second[:, None] * moment_lr))
-    apart = 1.0 - cosines.mean()
-    return apart * _reconstruction(basis, square, gram, product_dr, m * n) - towards * (error / m)
-
-
-def _reconstruction(
-    basis: Tensor, square: Tensor, gram: Tensor, product_dr: Tensor, count: int
-) -> Tensor:
-    """dL1/dP from P, R R^T, P^T P and G R^T (or their mirror images)."""
-    result = torch.addmm(product_dr, basis, square, beta=-2.0).addmm_(product_dr, gram)
-    return result.mul_(2.0 / count)
+        product_dr, towards = gemm(wanted.to(grad_mn.dtype), across).mT.chunk(2, dim=1)
+        inner = moment_lr.mT @ (second[:, None] * moment_lr)
+    apart, share = (1.0 - cosines.mean()) * (2.0 / (m * n)), error / m
+    # L2 dL1/dP + L1 dL2/dP, the products with P taken together.
+    gram.diagonal().sub_(2.0)
+    result = torch.addmm(towards * -share, basis, apart * square + share * inner)
+    return result.addmm_(product_dr, apart * gram)
 
 
 def correlation_step(
@@ -140,6 +141,23 @@ def descend(basis_dr: Tensor, grad_dr: Tensor, lr: float) -> Tensor:
     return moved
 
 
+def _product(grad_mn: Tensor, other: Tensor, transposed: bool) -> Tensor:
+    """G X or G^T X in X's precision; a G of another one is cast in chunks of rows."""
+    if grad_mn.dtype == other.dtype:
+        product: Tensor = (grad_mn.mT if transposed else grad_mn) @ other
+        return product
+    m, n = grad_mn.shape
+    result = other.new_zeros(n if transposed else m, other.shape[1])
+    for rows in RowRange.whole(m).chunks(n, CHUNK_ELEMENTS):
+        span = slice(rows.start, rows.stop)
+        piece = grad_mn[span].to(other.dtype)
+        if transposed:
+            result.addmm_(piece.mT, other[span])
+        else:
+            result[span] = piece @ other
+    return result
+
+
 def reprojected(grad_mn: Tensor, sketch_dr: Tensor, side: Side, mode: str) -> Tensor:
     """Singular vectors of the gradient within the range that a sketch finds, d x r.
 
@@ -152,11 +170,10 @@ def reprojected(grad_mn: Tensor, sketch_dr: Tensor, side: Side, mode: str) -> Te
     Raises:
         NotConverged: the solver doesn't converge.
     """
-    wide = decompositions.compute_dtype(grad_mn.dtype)
-    grad = grad_mn.to(wide)
-    tall = grad if side is Side.RIGHT else grad.mT
-    range_lr = torch.linalg.qr(tall @ sketch_dr.to(wide)).Q
-    small_rd = range_lr.mT @ tall
+    left = side is Side.LEFT
+    sketch_dr = sketch_dr.to(decompositions.compute_dtype(grad_mn.dtype))
+    range_lr = torch.linalg.qr(_product(grad_mn, sketch_dr, left)).Q
+    small_rd = _product(grad_mn, range_lr, not left).mT
     scale = float(torch.linalg.vector_norm(small_rd, torch.inf))
     solver = "svd" if mode == "svd" else "eigh"
     rank = sketch_dr.shape[1]
@@ -236,21 +253,32 @@ class CorrelationProjector(Projector):
             return None
         last = int(slot.state["refreshed_at"])
         again = passed(self.interval * self.reproject_factor, last, slot.taken)
+        called, failed = slot.name or slot.geometry.shape, None
         try:
             if isinstance(slot.geometry, tucker.TuckerGeometry):
                 bases = self._fit_tucker(slot, again)
+            elif again:
+                bases = (self._reproject(slot, self._whole(slot)),)
             else:
-                whole = slot.rows.assemble(slot.grad, slot.geometry.shape)
-                bases = (self._reproject(slot, whole) if again else self._move(slot, whole),)
+                bases = (self._move(slot, self._whole(slot)),)
+            # Squares of finite gradients may overflow; a lost basis would infect all later ones.
+            if not all(bool(basis.isfinite().all()) for basis in bases):
+                failed = f"the step of the basis of {called} overflowed"
         except decompositions.NotConverged:
+            failed = f"no decomposition of the gradient of {called} converged"
+        if failed is not None:
             warnings.warn(
-                f"no decomposition of the gradient of {slot.name or slot.geometry.shape} converged "
-                f"at step {slot.taken}; its former basis is kept and the refresh tried again",
+                f"{failed} at step {slot.taken}; its former basis is kept and the refresh tried "
+                "again",
                 stacklevel=2,
             )
             return None
         self.store(slot, bases)
         return bases
+
+    @staticmethod
+    def _whole(slot: Slot) -> Tensor:
+        return slot.rows.assemble(slot.grad, slot.geometry.shape)
 
     def _reproject(self, slot: Slot, whole_mn: Tensor) -> Tensor:
         former = self.bases(slot)[0] if slot.fitted else None

@@ -13,7 +13,7 @@ the computing precision (fp32, or fp64 for fp64 gradients):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -55,20 +55,25 @@ class Operand:
         self.factor = 1.0 if SAFE_SCALE[0] <= scale <= SAFE_SCALE[1] else 1.0 / scale
         self.direct = grad_mn.dtype == self.dtype and self.factor == 1.0
 
-    def _pieces(self) -> list[tuple[slice, Tensor]]:
+    def _pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        """Chunks of rows, one copy at a time; the gradient itself where it needs none."""
         rows, columns = self.grad_mn.shape
-        if self.direct:
-            return [(slice(0, rows), self.grad_mn)]
-        step = max(1, CHUNK_ELEMENTS // columns)
-        spans = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
-        return [(span, self.grad_mn[span].to(self.dtype) * self.factor) for span in spans]
+        step = rows if self.direct else max(1, CHUNK_ELEMENTS // columns)
+        for start in range(0, rows, step):
+            span = slice(start, min(start + step, rows))
+            piece = self.grad_mn[span].to(self.dtype)
+            yield span, (piece if self.factor == 1.0 else piece * self.factor)
 
     def _rows_times(self, right_nk: Tensor) -> Tensor:
         return torch.cat([piece @ right_nk for _, piece in self._pieces()])
 
     def _columns_times(self, right_mk: Tensor) -> Tensor:
-        parts = [piece.mT @ right_mk[span] for span, piece in self._pieces()]
-        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        total: Tensor | None = None
+        for span, piece in self._pieces():
+            part = piece.mT @ right_mk[span]
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return total
 
     def times(self, right_lk: Tensor) -> Tensor:
         """A X, d x k."""

@@ -7,7 +7,7 @@ COAP (arXiv 2412.00071, section on convolutions): with A0 of O x r0 and A1 of I 
 and r0 = O // sqrt(ratio), r1 = I // sqrt(ratio), at least 1. A kernel whose last dimension is 1 has
 only A0, with r0 = O // ratio. The factors come from a higher-order orthogonal iteration, and move
 between these by one step on COAP's loss with the cosine over the input channels. Refits make
-temporaries of the weight's size; the steps between them don't.
+temporaries of the weight's size; the steps between them go by output channels, in chunks.
 
 Memory: O r0 + I r1 entries, and r0 r1 kh kw for each moment.
 """
@@ -15,6 +15,7 @@ Memory: O r0 + I r1 entries, and r0 r1 kh kw for each moment.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +29,7 @@ from .geometry import Geometry, RowRange, Side
 
 MAX_ITERATIONS = 10
 GAIN = 1e-5  # relative gain in captured norm that ends the iteration
+CHUNK_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def geometry(shape: tuple[int, ...], ratio: float) -> TuckerGeometry:
     else:
         ranks = tuple(int(max(1, size // math.sqrt(ratio))) for size in (outputs, inputs))
     unfolded = (outputs, math.prod(shape[1:]))
-    return TuckerGeometry(unfolded, Side.BOTH, ranks[0], full=shape, ranks=ranks)
+    return TuckerGeometry(unfolded, Side.BOTH, min(ranks), full=shape, ranks=ranks)
 
 
 def _times(tensor: Tensor, matrix: Tensor, axis: int) -> Tensor:
@@ -71,29 +73,43 @@ def _times(tensor: Tensor, matrix: Tensor, axis: int) -> Tensor:
     return product.movedim(-1, axis)
 
 
+def _spans(tensor: Tensor) -> Iterator[slice]:
+    """Chunks of output channels."""
+    step = max(1, CHUNK_ELEMENTS // max(1, tensor[0].numel()))
+    for start in range(0, len(tensor), step):
+        yield slice(start, min(start + step, len(tensor)))
+
+
 def down(grad: Tensor, bases: Bases) -> Tensor:
-    """The core of a gradient."""
-    low = grad
-    for axis, basis in enumerate(bases):
-        low = _times(low, basis.to(grad.dtype).mT, axis)
-    return low.contiguous()
+    """The core of a gradient; summed over chunks in the computing precision."""
+    left, *others = (basis.to(grad.dtype) for basis in bases)
+    shape = (left.shape[1], *(basis.shape[1] for basis in others), *grad.shape[len(bases) :])
+    total = torch.zeros(
+        shape[0], math.prod(shape[1:]), dtype=compute_dtype(grad.dtype), device=grad.device
+    )
+    for span in _spans(grad):
+        part = grad[span]
+        for axis, basis in enumerate(others, start=1):
+            part = _times(part, basis.mT, axis)
+        total += left[span].mT @ part.flatten(1)
+    return total.to(grad.dtype).view(shape)
 
 
 def write_back(
     weight: Tensor, delta: Tensor, bases: Bases, rows: RowRange, *, alpha: float, keep: float
 ) -> None:
     """In place on some output channels: weight <- keep weight - alpha up(delta)."""
-    delta = delta.to(weight.dtype)
-    for axis in range(1, len(bases)):
-        delta = _times(delta, bases[axis].to(weight.dtype), axis)
-    left = bases[0][rows.start : rows.stop].to(weight.dtype)
-    flat = delta.flatten(1)
-    if weight.is_contiguous():
+    left, *others = (basis.to(weight.dtype) for basis in bases)
+    left, flat = left[rows.start : rows.stop], delta.to(weight.dtype).flatten(1)
+    if not others and weight.is_contiguous():
         weight.view(len(weight), -1).addmm_(left, flat, beta=keep, alpha=-alpha)
         return
-    weight.mul_(keep)
-    for channel, factors in enumerate(left):
-        weight[channel].sub_((factors @ flat).view(weight.shape[1:]), alpha=alpha)
+    for span in _spans(weight):
+        part = (left[span] @ flat).view(-1, *delta.shape[1:])
+        for axis, basis in enumerate(others, start=1):
+            part = _times(part, basis, axis)
+        # One rounding of the weight, so that a bf16 one doesn't lose its decay twice.
+        weight[span] = part.mul_(-alpha).add_(weight[span], alpha=keep)
 
 
 def decompose(grad: Tensor, geometry: Geometry) -> Bases:

@@ -133,7 +133,7 @@ def processor() -> str:
 def versions() -> dict[str, str]:
     """Of Python and the packages that took part and are installed."""
     found = {"python": platform.python_version()}
-    for name in ("lowrank-pretrain", "torch", "galore-torch", "fira"):
+    for name in ("lowrank-pretrain", "torch", "galore-torch", "fira", "apollo-torch"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

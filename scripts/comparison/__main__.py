@@ -6,7 +6,6 @@ import argparse
 import os
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,9 +68,9 @@ def jobs_of(
     """
     jobs = []
     for entrant in picked:
-        if entrant.rates not in rates:
-            raise ValueError(f"{entrant.rates} has no tuned learning rate; --tune finds one")
-        own = rates[entrant.rates]
+        if entrant.name not in rates:
+            raise ValueError(f"{entrant.name} has no tuned learning rate; --tune finds one")
+        own = rates[entrant.name]
         jobs += [Job(entrant.name, own["lr"], own["plain_lr"], seed) for seed in seeds]
     return jobs
 
@@ -79,7 +78,7 @@ def jobs_of(
 def main(arguments: Sequence[str]) -> int:
     """Runs what is asked for; returns the exit status."""
     options = parser().parse_args(arguments)
-    notes, started = Console(stderr=True), time.perf_counter()
+    notes = Console(stderr=True)
 
     def progress(text: str) -> None:
         notes.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -104,7 +103,10 @@ def main(arguments: Sequence[str]) -> int:
             command = shlex.join(["./scripts/compare-methods", *arguments])
             name = "stdlib" if options.data == "stdlib" else Path(options.data).name
             path = options.output / f"comparison-{name}.json"
-            table.write(table.record(rows, setting, command, time.perf_counter() - started), path)
+            table.write(
+                table.record(rows, setting, command, sum(records[job]["seconds"] for job in jobs)),
+                path,
+            )
             progress(f"written: {path}")
     except (ValueError, OSError) as error:
         notes.print(f"compare-methods: {error}", markup=False, soft_wrap=True)

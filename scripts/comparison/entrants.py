@@ -26,15 +26,19 @@ class Entrant:
     Attributes:
         name: its key.
         make: builds the optimizer from (model, lr, plain_lr, setting).
-        rates: the method of ours whose tuned learning rates it uses: itself or, for an official
-            package, the method it is compared with.
+        method: the method of ours that it is compared with: itself, but for an official package.
         plain: the method whose tuned `plain_lr` it shares.
     """
 
     name: str
     make: Make
-    rates: str
+    method: str
     plain: str
+
+    @property
+    def official(self) -> bool:
+        """Whether it is an official package's."""
+        return self.method != self.name
 
 
 #: What a method needs beside rank and gap.
@@ -51,7 +55,14 @@ OPTIONS: Mapping[str, dict[str, Any]] = {
 }
 
 
+#: Adafactor with a first moment, which bears other rates than Adafactor without.
+WITH_FIRST_MOMENT = ("flora_adafactor", "coap_adafactor_8bit")
+
+
 def _plain_family(name: str) -> str:
+    """The method that tunes the rate of embeddings, head and norms: one for each rule of theirs."""
+    if name in WITH_FIRST_MOMENT:
+        return "flora_adafactor"
     if "adafactor" in name:
         return "adafactor"
     return "online_subspace_lion" if name.endswith("_lion") else "adamw"

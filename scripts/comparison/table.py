@@ -69,7 +69,7 @@ def lines(
         runs = [records[job] for job in own]
         made[entrant.name] = Line(
             entrant.name,
-            entrant.rates != entrant.name,
+            entrant.official,
             own[0].lr,
             own[0].plain_lr,
             {job.seed: run["val_loss"] for job, run in zip(own, runs, strict=True)},
@@ -79,7 +79,7 @@ def lines(
     ordered = []
     for line in sorted((e for e in made.values() if not e.official), key=lambda e: e.mean):
         ordered.append(line)
-        partners = [e.name for e in entrants if e.rates == line.name and e.name != line.name]
+        partners = [e.name for e in entrants if e.method == line.name and e.official]
         ordered += [made[name] for name in partners if name in made]
     shown = {line.name for line in ordered}
     return ordered + [line for line in made.values() if line.name not in shown]
@@ -112,7 +112,7 @@ def record(rows: Sequence[Line], setting: Setting, command: str, seconds: float)
         "torch": torch.__version__,
         "setting": setting.as_dict(),
         "data_sha256": data_hash(setting),
-        "seconds": seconds,
+        "seconds_of_runs": seconds,
         "rows": [
             {
                 "name": row.name,

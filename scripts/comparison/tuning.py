@@ -46,15 +46,16 @@ def wanted(known: Mapping[tuple[float, float], float], plain_lr: float | None) -
 def tune(
     ledger: Ledger, entrants: Sequence[Entrant], executor: Executor, progress: Callable[[str], None]
 ) -> dict[str, Rates]:
-    """Tunes `lr` of every method, and `plain_lr` of those whose rate for the plain ones is shared.
+    """Tunes everyone's `lr`, and `plain_lr` of those whose rate for the plain ones is shared.
+
+    An official package is tuned like any method: at rates that suit ours it could only lose.
 
     Returns:
-        {"lr", "plain_lr", "val_loss"} by method.
+        {"lr", "plain_lr", "val_loss"} by entrant.
     """
-    own = [e for e in entrants if e.rates == e.name]
-    heads = [e for e in own if e.plain == e.name]
+    heads = [e for e in entrants if e.plain == e.name]
     tuned = _search(ledger, {e.name: None for e in heads}, executor, progress)
-    others = {e.name: tuned[e.plain]["plain_lr"] for e in own if e.plain in tuned}
+    others = {e.name: tuned[e.plain]["plain_lr"] for e in entrants}
     rest = {name: plain for name, plain in others.items() if name not in tuned}
     return tuned | _search(ledger, rest, executor, progress)
 

@@ -6,8 +6,10 @@ import copy
 from typing import Any
 
 import pytest
+import references_coap
 import torch
 from support import hashed
+from test_memory_record import largest_allocation
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -19,7 +21,7 @@ from lowrank.optimizers import (
     build,
     state_bytes,
 )
-from lowrank.optimizers.projectors import tucker
+from lowrank.optimizers.projectors import RowRange, tucker
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,6 @@ def test_orthogonal_iteration_beats_separate_factors_and_full_rank_is_exact() ->
 @pytest.mark.parametrize("restore", [False, True])
 def test_convolutions_follow_the_written_out_rule(shape: tuple[int, ...], restore: bool) -> None:
     weight = nn.Parameter(0.2 * tensor(shape, 0))
-    w = weight.detach().clone()
     made = CoapAdamW(
         [{"params": [weight], "rank_ratio_cnn": 4.0}],
         lr=0.02,
@@ -66,39 +67,19 @@ def test_convolutions_follow_the_written_out_rule(shape: tuple[int, ...], restor
         reproject_factor=2,
         restore_state=restore,
     )
-    m = v = torch.zeros((), dtype=torch.float64)
-    bases: tuple[Tensor, ...] = ()
-    letters = "ab"[: 1 if shape[-1] == 1 else 2]
-
-    def down(x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
-        for axis, factor in zip(letters, factors, strict=True):
-            x = torch.einsum(f"abcd,{axis}r->" + "abcd".replace(axis, "r"), x, factor)
-        return x
-
-    def up(x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
-        return down(x, tuple(factor.T for factor in factors))
-
-    for k in range(7):
-        g = tensor(shape, 1) + 0.6 * tensor(shape, k + 2)
-        old = bases
-        if k % 4 == 0:
-            bases = tucker.decompose(g, tucker.geometry(shape, 4.0))
-        elif k % 2 == 0:
-            leaves = [b.clone().requires_grad_() for b in bases]
-            loss = functional.mse_loss(up(down(g, tuple(leaves)), tuple(leaves)), g)
-            loss = loss * (1 - functional.cosine_similarity(up(m, tuple(leaves)), g, dim=1).mean())
-            steps = torch.autograd.grad(loss, leaves)
-            bases = tuple(
-                b - 0.1 * s * min(1.0, 1.0 / (s.norm().item() + 1e-6))
-                for b, s in zip(bases, steps, strict=True)
-            )
-        if restore and old and k % 2 == 0:
-            m, v = down(up(m, old), bases), down(up(v.sqrt(), old), bases).square()
-        r = down(g, bases)
-        m, v = 0.9 * m + 0.1 * r, 0.999 * v + 0.001 * r * r
-        size = 0.02 * (1 - 0.999 ** (k + 1)) ** 0.5 / (1 - 0.9 ** (k + 1))
-        w = w - size * up(m / (v.sqrt() + 1e-6), bases)
-        weight.grad = g.clone()
+    grads = [tensor(shape, 1) + 0.6 * tensor(shape, k + 2) for k in range(7)]
+    geometry = tucker.geometry(shape, 4.0)
+    w = references_coap.convolutions(
+        grads,
+        weight.detach(),
+        lambda grad: tucker.decompose(grad, geometry),
+        interval=2,
+        factor=2,
+        restore=restore,
+        lr=0.02,
+    )
+    for grad in grads:
+        weight.grad = grad.clone()
         made.step()
     torch.testing.assert_close(weight.detach(), w, rtol=1e-6, atol=1e-8)
 
@@ -155,6 +136,47 @@ def test_param_groups_take_convolutions_with_a_ratio() -> None:
     assert names[0] == ["body.weight"]
     assert "stem.weight" in names[1]
     assert made.state[net["body"].weight]["exp_avg"].shape == (33, 28, 3, 3)
+
+
+def test_tied_convolutions_are_not_projected() -> None:
+    net = nn.ModuleDict({name: nn.Conv2d(40, 48, 3) for name in ("one", "two", "single")})
+    net["two"].weight = net["one"].weight
+    made = build("coap_adamw", net, rank_ratio_cnn=2.0)
+    assert made.param_groups[0]["param_names"] == ["single.weight"]
+    assert "one.weight" in made.param_groups[1]["param_names"]
+
+
+@pytest.mark.parametrize("shape", [(256, 256, 3, 3), (1024, 512, 1, 1)], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_step_between_refits_goes_in_chunks(
+    shape: tuple[int, ...], layout: torch.memory_format
+) -> None:
+    weight = nn.Parameter(torch.zeros(shape).to(memory_format=layout))
+    made = CoapAdamW([{"params": [weight], "rank_ratio_cnn": 4.0}])
+    weight.grad = tensor(shape, 1).float().to(memory_format=layout)
+    made.step()
+    core = made.state[weight]["exp_avg"].nbytes
+    assert largest_allocation(made.step) <= max(core, (1 << 18) * 4) < weight.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_chunks_are_the_whole(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    """Core and write-back of a weight of several chunks, with decay, against whole tensors."""
+    shape = (300, 128, 3, 3)
+    grad, weight = (tensor(shape, stream).to(dtype) for stream in (1, 0))
+    bases = tuple(
+        torch.linalg.qr(tensor((size, 20), stream)).Q.to(dtype)
+        for stream, size in ((2, 300), (3, 128))
+    )
+    core = torch.einsum("abcd,am,bn->mncd", grad.double(), *(b.double() for b in bases))
+    loose = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    low = tucker.down(grad.to(memory_format=layout), bases)
+    torch.testing.assert_close(low.double(), core, **loose)
+    back = torch.einsum("mncd,am,bn->abcd", low.double(), *(b.double() for b in bases))
+    written = weight.clone(memory_format=torch.preserve_format).to(memory_format=layout)
+    tucker.write_back(written, low, bases, RowRange.whole(300), alpha=0.5, keep=0.9)
+    torch.testing.assert_close(written.double(), 0.9 * weight.double() - 0.5 * back, **loose)
 
 
 def test_convolutions_need_a_ratio_and_a_dropped_residual() -> None:

@@ -67,6 +67,28 @@ def test_a_step_allocates_nothing_of_the_weights_size(
     assert largest_allocation(step) <= max(bound, shape[0] * shape[1] * dtype.itemsize // 2)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "name", ["coap_adamw", "coap_adamw_8bit", "coap_adafactor", "coap_adafactor_8bit"]
+)
+def test_a_step_of_coaps_basis_allocates_nothing_of_the_weights_size(
+    name: str, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    model = Single(*shape, dtype)
+    # Normalised, so that the basis moves in bf16 too.
+    options = {"update_interval": 3, "reproject_factor": 1000, "normalize_gradient": True}
+    optimizer = build(name, model, lr=1e-3, rank=RANK, **options)
+    model.weight.grad = (1e-2 * matrix(*shape, 1)).to(dtype)
+    for _ in range(3):
+        optimizer.step()
+    state = optimizer.state[model.weight]
+    former = {key: basis.clone() for key, basis in state.items() if key.startswith("basis")}
+    assert largest_allocation(optimizer.step) <= (1 << 18) * 4
+    assert former
+    assert not any(torch.equal(state[key], basis) for key, basis in former.items())
+
+
 def test_the_record_sees_temporaries() -> None:
     weight = torch.zeros(1024, 768)
     grad = torch.ones(1024, 768)
