@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def chosen(names: str | None) -> list[Entrant]:
-    """The entrants asked for, with the methods whose tuned `plain_lr` they need last.
+    """The entrants asked for.
 
     Raises:
         ValueError: a name is unknown.

@@ -55,14 +55,15 @@ OPTIONS: Mapping[str, dict[str, Any]] = {
 }
 
 
-#: Adafactor with a first moment, which bears other rates than Adafactor without.
+#: Adafactor with a first moment bears other rates than Adafactor without, and there is no
+#: full-rank method to tune them on: each of these tunes its own.
 WITH_FIRST_MOMENT = ("flora_adafactor", "coap_adafactor_8bit")
 
 
 def _plain_family(name: str) -> str:
-    """The method that tunes the rate of embeddings, head and norms: one for each rule of theirs."""
+    """The method that tunes the rate of embeddings, head and norms."""
     if name in WITH_FIRST_MOMENT:
-        return "flora_adafactor"
+        return name
     if "adafactor" in name:
         return "adafactor"
     return "online_subspace_lion" if name.endswith("_lion") else "adamw"

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from benchmarks.results import versions
 
+from .entrants import OPTIONS
 from .run import Job, data_hash, run
 from .setting import Setting
 
@@ -21,8 +22,8 @@ Record = dict[str, Any]
 
 
 def fingerprint(setting: Setting) -> str:
-    """What a result depends on beside its job: the setting, the data and torch's version."""
-    content = [setting.as_dict() | {"data": None}, data_hash(setting), torch.__version__]
+    """What a result depends on beside its job: setting, options, data and versions."""
+    content = [setting.as_dict() | {"data": None}, dict(OPTIONS), data_hash(setting), versions()]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -58,8 +59,10 @@ class Ledger:
     def add(self, record: Record) -> None:
         """Appends one finished run."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        content = self.path.read_bytes() if self.path.exists() else b""
+        broken = bool(content) and not content.endswith(b"\n")
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record | {"mark": self.mark}) + "\n")
+            file.write(("\n" if broken else "") + json.dumps(record | {"mark": self.mark}) + "\n")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -91,7 +92,8 @@ def run(setting: Setting, job: Job) -> dict[str, Any]:
         start = time.perf_counter()
         optimizer.step()
         times.append(time.perf_counter() - start)
-    loss = float("inf") if diverged else evaluate(model, _validation(setting), world).loss
+    loss = math.inf if diverged else evaluate(model, _validation(setting), world).loss
+    loss = loss if math.isfinite(loss) else math.inf
     return {
         "name": job.name,
         "lr": job.lr,

@@ -50,11 +50,20 @@ class Line:
 
     @property
     def error(self) -> float:
-        """Standard error of the mean; 0 for one seed."""
-        values = list(self.losses.values())
-        if len(values) < 2:
-            return 0.0
-        return statistics.stdev(values) / math.sqrt(len(values))
+        """Standard error of the mean."""
+        return standard_error(list(self.losses.values()))
+
+    def against(self, other: Line) -> tuple[float, float]:
+        """Mean and standard error of the other's losses less these, paired by seed."""
+        gaps = [other.losses[seed] - loss for seed, loss in self.losses.items()]
+        return statistics.fmean(gaps), standard_error(gaps)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean; 0 for one value, infinite where one of them is not finite."""
+    if not all(math.isfinite(value) for value in values):
+        return math.inf
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def lines(
@@ -88,16 +97,22 @@ def lines(
 def markdown(rows: Sequence[Line]) -> str:
     """The table in Markdown."""
     text = [
-        "| method | validation loss | perplexity | state, KiB | lr / plain_lr | ms a step |",
+        "| method | validation loss | ours - theirs | perplexity | state, KiB | lr / plain_lr |",
         "|---|---|---|---|---|---|",
     ]
+    above = rows[0] if rows else None
     for row in rows:
+        gap = ""
+        if row.official and above is not None:
+            gap = "{:+.4f} +- {:.4f}".format(*row.against(above))
+        elif not row.official:
+            above = row
         name = f"&nbsp;&nbsp;{row.name}" if row.official else f"`{row.name}`"
         perplexity = f"{math.exp(row.mean):.1f}" if row.mean < 50 else "diverged"
         state = "" if row.official else f"{row.state_bytes / 1024:.0f}"
         text.append(
-            f"| {name} | {row.mean:.4f} +- {row.error:.4f} | {perplexity} | {state} "
-            f"| {row.lr:g} / {row.plain_lr:g} | {row.ms_per_step:.1f} |"
+            f"| {name} | {row.mean:.4f} +- {row.error:.4f} | {gap} | {perplexity} | {state} "
+            f"| {row.lr:g} / {row.plain_lr:g} |"
         )
     return "\n".join(text)
 
@@ -134,5 +149,7 @@ def write(content: Mapping[str, Any], path: Path) -> None:
     """Writes JSON aside and renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".json.new")
-    aside.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    # Infinite losses of runs that diverged become null.
+    text = json.dumps(content, indent=2).replace("Infinity", "null")
+    aside.write_text(text + "\n", "utf-8")
     aside.replace(path)
