@@ -113,5 +113,7 @@ def join(device_name: str, environment: Mapping[str, str] = os.environ) -> Itera
     dist.init_process_group(backend, rank=rank, world_size=size)
     try:
         yield World(rank, size, device)
+        # Together: who leaves while another is still busy may be torn down with its connections.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
