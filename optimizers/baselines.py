@@ -14,13 +14,8 @@ from torch.optim.optimizer import ParamsT
 from .base import LowRankOptimizer
 from .composition import Composition
 from .options import CommonOptions, Group
-from .rule_factories import (
-    adafactor_defaults,
-    adafactor_rule,
-    adam8bit_rule,
-    adam_rule,
-    muon_rule,
-)
+from .projected import ProjectedAdafactor
+from .rule_factories import adafactor_rule, adam8bit_rule, adam_rule, muon_rule
 
 
 class AdamW(LowRankOptimizer):
@@ -96,45 +91,13 @@ class AdamW8bit(LowRankOptimizer):
         return Composition(adam8bit_rule(group))
 
 
-class Adafactor(LowRankOptimizer):
+class Adafactor(ProjectedAdafactor):
     """Adafactor, numerically transformers' (Shazeer and Stern, 2018).
 
-    Memory: m + n fp32 entries, plus m n with `beta1`.
+    Memory: m + n fp32 entries, plus m n with `beta1`. Options are `CommonOptions` alone.
     """
 
     projects: ClassVar[bool] = False
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor | None = None,
-        eps: tuple[float, float] = (1e-30, 1e-3),
-        clip_threshold: float = 1.0,
-        decay_rate: float = -0.8,
-        beta1: float | None = None,
-        weight_decay: float = 0.0,
-        scale_parameter: bool = True,
-        relative_step: bool | None = None,
-        warmup_init: bool = False,
-        **options: Unpack[CommonOptions],
-    ) -> None:
-        """Makes the optimizer; arguments as in `GaLoreAdafactor`.
-
-        Raises:
-            ValueError: an option is unknown or out of range, or a parameter can't be optimized.
-        """
-        defaults = adafactor_defaults(
-            lr,
-            eps,
-            clip_threshold,
-            decay_rate,
-            beta1,
-            weight_decay,
-            scale_parameter,
-            relative_step,
-            warmup_init,
-        )
-        super().__init__(params, defaults, options)
 
     def compose(self, group: Group) -> Composition:
         """Adafactor on the whole gradient."""

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from .. import checks
 from ..projectors import Geometry, Projector, RowRange, Side, Slot
+from ..projectors.norms import CHUNK_ELEMENTS
 from ..rules import Update
 from .base import Residual, RowEdit, Write
 
-CHUNK_ELEMENTS = 1 << 18
 INACTIVE_UPDATES = ("sign", "sgd")
 
 
@@ -60,11 +60,11 @@ class SignResidual(Residual):
 
     def _edit(self, slot: Slot, low: Tensor, size: float | Tensor, projector: Projector) -> RowEdit:
         def edit(weight_kn: Tensor, rows: RowRange) -> None:
-            step = max(1, CHUNK_ELEMENTS // max(1, weight_kn.shape[1]))
-            first = rows.start - slot.rows.start
-            for start in range(0, len(weight_kn), step):
-                stop = min(start + step, len(weight_kn))
-                outside = projector.outside(slot, low, slice(first + start, first + stop))
+            first = slot.rows.start
+            for part in rows.chunks(weight_kn.shape[1], CHUNK_ELEMENTS):
+                start, stop = part.start - rows.start, part.stop - rows.start
+                span = slice(part.start - first, part.stop - first)
+                outside = projector.outside(slot, low, span)
                 if self.inactive_update == "sign":
                     outside.sign_()
                 if isinstance(size, Tensor):

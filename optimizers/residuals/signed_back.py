@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from ..projectors import Projector, RowRange, Slot
+from ..projectors.norms import CHUNK_ELEMENTS
 from ..rules import Update
 from .base import Residual, Write
-
-CHUNK_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,9 @@ class SignedBack(Residual):
         sense = math.copysign(1.0, self.scale) if self.scale else 0.0
 
         def edit(weight_kn: Tensor, rows: RowRange) -> None:
-            step = max(1, CHUNK_ELEMENTS // max(1, weight_kn.shape[1]))
-            for start in range(0, len(weight_kn), step):
-                stop = min(start + step, len(weight_kn))
+            for part in rows.chunks(weight_kn.shape[1], CHUNK_ELEMENTS):
+                start, stop = part.start - rows.start, part.stop - rows.start
                 signs = torch.zeros_like(weight_kn[start:stop])
-                part = RowRange(rows.start + start, rows.start + stop, rows.reduce)
                 projector.write_back(slot, signs, part, update.delta, alpha=-sense, keep=1.0)
                 signs.sign_()
                 if isinstance(update.alpha, Tensor):

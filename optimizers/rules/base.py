@@ -100,6 +100,10 @@ class UpdateRule(ABC):
             state: of a parameter that has taken `state["step"]` steps.
             how: one of `moves` but "keep".
             rotation: from old coordinates to new ones.
+
+        Raises:
+            NotImplementedError: a rule names this move in `moves` and doesn't define it; what
+                `moves` lacks was refused when the optimizer was made.
         """
         raise NotImplementedError(f"{type(self).__name__} keeps its moments, not {how!r}")
 
