@@ -9,6 +9,7 @@ from .flora import FloraAdafactor
 from .frugal import FrugalAdamW
 from .galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from .galore_plus import GaLorePlusAdamW, cross_head_groups
+from .layer_events import LayerEvent
 from .memory import state_bytes, state_bytes_by_category
 from .online_subspace import (
     OnlineSubspaceAdafactor,
@@ -20,6 +21,7 @@ from .param_groups import param_groups
 from .projectors import RefreshEvent
 from .qgalore import QGaLoreAdamW8bit
 from .registry import (
+    accepts,
     available,
     build,
     convert,
@@ -27,7 +29,9 @@ from .registry import (
     expected_state_bytes,
     option_aliases,
 )
+from .relora import ReLoRAAdamW
 from .subspace_muon import GaLoreMuon
+from .switchlora import SwitchLoRAAdamW
 from .weights import Int8Weight, dense_state_dict
 from .weights.convert import merge
 
@@ -50,6 +54,7 @@ __all__ = [
     "GaLoreMuon",
     "GaLorePlusAdamW",
     "Int8Weight",
+    "LayerEvent",
     "LowRankOptimizer",
     "Muon",
     "OnlineSubspaceAdafactor",
@@ -57,7 +62,10 @@ __all__ = [
     "OnlineSubspaceAdamW8bit",
     "OnlineSubspaceLion",
     "QGaLoreAdamW8bit",
+    "ReLoRAAdamW",
     "RefreshEvent",
+    "SwitchLoRAAdamW",
+    "accepts",
     "available",
     "build",
     "convert",

@@ -29,7 +29,8 @@ def update_batches(
         alone = i if single or cached else -1
         step = 0 if group["capturable"] else int(state[param]["step"])
         # Bias corrections that start anew at a refresh differ between staggered matrices.
-        since = state[param].get("refreshed_at") if group.get("moments") == "reset" else None
+        renewed = group.get("moments") == "reset" or group.get("factors")
+        since = state[param].get("refreshed_at") if renewed else None
         kinds[(param.device, param.dtype, step, since, alone)].append(i)
     for indices in kinds.values():
         batch: list[int] = []

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .layers.base import FactoredLinear
+
 Group = dict[str, Any]
 
 #: A linear layer is projected when one of these occurs in its name (GaLore's targets).
@@ -50,7 +52,8 @@ def param_groups(
     The weight of each `nn.Linear` whose name contains one of `patterns` is projected; everything
     else is plain, split into matrices (decayed) and vectors such as biases and norms (not
     decayed). Tied weights appear once and are never projected. Parameter names are recorded. With
-    `rank_ratio_cnn` (COAP) convolutions of more than 9216 entries are projected too.
+    `rank_ratio_cnn` (COAP) convolutions of more than 9216 entries are projected too. For a model
+    that `convert` gave factored layers see `factored_groups`.
 
     Args:
         model: the model, before any wrapping that flattens parameters.
@@ -72,6 +75,10 @@ def param_groups(
     if rank is None and method_options.get("rank_ratio_matrix") is None:
         rank = DEFAULT_RANK
     options = {"rank": rank, **method_options}
+    if any(isinstance(module, FactoredLinear) for module in model.modules()):
+        return factored_groups(
+            model, weight_decay=weight_decay, plain_lr=plain_lr, **method_options
+        )
     projected, decayed, undecayed = split(model, patterns)
     convolutions: list[tuple[str, nn.Parameter]] = []
     if method_options.get("rank_ratio_cnn") is not None:
@@ -89,6 +96,48 @@ def param_groups(
     groups = [
         _group(projected, {**decay, **options}),
         _group(convolutions, {**decay, **options}),
+        _group(decayed, {**decay, **rate}),
+        _group(undecayed, {"weight_decay": 0.0, **rate}),
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def factored_groups(
+    model: nn.Module,
+    *,
+    weight_decay: float | None = None,
+    plain_lr: float | torch.Tensor | None = None,
+    **method_options: Any,
+) -> list[Group]:
+    """Groups of a model with factored layers: their factors, other matrices, vectors.
+
+    Args:
+        model: a converted model.
+        weight_decay: as in `param_groups`.
+        plain_lr: learning rate of what is not a factor.
+        **method_options: further keys of the factors' group.
+
+    Returns:
+        Groups; empty ones are left out.
+
+    Raises:
+        ValueError: no layer is factored.
+    """
+    factors: list[tuple[str, nn.Parameter]] = []
+    decayed: list[tuple[str, nn.Parameter]] = []
+    undecayed: list[tuple[str, nn.Parameter]] = []
+    for name, param, module in _parameters(model):
+        own = isinstance(module, FactoredLinear) and name.rpartition(".")[2] in module.FACTORS
+        (factors if own else decayed if param.dim() > 1 else undecayed).append((name, param))
+    if not factors:
+        raise ValueError(
+            f"no layer of {type(model).__name__} is factored; accepted is a model after "
+            "convert(name, model)"
+        )
+    decay = {} if weight_decay is None else {"weight_decay": weight_decay}
+    rate = {} if plain_lr is None else {"lr": plain_lr}
+    groups = [
+        _group(factors, {**decay, **method_options, "factors": True}),
         _group(decayed, {**decay, **rate}),
         _group(undecayed, {"weight_decay": 0.0, **rate}),
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,11 +22,16 @@ from . import (
     galore_plus,
     online_subspace,
     qgalore,
+    relora,
     subspace_muon,
+    switchlora,
 )
 from .base import LowRankOptimizer
+from .factored import FactoredAdamW
+from .layers import FactoredLinear, LowRankLinear, SwitchedLinear
+from .layers.convert import meta_copy, to_factored
 from .options import Group
-from .param_groups import param_groups, plain_groups
+from .param_groups import factored_groups, param_groups, plain_groups
 from .weights.convert import to_int8
 
 
@@ -36,10 +42,12 @@ class Conversion:
     Attributes:
         apply: changes the model; takes `patterns` and the options.
         options: names of its own options.
+        replaces_layers: other parameters are trained afterwards.
     """
 
     apply: Callable[..., None]
     options: tuple[str, ...]
+    replaces_layers: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,17 @@ def _projected(model: nn.Module, options: dict[str, Any]) -> list[Group]:
 
 def _plain(model: nn.Module, options: dict[str, Any]) -> list[Group]:
     return plain_groups(model, **options)
+
+
+def _factored(model: nn.Module, options: dict[str, Any]) -> list[Group]:
+    own = {name: value for name, value in options.items() if name != "patterns"}
+    return factored_groups(model, **own)
+
+
+def _layers(kind: type[FactoredLinear], *options: str, **fixed: Any) -> Conversion:
+    """A conversion to layers of `kind`, whose options have the given defaults."""
+    names = ("rank", "seed", *options)
+    return Conversion(partial(to_factored, kind=kind, **fixed), names, replaces_layers=True)
 
 
 def _muon(model: nn.Module, options: dict[str, Any]) -> list[Group]:
@@ -214,6 +233,20 @@ _TABLE = {
             conversion=_INT8,
         ),
         Method(
+            "relora_adamw",
+            relora.ReLoRAAdamW,
+            "ReLoRA: low-rank factors merged into a frozen weight (arXiv 2307.05695)",
+            _factored,
+            conversion=_layers(LowRankLinear, "alpha", alpha=32.0),
+        ),
+        Method(
+            "switchlora_adamw",
+            switchlora.SwitchLoRAAdamW,
+            "SwitchLoRA: low-rank factors that trade vectors with candidates (arXiv 2406.06564)",
+            _factored,
+            conversion=_layers(SwitchedLinear, "offload"),
+        ),
+        Method(
             "muon",
             baselines.Muon,
             "Muon on hidden matrices, AdamW elsewhere",
@@ -247,6 +280,15 @@ def option_aliases(name: str) -> dict[str, str]:
     return dict(_method(name).optimizer.aliases)
 
 
+def accepts(name: str, option: str) -> bool:
+    """Whether a method's constructor has a keyword, such as `total_steps`.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    return option in _method(name).constructor_options()
+
+
 def _method(name: str) -> Method:
     if name not in _TABLE:
         raise checks.unknown_name("optimizer", name, _TABLE)
@@ -261,8 +303,10 @@ def _sort_options(method: Method, options: dict[str, Any]) -> tuple[dict[str, An
     keywords: dict[str, Any] = {**method.defaults}
     for name, value in options.items():
         if name in conversion:
+            if name in constructor:
+                keywords[name] = value
             continue
-        if name in _EVERYWHERE and method.optimizer.projects:
+        if name in (_EVERYWHERE if method.optimizer.projects else constructor):
             keywords[name] = value
         elif name in groups:
             if method.optimizer.projects or name in ("patterns", "plain_lr"):
@@ -332,7 +376,10 @@ def build(
     convert(name, model, **options)
     if lr is not None:
         keywords["lr"] = lr
-    return method.optimizer(method.groups(model, group_options), **keywords)
+    optimizer = method.optimizer(method.groups(model, group_options), **keywords)
+    if isinstance(optimizer, FactoredAdamW):
+        optimizer.attach(model)
+    return optimizer
 
 
 def expected_state_bytes(name: str, model: nn.Module, **options: Any) -> int:
@@ -348,6 +395,8 @@ def expected_state_bytes(name: str, model: nn.Module, **options: Any) -> int:
     """
     method = _method(name)
     group_options, keywords = _sort_options(method, options)
+    if method.conversion is not None and method.conversion.replaces_layers:
+        model = convert(name, meta_copy(model), **options)
     groups = method.groups(model, group_options)
     # An optimizer of the same groups without their parameters knows defaults and composition.
     template = method.optimizer(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import checks
 from .options import Group, ProjectionOptions
-from .rules import Adafactor, Adafactor8bit, Adam, Adam8bit, Lion, Muon
+from .rules import Adafactor, Adafactor8bit, Adam, Adam8bit, FactorAdam, Lion, Muon, VectorAdam
 from .rules.muon import ADJUSTMENTS
 from .rules.quantizers import quantizer
 
@@ -40,6 +40,24 @@ def adam_rule(group: Group, **form: Any) -> Adam:
         ValueError: an option is out of range.
     """
     return Adam(**_adam_options(group), **form)
+
+
+def factor_adam_rule(group: Group, *, restarts: bool) -> FactorAdam:
+    """Adam in torch's form for the parts of a factored layer.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    return FactorAdam(**{**_adam_options(group), "restarts": restarts})
+
+
+def vector_adam_rule(group: Group) -> VectorAdam:
+    """Adam in torch's form with a step count for each row.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    return VectorAdam(**_adam_options(group))
 
 
 def adam8bit_rule(group: Group, **form: Any) -> Adam8bit:

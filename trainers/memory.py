@@ -12,10 +12,12 @@ from torch import nn
 
 from lowrank.optimizers import state_bytes_by_category
 
+from .weights import stored_tensors
+
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters, every shared tensor once."""
-    return sum(parameter.nbytes for parameter in model.parameters())
+    """Bytes of what a checkpoint holds of a model, every shared tensor once."""
+    return sum(tensor.nbytes for _, tensor in stored_tensors(model))
 
 
 def gradient_bytes(model: nn.Module) -> int:

@@ -116,8 +116,8 @@ def load_network(network: nn.Module, folder: Path) -> None:
     weights: dict[str, Tensor] = load_file(folder / "model.safetensors")
     if (folder / QUANTISED).is_file():
         quantised: dict[str, Tensor] = load_file(folder / QUANTISED)
-        replaced = {name.rpartition(".")[0] for name in quantised}
-        weights = {k: v for k, v in weights.items() if k not in replaced} | quantised
+        own = network.state_dict().keys()
+        weights = {k: v for k, v in (weights | quantised).items() if k in own}
     network.load_state_dict(weights)
 
 

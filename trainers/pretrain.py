@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch.nn.parallel import DistributedDataParallel
 
-from lowrank.optimizers import build, describe
+from lowrank.optimizers import accepts, build, describe
 
 from .checkpoint import CheckpointStore
 from .config import RunConfig
@@ -126,7 +126,9 @@ def replicate(model: torch.nn.Module, world: World) -> torch.nn.Module:
     if world.size == 1:
         return model
     devices = [world.device] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    return DistributedDataParallel(
+        model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
+    )
 
 
 def _named(settings: Layer, section: str, default: str, key: str = "name") -> str:
@@ -209,6 +211,8 @@ def _build(config: RunConfig, world: World) -> Iterator[Parts]:
     seed_everything(config.train.seed)
     model = build_model(config.model, config.data.sequence_length, config.train.seed, world.device)
     options = dict(config.optimizer.options)
+    if accepts(config.optimizer.name, "total_steps"):
+        options.setdefault("total_steps", config.train.steps)
     optimizer = build(config.optimizer.name, model.network, lr=config.optimizer.lr, **options)
     stream = TrainingStream(
         config.data,

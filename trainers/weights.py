@@ -1,25 +1,33 @@
-"""A fingerprint of a model's weights."""
+"""What a model's weights are, and a fingerprint of them."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _CHUNK = 1 << 22
 
 
+def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and the buffers that a checkpoint holds (frozen weights), each once, by name."""
+    yield from model.named_parameters()
+    saved = model.state_dict().keys()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+
+
 def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 over all parameters sorted by name: name, dtype, shape and bytes of each.
+    """SHA-256 over all stored tensors sorted by name: name, dtype, shape and bytes of each.
 
     Equal fingerprints mean weights that are equal to the bit.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        header = f"{name}\n{parameter.dtype}\n{tuple(parameter.shape)}\n"
+    for name, tensor in sorted(stored_tensors(model), key=lambda item: item[0]):
+        header = f"{name}\n{tensor.dtype}\n{tuple(tensor.shape)}\n"
         digest.update(header.encode())
-        flat = parameter.detach().contiguous().flatten()
+        flat = tensor.detach().contiguous().flatten()
         # In pieces, so that a model on a GPU needs no second copy in the computer's memory.
         for piece in torch.split(flat, _CHUNK):
             digest.update(piece.cpu().view(torch.uint8).numpy().data)

@@ -5,9 +5,11 @@ from .adafactor8bit import Adafactor8bit
 from .adam import Adam
 from .adam8bit import Adam8bit
 from .base import MOMENT_MOVES, Update, UpdateRule
+from .factor_adam import FactorAdam
 from .lion import Lion
 from .momentum import Momentum
 from .muon import Muon
+from .vector_adam import VectorAdam
 
 __all__ = [
     "MOMENT_MOVES",
@@ -15,9 +17,11 @@ __all__ = [
     "Adafactor8bit",
     "Adam",
     "Adam8bit",
+    "FactorAdam",
     "Lion",
     "Momentum",
     "Muon",
     "Update",
     "UpdateRule",
+    "VectorAdam",
 ]

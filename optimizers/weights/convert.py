@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import checks
+from ..layers.convert import merge_factored
 from ..param_groups import PATTERNS, projected_layers
 from .int8 import Int8Weight
 from .state import attach, detach
@@ -55,11 +56,13 @@ def to_int8(
 def merge(model: nn.Module) -> nn.Module:
     """Makes a converted model dense again, in place; a dense one stays as it is.
 
-    Parameters that were quantised are replaced, so an optimizer made before no longer trains them.
+    Factored layers become `nn.Linear` with the weight that they stood for, INT8 weights dense ones.
+    Parameters of both are replaced, so an optimizer made before no longer trains them.
 
     Returns:
         The model.
     """
+    merge_factored(model)
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, Int8Weight):

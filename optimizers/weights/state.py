@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from ..layers.convert import factored_layers
 from .int8 import Int8Weight
 
 PARTS = ("codes", "scales", "zeros")
@@ -85,16 +85,20 @@ def join_weight(
 
 
 def dense_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """A module's state dict on the CPU, INT8 weights dense under their own names.
+    """A module's state dict on the CPU as a dense model has it.
 
-    What a plain copy of the model loads and other tools read: for a Hugging Face model
+    INT8 weights are dense under their own names, and a factored layer has the `weight` that it
+    stands for. What a plain copy of the model loads and other tools read: for a Hugging Face model
     `model.save_pretrained(folder, state_dict=dense_state_dict(model))`.
     """
-    state: dict[str, Any] = {
-        name: tensor.detach() for name, tensor in module.state_dict(keep_vars=True).items()
-    }
-    cpu = torch.device("cpu")
-    return {
-        name: tensor.to(cpu).dequantize() if isinstance(tensor, Int8Weight) else tensor.to(cpu)
-        for name, tensor in state.items()
-    }
+    layers = dict(factored_layers(module))
+    dense: dict[str, Tensor] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        prefix, _, own = name.rpartition(".")
+        layer = layers.get(prefix)
+        if layer is None or own == "bias":
+            here = tensor.detach().to("cpu")
+            dense[name] = here.dequantize() if isinstance(here, Int8Weight) else here
+        elif f"{prefix}.weight" not in dense:
+            dense[f"{prefix}.weight"] = layer.effective_weight().to("cpu", layer.dtype)
+    return dense

@@ -13,6 +13,7 @@ from torch import nn
 
 from lowrank import optimizers
 from lowrank.optimizers import LowRankOptimizer, build, convert
+from lowrank.optimizers.factored import FactoredAdamW
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Row:
         left_only: `proj_type` is "std" or "left", or an error.
         refits: what makes a basis: a "solver" or a random "draw" at each gap, a solver "once", or
             "never" (no basis is fitted to gradients).
+        quiet: options under which parameters change by updates alone.
+        factored: layers are replaced by factored ones, which a copied optimizer must be given.
     """
 
     name: str
@@ -43,6 +46,8 @@ class Row:
     rounded_basis: bool = False
     left_only: bool = False
     refits: str = "solver"
+    quiet: dict[str, Any] = field(default_factory=dict)
+    factored: bool = False
 
     @property
     def projects(self) -> bool:
@@ -55,7 +60,17 @@ class Row:
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """The model as `build` would make it."""
-        return convert(self.name, model, **self.options)
+        return convert(self.name, model, **{"rank": 4, **self.options})
+
+    def link(self, optimizer: LowRankOptimizer, model: nn.Module) -> None:
+        """Gives a copied optimizer its layers, where it has any."""
+        if isinstance(optimizer, FactoredAdamW):
+            optimizer.attach(model)
+
+    @property
+    def full_scale(self) -> dict[str, Any]:
+        """Options for updates that are not scaled down."""
+        return {} if self.factored else {"scale": 1.0}
 
     def build(self, model: nn.Module, **options: Any) -> LowRankOptimizer:
         """For a tiny model: rank 4, a refresh every 3 steps."""
@@ -160,6 +175,14 @@ TABLE = (
         rounded_basis=True,
         int8=True,
     ),
+    Row("relora_adamw", optimizers.ReLoRAAdamW, {"reset": "zero"}, factored=True),
+    Row(
+        "switchlora_adamw",
+        optimizers.SwitchLoRAAdamW,
+        {"switch_interval": 10.0, "total_steps": 100, "descent_rate": 10.0},
+        quiet={"switch_interval": 1e12},
+        factored=True,
+    ),
 )
 PROJECTING = tuple(row for row in TABLE if row.projects)
 
@@ -201,3 +224,9 @@ def train(
     for step in steps:
         gradients(model, step)
         optimizer.step()
+
+
+def weight_of(layer: nn.Module) -> nn.Parameter:
+    """A layer's weight, or its first trained part."""
+    weight: nn.Parameter = getattr(layer, getattr(layer, "FACTORS", ("weight",))[0])
+    return weight

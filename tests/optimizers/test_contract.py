@@ -20,7 +20,7 @@ def test_table_is_complete() -> None:
 
 @every
 def test_every_parameter_moves_and_stays_finite(row: Row) -> None:
-    model = tiny_model()
+    model = row.prepare(tiny_model())
     before = weights(model)
     train(model, row.build(model), range(5))
     for old, param in zip(before, model.parameters(), strict=True):
@@ -31,7 +31,7 @@ def test_every_parameter_moves_and_stays_finite(row: Row) -> None:
 @every
 def test_learns_a_task(row: Row) -> None:
     model = tiny_model()
-    optimizer = row.build(model, scale=1.0)
+    optimizer = row.build(model, **row.full_scale)
     tokens = torch.randint(0, 32, (8, 12))
     losses = []
     for _ in range(60):
@@ -73,7 +73,7 @@ def test_lr_is_read_each_step_as_float_or_tensor(row: Row) -> None:
         for scheduler in schedulers:
             scheduler.step()
     assert_close(by_float, by_tensor, rtol=1e-5, atol=1e-7)
-    still = row.build(by_float, lr=0.0)
+    still = row.build(by_float, lr=0.0, **row.quiet)
     frozen = weights(by_float)
     train(by_float, still, range(4, 5))
     assert all(torch.equal(a, b) for a, b in zip(frozen, by_float.parameters(), strict=True))
@@ -124,8 +124,8 @@ def test_capturable(row: Row) -> None:
 
 @every
 def test_weight_decay_shrinks_weights_by_lr_times_decay(row: Row) -> None:
-    model = tiny_model()
-    optimizer = row.build(model, lr=0.1, weight_decay=0.5)
+    model = row.prepare(tiny_model())
+    optimizer = row.build(model, lr=0.1, weight_decay=0.5, **row.quiet)
     for param in model.parameters():
         param.grad = torch.zeros_like(param)
     before = weights(model)

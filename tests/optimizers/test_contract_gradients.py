@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 from support import set_gradients, tiny_model, weights
-from table import Row, assert_close, every, train
+from table import Row, assert_close, every, train, weight_of
 from torch import Tensor, nn
 
 
@@ -20,7 +20,7 @@ def test_missing_and_empty_gradients_are_left_alone(row: Row) -> None:
     model.mlp["empty"].weight = nn.Parameter(torch.zeros(4, 0))
     optimizer = row.build(model)
     set_gradients(model, 0)
-    still = model.self_attn["q_proj"].weight
+    still = weight_of(model.self_attn["q_proj"])
     still.grad = None
     before = still.detach().clone()
     optimizer.step()
@@ -62,7 +62,7 @@ def test_non_finite_gradients_leave_the_parameter_as_it_is(row: Row, bad: float)
     model = tiny_model()
     optimizer = row.build(model)
     train(model, optimizer, range(3))  # the next step refreshes
-    hit = (model.self_attn["q_proj"].weight, model.norm.weight)
+    hit = (weight_of(model.self_attn["q_proj"]), model.norm.weight)
     set_gradients(model, 3)
     for param in hit:
         param.grad.view(-1)[5] = bad
@@ -84,8 +84,8 @@ def test_non_finite_gradients_leave_the_parameter_as_it_is(row: Row, bad: float)
 
 @every
 def test_zero_gradients_from_the_start(row: Row) -> None:
-    model = tiny_model()
-    optimizer = row.build(model, weight_decay=0.0)
+    model = row.prepare(tiny_model())
+    optimizer = row.build(model, weight_decay=0.0, **row.quiet)
     before = weights(model)
     for param in model.parameters():
         param.grad = torch.zeros_like(param)

@@ -98,6 +98,7 @@ def test_copies_continue_alike(row: Row, how: str) -> None:
     twin_model, twin = (
         copy.deepcopy(pair) if how == "deepcopy" else pickle.loads(pickle.dumps(pair))
     )
+    row.link(twin, twin_model)
     train(model, optimizer, range(2, 6))
     train(twin_model, twin, range(2, 6))
     assert_same(model, twin_model)

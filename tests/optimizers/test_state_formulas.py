@@ -137,6 +137,10 @@ def formula(name: str, c: Counts) -> int:
         "frugal_adamw": (lambda m, n: 2 * B * n * r + 4 * r, plain),
         "flora_adafactor": (lambda m, n: 4 * (n * r + m + n), factored[1]),
     }
+    if name == "relora_adamw":  # two factors, each with a step count
+        return c.total(lambda m, n: 2 * B * r * (m + n) + 4, plain)
+    if name == "switchlora_adamw":  # and two counts for each vector
+        return c.total(lambda m, n: 2 * B * r * (m + n) + 4 + 16 * r, plain)
     if name == "coap_adafactor_8bit":  # the first moment in 8 bits, here and in full
         half = [bits8(n * r) // 2 for _, n in c.matrices]
         rest = c.total(lambda m, n: B * m * r + 4 * (r + n), factored[0])

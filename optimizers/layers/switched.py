@@ -1,0 +1,139 @@
+"""SwitchLoRA's layer: factors whose vectors take turns with candidates (arXiv 2406.06564).
+
+W = W_f + c B A with c = 1 / r. Vectors are rows: of A as they are, of B as its columns. Each side
+has N = min(m, n) candidates of which r are in use; exchanging one for another moves the difference
+into W_f, so that W stays.
+
+Memory per m x n matrix: m n entries frozen, r (m + n) trained, N (m + n) candidates (on the CPU
+with `offload`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .. import checks
+from .base import FactoredLinear, add_product, uniform, wide_dtype
+
+_GAIN = math.sqrt(1 / 3)  # of leaky_relu with slope sqrt(5)
+
+
+class SwitchedLinear(FactoredLinear):
+    """y = x W_f^T + c (x A^T) B^T + b.
+
+    Attributes:
+        frozen: W_f, m x n buffer.
+        rows_a: A, r x n.
+        rows_b: B^T, r x m.
+        candidates_a: N x n buffer; slots of vectors in use hold old values.
+        candidates_b: N x m buffer.
+        selected: (2, r) int64 buffer on the CPU: which candidate each row of A and of B is.
+        offload: candidates stay on the CPU wherever the layer moves.
+    """
+
+    FACTORS: ClassVar[tuple[str, ...]] = ("rows_a", "rows_b")
+
+    frozen: Tensor
+    candidates_a: Tensor
+    candidates_b: Tensor
+    selected: Tensor
+
+    def __init__(self, linear: nn.Linear, seed: int, *, rank: int, offload: bool = False) -> None:
+        checks.choice("offload", offload, (True, False))
+        super().__init__(linear, rank)
+        if self.rank < 2:
+            raise ValueError(f"rank={self.rank}: accepted for SwitchLoRA is at least 2")
+        m, n, r, count = self.out_features, self.in_features, self.rank, min(linear.weight.shape)
+        weight = linear.weight.detach()
+        self.scaling = 1.0 / r
+        self.offload = offload
+        std_a = (math.sqrt(m) * r / n**1.5) ** 0.25 * math.sqrt(_GAIN)
+        std_b = (r / math.sqrt(m * n)) ** 0.25 * math.sqrt(_GAIN)
+        self.register_buffer(
+            "candidates_a", uniform((count, n), math.sqrt(3) * std_a, weight, seed, 0)
+        )
+        self.register_buffer(
+            "candidates_b", uniform((count, m), math.sqrt(3) * std_b, weight, seed, 1)
+        )
+        chosen = torch.arange(count - r, count)
+        # The windows that are switched in A and in B are half a turn apart.
+        self.register_buffer("selected", torch.stack([chosen, chosen.roll(r // 2)]))
+        self.rows_a = nn.Parameter(self.candidates_a[-r:].clone())
+        self.rows_b = nn.Parameter(self.candidates_b[-r:].roll(r // 2, 0).clone())
+        self.register_buffer("frozen", weight.clone())
+        if not weight.is_meta:
+            add_product(
+                self.frozen, self.rows_b.detach().mT, self.rows_a.detach(), -self.scaling, seed
+            )
+        self._keep_on_cpu()
+
+    @classmethod
+    def of(cls, linear: nn.Linear, seed: int, **options: Any) -> Self:
+        """See `FactoredLinear.of`; options `rank` and `offload`."""
+        return cls(linear, seed, **options)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves or casts the layer; what stays on the CPU stays."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._keep_on_cpu()
+        return self
+
+    def _keep_on_cpu(self) -> None:
+        stays = ("selected", "candidates_a", "candidates_b") if self.offload else ("selected",)
+        for name in stays:
+            buffer: Tensor = getattr(self, name)
+            if not buffer.is_meta:
+                setattr(self, name, buffer.cpu())
+
+    @property
+    def spare(self) -> int:
+        """Candidates of a side that are not in use."""
+        return len(self.candidates_a) - self.rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n) to (..., m)."""
+        low = functional.linear(x, self.rows_a) * self.scaling
+        return functional.linear(x, self.frozen, self.bias) + low @ self.rows_b
+
+    @torch.no_grad()
+    def effective_weight(self) -> Tensor:
+        """W_f + c B A."""
+        wide = wide_dtype(self.rows_a)
+        product = self.rows_b.to(wide).mT @ self.rows_a.to(wide)
+        return product.mul_(self.scaling).add_(self.frozen)
+
+    @torch.no_grad()
+    def switch(self, side: int, first: int, count: int, seed: int) -> Tensor:
+        """In place: exchanges rows first, first + 1, ... (mod r) for the next candidates; W stays.
+
+        Args:
+            side: 0 for A, 1 for B.
+            first: the first row.
+            count: how many rows, at most min(r, N - r).
+            seed: of the rounding of a bf16 W_f.
+
+        Returns:
+            (count,) positions of the rows.
+        """
+        r = self.rank
+        rows, other = (self.rows_a, self.rows_b) if side == 0 else (self.rows_b, self.rows_a)
+        candidates = self.candidates_a if side == 0 else self.candidates_b
+        selected = self.selected[side]
+        places = torch.arange(first, first + count) % r
+        fresh = (int(selected[first - 1]) + 1 + torch.arange(count)) % len(candidates)
+        at = places.to(rows.device)
+        old = rows[at]
+        new = candidates[fresh.to(candidates.device)].to(rows.device)
+        change, beside = old.to(wide_dtype(old)) - new, other[at]
+        pair = (beside.mT, change) if side == 0 else (change.mT, beside)
+        add_product(self.frozen, *pair, self.scaling, seed)
+        candidates[selected[places].to(candidates.device)] = old.to(candidates.device)
+        rows[at] = new
+        selected[places] = fresh
+        return at

@@ -1,0 +1,72 @@
+"""Adam whose bias corrections count for each row, so that one row may start anew (SwitchLoRA).
+
+    W <- W - lr (M / c1) / (sqrt(V) / c2 + eps),  c1 = 1 - b1^t,  c2 = sqrt(1 - b2^t)
+
+with t a row's own steps.
+
+Memory: 2 entries of the weight's precision, and 8 bytes a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import State, Update, scalar
+from .factor_adam import FactorAdam
+
+
+@dataclass(frozen=True)
+class VectorAdam(FactorAdam):
+    """Adam in torch's form on matrices whose rows have step counts of their own.
+
+    State `row_steps` (r,) fp32: gradients that each row's moments have seen; `held` (r,) int32: for
+    how many more steps a row has no gradient; `switched`: rows that were exchanged, mod r.
+    """
+
+    def init(self, shape: Sequence[int], like: Tensor) -> State:
+        """Zero moments and counts."""
+        return super().init(shape, like) | {
+            "row_steps": torch.zeros(shape[0], dtype=torch.float32, device=like.device),
+            "held": torch.zeros(shape[0], dtype=torch.int32, device=like.device),
+            "switched": 0,
+        }
+
+    def state_bytes(self, shape: Sequence[int], itemsize: int) -> int:
+        """Two moments, and two counts a row."""
+        return super().state_bytes(shape, itemsize) + 8 * shape[0]
+
+    def update(
+        self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
+    ) -> list[Update]:
+        """See `UpdateRule.update`."""
+        keep, alpha = self._keep_and_alpha(scalar(self.lr))
+        return [
+            Update(self._delta(grad, state), alpha, keep)
+            for grad, state in zip(grads, states, strict=True)
+        ]
+
+    def apply(
+        self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
+    ) -> None:
+        """Updates plain weights in place."""
+        for weight, update in zip(weights, self.update(grads, states, weights), strict=True):
+            weight.mul_(update.keep).sub_(update.delta.to(weight.dtype), alpha=scalar(update.alpha))
+
+    def _delta(self, grad: Tensor, state: State) -> Tensor:
+        beta1, beta2 = self.betas
+        wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        grad = grad.to(wide)
+        state["row_steps"].add_(1)
+        steps = state["row_steps"].to(wide).unsqueeze(1)
+        m, v = (state[key].to(wide) for key in ("exp_avg", "exp_avg_sq"))
+        m = m.lerp(grad, 1 - beta1)
+        v = (v * beta2).addcmul_(grad, grad, value=1 - beta2)
+        state["exp_avg"].copy_(m)
+        state["exp_avg_sq"].copy_(v)
+        denominator = v.sqrt_().div_((1 - beta2**steps).sqrt_()).add_(self.eps)
+        delta: Tensor = m.div_(denominator).div_(1 - beta1**steps)
+        return delta
