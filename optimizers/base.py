@@ -230,7 +230,7 @@ class LowRankOptimizer(Optimizer):
         pairs = [(group, self.compose(group)) for group in self.param_groups]
         count = sum(len(group["params"]) for group, made in pairs if made.projection)
         index = plain = 0
-        with _no_autocast():
+        with no_autocast():
             for group, composition in pairs:
                 if composition.projection is None:
                     self._step_plain(group, composition, plain)
@@ -291,7 +291,7 @@ class LowRankOptimizer(Optimizer):
 
 
 @contextlib.contextmanager
-def _no_autocast() -> Iterator[None]:
+def no_autocast() -> Iterator[None]:
     """Decompositions and updates keep their own precisions inside a user's autocast region."""
     with contextlib.ExitStack() as stack:
         for device in ("cpu", "cuda"):

@@ -40,10 +40,17 @@ class Projection:
 
 @dataclass(frozen=True)
 class Composition:
-    """An update rule, alone or in a subspace."""
+    """An update rule, alone or in a subspace.
+
+    Attributes:
+        rule: gives the updates.
+        projection: in which subspace, if in one.
+        counters: integers that the method itself keeps in a parameter's state, 0 at first.
+    """
 
     rule: UpdateRule
     projection: Projection | None = None
+    counters: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.projection is not None:
@@ -60,6 +67,7 @@ class Composition:
         if param.device.type == "meta":
             device = param.device
         state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device=device)}
+        state |= dict.fromkeys(self.counters, 0)
         if self.projection is None:
             return state | self.rule.init(param.shape, param)
         projection = self.projection

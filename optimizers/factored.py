@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 from torch.utils.hooks import RemovableHandle
 
-from .base import LowRankOptimizer
+from .base import LowRankOptimizer, no_autocast
 from .composition import Composition
 from .gradients import label, names
 from .layer_events import EventHook, LayerEvent
 from .layers import FactoredLinear
 from .layers.convert import factored_layers
 from .options import CommonOptions, Group
-from .rule_factories import adam_rule, factor_adam_rule
+from .rotation import Rotation
+from .rule_factories import adam_rule
+from .rules import UpdateRule
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,6 @@ class FactoredAdamW(LowRankOptimizer):
     projects: ClassVar[bool] = False
     #: The layer that this optimizer trains.
     layer_type: ClassVar[type[FactoredLinear]]
-    #: Whether bias corrections of the factors start anew at events.
-    restarts: ClassVar[bool] = False
-    #: Whether anything is scheduled, for which layers must be attached.
-    scheduled: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -92,10 +90,18 @@ class FactoredAdamW(LowRankOptimizer):
         return {"rank", "update_proj_gap"}
 
     def compose(self, group: Group) -> Composition:
-        """Adam in torch's form; that of factors counts events."""
+        """The rules of factors, whose state counts events, and of the rest."""
         if group.get("factors"):
-            return Composition(factor_adam_rule(group, restarts=self.restarts))
-        return Composition(adam_rule(group))
+            return Composition(self.factor_rule(group), counters=("events", "refreshed_at"))
+        return Composition(self.plain_rule(group))
+
+    def factor_rule(self, group: Group) -> UpdateRule:
+        """The rule of the factors."""
+        return self.plain_rule(group)
+
+    def plain_rule(self, group: Group) -> UpdateRule:
+        """The rule of everything else."""
+        return adam_rule(group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores a pickle or copy, without layers."""
@@ -174,8 +180,8 @@ class FactoredAdamW(LowRankOptimizer):
             ValueError: a gradient is sparse, or the method schedules something and no layers are
                 attached.
         """
-        factors = any(g["params"] for g in self.param_groups if g.get("factors"))
-        if self.scheduled and factors and not self._links:
+        factors = [g for g in self.param_groups if g.get("factors") and g["params"]]
+        if not self._links and any(self._needs_layers(group) for group in factors):
             raise ValueError(
                 f"{type(self).__name__} has no layers, since it was copied, pickled or made by "
                 "hand: accepted is attach(model) before the first step"
@@ -184,10 +190,15 @@ class FactoredAdamW(LowRankOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._before()
-        super().step()
-        self._after()
+        with no_autocast():
+            self._before()
+            super().step()
+            self._after()
         return loss
+
+    def _needs_layers(self, group: Group) -> bool:
+        """Whether anything is scheduled for a group of factors, for which layers are attached."""
+        return True
 
     def _before(self) -> None:
         """What is scheduled at a step's start, gradients being there."""
@@ -196,10 +207,21 @@ class FactoredAdamW(LowRankOptimizer):
         """What is scheduled at a step's end."""
 
     def _due(self, gap: str) -> list[Link]:
-        """Layers that have taken a multiple of group[gap] steps since the event before."""
-        due = []
-        for link in self._links:
-            state = self.state[link.factors()[0]]
-            if int(state["step"]) // link.group[gap] > state["events"]:
-                due.append(link)
-        return due
+        """Layers that have passed a multiple of group[gap] steps since their event before."""
+        return [link for link in self._links if self._passed(link, gap) > self._events(link)]
+
+    def _passed(self, link: Link, gap: str) -> int:
+        """Multiples of group[gap] that a layer's steps have passed."""
+        return self._steps(link) // int(link.group[gap])
+
+    def _events(self, link: Link) -> int:
+        return int(self.state[link.factors()[0]]["events"])
+
+    def _steps(self, link: Link) -> int:
+        return int(self.state[link.factors()[0]]["step"])
+
+    def _renew(self, param: nn.Parameter, rule: UpdateRule) -> None:
+        """Sets a factor's moments to zero; their bias corrections start anew."""
+        state = self.state[param]
+        rule.move(state, "reset", Rotation(None, None))
+        state["refreshed_at"] = int(state["step"])

@@ -20,6 +20,7 @@ from . import (
     frugal,
     galore,
     galore_plus,
+    low_rank,
     online_subspace,
     qgalore,
     relora,
@@ -231,6 +232,13 @@ _TABLE = {
             "Q-GaLore: lazy refreshes, INT4 bases, INT8 weights (arXiv 2407.08296)",
             _projected,
             conversion=_INT8,
+        ),
+        Method(
+            "low_rank_adamw",
+            low_rank.LowRankAdamW,
+            "plain low-rank factors, the baseline of the reparametrised methods",
+            _factored,
+            conversion=_layers(LowRankLinear, "alpha", alpha=32.0, keep_frozen=False),
         ),
         Method(
             "relora_adamw",

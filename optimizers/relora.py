@@ -99,13 +99,11 @@ class ReLoRAAdamW(FactoredAdamW):
         for link in due:
             self._merge(link)
         if due:
-            step = int(self.state[due[0].factors()[0]]["step"])
-            self._tell(LayerEvent("merge", step, len(due)))
+            self._tell(LayerEvent("merge", self._steps(due[0]), len(due)))
 
     def _merge(self, link: Link) -> None:
         assert isinstance(link.layer, LowRankLinear)
-        first = self.state[link.factors()[0]]
-        count = int(first["step"]) // link.group["update_proj_gap"]
+        count = self._passed(link, "update_proj_gap")
         seed = mix(link.group["seed"], link.index, count)
         link.layer.merge(seed)
         for position, param in enumerate(link.factors()):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import checks
 from .options import Group, ProjectionOptions
-from .rules import Adafactor, Adafactor8bit, Adam, Adam8bit, FactorAdam, Lion, Muon, VectorAdam
+from .rules import Adafactor, Adafactor8bit, Adam, Adam8bit, Lion, Muon, VectorAdam
 from .rules.muon import ADJUSTMENTS
 from .rules.quantizers import quantizer
 
@@ -39,16 +39,7 @@ def adam_rule(group: Group, **form: Any) -> Adam:
     Raises:
         ValueError: an option is out of range.
     """
-    return Adam(**_adam_options(group), **form)
-
-
-def factor_adam_rule(group: Group, *, restarts: bool) -> FactorAdam:
-    """Adam in torch's form for the parts of a factored layer.
-
-    Raises:
-        ValueError: an option is out of range.
-    """
-    return FactorAdam(**{**_adam_options(group), "restarts": restarts})
+    return Adam(**{**_adam_options(group), **form})
 
 
 def vector_adam_rule(group: Group) -> VectorAdam:
@@ -68,8 +59,7 @@ def adam8bit_rule(group: Group, **form: Any) -> Adam8bit:
     """
     checks.integer("min_8bit_size", group["min_8bit_size"], low=0)
     return Adam8bit(
-        **_adam_options(group),
-        **form,
+        **{**_adam_options(group), **form},
         min_8bit_size=group["min_8bit_size"],
         quantizer=quantizer(group["quantizer"]),
     )

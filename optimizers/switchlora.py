@@ -35,7 +35,8 @@ from .layer_events import LayerEvent
 from .layers import FactoredLinear
 from .layers.switched import SwitchedLinear
 from .options import CommonOptions, Group
-from .rule_factories import adam_rule, vector_adam_rule
+from .rule_factories import vector_adam_rule
+from .rules import UpdateRule
 
 _FALL = 0.3  # of the frequency, over descent_rate * total_steps steps
 
@@ -95,8 +96,11 @@ class SwitchLoRAAdamW(FactoredAdamW):
         checks.number("descent_rate", group["descent_rate"], low=0.0, low_open=True)
         checks.integer("total_steps", group["total_steps"], low=1)
         checks.integer("seed", group["seed"], low=0)
-        rule = vector_adam_rule(group) if group.get("factors") else adam_rule(group)
-        return Composition(rule)
+        return super().compose(group)
+
+    def factor_rule(self, group: Group) -> UpdateRule:
+        """Adam with a step count a vector."""
+        return vector_adam_rule(group)
 
     def _before(self) -> None:
         switched = step = 0

@@ -5,7 +5,6 @@ from .adafactor8bit import Adafactor8bit
 from .adam import Adam
 from .adam8bit import Adam8bit
 from .base import MOMENT_MOVES, Update, UpdateRule
-from .factor_adam import FactorAdam
 from .lion import Lion
 from .momentum import Momentum
 from .muon import Muon
@@ -17,7 +16,6 @@ __all__ = [
     "Adafactor8bit",
     "Adam",
     "Adam8bit",
-    "FactorAdam",
     "Lion",
     "Momentum",
     "Muon",

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .adam import Adam
 from .base import State, Update, scalar
-from .factor_adam import FactorAdam
 
 
 @dataclass(frozen=True)
-class VectorAdam(FactorAdam):
+class VectorAdam(Adam):
     """Adam in torch's form on matrices whose rows have step counts of their own.
 
     State `row_steps` (r,) fp32: gradients that each row's moments have seen; `held` (r,) int32: for

@@ -175,6 +175,7 @@ TABLE = (
         rounded_basis=True,
         int8=True,
     ),
+    Row("low_rank_adamw", optimizers.LowRankAdamW, {"refactor_gap": 3}, factored=True),
     Row("relora_adamw", optimizers.ReLoRAAdamW, {"reset": "zero"}, factored=True),
     Row(
         "switchlora_adamw",

@@ -137,7 +137,7 @@ def formula(name: str, c: Counts) -> int:
         "frugal_adamw": (lambda m, n: 2 * B * n * r + 4 * r, plain),
         "flora_adafactor": (lambda m, n: 4 * (n * r + m + n), factored[1]),
     }
-    if name == "relora_adamw":  # two factors, each with a step count
+    if name in ("relora_adamw", "low_rank_adamw"):  # two factors, each with a step count
         return c.total(lambda m, n: 2 * B * r * (m + n) + 4, plain)
     if name == "switchlora_adamw":  # and two counts for each vector
         return c.total(lambda m, n: 2 * B * r * (m + n) + 4 + 16 * r, plain)
