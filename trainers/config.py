@@ -38,6 +38,8 @@ class ModelConfig:
         dtype: dtype of weights, gradients and activations, "float32" or "bfloat16".
         activation_checkpointing: recompute each block in the backward pass.
         compile: run the blocks through `torch.compile`.
+        initial: a checkpoint's folder (a run's or Hugging Face's, with `model.safetensors`) whose
+            weights the run starts from, "" for random ones; ReLoRA's full-rank warm start.
     """
 
     name: str = "llama_9m"
@@ -52,6 +54,7 @@ class ModelConfig:
     dtype: str = "float32"
     activation_checkpointing: bool = False
     compile: bool = False
+    initial: str = ""
 
     def __post_init__(self) -> None:
         for key in (

@@ -121,6 +121,25 @@ def load_network(network: nn.Module, folder: Path) -> None:
     network.load_state_dict(weights)
 
 
+def load_initial(network: nn.Module, folder: Path) -> None:
+    """Puts a checkpoint's dense weights into a network of the same shape.
+
+    Raises:
+        ValueError: the folder has no `model.safetensors`, or its weights are of other shapes.
+    """
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise ValueError(
+            f"model.initial={str(folder)!r}: there is no model.safetensors; accepted is the folder"
+            " of a checkpoint"
+        )
+    weights: dict[str, Tensor] = require("safetensors.torch", "train").load_file(path)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"model.initial={str(folder)!r} is of another shape: {error}") from None
+
+
 def read_parts(folder: Path, parts: Parts) -> None:
     """Puts a run back to where a checkpoint was written; touches nothing unless all is whole.
 

@@ -24,7 +24,7 @@ from .distributed import World, join
 from .loop import Loop
 from .metrics import cut_after
 from .models import build_model, parameter_count
-from .parts import Parts, read_parts
+from .parts import Parts, load_initial, read_parts
 from .preset import canonical, preset_layer
 from .recorder import Recorder
 from .report import write_report
@@ -210,6 +210,8 @@ def _build(config: RunConfig, world: World) -> Iterator[Parts]:
     tokenizer = _tokenizer(config, world)
     seed_everything(config.train.seed)
     model = build_model(config.model, config.data.sequence_length, config.train.seed, world.device)
+    if config.model.initial:
+        load_initial(model.network, Path(config.model.initial))
     options = dict(config.optimizer.options)
     if accepts(config.optimizer.name, "total_steps"):
         options.setdefault("total_steps", config.train.steps)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank.optimizers import available, build, param_groups
+from lowrank.optimizers import accepts, available, build, param_groups
 
 from .setting import Setting
 
@@ -48,6 +48,9 @@ OPTIONS: Mapping[str, dict[str, Any]] = {
     "online_subspace_adamw_8bit": {"update_proj_gap": 200},
     "online_subspace_adafactor": {"update_proj_gap": 200},
     "online_subspace_lion": {"update_proj_gap": 200},
+    # c = alpha / r = 1, ours
+    "low_rank_adamw": {"alpha": 32.0},
+    "relora_adamw": {"alpha": 32.0},
     "coap_adamw": {"scale": 0.25, "update_interval": 10, "reproject_factor": 5},
     "coap_adamw_8bit": {"scale": 0.25, "update_interval": 10, "reproject_factor": 5},
     "coap_adafactor": {"scale": 0.25, "update_interval": 10, "reproject_factor": 5},
@@ -77,6 +80,8 @@ def _ours(name: str) -> Entrant:
         if name.startswith("coap"):
             del options["update_proj_gap"]
         options |= OPTIONS.get(name, {})
+        if accepts(name, "total_steps"):
+            options["total_steps"] = setting.steps
         return build(name, model, lr=lr, plain_lr=plain_lr, weight_decay=0.0, **options)
 
     return Entrant(name, make, name, _plain_family(name))

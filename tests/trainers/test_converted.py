@@ -1,0 +1,81 @@
+"""Runs of methods with factored layers: exact resume, dense export, warm start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_pretrain import crash
+from tiny_runs import comparable_metrics, summary
+
+from lowrank.optimizers import convert
+from lowrank.trainers.parts import QUANTISED, load_network
+
+Run = Callable[[list[str]], tuple[int, str, str]]
+Tiny = Callable[..., list[str]]
+
+#: Each method with settings under which it does something every few steps of a tiny run.
+METHODS = {
+    "low_rank_adamw": ("optimizer.refactor_gap=4",),
+    "relora_adamw": ("optimizer.update_proj_gap=4",),
+    "switchlora_adamw": ("optimizer.switch_interval=10", "optimizer.descent_rate=5"),
+}
+methods = pytest.mark.parametrize("name", METHODS)
+
+
+@methods
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_resumes_exactly_within_a_cycle(
+    name: str, dtype: str, tiny: Tiny, run: Run, tmp_path: Path
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    settings = (f"model.dtype={dtype}", *METHODS[name])
+    run(tiny(whole, 10, *settings, optimizer=name))
+    arguments = tiny(broken, 10, "--resume=auto", *settings, optimizer=name)
+    crash(run, arguments, 5)
+    crash(run, arguments, 7)
+    status, _, errors = run(arguments)
+    assert (status, errors) == (0, "")
+    assert comparable_metrics(broken) == comparable_metrics(whole)
+    assert summary(whole)["weights_sha256"] == summary(broken)["weights_sha256"]
+
+
+@methods
+def test_a_checkpoint_is_a_plain_model_with_the_same_logits(
+    name: str, tiny: Tiny, run: Run, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    alpha = () if name == "switchlora_adamw" else (("alpha", 16.0),)
+    settings = [f"optimizer.{key}={value}" for key, value in alpha]
+    run(tiny(tmp_path / "run", 5, *METHODS[name], *settings, optimizer=name))
+    saved = tmp_path / "run" / "checkpoints" / "step-00000005"
+    assert (saved / QUANTISED).is_file()
+    dense = AutoModelForCausalLM.from_pretrained(saved)
+    converted = convert(name, AutoModelForCausalLM.from_config(dense.config), rank=8, **dict(alpha))
+    load_network(converted, saved)
+    tokens = torch.randint(257, (2, 16))
+    expected = converted(tokens).logits
+    torch.testing.assert_close(dense(tokens).logits, expected, rtol=1e-5, atol=1e-5)
+    assert expected.std() > 0
+
+
+def test_warm_start_from_a_full_rank_run(tiny: Tiny, run: Run, tmp_path: Path) -> None:
+    run(tiny(tmp_path / "full", 6, "optimizer.lr=0.01", optimizer="adamw"))
+    saved = tmp_path / "full" / "checkpoints" / "step-00000006"
+    settings = (f"model.initial={saved}", "optimizer.update_proj_gap=4")
+    run(tiny(tmp_path / "warm", 6, *settings, optimizer="relora_adamw"))
+    first, full = (summary(tmp_path / name) for name in ("warm", "full"))
+    assert first["initial_val_loss"] == pytest.approx(full["val_loss"], rel=1e-5)
+    status, _, errors = run(
+        tiny(tmp_path / "bad", 2, f"model.initial={tmp_path}", optimizer="relora_adamw")
+    )
+    assert status != 0
+    assert "model.initial=" in errors
+    status, _, errors = run(
+        tiny(tmp_path / "other", 2, *settings, "model.hidden_size=64", optimizer="relora_adamw")
+    )
+    assert status != 0
+    assert "is of another shape" in errors
