@@ -31,6 +31,7 @@ from .registry import (
     option_aliases,
 )
 from .relora import ReLoRAAdamW
+from .sltrain import SLTrainAdamW, SLTrainAdamW8bit
 from .subspace_muon import GaLoreMuon
 from .switchlora import SwitchLoRAAdamW
 from .weights import Int8Weight, dense_state_dict
@@ -66,6 +67,8 @@ __all__ = [
     "QGaLoreAdamW8bit",
     "ReLoRAAdamW",
     "RefreshEvent",
+    "SLTrainAdamW",
+    "SLTrainAdamW8bit",
     "SwitchLoRAAdamW",
     "accepts",
     "available",

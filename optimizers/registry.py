@@ -24,12 +24,13 @@ from . import (
     online_subspace,
     qgalore,
     relora,
+    sltrain,
     subspace_muon,
     switchlora,
 )
 from .base import LowRankOptimizer
 from .factored import FactoredAdamW
-from .layers import FactoredLinear, LowRankLinear, SwitchedLinear
+from .layers import FactoredLinear, LowRankLinear, SparseLowRankLinear, SwitchedLinear
 from .layers.convert import meta_copy, to_factored
 from .options import Group
 from .param_groups import factored_groups, param_groups, plain_groups
@@ -127,6 +128,8 @@ _FACTORED = {**_NO_RELATIVE, "scale": 0.25}  # COAP's own scale is 1
 #: Group options that `build` gives to plain parameters, too.
 _EVERYWHERE = ("seed", "stochastic_rounding")
 _INT8 = Conversion(to_int8, ("weight_bits", "weight_group_size"))
+
+_SPARSE = _layers(SparseLowRankLinear, "alpha", "density", "support", "init")
 
 _TABLE = {
     method.name: method
@@ -246,6 +249,20 @@ _TABLE = {
             "ReLoRA: low-rank factors merged into a frozen weight (arXiv 2307.05695)",
             _factored,
             conversion=_layers(LowRankLinear, "alpha", alpha=32.0),
+        ),
+        Method(
+            "sltrain_adamw",
+            sltrain.SLTrainAdamW,
+            "SLTrain: low-rank plus sparse weights (arXiv 2406.02214)",
+            _factored,
+            conversion=_SPARSE,
+        ),
+        Method(
+            "sltrain_adamw_8bit",
+            sltrain.SLTrainAdamW8bit,
+            "SLTrain with 8-bit moments (arXiv 2406.02214)",
+            _factored,
+            conversion=_SPARSE,
         ),
         Method(
             "switchlora_adamw",

@@ -2,6 +2,7 @@
 
 from .base import FactoredLinear
 from .low_rank import LowRankLinear
+from .sparse_low_rank import SparseLowRankLinear
 from .switched import SwitchedLinear
 
-__all__ = ["FactoredLinear", "LowRankLinear", "SwitchedLinear"]
+__all__ = ["FactoredLinear", "LowRankLinear", "SparseLowRankLinear", "SwitchedLinear"]

@@ -177,6 +177,14 @@ TABLE = (
     ),
     Row("low_rank_adamw", optimizers.LowRankAdamW, {"refactor_gap": 3}, factored=True),
     Row("relora_adamw", optimizers.ReLoRAAdamW, {"reset": "zero"}, factored=True),
+    Row("sltrain_adamw", optimizers.SLTrainAdamW, {"density": 0.1}, factored=True),
+    Row(
+        "sltrain_adamw_8bit",
+        optimizers.SLTrainAdamW8bit,
+        {**SMALL_8BIT, "density": 0.1, "refactor_gap": 3},
+        bits8=True,
+        factored=True,
+    ),
     Row(
         "switchlora_adamw",
         optimizers.SwitchLoRAAdamW,

@@ -128,11 +128,13 @@ def test_weight_decay_shrinks_weights_by_lr_times_decay(row: Row) -> None:
     optimizer = row.build(model, lr=0.1, weight_decay=0.5, **row.quiet)
     for param in model.parameters():
         param.grad = torch.zeros_like(param)
+    factors = {p for g in optimizer.param_groups if g.get("factors") for p in g["params"]}
     before = weights(model)
     optimizer.step()
     for old, param in zip(before, model.parameters(), strict=True):
-        # vectors (norms and biases) are not decayed
-        expected = old * (1 - 0.1 * 0.5) if param.dim() > 1 else old
+        # vectors (norms and biases) are not decayed, but for those that a weight is made of
+        decayed = param.dim() > 1 or param in factors
+        expected = old * (1 - 0.1 * 0.5) if decayed else old
         torch.testing.assert_close(param.detach(), expected)
 
 

@@ -30,6 +30,7 @@ from lowrank.optimizers.switchlora import interval
 
 #: Each method with options under which something happens every few steps.
 METHODS: dict[str, dict[str, Any]] = {
+    "sltrain_adamw": {"density": 0.1, "refactor_gap": 3},
     "low_rank_adamw": {"refactor_gap": 3},
     "relora_adamw": {"update_proj_gap": 3, "reset": "zero"},
     "switchlora_adamw": {"switch_interval": 10.0, "descent_rate": 10.0, "total_steps": 100},
@@ -53,7 +54,7 @@ def test_conversion_keeps_the_function_where_promised(name: str) -> None:
     dense, model = tiny_model(dtype=torch.float64), tiny_model(dtype=torch.float64)
     convert(name, model, rank=4)
     tokens = torch.randint(0, 32, (3, 5))
-    if name != "low_rank_adamw":
+    if name not in ("low_rank_adamw", "sltrain_adamw"):
         torch.testing.assert_close(model(tokens), dense(tokens), rtol=1e-12, atol=1e-12)
     assert sum(isinstance(m, FactoredLinear) for m in model.modules()) == 3
     assert convert(name, model, rank=4) is model  # what is converted stays
@@ -123,8 +124,9 @@ def test_any_rank_trains_and_counts_its_bytes(name: str, rank: int) -> None:
 @methods
 def test_by_hand_equals_build(name: str) -> None:
     first, by_build = made(name)
-    second = convert(name, tiny_model(dtype=torch.float64), rank=4)
-    by_hand = type(by_build)(param_groups(second), lr=1e-2, **METHODS[name])
+    second = convert(name, tiny_model(dtype=torch.float64), rank=4, **METHODS[name])
+    own = {key: value for key, value in METHODS[name].items() if key != "density"}
+    by_hand = type(by_build)(param_groups(second), lr=1e-2, **own)
     set_gradients(second, 0)
     with pytest.raises(ValueError, match=r"accepted is attach\(model\)"):
         by_hand.step()

@@ -139,6 +139,12 @@ def formula(name: str, c: Counts) -> int:
     }
     if name in ("relora_adamw", "low_rank_adamw"):  # two factors, each with a step count
         return c.total(lambda m, n: 2 * B * r * (m + n) + 4, plain)
+    if name == "sltrain_adamw":  # and the values of the sparse part
+        return c.total(lambda m, n: 2 * B * (r * (m + n) + int(0.03 * m * n)) + 8, plain)
+    if name == "sltrain_adamw_8bit":
+        return c.total(
+            lambda m, n: bits8(r * m) + bits8(r * n) + bits8(int(0.03 * m * n)) + 8, bits8
+        )
     if name == "switchlora_adamw":  # and two counts for each vector
         return c.total(lambda m, n: 2 * B * r * (m + n) + 4 + 16 * r, plain)
     if name == "coap_adafactor_8bit":  # the first moment in 8 bits, here and in full
