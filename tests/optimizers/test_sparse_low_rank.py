@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gc
-import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -102,16 +102,16 @@ class _Living(TorchDispatchMode):
     def __init__(self, entries: int) -> None:
         super().__init__()
         self.entries, self.most = entries, 0
-        self.alive: dict[int, Any] = {}
+        self.alive: dict[int, StorageWeakRef] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and result.numel() >= self.entries:
-            storage = result.untyped_storage()
-            key = storage._cdata
-            self.alive[key] = weakref.finalize(result, self.alive.pop, key, None)
+            reference = StorageWeakRef(result.untyped_storage())
+            self.alive[reference.cdata] = reference
+            self.alive = {k: r for k, r in self.alive.items() if not r.expired()}
             self.most = max(self.most, len(self.alive))
         return result
 
