@@ -32,6 +32,7 @@ from .registry import (
 )
 from .relora import ReLoRAAdamW
 from .sltrain import SLTrainAdamW, SLTrainAdamW8bit
+from .sst import SSTAdamW
 from .subspace_muon import GaLoreMuon
 from .switchlora import SwitchLoRAAdamW
 from .weights import Int8Weight, dense_state_dict
@@ -69,6 +70,7 @@ __all__ = [
     "RefreshEvent",
     "SLTrainAdamW",
     "SLTrainAdamW8bit",
+    "SSTAdamW",
     "SwitchLoRAAdamW",
     "accepts",
     "available",

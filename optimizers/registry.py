@@ -25,12 +25,19 @@ from . import (
     qgalore,
     relora,
     sltrain,
+    sst,
     subspace_muon,
     switchlora,
 )
 from .base import LowRankOptimizer
 from .factored import FactoredAdamW
-from .layers import FactoredLinear, LowRankLinear, SparseLowRankLinear, SwitchedLinear
+from .layers import (
+    FactoredLinear,
+    LowRankLinear,
+    SparseLowRankLinear,
+    SpectralLinear,
+    SwitchedLinear,
+)
 from .layers.convert import meta_copy, to_factored
 from .options import Group
 from .param_groups import factored_groups, param_groups, plain_groups
@@ -263,6 +270,13 @@ _TABLE = {
             "SLTrain with 8-bit moments (arXiv 2406.02214)",
             _factored,
             conversion=_SPARSE,
+        ),
+        Method(
+            "sst_adamw",
+            sst.SSTAdamW,
+            "SST: singular values, and a few singular vectors in turns (arXiv 2405.15481)",
+            _factored,
+            conversion=_layers(SpectralLinear, "enhanced"),
         ),
         Method(
             "switchlora_adamw",

@@ -3,6 +3,13 @@
 from .base import FactoredLinear
 from .low_rank import LowRankLinear
 from .sparse_low_rank import SparseLowRankLinear
+from .spectral import SpectralLinear
 from .switched import SwitchedLinear
 
-__all__ = ["FactoredLinear", "LowRankLinear", "SparseLowRankLinear", "SwitchedLinear"]
+__all__ = [
+    "FactoredLinear",
+    "LowRankLinear",
+    "SparseLowRankLinear",
+    "SpectralLinear",
+    "SwitchedLinear",
+]

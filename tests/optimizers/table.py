@@ -185,6 +185,7 @@ TABLE = (
         bits8=True,
         factored=True,
     ),
+    Row("sst_adamw", optimizers.SSTAdamW, quiet={"update_proj_gap": 100}, factored=True),
     Row(
         "switchlora_adamw",
         optimizers.SwitchLoRAAdamW,

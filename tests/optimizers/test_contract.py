@@ -134,6 +134,8 @@ def test_weight_decay_shrinks_weights_by_lr_times_decay(row: Row) -> None:
     for old, param in zip(before, model.parameters(), strict=True):
         # vectors (norms and biases) are not decayed, but for those that a weight is made of
         decayed = param.dim() > 1 or param in factors
+        if row.name == "sst_adamw" and param in factors:
+            decayed = param.dim() == 1  # singular values; vectors keep their length
         expected = old * (1 - 0.1 * 0.5) if decayed else old
         torch.testing.assert_close(param.detach(), expected)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +19,19 @@ Tiny = Callable[..., list[str]]
 
 #: Each method with settings under which it does something every few steps of a tiny run.
 METHODS = {
+    "sltrain_adamw": ("optimizer.density=0.05", "optimizer.refactor_gap=4"),
+    "sltrain_adamw_8bit": ("optimizer.support=stored", "optimizer.min_8bit_size=0"),
+    "sst_adamw": ("optimizer.update_proj_gap=2",),
     "low_rank_adamw": ("optimizer.refactor_gap=4",),
     "relora_adamw": ("optimizer.update_proj_gap=4",),
     "switchlora_adamw": ("optimizer.switch_interval=10", "optimizer.descent_rate=5"),
+}
+#: Options of conversions, which whoever loads a converted checkpoint has to know.
+OWN: dict[str, dict[str, Any]] = {
+    "sltrain_adamw": {"alpha": 16.0, "density": 0.05},
+    "sltrain_adamw_8bit": {"alpha": 16.0, "support": "stored", "density": 0.03},
+    "sst_adamw": {},
+    "switchlora_adamw": {},
 }
 methods = pytest.mark.parametrize("name", METHODS)
 
@@ -48,13 +59,13 @@ def test_a_checkpoint_is_a_plain_model_with_the_same_logits(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    alpha = () if name == "switchlora_adamw" else (("alpha", 16.0),)
-    settings = [f"optimizer.{key}={value}" for key, value in alpha]
+    own = OWN.get(name, {"alpha": 16.0})
+    settings = [f"optimizer.{key}={value}" for key, value in own.items()]
     run(tiny(tmp_path / "run", 5, *METHODS[name], *settings, optimizer=name))
     saved = tmp_path / "run" / "checkpoints" / "step-00000005"
     assert (saved / QUANTISED).is_file()
     dense = AutoModelForCausalLM.from_pretrained(saved)
-    converted = convert(name, AutoModelForCausalLM.from_config(dense.config), rank=8, **dict(alpha))
+    converted = convert(name, AutoModelForCausalLM.from_config(dense.config), rank=8, **own)
     load_network(converted, saved)
     tokens = torch.randint(257, (2, 16))
     expected = converted(tokens).logits

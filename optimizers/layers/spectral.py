@@ -1,0 +1,263 @@
+"""SST's layer: W = U diag(s) V^T, of which s and a few singular vectors are trained.
+
+Zhao et al., "Sparse Spectral Training and Inference on Euclidean and Hyperbolic Neural Networks"
+(arXiv 2405.15481). There are k = min(m, n) triples; the first r are active. With H = dY U and
+Z = X V the gradients are
+
+    dX = (H o s) V^T,   ds_i = sum_t H_ti Z_ti,   du_i = dY^T z_i,   dv_i = X^T h_i   (active i)
+
+Those of u and v lack the chain rule's factor s_i (the "enhanced" gradient), so that directions of
+small singular values learn; `enhanced=False` has it. Nothing of W's size is made, and no gradient
+of frozen vectors. `spectral_linear` is the map alone, for layers of other geometries.
+
+Memory per m x n matrix: k (m + n + 1) entries, of which r (m + n) + k are trained.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .. import checks
+from .autocast import compute_dtype, on_rows
+from .base import FactoredLinear, wide_dtype
+
+SAMPLING = ("mixed", "singular", "uniform")
+
+
+class _Spectral(torch.autograd.Function):
+    """y = ((x V) o s) U^T + b; keeps x and the parts."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        s: Tensor,
+        left: Tensor,
+        right: Tensor,
+        frozen_left: Tensor,
+        frozen_right: Tensor,
+        bias: Tensor | None,
+        enhanced: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x, s, left, right, frozen_left, frozen_right)
+        ctx.enhanced = enhanced
+        dtype, r = x.dtype, left.shape[1]
+        values = s.to(dtype)
+        y = ((x @ right.to(dtype)) * values[:r]) @ left.to(dtype).mT
+        if len(values) > r:
+            y.addmm_((x @ frozen_right.to(dtype)) * values[r:], frozen_left.to(dtype).mT)
+        return y if bias is None else y.add_(bias.to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, s, *vectors = ctx.saved_tensors
+        left, right, frozen_left, frozen_right = (part.to(x.dtype) for part in vectors)
+        need_x, need_s, need_left, need_right, _, _, need_bias, _ = ctx.needs_input_grad
+        values, r = s.to(x.dtype), left.shape[1]
+        grad_x = grad_s = grad_left = grad_right = grad_bias = None
+        active_h, frozen_h = grad_y @ left, grad_y @ frozen_left
+        if need_x:
+            grad_x = ((active_h * values[:r]) @ right.mT).addmm_(
+                frozen_h * values[r:], frozen_right.mT
+            )
+        if need_s or need_left:
+            active_z = x @ right
+        if need_s:
+            wide = wide_dtype(x)
+            sums = [(active_h * active_z).sum(0, dtype=wide)]
+            sums.append((frozen_h * (x @ frozen_right)).sum(0, dtype=wide))
+            grad_s = torch.cat(sums).to(s.dtype)
+        if need_left:
+            grad_left = grad_y.mT @ active_z
+        if need_right:
+            grad_right = x.mT @ active_h
+        if not ctx.enhanced:
+            for grad in (grad_left, grad_right):
+                if grad is not None:
+                    grad.mul_(values[:r])
+        if grad_left is not None:
+            grad_left = grad_left.to(vectors[0].dtype)
+        if grad_right is not None:
+            grad_right = grad_right.to(vectors[1].dtype)
+        if need_bias:
+            grad_bias = grad_y.sum(0)
+        return grad_x, grad_s, grad_left, grad_right, None, None, grad_bias, None
+
+
+def spectral_linear(
+    x: Tensor,
+    s: Tensor,
+    left: Tensor,
+    right: Tensor,
+    frozen_left: Tensor,
+    frozen_right: Tensor,
+    bias: Tensor | None = None,
+    enhanced: bool = True,
+) -> Tensor:
+    """x W^T + b with W = U diag(s) V^T, in the precision of `x`, or autocast's where that is on.
+
+    Args:
+        x: (..., n).
+        s: (k,), those of the active vectors first.
+        left: m x r, active columns of U.
+        right: n x r, active columns of V.
+        frozen_left: m x (k - r).
+        frozen_right: n x (k - r).
+        bias: (m,) or None.
+        enhanced: gradients of the active vectors without the factor s.
+
+    Returns:
+        (..., m).
+    """
+    dtype = compute_dtype(x)
+    parts = (s, left, right, frozen_left, frozen_right, bias, enhanced)
+    return on_rows(x, lambda rows: _Spectral.apply(rows.to(dtype), *parts))  # type: ignore[no-untyped-call]
+
+
+def sample(s: Tensor, count: int, generator: torch.Generator, how: str) -> Tensor:
+    """Draws positions without replacement.
+
+    Args:
+        s: (k,) singular values, at least 0.
+        count: how many of the k.
+        generator: on the CPU.
+        how: probabilities "uniform" (1 / k), "singular" (s / sum s) or "mixed", the mean of both.
+
+    Returns:
+        (count,) int64 on the CPU, ascending.
+    """
+    values = s.detach().double().cpu().clamp(min=0)
+    even = torch.full_like(values, 1 / len(values))
+    total = values.sum()
+    by_value = values / total if bool(total.isfinite() & (total > 0)) else even
+    share = {"mixed": 0.5, "singular": 1.0, "uniform": 0.0}[how]
+    # A little of the even part, so that there are enough positions to draw from.
+    odds = share * by_value + (1 - share) * even + 1e-12 * even
+    return torch.multinomial(odds, count, generator=generator).sort().values
+
+
+class SpectralLinear(FactoredLinear):
+    """y = ((x V) o s) U^T + b.
+
+    Attributes:
+        singular_values: s, (k,), those of the active vectors first.
+        left: m x r, active columns of U.
+        right: n x r, active columns of V.
+        frozen_left: m x (k - r) buffer.
+        frozen_right: n x (k - r) buffer.
+        enhanced: see the module.
+    """
+
+    FACTORS: ClassVar[tuple[str, ...]] = ("singular_values", "left", "right")
+
+    frozen_left: Tensor
+    frozen_right: Tensor
+
+    def __init__(self, linear: nn.Linear, seed: int, *, rank: int, enhanced: bool = True) -> None:
+        checks.choice("enhanced", enhanced, (True, False))
+        super().__init__(linear, rank)
+        self.enhanced = enhanced
+        weight, r = linear.weight.detach(), self.rank
+        u, s, vh = torch.linalg.svd(weight.to(wide_dtype(weight)), full_matrices=False)
+        parts = [part.to(weight.dtype) for part in (s, u, vh.mT)]
+        self.singular_values = nn.Parameter(parts[0].contiguous())
+        self.left = nn.Parameter(parts[1][:, :r].contiguous())
+        self.right = nn.Parameter(parts[2][:, :r].contiguous())
+        self.register_buffer("frozen_left", parts[1][:, r:].contiguous())
+        self.register_buffer("frozen_right", parts[2][:, r:].contiguous())
+
+    @classmethod
+    def of(cls, linear: nn.Linear, seed: int, **options: Any) -> Self:
+        """See `FactoredLinear.of`; options `rank` and `enhanced`. Nothing here is random."""
+        return cls(linear, seed, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n) to (..., m)."""
+        return spectral_linear(
+            x,
+            self.singular_values,
+            self.left,
+            self.right,
+            self.frozen_left,
+            self.frozen_right,
+            self.bias,
+            self.enhanced,
+        )
+
+    def _vectors(self) -> tuple[Tensor, Tensor]:
+        """U (m x k) and V (n x k)."""
+        return (
+            torch.cat([self.left.detach(), self.frozen_left], 1),
+            torch.cat([self.right.detach(), self.frozen_right], 1),
+        )
+
+    def _set_vectors(self, u: Tensor, v: Tensor) -> None:
+        r = self.rank
+        self.left.copy_(u[:, :r])
+        self.right.copy_(v[:, :r])
+        self.frozen_left.copy_(u[:, r:])
+        self.frozen_right.copy_(v[:, r:])
+
+    @torch.no_grad()
+    def effective_weight(self) -> Tensor:
+        """U diag(s) V^T."""
+        wide = wide_dtype(self.left)
+        u, v = (part.to(wide) for part in self._vectors())
+        return (u * self.singular_values.to(wide)) @ v.mT
+
+    @torch.no_grad()
+    def clamp_singular_values(self) -> None:
+        """In place: s <- max(s, 0), which changes W."""
+        self.singular_values.clamp_(min=0)
+
+    @torch.no_grad()
+    def renormalize(self) -> None:
+        """In place: active vectors to unit length, which changes W.
+
+        Vectors of length 0, and of length 1 to rounding, stay.
+        """
+        for vectors in (self.left, self.right):
+            norms = vectors.to(wide_dtype(vectors)).norm(dim=0)
+            away = (norms > 0) & ((norms - 1).abs() > 4 * torch.finfo(vectors.dtype).eps)
+            vectors.copy_(vectors / torch.where(away, norms, 1))
+
+    @torch.no_grad()
+    def resample(self, selected: Tensor) -> Tensor:
+        """In place: makes other vectors the active ones; W stays.
+
+        Args:
+            selected: (r,) distinct positions among the k triples.
+
+        Returns:
+            (k,) int64: the positions that the triples had before; old state [order] is new state.
+        """
+        k = len(self.singular_values)
+        rest = torch.ones(k, dtype=torch.bool).index_fill_(0, selected.cpu(), False)
+        order = torch.cat([selected.cpu(), rest.nonzero().flatten()]).to(self.left.device)
+        u, v = self._vectors()
+        self._set_vectors(u[:, order], v[:, order])
+        self.singular_values.copy_(self.singular_values[order])
+        return order
+
+    @torch.no_grad()
+    def redecompose(self) -> bool:
+        """In place: a new SVD of W, values descending, so that vectors are orthogonal again.
+
+        Returns:
+            False where W isn't finite or the SVD failed; the layer is as it was then.
+        """
+        weight = self.effective_weight()
+        if not bool(weight.isfinite().all()):
+            return False
+        try:
+            u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        except RuntimeError:  # LinAlgError is one
+            return False
+        self._set_vectors(u, vh.mT)
+        self.singular_values.copy_(s)
+        return True
