@@ -4,6 +4,7 @@ from .apollo import ApolloAdamW, ApolloMiniAdamW
 from .base import LowRankOptimizer
 from .baselines import Adafactor, AdamW, AdamW8bit, Muon
 from .coap import CoapAdafactor, CoapAdafactor8bit, CoapAdamW, CoapAdamW8bit
+from .factored import FactoredAdamW
 from .fira import FiraAdamW
 from .flora import FloraAdafactor
 from .frugal import FrugalAdamW
@@ -48,6 +49,7 @@ __all__ = [
     "CoapAdafactor8bit",
     "CoapAdamW",
     "CoapAdamW8bit",
+    "FactoredAdamW",
     "FiraAdamW",
     "FloraAdafactor",
     "FrugalAdamW",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from .data.config import DataConfig
 
 DTYPES = ("float32", "bfloat16")
-SCHEDULES = ("cosine", "linear", "wsd", "constant")
+SCHEDULES = ("cosine", "cosine_restarts", "linear", "wsd", "constant")
 
 
 def _require(condition: bool, key: str, value: object, accepted: str) -> None:
@@ -143,22 +143,36 @@ class ScheduleConfig:
     """The learning rate's course over the run.
 
     Attributes:
-        name: "cosine", "linear", "wsd" (warmup, stable, decay) or "constant".
+        name: "cosine", "cosine_restarts" (ReLoRA's jagged cosine), "linear", "wsd" (warmup, stable,
+            decay) or "constant".
         warmup_ratio: share of the steps spent rising linearly to the peak.
         min_ratio: learning rate at the end, as a share of the peak (unused by "constant").
         decay_ratio: share of the steps that "wsd" spends falling at the end.
+        cycle: steps from one restart of "cosine_restarts" to the next; as many as between the
+            method's merges or draws.
+        restart_warmup: steps of the rise after each restart.
     """
 
     name: str = "cosine"
     warmup_ratio: float = 0.1
     min_ratio: float = 0.1
     decay_ratio: float = 0.2
+    cycle: int = 0
+    restart_warmup: int = 10
 
     def __post_init__(self) -> None:
         _require(self.name in SCHEDULES, "schedule.name", self.name, ", ".join(SCHEDULES))
         for key in ("warmup_ratio", "min_ratio", "decay_ratio"):
             value = getattr(self, key)
             _require(0 <= value <= 1, f"schedule.{key}", value, "a number from 0 to 1")
+        if self.name == "cosine_restarts":
+            _require(self.cycle >= 1, "schedule.cycle", self.cycle, "a number of steps, at least 1")
+            _require(
+                0 <= self.restart_warmup < self.cycle,
+                "schedule.restart_warmup",
+                self.restart_warmup,
+                f"at least 0 and fewer than schedule.cycle ({self.cycle})",
+            )
         if self.name == "wsd":
             _require(
                 self.warmup_ratio + self.decay_ratio <= 1,

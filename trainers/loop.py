@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from lowrank.optimizers import RefreshEvent
+from lowrank.optimizers import FactoredAdamW, LayerEvent, RefreshEvent
 
 from .checkpoint import CheckpointStore
 from .evaluation import Evaluation, count_targets, evaluate
@@ -39,6 +39,7 @@ class Loop:
         self._store = store
         self._wish = wish
         self._events: list[RefreshEvent] = []
+        self._layer_events: list[LayerEvent] = []
         self._started = time.perf_counter() - parts.state.wall_seconds
 
     def run(self) -> None:
@@ -49,7 +50,9 @@ class Loop:
             TrainingError: too many steps in a row had to be skipped.
         """
         parts, steps = self._parts, self._parts.config.train.steps
-        handle = parts.optimizer.register_refresh_hook(self._events.append)  # type: ignore[attr-defined]
+        handles = [parts.optimizer.register_refresh_hook(self._events.append)]  # type: ignore[attr-defined]
+        if isinstance(parts.optimizer, FactoredAdamW):
+            handles.append(parts.optimizer.register_event_hook(self._layer_events.append))
         try:
             if parts.state.first is None:
                 parts.state.first = self._evaluate()
@@ -60,7 +63,8 @@ class Loop:
                 if parts.world.sum_integer(int(self._wish.came)):
                     raise Terminated(parts.state.step, saved or self._save())
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def _step(self) -> None:
         parts, state, config = self._parts, self._parts.state, self._parts.config.train
@@ -76,6 +80,7 @@ class Loop:
         if reason is None:
             clip(parts.model.parameters(), gradient.norm, config.clip)
             self._events.clear()
+            self._layer_events.clear()
             parts.optimizer.step()
         memory = snapshot(parts.model, parts.optimizer, parts.world.device)
         parts.optimizer.zero_grad(set_to_none=True)
@@ -99,6 +104,7 @@ class Loop:
             state.add_loss(gradient.loss)
             state.skipped_in_row = 0
             self._recorder.refresh(state.step, self._events)
+            self._recorder.layers(state.step, self._layer_events)
         else:
             self._skip(*reason)
 

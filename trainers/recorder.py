@@ -20,6 +20,18 @@ from .progress import TrainingProgress
 from .state import TrainState
 
 
+class LayerEvent(Protocol):
+    """What an optimizer tells when it has done something to its layers on schedule."""
+
+    @property
+    def kind(self) -> str:
+        """Its name: "merge", "switch", "resample", ..."""
+
+    @property
+    def layers(self) -> int:
+        """How many layers took part."""
+
+
 class RefreshEvent(Protocol):
     """What an optimizer tells when it has chosen a new basis for one matrix."""
 
@@ -144,6 +156,12 @@ class Recorder:
             overlap=sum(overlaps) / len(overlaps) if overlaps else None,
             time={"seconds": sum(event.seconds for event in events)},
         )
+
+    def layers(self, step: int, events: Sequence[LayerEvent]) -> None:
+        """Records what the method did to its layers during one step: merges, switches, draws."""
+        for event in events:
+            detail = f"{event.layers} layer" + ("s" if event.layers != 1 else "")
+            self._write("event", step, name=event.kind, detail=detail, layers=event.layers)
 
     def skip(self, step: int, reason: str, value: float) -> None:
         """Records that a step was not taken, and says so."""

@@ -42,6 +42,23 @@ def cosine(step: int, total: int, warmup_steps: int, min_ratio: float) -> float:
     return min_ratio + (1.0 - min_ratio) * 0.5 * (1.0 + math.cos(math.pi * share))
 
 
+def cosine_restarts(
+    step: int, total: int, warmup_steps: int, min_ratio: float, cycle: int, restart_warmup: int
+) -> float:
+    """`cosine`, and a short linear rise back to it after each multiple of `cycle` steps.
+
+    ReLoRA's "jagged" schedule (arXiv 2307.05695): the envelope is one cosine over the whole run.
+    In the s-th step of a cycle, s < w, the multiplier is (s + 1) / (w + 1) of the envelope at the
+    rise's end, w being `restart_warmup`; the released code has s / w, so its first does nothing.
+    The first cycle has the run's own warmup only.
+    """
+    since = step % cycle
+    if step < cycle or since >= restart_warmup:
+        return cosine(step, total, warmup_steps, min_ratio)
+    end = step - since + restart_warmup
+    return warmup(since, restart_warmup) * cosine(end, total, warmup_steps, min_ratio)
+
+
 def wsd(step: int, total: int, warmup_steps: int, decay_steps: int, min_ratio: float) -> float:
     """Warmup, 1, then a straight line over `decay_steps` to `min_ratio` at step `total`."""
     start = max(warmup_steps, total - decay_steps)
@@ -61,6 +78,10 @@ def multiplier(config: ScheduleConfig, step: int, total: int, warmup_steps: int)
     """
     if config.name == "cosine":
         return cosine(step, total, warmup_steps, config.min_ratio)
+    if config.name == "cosine_restarts":
+        return cosine_restarts(
+            step, total, warmup_steps, config.min_ratio, config.cycle, config.restart_warmup
+        )
     if config.name == "linear":
         return linear(step, total, warmup_steps, config.min_ratio)
     if config.name == "wsd":

@@ -51,6 +51,8 @@ OPTIONS: Mapping[str, dict[str, Any]] = {
     # c = alpha / r = 1, ours
     "low_rank_adamw": {"alpha": 32.0},
     "relora_adamw": {"alpha": 32.0},
+    "sltrain_adamw": {"alpha": 32.0, "rank": 28},
+    "sltrain_adamw_8bit": {"alpha": 32.0, "rank": 28},
     "coap_adamw": {"scale": 0.25, "update_interval": 10, "reproject_factor": 5},
     "coap_adamw_8bit": {"scale": 0.25, "update_interval": 10, "reproject_factor": 5},
     "coap_adafactor": {"scale": 0.25, "update_interval": 10, "reproject_factor": 5},

@@ -49,7 +49,10 @@ def test_explicit_settings_beat_method_beats_size_beats_default() -> None:
         ({"model": {"compile": 1}}, "model.compile is 1; accepted: true or false"),
         ({"model": {"dtype": "float16"}}, "model.dtype is 'float16'; accepted: float32 or bf"),
         ({"model": {"num_attention_heads": 7}}, "model.num_attention_heads is 7"),
-        ({"schedule": {"name": "cos"}}, "schedule.name is 'cos'; accepted: cosine, linear"),
+        (
+            {"schedule": {"name": "cos"}},
+            "schedule.name is 'cos'; accepted: cosine, cosine_restarts",
+        ),
         ({"schedule": {"warmup_ratio": 1.5}}, "schedule.warmup_ratio is 1.5; accepted"),
         ({"optimizer": {"lr": -1}}, "optimizer.lr is -1.0; accepted: a positive number"),
         ({"optimizer": {"betas": {"a": 1}}}, "optimizer.betas is {'a': 1}; accepted"),

@@ -13,6 +13,7 @@ from tiny_runs import comparable_metrics, summary
 
 from lowrank.optimizers import convert
 from lowrank.trainers.parts import QUANTISED, load_network
+from lowrank.trainers.report import write_report
 
 Run = Callable[[list[str]], tuple[int, str, str]]
 Tiny = Callable[..., list[str]]
@@ -71,6 +72,24 @@ def test_a_checkpoint_is_a_plain_model_with_the_same_logits(
     expected = converted(tokens).logits
     torch.testing.assert_close(dense(tokens).logits, expected, rtol=1e-5, atol=1e-5)
     assert expected.std() > 0
+
+
+@methods
+def test_events_are_in_the_metrics_and_the_report(
+    name: str, tiny: Tiny, run: Run, tmp_path: Path
+) -> None:
+    run(tiny(tmp_path / "run", 8, *METHODS[name], optimizer=name))
+    found = [item for item in comparable_metrics(tmp_path / "run") if item["kind"] == "event"]
+    if name == "sltrain_adamw_8bit":  # schedules nothing
+        assert not found
+        return
+    kinds = {"relora_adamw": "merge", "switchlora_adamw": "switch", "sst_adamw": "resample"}
+    kind = kinds.get(name, "refactor")
+    assert kind in {item["name"] for item in found}
+    assert all(int(str(item["layers"])) >= 1 for item in found)
+    if name == "relora_adamw":
+        assert [item["step"] for item in found] == [4, 8]
+    assert kind in write_report(tmp_path / "run").read_text(encoding="utf-8")
 
 
 def test_warm_start_from_a_full_rank_run(tiny: Tiny, run: Run, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from lowrank.trainers.config import RunConfig, ScheduleConfig, TrainConfig, warm
 from lowrank.trainers.schedules import (
     constant,
     cosine,
+    cosine_restarts,
     lambda_lr,
     linear,
     multiplier,
@@ -79,3 +80,32 @@ def test_lambda_lr_follows_the_same_course() -> None:
         assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
         optimizer.step()
         scheduler.step()
+
+
+def test_cosine_restarts_rises_back_to_one_envelope() -> None:
+    total, first, cycle, again = 100, 10, 25, 5
+
+    def value(step: int) -> float:
+        return cosine_restarts(step, total, first, 0.1, cycle, again)
+
+    for step in range(total):
+        since, envelope = step % cycle, cosine(step, total, first, 0.1)
+        if step < cycle or since >= again:
+            assert value(step) == envelope
+        else:
+            top = cosine(step - since + again, total, first, 0.1)
+            assert value(step) == pytest.approx(top * (since + 1) / (again + 1))
+    assert value(24) > 4 * value(25)
+    # the released code's formula, where no warmup is in progress
+    for step in range(30, 50):
+        angle = math.pi * (step - first) / (total - first)
+        assert value(step) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(angle)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [({"cycle": 0}, "schedule.cycle"), ({"cycle": 5, "restart_warmup": 5}, "restart_warmup")],
+)
+def test_cosine_restarts_needs_a_cycle(settings: dict[str, int], key: str) -> None:
+    with pytest.raises(ValueError, match=key):
+        ScheduleConfig(name="cosine_restarts", **settings)
