@@ -109,7 +109,7 @@ def test_both_sides_of_coap_compute_the_same_gradient() -> None:
         assert (closed_dr - expected_dr).norm() < 1e-5 * expected_dr.norm()
 
 
-@pytest.mark.parametrize("name", ["step", "refresh", "coap"])
+@pytest.mark.parametrize("name", ["step", "refresh", "coap", "layers"])
 def test_each_benchmark_runs_and_is_recorded(name: str, tmp_path: Path) -> None:
     work = part("workload").Workload(shapes=TINY, rank=4)
     result = part("measure").BENCHMARKS[name](work, 2, lambda text: None)
@@ -122,6 +122,7 @@ def test_each_benchmark_runs_and_is_recorded(name: str, tmp_path: Path) -> None:
         "step": {"gemm_floor", "adamw_fused", "galore", "galore_bf16", "fira_ours", "coap"},
         "refresh": {"svd", "eigh", "randomized", "warm"},
         "coap": {"autograd", "closed_form"},
+        "layers": {"dense", "sst_adamw", "sst_adamw autograd", "sltrain_adamw autograd"},
     }
     assert wanted[name] <= set(record["results"])
     for row in record["results"].values():
@@ -132,6 +133,10 @@ def test_each_benchmark_runs_and_is_recorded(name: str, tmp_path: Path) -> None:
         assert energies["svd"] >= energies["warm"] - 1e-6
     elif name == "step":
         assert record["results"]["galore"]["ratio_to"]["gemm_floor"]["median"] > 0
+    elif name == "layers":
+        results = record["results"]
+        assert results["sltrain_adamw"]["KiB"] < results["dense"]["KiB"]
+        assert results["sst_adamw"]["x_autograd"] > 0
     else:
         assert record["results"]["closed_form"]["ratio_to"]["autograd"]["median"] > 0
     assert result.table().row_count == len(record["results"])

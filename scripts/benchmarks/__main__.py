@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
                     "to be relied on; run it again on a quiet machine",
                     soft_wrap=True,
                 )
-            if name != "coap" and GALORE_TORCH not in result.samples:
+            if name in ("step", "refresh") and GALORE_TORCH not in result.samples:
                 notes.print("galore-torch is not installed: there is nothing to compare with")
             if options.output is not None:
                 console.print(f"written: {write(result, options.output, command)}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The two benchmarks: a step between refreshes, and a refresh of the whole model."""
+"""The benchmarks: a step between refreshes, a refresh, COAP's update, and factored layers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from lowrank.optimizers import ApolloAdamW, CoapAdamW, FiraAdamW, OnlineSubspaceAdamW
 
+from . import layers as factored
 from .contestants import (
     FIRA,
     GALORE_TORCH,
@@ -21,7 +22,7 @@ from .contestants import (
 )
 from .correlation import by_autograd, in_closed_form
 from .results import Result
-from .timing import milliseconds, round_robin
+from .timing import milliseconds, paired_ratios, round_robin
 from .workload import Workload
 
 OURS = "galore"
@@ -165,9 +166,44 @@ def coap(work: Workload, rounds: int, progress: Progress) -> Result:
     )
 
 
-BENCHMARKS = {"step": step, "refresh": refresh, "coap": coap}
+def layers(work: Workload, rounds: int, progress: Progress) -> Result:
+    """Times a step of factored layers with forward and backward, one layer of each shape.
+
+    Args:
+        work: the shapes and the rank.
+        rounds: timed steps of each contestant.
+        progress: told what is going on.
+    """
+    made = factored.contestants(work)
+
+    def timed(call: Callable[[], None]) -> Callable[[int], float]:
+        return lambda _: milliseconds(call)
+
+    samples, canaries = round_robin(
+        {name: timed(entry.call) for name, entry in made.items()},
+        rounds,
+        after_round=lambda number: progress(f"round {number + 1} of {rounds}"),
+    )
+    extra = {name: {"KiB": entry.kib} for name, entry in made.items()}
+    for name in factored.OPTIONS:
+        ratio = paired_ratios(samples[name], samples[f"{name} autograd"]).median
+        extra[name]["x_autograd"] = ratio
+    return Result(
+        name="layers",
+        title=f"Forward, backward and update of {factored.TOKENS} tokens, a layer of each shape, "
+        f"rank {work.rank}, fp32, {torch.get_num_threads()} threads",
+        labels={name: entry.label for name, entry in made.items()},
+        samples=samples,
+        references=("dense",),
+        canaries=canaries,
+        setting=_setting(work, rounds) | {"tokens": factored.TOKENS},
+        extra=extra,
+    )
+
+
+BENCHMARKS = {"step": step, "refresh": refresh, "coap": coap, "layers": layers}
 #: Rounds when none are asked for: a refresh takes far longer than a step.
-ROUNDS = {"step": 41, "refresh": 7, "coap": 21}
+ROUNDS = {"step": 41, "refresh": 7, "coap": 21, "layers": 11}
 
 
 def _describe(work: Workload) -> str:
