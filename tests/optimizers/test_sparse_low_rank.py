@@ -116,9 +116,9 @@ class _Living(TorchDispatchMode):
         return result
 
 
-def test_one_dense_matrix_at_a_time() -> None:
-    m, n = 384, 256
-    layer = SparseLowRankLinear(nn.Linear(n, m), 0, rank=8, density=0.03)
+@pytest.mark.parametrize(("m", "n", "rank"), [(384, 256, 8), (2736, 1024, 256)])  # 350M's layer
+def test_one_dense_matrix_at_a_time(m: int, n: int, rank: int) -> None:
+    layer = SparseLowRankLinear(nn.Linear(n, m), 0, rank=rank, density=0.03)
     x = torch.randn(16, n, requires_grad=True)
     gc.collect()
     with _Living(m * n) as living:
