@@ -10,7 +10,8 @@ Those of u and v lack the chain rule's factor s_i (the "enhanced" gradient), so 
 small singular values learn; `enhanced=False` has it. Nothing of W's size is made, and no gradient
 of frozen vectors. `spectral_linear` is the map alone, for layers of other geometries.
 
-Memory per m x n matrix: k (m + n + 1) entries, of which r (m + n) + k are trained.
+Memory per m x n matrix: k (m + n + 1) entries, of which r (m + n) + k are trained. Per token, a
+forward pass keeps n + k entries (x and Z) for the backward pass.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ SAMPLING = ("mixed", "singular", "uniform")
 
 
 class _Spectral(torch.autograd.Function):
-    """y = ((x V) o s) U^T + b; keeps x and the parts."""
+    """y = ((x V) o s) U^T + b; keeps x, x V and the parts."""
 
     @staticmethod
     def forward(
@@ -43,35 +44,35 @@ class _Spectral(torch.autograd.Function):
         bias: Tensor | None,
         enhanced: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x, s, left, right, frozen_left, frozen_right)
-        ctx.enhanced = enhanced
         dtype, r = x.dtype, left.shape[1]
         values = s.to(dtype)
-        y = ((x @ right.to(dtype)) * values[:r]) @ left.to(dtype).mT
+        active_z, frozen_z = x @ right.to(dtype), x @ frozen_right.to(dtype)
+        y = (active_z * values[:r]) @ left.to(dtype).mT
         if len(values) > r:
-            y.addmm_((x @ frozen_right.to(dtype)) * values[r:], frozen_left.to(dtype).mT)
+            y.addmm_(frozen_z * values[r:], frozen_left.to(dtype).mT)
+        ctx.save_for_backward(x, active_z, frozen_z, s, left, right, frozen_left, frozen_right)
+        ctx.enhanced = enhanced
         return y if bias is None else y.add_(bias.to(dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, s, *vectors = ctx.saved_tensors
+        x, active_z, frozen_z, s, *vectors = ctx.saved_tensors
         left, right, frozen_left, frozen_right = (part.to(x.dtype) for part in vectors)
         need_x, need_s, need_left, need_right, _, _, need_bias, _ = ctx.needs_input_grad
         values, r = s.to(x.dtype), left.shape[1]
         grad_x = grad_s = grad_left = grad_right = grad_bias = None
-        active_h, frozen_h = grad_y @ left, grad_y @ frozen_left
+        if need_x or need_s or need_right:
+            active_h = grad_y @ left
+        if need_x or need_s:
+            frozen_h = grad_y @ frozen_left
         if need_x:
             grad_x = ((active_h * values[:r]) @ right.mT).addmm_(
                 frozen_h * values[r:], frozen_right.mT
             )
-        if need_s or need_left:
-            active_z = x @ right
         if need_s:
-            wide = wide_dtype(x)
-            sums = [(active_h * active_z).sum(0, dtype=wide)]
-            sums.append((frozen_h * (x @ frozen_right)).sum(0, dtype=wide))
-            grad_s = torch.cat(sums).to(s.dtype)
+            pairs = ((active_h, active_z), (frozen_h, frozen_z))
+            grad_s = torch.cat([(h * z).sum(0, dtype=wide_dtype(x)) for h, z in pairs]).to(s.dtype)
         if need_left:
             grad_left = grad_y.mT @ active_z
         if need_right:
@@ -158,7 +159,9 @@ class SpectralLinear(FactoredLinear):
     frozen_left: Tensor
     frozen_right: Tensor
 
-    def __init__(self, linear: nn.Linear, seed: int, *, rank: int, enhanced: bool = True) -> None:
+    def __init__(
+        self, linear: nn.Linear, seed: int, *, rank: int = 128, enhanced: bool = True
+    ) -> None:
         checks.choice("enhanced", enhanced, (True, False))
         super().__init__(linear, rank)
         self.enhanced = enhanced
@@ -235,10 +238,19 @@ class SpectralLinear(FactoredLinear):
 
         Returns:
             (k,) int64: the positions that the triples had before; old state [order] is new state.
+
+        Raises:
+            ValueError: `selected` isn't r distinct positions; the layer is as it was then.
         """
-        k = len(self.singular_values)
-        rest = torch.ones(k, dtype=torch.bool).index_fill_(0, selected.cpu(), False)
-        order = torch.cat([selected.cpu(), rest.nonzero().flatten()]).to(self.left.device)
+        k, selected = len(self.singular_values), selected.cpu()
+        distinct = set(selected.tolist())
+        if not len(selected) == len(distinct) == self.rank or not distinct <= set(range(k)):
+            raise ValueError(
+                f"selected={selected.tolist()}: accepted are {self.rank} distinct positions "
+                f"below {k}"
+            )
+        rest = torch.ones(k, dtype=torch.bool).index_fill_(0, selected, False)
+        order = torch.cat([selected, rest.nonzero().flatten()]).to(self.left.device)
         u, v = self._vectors()
         self._set_vectors(u[:, order], v[:, order])
         self.singular_values.copy_(self.singular_values[order])

@@ -53,13 +53,13 @@ class PlainLinear(nn.Module):
             flat = product.flatten().scatter_add(0, part["index"], part["sparse_values"])
             return functional.linear(x, flat.view_as(product))
         if self.kind is SpectralLinear:
-            left = torch.cat([part["left"], part["frozen_left"]], 1)
-            right = torch.cat([part["right"], part["frozen_right"]], 1)
-            return ((x @ right) * part["singular_values"]) @ left.mT
+            r, values = part["left"].shape[1], part["singular_values"]
+            active = ((x @ part["right"]) * values[:r]) @ part["left"].mT
+            return active + ((x @ part["frozen_right"]) * values[r:]) @ part["frozen_left"].mT
         switched = self.kind is SwitchedLinear
         a = part["rows_a"] if switched else part["lora_a"]
         b = part["rows_b"].mT if switched else part["lora_b"]
-        y = functional.linear(functional.linear(x, a), b) * self.scaling
+        y = functional.linear(functional.linear(x, a) * self.scaling, b)
         return y + functional.linear(x, part["frozen"]) if "frozen" in part else y
 
 

@@ -11,6 +11,7 @@ import torch
 from support import matrix
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from lowrank.optimizers import build
 from lowrank.optimizers.layers import SpectralLinear
@@ -103,6 +104,53 @@ def test_vectors_get_unit_length_and_values_no_sign() -> None:
     assert layer.singular_values.min() == 0
 
 
+@pytest.mark.parametrize("selected", [[1, 1], [1], [1, 2, 3], [-1, 2], [5, 0]])
+def test_a_refused_draw_leaves_the_layer(selected: list[int]) -> None:
+    layer = made()
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
+    with pytest.raises(ValueError, match="2 distinct positions below 5"):
+        layer.resample(torch.tensor(selected))
+    for key, value in layer.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_bfloat16_computes_in_it_and_keeps_the_parts_dtype(autocast: bool) -> None:
+    kept = torch.float32 if autocast else torch.bfloat16
+    linear = nn.Linear(96, 64, dtype=kept)
+    layer = SpectralLinear.of(linear, 0, rank=8)
+    x = torch.randn(16, 96, dtype=kept)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        y = layer(x)
+    y.float().square().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert {p.grad.dtype for p in layer.parameters() if p.grad is not None} == {kept}
+    assert all(p.grad is not None for p in layer.parameters())
+    assert (y - linear(x)).norm() < 0.02 * y.norm()
+    assert layer.to_linear().weight.dtype == kept
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_gives_the_same_gradients(reentrant: bool) -> None:
+    layer, x = made(), matrix(4, 5, 1).requires_grad_()
+    grads = []
+    for forward in (layer, lambda x: checkpoint(layer, x, use_reentrant=reentrant)):
+        layer.zero_grad()
+        forward(x).square().sum().backward()
+        grads.append([p.grad.clone() for p in layer.parameters() if p.grad is not None])
+    assert len(grads[0]) == len(grads[1]) == 4
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_one_vector_and_meta_weights() -> None:
+    layer, x = made(), matrix(4, 5, 1)
+    torch.testing.assert_close(layer(x[0]), layer(x)[0])
+    meta = SpectralLinear.of(nn.Linear(24, 16, device="meta"), 0, rank=4)
+    assert meta.frozen_right.shape == (24, 12)
+    assert meta.frozen_right.device.type == "meta"
+
+
 def test_draws_follow_their_probabilities() -> None:
     s = torch.tensor([4.0, 2.0, 1.0, 1.0, 0.0])
     expected = {
@@ -127,7 +175,7 @@ def test_nothing_of_the_weights_size_is_kept() -> None:
         lambda t: saved.append(t.numel()) or t, lambda t: t
     ):
         layer(torch.randn(8, 96))
-    assert sum(saved) == 8 * 96 + 96 * (96 + 128 + 1)  # x and the layer's own tensors
+    assert sum(saved) == 8 * (96 + 96) + 96 * (96 + 128 + 1)  # x, x V and the layer's tensors
 
 
 def reference_adam(p: Tensor, g: Tensor, m: Tensor, v: Tensor, t: int) -> Tensor:
