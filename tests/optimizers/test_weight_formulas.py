@@ -1,0 +1,47 @@
+"""Weight bytes of converted models at the papers' five sizes equal the formulas, in bf16.
+
+With k = min(m, n), r the rank, nnz = int(0.03 m n) and b = 2 bytes an entry, a matrix holds
+
+    plain factors  b r (m + n)             SLTrain     b (r (m + n) + nnz), support from a seed
+    ReLoRA         b (m n + r (m + n))     SwitchLoRA  b (m n + (r + k) (m + n)) and indices
+    SST            b k (m + n + 1)
+
+and everything else b an entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from test_state_formulas import SIZES, B, Counts, model_of
+
+from lowrank.optimizers import build
+
+FORMULAS: dict[str, Callable[[int, int, int], int]] = {
+    "low_rank_adamw": lambda m, n, r: r * (m + n),
+    "relora_adamw": lambda m, n, r: m * n + r * (m + n),
+    "switchlora_adamw": lambda m, n, r: m * n + (r + min(m, n)) * (m + n),
+    "sltrain_adamw": lambda m, n, r: r * (m + n) + int(0.03 * m * n),
+    "sst_adamw": lambda m, n, r: min(m, n) * (m + n + 1),
+}
+# SwitchLoRA's chosen candidates; the seed that SLTrain's support is regenerated from.
+INDICES: dict[str, Callable[[int], int]] = {
+    "switchlora_adamw": lambda r: 2 * r,
+    "sltrain_adamw": lambda r: 4,
+}
+OPTIONS = {"low_rank_adamw": {"alpha": 32.0}, "relora_adamw": {"alpha": 32.0}}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", FORMULAS)
+def test_weight_bytes(name: str, size: str) -> None:
+    counts, model = Counts(size), model_of(size)
+    build(name, model, lr=1e-3, rank=counts.rank, **OPTIONS.get(name, {}))
+    tensors = [*model.parameters(), *model.buffers()]
+    found = sum(t.nbytes for t in tensors if t.is_floating_point())
+    formula = FORMULAS[name]
+    entries = sum(formula(m, n, counts.rank) for m, n in counts.matrices) + sum(counts.others)
+    assert found == B * entries
+    indices = sum(t.numel() for t in tensors if not t.is_floating_point())
+    assert indices == INDICES.get(name, lambda r: 0)(counts.rank) * len(counts.matrices)
