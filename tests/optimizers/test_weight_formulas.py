@@ -28,7 +28,7 @@ FORMULAS: dict[str, Callable[[int, int, int], int]] = {
 # SwitchLoRA's chosen candidates; the seed that SLTrain's support is regenerated from.
 INDICES: dict[str, Callable[[int], int]] = {
     "switchlora_adamw": lambda r: 2 * r,
-    "sltrain_adamw": lambda r: 4,
+    "sltrain_adamw": lambda r: 1,
 }
 OPTIONS = {"low_rank_adamw": {"alpha": 32.0}, "relora_adamw": {"alpha": 32.0}}
 
