@@ -73,6 +73,8 @@ def unpack(packed: Tensor, count: int, out: Tensor | None = None) -> Tensor:
         count: how many codes.
         out: uint8 (count,) to write to.
     """
+    if torch.compiler.is_compiling() and out is None:  # which refuses to write to strided views
+        return torch.stack((packed & 15, packed >> 4), 1).view(-1)[:count]
     if out is None:
         out = torch.empty(count, dtype=torch.uint8, device=packed.device)
     torch.bitwise_and(packed, 15, out=out[::2])

@@ -11,6 +11,7 @@ from .frugal import FrugalAdamW
 from .galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from .galore_plus import GaLorePlusAdamW, cross_head_groups
 from .layer_events import LayerEvent
+from .loqt import LoQTAdamW
 from .low_rank import LowRankAdamW
 from .memory import state_bytes, state_bytes_by_category
 from .online_subspace import (
@@ -60,6 +61,7 @@ __all__ = [
     "GaLorePlusAdamW",
     "Int8Weight",
     "LayerEvent",
+    "LoQTAdamW",
     "LowRankAdamW",
     "LowRankOptimizer",
     "Muon",

@@ -11,11 +11,11 @@ class LayerEvent:
     """Something that happened to factored layers in one step.
 
     Attributes:
-        kind: "merge", "switch", "resample", "redecompose" or "refactor".
+        kind: "merge", "switch", "resample", "redecompose", "refactor" or "requantize".
         step: optimizer steps taken when it happened.
         layers: how many layers took part.
-        change: largest relative change of an effective weight, ||W' - W|| / ||W||; None when it was
-            not measured.
+        change: largest relative change of an effective weight, ||W' - W|| / ||W||, where the method
+            rounds it ("requantize"); None where it stays.
     """
 
     kind: str

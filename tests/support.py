@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lowrank.optimizers.layers import QuantizedLowRankLinear
+
 ROOT = Path(__file__).resolve().parent.parent
 #: Real English text in C4's layout, where a checkout has it beside it.
 ENGLISH = ROOT.parent / "shared" / "data" / "en"
@@ -56,6 +58,10 @@ def set_gradients(model: nn.Module, step: int, scale: float = 1e-2) -> None:
             param.numel(), 1000 * index + step + 2
         )
         param.grad = (scale * values).reshape(param.shape).to(param)
+    for index, module in enumerate(model.modules()):
+        if isinstance(module, QuantizedLowRankLinear) and module._probe is not None:
+            values = hashed(module._probe.numel(), 1000 * index + step + 500)
+            module._probe.grad = (scale * values).reshape(module._probe.shape).to(module._probe)
 
 
 def weights(model: nn.Module) -> list[Tensor]:

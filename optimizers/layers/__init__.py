@@ -2,6 +2,7 @@
 
 from .base import FactoredLinear
 from .low_rank import LowRankLinear
+from .quantized_low_rank import QuantizedLowRankLinear
 from .sparse_low_rank import SparseLowRankLinear
 from .spectral import SpectralLinear
 from .switched import SwitchedLinear
@@ -9,6 +10,7 @@ from .switched import SwitchedLinear
 __all__ = [
     "FactoredLinear",
     "LowRankLinear",
+    "QuantizedLowRankLinear",
     "SparseLowRankLinear",
     "SpectralLinear",
     "SwitchedLinear",

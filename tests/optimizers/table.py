@@ -176,6 +176,7 @@ TABLE = (
         int8=True,
     ),
     Row("low_rank_adamw", optimizers.LowRankAdamW, {"refactor_gap": 3}, factored=True),
+    Row("loqt_adamw", optimizers.LoQTAdamW, quiet={"update_proj_gap": 100}, factored=True),
     Row("relora_adamw", optimizers.ReLoRAAdamW, {"reset": "zero"}, factored=True),
     Row("sltrain_adamw", optimizers.SLTrainAdamW, {"density": 0.1}, factored=True),
     Row(

@@ -23,12 +23,15 @@ FORMULAS: dict[str, Callable[[int, int, int], int]] = {
     "relora_adamw": lambda m, n, r: m * n + r * (m + n),
     "switchlora_adamw": lambda m, n, r: m * n + (r + min(m, n)) * (m + n),
     "sltrain_adamw": lambda m, n, r: r * (m + n) + int(0.03 * m * n),
+    # a factor, and a scale for 64 entries of weight and basis
+    "loqt_adamw": lambda m, n, r: r * max(m, n) + (m * n + r * min(m, n)) // 64,
     "sst_adamw": lambda m, n, r: min(m, n) * (m + n + 1),
 }
-# SwitchLoRA's chosen candidates; the seed that SLTrain's support is regenerated from.
-INDICES: dict[str, Callable[[int], int]] = {
-    "switchlora_adamw": lambda r: 2 * r,
-    "sltrain_adamw": lambda r: 1,
+# SwitchLoRA's chosen candidates; the seed that SLTrain's support is regenerated from; NF4.
+CODES: dict[str, Callable[[int, int, int], int]] = {
+    "switchlora_adamw": lambda m, n, r: 2 * r,
+    "sltrain_adamw": lambda m, n, r: 1,
+    "loqt_adamw": lambda m, n, r: (m * n + r * min(m, n)) // 2,
 }
 OPTIONS = {"low_rank_adamw": {"alpha": 32.0}, "relora_adamw": {"alpha": 32.0}}
 
@@ -43,5 +46,6 @@ def test_weight_bytes(name: str, size: str) -> None:
     formula = FORMULAS[name]
     entries = sum(formula(m, n, counts.rank) for m, n in counts.matrices) + sum(counts.others)
     assert found == B * entries
-    indices = sum(t.numel() for t in tensors if not t.is_floating_point())
-    assert indices == INDICES.get(name, lambda r: 0)(counts.rank) * len(counts.matrices)
+    codes = sum(t.numel() for t in tensors if not t.is_floating_point())
+    own = CODES.get(name, lambda m, n, r: 0)
+    assert codes == sum(own(m, n, counts.rank) for m, n in counts.matrices)

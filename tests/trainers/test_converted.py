@@ -24,6 +24,7 @@ METHODS = {
     "sltrain_adamw_8bit": ("optimizer.support=stored", "optimizer.min_8bit_size=0"),
     "sst_adamw": ("optimizer.update_proj_gap=2",),
     "low_rank_adamw": ("optimizer.refactor_gap=4",),
+    "loqt_adamw": ("optimizer.update_proj_gap=4",),
     "relora_adamw": ("optimizer.update_proj_gap=4",),
     "switchlora_adamw": ("optimizer.switch_interval=10", "optimizer.descent_rate=5"),
 }
@@ -31,6 +32,7 @@ METHODS = {
 OWN: dict[str, dict[str, Any]] = {
     "sltrain_adamw": {"alpha": 16.0, "density": 0.05},
     "sltrain_adamw_8bit": {"alpha": 16.0, "support": "stored", "density": 0.03},
+    "loqt_adamw": {},
     "sst_adamw": {},
     "switchlora_adamw": {},
 }
@@ -83,7 +85,12 @@ def test_events_are_in_the_metrics_and_the_report(
     if name == "sltrain_adamw_8bit":  # schedules nothing
         assert not found
         return
-    kinds = {"relora_adamw": "merge", "switchlora_adamw": "switch", "sst_adamw": "resample"}
+    kinds = {
+        "loqt_adamw": "requantize",
+        "relora_adamw": "merge",
+        "switchlora_adamw": "switch",
+        "sst_adamw": "resample",
+    }
     kind = kinds.get(name, "refactor")
     assert kind in {item["name"] for item in found}
     assert all(int(str(item["layers"])) >= 1 for item in found)

@@ -21,6 +21,7 @@ from lowrank.trainers.weights import weights_sha256
 
 pytestmark = pytest.mark.slow
 METHODS: dict[str, dict[str, Any]] = {
+    "loqt_adamw": {"update_proj_gap": 2},
     "relora_adamw": {"update_proj_gap": 2},
     "sltrain_adamw": {"refactor_gap": 2, "density": 0.1},
     "sst_adamw": {"update_proj_gap": 2},
