@@ -92,6 +92,7 @@ class LoQTAdamW(FactoredAdamW):
             "refresh": refresh,
             "seed": seed,
         }
+        self._renewed: list[tuple[Link, float]] = []
         super().__init__(params, lr, betas, eps, weight_decay, own, **options)
 
     def compose(self, group: Group) -> Composition:
@@ -125,13 +126,24 @@ class LoQTAdamW(FactoredAdamW):
         self._watch()
 
     def _before(self) -> None:
-        changes = [self._renew_basis(link) for link in self._links if self._is_due(link)]
-        done = [change for change in changes if change is not None]
-        if done:
-            self._tell(LayerEvent("requantize", self._steps(self._links[0]), len(done), max(done)))
+        due = [link for link in self._links if self._is_due(link)]
+        renewed = [(link, self._renew_basis(link)) for link in due]
+        self._renewed = [(link, change) for link, change in renewed if change is not None]
+        self._restart()
 
     def _after(self) -> None:
+        self._restart()  # the step that had no gradient doesn't count
+        if self._renewed:
+            step = self._steps(self._renewed[0][0]) - 1
+            change = max(change for _, change in self._renewed)
+            self._tell(LayerEvent("requantize", step, len(self._renewed), change))
+        self._renewed = []
         self._watch()
+
+    def _restart(self) -> None:
+        for link, _ in self._renewed:
+            if link.group["reset"] == "zero":
+                self._renew(link.factors()[0], self.factor_rule(link.group))
 
     def _watch(self) -> None:
         """Each layer collects its weight's gradient if the next step is one of T_i."""
@@ -164,10 +176,7 @@ class LoQTAdamW(FactoredAdamW):
         ((basis,),) = bases([gradient], [largest], layer.rank, side, mode, former, seed)
         change = layer.renew(basis, group["compensation_steps"])
         factor.grad.zero_()
-        state = self.state[factor]
-        state["events"] = count
-        if group["reset"] == "zero":
-            self._renew(factor, self.factor_rule(group))
+        self.state[factor]["events"] = count
         return change
 
 

@@ -170,11 +170,11 @@ class QuantizedLowRankLinear(FactoredLinear):
         self.factor.zero_()
         self.base.assign(weight)
         left = self.out_features <= self.in_features
+        p = self.basis.dense(wide)
+        inverse = torch.linalg.pinv(p.mT @ p, hermitian=True) @ p.mT / self.scale
         for _ in range(iterations if self.base.format else 0):
             error = weight - self.base.dense(wide)
-            p = self.basis.dense(wide)
-            solved = torch.linalg.lstsq(p, error if left else error.mT).solution / self.scale
-            self.factor.copy_(solved if left else solved.mT)
+            self.factor.copy_(inverse @ error if left else error @ inverse.mT)
             self.base.assign(weight - self.product())
         norm = weight.norm()
         change = (self.effective_weight() - weight).norm() / torch.where(norm > 0, norm, 1)

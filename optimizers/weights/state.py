@@ -94,11 +94,20 @@ def dense_state_dict(module: nn.Module) -> dict[str, Tensor]:
     layers = dict(factored_layers(module))
     dense: dict[str, Tensor] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
-        prefix, _, own = name.rpartition(".")
-        layer = layers.get(prefix)
-        if layer is None or own == "bias":
+        prefix = _layer_of(name, layers)
+        if prefix is None or name == f"{prefix}.bias":
             here = tensor.detach().to("cpu")
             dense[name] = here.dequantize() if isinstance(here, Int8Weight) else here
         elif f"{prefix}.weight" not in dense:
+            layer = layers[prefix]
             dense[f"{prefix}.weight"] = layer.effective_weight().to("cpu", layer.dtype)
     return dense
+
+
+def _layer_of(name: str, layers: Mapping[str, object]) -> str | None:
+    """The one of `layers` that a tensor is a part of, itself or in a module within."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        if name in layers:
+            return name
+    return None

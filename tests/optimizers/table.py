@@ -33,6 +33,7 @@ class Row:
         refits: what makes a basis: a "solver" or a random "draw" at each gap, a solver "once", or
             "never" (no basis is fitted to gradients).
         quiet: options under which parameters change by updates alone.
+        rebases: a new optimizer's first step changes the parametrisation, at any learning rate.
         factored: layers are replaced by factored ones, which a copied optimizer must be given.
     """
 
@@ -48,6 +49,7 @@ class Row:
     refits: str = "solver"
     quiet: dict[str, Any] = field(default_factory=dict)
     factored: bool = False
+    rebases: bool = False
 
     @property
     def projects(self) -> bool:
@@ -176,7 +178,13 @@ TABLE = (
         int8=True,
     ),
     Row("low_rank_adamw", optimizers.LowRankAdamW, {"refactor_gap": 3}, factored=True),
-    Row("loqt_adamw", optimizers.LoQTAdamW, quiet={"update_proj_gap": 100}, factored=True),
+    Row(
+        "loqt_adamw",
+        optimizers.LoQTAdamW,
+        quiet={"update_proj_gap": 100},
+        factored=True,
+        rebases=True,
+    ),
     Row("relora_adamw", optimizers.ReLoRAAdamW, {"reset": "zero"}, factored=True),
     Row("sltrain_adamw", optimizers.SLTrainAdamW, {"density": 0.1}, factored=True),
     Row(

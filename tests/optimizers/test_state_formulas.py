@@ -146,7 +146,7 @@ def formula(name: str, c: Counts) -> int:
             lambda m, n: bits8(r * m) + bits8(r * n) + bits8(int(0.03 * m * n)) + 8, bits8
         )
     if name == "loqt_adamw":  # one factor, on the longer side
-        return c.total(lambda m, n: 2 * B * r * max(m, n) + 8, plain)
+        return c.total(lambda m, n: 2 * B * r * max(m, n), plain)
     if name == "sst_adamw":  # all singular values, r vectors a side
         return c.total(lambda m, n: 2 * B * (r * (m + n) + min(m, n)) + 8, plain)
     if name == "switchlora_adamw":  # and two counts for each vector
