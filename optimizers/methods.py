@@ -260,7 +260,7 @@ TABLE = {
             relora.ReLoRAAdamW,
             "ReLoRA: low-rank factors merged into a frozen weight (arXiv 2307.05695)",
             _factored,
-            conversion=_layers(LowRankLinear, "alpha", alpha=32.0),
+            conversion=_layers(LowRankLinear, "alpha", "heads", alpha=32.0),
         ),
         Method(
             "sltrain_adamw",

@@ -9,6 +9,11 @@ matched linear layer are trained. At the end of every `update_proj_gap`-th step
 and the moments of A and B are pruned, so that the next factors don't go on in the old direction.
 The learning rate's re-warm-up after a merge is the schedule's (`cosine_restarts`).
 
+`heads=H` (an option of the layers) trains H pairs of factors, each on its share of the batch, and
+merges their mean: LoRA-the-Explorer (Huh et al., arXiv 2402.16728). Its released code keeps the
+factors at a merge and subtracts what was merged from then on; here they start anew as ReLoRA's do,
+which needs no copy of them.
+
 Memory per m x n matrix with b-byte parameters: b (m n + r (m + n)) for weights, 2 b r (m + n) for
 moments and b r (m + n) for gradients.
 

@@ -2,6 +2,9 @@
 
 The frozen weight is a buffer and may be left out (`W = c B A`). Forward and backward never make a
 dense product: 2 T r (m + n) flops beside the frozen layer's, and no gradient of W_f.
+
+With several heads (LoRA-the-Explorer, Huh et al., arXiv 2402.16728) W = W_f + (c / H) sum B_h A_h,
+and in training each head alone stands beside W_f for its share of the batch.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .. import checks
 from .base import FactoredLinear, add_product, kaiming_bound, uniform, wide_dtype
 
 
@@ -20,9 +24,10 @@ class LowRankLinear(FactoredLinear):
 
     Attributes:
         frozen: m x n buffer, or None.
-        lora_a: A, r x n, from U(+-1/sqrt(n)).
-        lora_b: B, m x r, zeros beside a frozen weight.
+        lora_a: A, r x n, from U(+-1/sqrt(n)); those of all heads below each other, H r x n.
+        lora_b: B, m x r, zeros beside a frozen weight; m x H r.
         scaling: c = alpha / r.
+        heads: H.
     """
 
     FACTORS: ClassVar[tuple[str, ...]] = ("lora_a", "lora_b")
@@ -30,12 +35,20 @@ class LowRankLinear(FactoredLinear):
     frozen: Tensor | None
 
     def __init__(
-        self, linear: nn.Linear, seed: int, *, rank: int, alpha: float, keep_frozen: bool = True
+        self,
+        linear: nn.Linear,
+        seed: int,
+        *,
+        rank: int,
+        alpha: float,
+        keep_frozen: bool = True,
+        heads: int = 1,
     ) -> None:
+        checks.integer("heads", heads, low=1)
         super().__init__(linear, rank)
-        m, n, r = self.out_features, self.in_features, self.rank
+        m, n, r = self.out_features, self.in_features, self.rank * heads
         weight = linear.weight.detach()
-        self.scaling = alpha / r
+        self.scaling, self.heads = alpha / self.rank, heads
         self.register_buffer("frozen", weight if keep_frozen else None)
         self.lora_a = nn.Parameter(uniform((r, n), kaiming_bound(n), weight, seed, 0))
         if keep_frozen:
@@ -45,22 +58,46 @@ class LowRankLinear(FactoredLinear):
 
     @classmethod
     def of(cls, linear: nn.Linear, seed: int, **options: Any) -> Self:
-        """See `FactoredLinear.of`; options `rank`, `alpha` and `keep_frozen`."""
+        """See `FactoredLinear.of`; options `rank`, `alpha`, `keep_frozen` and `heads`."""
         return cls(linear, seed, **options)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., n) to (..., m)."""
+        """(..., n) to (..., m).
+
+        Raises:
+            ValueError: in training, with several heads that can't share the batch evenly.
+        """
+        if self.heads > 1 and self.training:
+            return self._by_heads(x)
         low = functional.linear(x, self.lora_a)
+        scaling = self.scaling / self.heads
         if self.frozen is None:
-            return functional.linear(low * self.scaling, self.lora_b, self.bias)
+            return functional.linear(low * scaling, self.lora_b, self.bias)
         y = functional.linear(x, self.frozen, self.bias)
-        return y + functional.linear(low * self.scaling, self.lora_b)
+        return y + functional.linear(low * scaling, self.lora_b)
+
+    def _by_heads(self, x: Tensor) -> Tensor:
+        """The first sequences go through the first head, the next through the second."""
+        count, r = self.heads, self.rank
+        if x.dim() < 2 or x.shape[0] % count:
+            raise ValueError(
+                f"a batch of {x.shape[0] if x.dim() > 1 else 1} for {count} heads: accepted is a "
+                "multiple of them"
+            )
+        a_hnr = self.lora_a.view(count, r, -1).mT
+        b_hrm = self.lora_b.mT.view(count, r, -1)
+        rows_htn = x.reshape(count, -1, x.shape[-1])
+        low_htm = ((rows_htn @ a_hnr) * self.scaling) @ b_hrm
+        low = low_htm.reshape(*x.shape[:-1], self.out_features)
+        if self.frozen is None:
+            return low if self.bias is None else low + self.bias
+        return functional.linear(x, self.frozen, self.bias) + low
 
     @torch.no_grad()
     def product(self) -> Tensor:
-        """c B A, m x n, in fp32 or fp64."""
+        """c B A, the mean of all heads', m x n, in fp32 or fp64."""
         wide = wide_dtype(self.lora_a)
-        return (self.lora_b.to(wide) @ self.lora_a.to(wide)).mul_(self.scaling)
+        return (self.lora_b.to(wide) @ self.lora_a.to(wide)).mul_(self.scaling / self.heads)
 
     @torch.no_grad()
     def merge(self, seed: int) -> None:
@@ -77,7 +114,7 @@ class LowRankLinear(FactoredLinear):
         """
         if self.frozen is None:
             raise ValueError("a layer without a frozen weight has nothing to merge into")
-        add_product(self.frozen, self.lora_b, self.lora_a, self.scaling, seed)
+        add_product(self.frozen, self.lora_b, self.lora_a, self.scaling / self.heads, seed)
         bound = kaiming_bound(self.in_features)
         self.lora_a.copy_(uniform(tuple(self.lora_a.shape), bound, self.lora_a, seed))
         self.lora_b.zero_()

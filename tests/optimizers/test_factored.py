@@ -338,3 +338,53 @@ def test_refactorisation_balances_the_factors() -> None:
     kept = bad.clone()
     refactor_(bad, a)
     assert torch.equal(bad.nan_to_num(), kept.nan_to_num())
+
+
+# Heads
+
+
+def test_each_head_sees_its_share_of_the_batch() -> None:
+    linear = nn.Linear(10, 6, dtype=torch.float64)
+    layer = LowRankLinear.of(linear, 0, rank=2, alpha=3.0, heads=3)
+    with torch.no_grad():
+        layer.lora_b.copy_(matrix(6, 6, 1))
+    x = matrix(6 * 5, 10, 2).view(6, 5, 10)
+    y = layer(x)
+    for head in range(3):
+        rows = slice(2 * head, 2 * head + 2)
+        product = layer.lora_b[:, rows] @ layer.lora_a[rows]
+        alone = nn.functional.linear(x[rows], linear.weight + 1.5 * product, linear.bias)
+        torch.testing.assert_close(y[rows], alone)
+    layer.eval()
+    mean = nn.functional.linear(x, layer.effective_weight(), linear.bias)
+    torch.testing.assert_close(layer(x), mean)
+    before = layer.effective_weight()
+    layer.merge(1)
+    torch.testing.assert_close(layer.effective_weight(), before)
+    assert not layer.lora_b.any()
+    layer.train()
+    with pytest.raises(ValueError, match=r"a batch of 4 for 3 heads"):
+        layer(x[:4])
+
+
+def test_heads_train_merge_and_count_their_bytes() -> None:
+    options = {"rank": 4, "heads": 2, "update_proj_gap": 3}
+    model = tiny_model()
+    formula = expected_state_bytes("relora_adamw", model, **options)
+    optimizer = build("relora_adamw", model, lr=1e-2, **options)
+    tokens = torch.randint(0, 32, (4, 8))
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+    assert state_bytes(optimizer) == formula
+    layer = model.self_attn["q_proj"]
+    assert layer.lora_a.shape == (8, 16)
+    merged = merge(model)
+    assert isinstance(merged.self_attn["q_proj"], nn.Linear)
+    with pytest.raises(ValueError, match="heads=0"):
+        build("relora_adamw", tiny_model(), heads=0)
