@@ -13,6 +13,7 @@ from torch.nn import functional
 from lowrank.optimizers import build, state_bytes
 from lowrank.optimizers.layers import (
     FactoredLinear,
+    QuantizedLowRankLinear,
     SparseLowRankLinear,
     SpectralLinear,
     SwitchedLinear,
@@ -25,6 +26,7 @@ TOKENS = 2048
 #: Nothing scheduled falls into the timed steps but SwitchLoRA's switches.
 OPTIONS: dict[str, dict[str, Any]] = {
     "low_rank_adamw": {"alpha": 32.0},
+    "loqt_adamw": {"update_proj_gap": 10**6},
     "relora_adamw": {"alpha": 32.0, "update_proj_gap": 10**6},
     "switchlora_adamw": {},
     "sltrain_adamw": {"alpha": 32.0},
@@ -39,9 +41,12 @@ class PlainLinear(nn.Module):
         super().__init__()
         for name in layer.FACTORS:
             self.register_parameter(name, nn.Parameter(getattr(layer, name).detach().clone()))
-        for name, buffer in layer.named_buffers():
+        for name, buffer in layer.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
-        self.kind, self.scaling = type(layer), float(getattr(layer, "scaling", 1.0))
+        for name, module in layer.named_children():
+            self.add_module(name, module)
+        scaling = getattr(layer, "scaling", getattr(layer, "scale", 1.0))
+        self.kind, self.scaling = type(layer), float(scaling)
         if isinstance(layer, SparseLowRankLinear):
             self.register_buffer("index", layer.support())
 
@@ -56,6 +61,16 @@ class PlainLinear(nn.Module):
             r, values = part["left"].shape[1], part["singular_values"]
             active = ((x @ part["right"]) * values[:r]) @ part["left"].mT
             return active + ((x @ part["frozen_right"]) * values[r:]) @ part["frozen_left"].mT
+        if self.kind is QuantizedLowRankLinear:
+            base, basis, factor = (
+                self.base.dense(x.dtype),
+                self.basis.dense(x.dtype),
+                part["factor"],
+            )
+            left = base.shape[0] <= base.shape[1]
+            a, b = (factor, basis) if left else (basis.mT, factor)
+            low = functional.linear(functional.linear(x, a) * self.scaling, b)
+            return functional.linear(x, base) + low
         switched = self.kind is SwitchedLinear
         a = part["rows_a"] if switched else part["lora_a"]
         b = part["rows_b"].mT if switched else part["lora_b"]

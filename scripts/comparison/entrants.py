@@ -50,6 +50,7 @@ OPTIONS: Mapping[str, dict[str, Any]] = {
     "online_subspace_lion": {"update_proj_gap": 200},
     # c = alpha / r = 1, ours
     "low_rank_adamw": {"alpha": 32.0},
+    "loqt_adamw": {"scale": 0.25},
     "relora_adamw": {"alpha": 32.0},
     "sltrain_adamw": {"alpha": 32.0, "rank": 28},
     "sltrain_adamw_8bit": {"alpha": 32.0, "rank": 28},
