@@ -131,7 +131,11 @@ def sample(s: Tensor, count: int, generator: torch.Generator, how: str) -> Tenso
 
     Returns:
         (count,) int64 on the CPU, ascending.
+
+    Raises:
+        ValueError: `how` is unknown.
     """
+    checks.choice("how", how, SAMPLING)
     values = s.detach().double().cpu().clamp(min=0)
     even = torch.full_like(values, 1 / len(values))
     total = values.sum()

@@ -19,6 +19,7 @@ from lowrank.optimizers.layers import (
     SwitchedLinear,
 )
 from lowrank.optimizers.layers.convert import replace_modules
+from lowrank.optimizers.layers.frozen import FrozenMatrix
 
 from .workload import Workload
 
@@ -76,6 +77,11 @@ class PlainLinear(nn.Module):
         b = part["rows_b"].mT if switched else part["lora_b"]
         y = functional.linear(functional.linear(x, a) * self.scaling, b)
         return y + functional.linear(x, part["frozen"]) if "frozen" in part else y
+
+    def _frozen(self, name: str, x: Tensor) -> Tensor:
+        matrix = self.get_submodule(name)
+        assert isinstance(matrix, FrozenMatrix)
+        return matrix.dense(x.dtype)
 
 
 @dataclass(frozen=True)

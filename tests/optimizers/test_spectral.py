@@ -262,3 +262,8 @@ def test_a_hyperbolic_layer_trains_on_it() -> None:
         losses.append(loss.item())
         torch.testing.assert_close((y * y * signs).sum(-1), -torch.ones(32).double())
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_an_unknown_sampling_raises() -> None:
+    with pytest.raises(ValueError, match="how='best': accepted are 'mixed'"):
+        sample(torch.ones(4), 2, torch.Generator(), "best")
