@@ -63,11 +63,7 @@ class PlainLinear(nn.Module):
             active = ((x @ part["right"]) * values[:r]) @ part["left"].mT
             return active + ((x @ part["frozen_right"]) * values[r:]) @ part["frozen_left"].mT
         if self.kind is QuantizedLowRankLinear:
-            base, basis, factor = (
-                self.base.dense(x.dtype),
-                self.basis.dense(x.dtype),
-                part["factor"],
-            )
+            base, basis, factor = self._frozen("base", x), self._frozen("basis", x), part["factor"]
             left = base.shape[0] <= base.shape[1]
             a, b = (factor, basis) if left else (basis.mT, factor)
             low = functional.linear(functional.linear(x, a) * self.scaling, b)
