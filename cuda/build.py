@@ -1,0 +1,230 @@
+"""Compiles the native libraries; needs a C++20 compiler, and nvcc for the device's.
+
+Torch-free on purpose: `pip install .` works with build isolation, and one binary serves every
+release of torch. Both libraries have the C interface of `core/api.h`.
+
+    python cuda/build.py FOLDER     compiles into FOLDER and prints what was made
+
+Environment: `LOWRANK_CUDA` is `auto` (the device's library where nvcc is found; a failure is
+reported and lived with), `1` (a failure is an error) or `0` (not at all). `LOWRANK_CUDA_ARCHS`
+lists the targets (default `80 90a`; PTX for the first one is added, which newer cards compile).
+`CXX` and `CUDACXX` name the compilers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+SOURCES = Path(__file__).resolve().parent
+HOST, DEVICE = "liblowrank_host.so", "liblowrank_cuda.so"
+REPORT = "build.json"
+DEFAULT_ARCHS = "80 90a"
+
+# Contraction into fused multiply-adds is off on both sides, so that they agree to the bit.
+HOST_FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-pthread")
+DEVICE_FLAGS = ("-std=c++20", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+
+
+class BuildError(RuntimeError):
+    """A library that was asked for could not be compiled."""
+
+
+def source_files() -> list[Path]:
+    """Everything that is compiled, sorted."""
+    patterns = ("core/*.h", "host/*.h", "host/*.cpp", "device/*.h", "device/*.cu")
+    return sorted(path for pattern in patterns for path in SOURCES.glob(pattern))
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler: `CXX`, or the first of c++, g++, clang++ on the path."""
+    named = os.environ.get("CXX")
+    return named or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
+def find_nvcc() -> str | None:
+    """`CUDACXX`, nvcc of `CUDA_HOME` or `CUDA_PATH`, on the path, or in /usr/local/cuda."""
+    named = os.environ.get("CUDACXX")
+    if named:
+        return named
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    folders = [str(Path(home) / "bin") for home in homes if home]
+    found = (shutil.which("nvcc", path=folder) for folder in folders)
+    return next(filter(None, found), None) or shutil.which("nvcc") or shutil.which(
+        "nvcc", path="/usr/local/cuda/bin"
+    )
+
+
+def architectures() -> list[str]:
+    """The targets, such as ["80", "90a"].
+
+    Raises:
+        BuildError: `LOWRANK_CUDA_ARCHS` is not a list of such.
+    """
+    wanted = os.environ.get("LOWRANK_CUDA_ARCHS", DEFAULT_ARCHS).replace(";", " ").split()
+    wrong = [arch for arch in wanted if not re.fullmatch(r"\d{2,3}[af]?", arch)]
+    if wrong or not wanted:
+        raise BuildError(
+            f"LOWRANK_CUDA_ARCHS is {' '.join(wanted)!r}: accepted are targets such as '80 90a 100'"
+        )
+    return wanted
+
+
+def architecture_flags(archs: Sequence[str]) -> list[str]:
+    """nvcc's flags: code for each target, and PTX of the first."""
+    pairs = [(f"compute_{arch}", f"sm_{arch}") for arch in archs]
+    pairs.append((pairs[0][0], pairs[0][0]))
+    return [flag for virtual, code in pairs for flag in ("-gencode", f"arch={virtual},code={code}")]
+
+
+def run(command: Sequence[str]) -> str:
+    """What a command prints.
+
+    Raises:
+        BuildError: it failed, with its output.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise BuildError(f"{command[0]}: {error.strerror}") from None
+    if done.returncode:
+        message = (done.stderr or done.stdout).strip()
+        raise BuildError(f"{Path(command[0]).name} failed:\n{message[-4000:]}")
+    return done.stdout + done.stderr
+
+
+def compile_library(
+    compiler: str, flags: Sequence[str], sources: Sequence[Path], target: Path
+) -> None:
+    """Compiles each source, several at a time, and links them; `target` appears whole or not."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
+
+        def one(source: Path, output: str) -> None:
+            run([compiler, *flags, "-c", str(source), "-o", output])
+
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            list(pool.map(one, sources, objects))
+        made = str(Path(folder) / target.name)
+        run([compiler, *flags, "-shared", *objects, "-o", made])
+        os.replace(made, target)
+
+
+def build_host(folder: Path) -> dict[str, Any]:
+    """Compiles the host's library.
+
+    Raises:
+        BuildError: there is no compiler, or it failed.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        raise BuildError("no C++ compiler was found (c++, g++, clang++, or CXX)")
+    sources = sorted((SOURCES / "host").glob("*.cpp"))
+    compile_library(compiler, HOST_FLAGS, sources, folder / HOST)
+    return {"compiler": run([compiler, "--version"]).splitlines()[0]}
+
+
+def build_device(folder: Path) -> dict[str, Any]:
+    """Compiles the device's library.
+
+    Raises:
+        BuildError: there is no nvcc, or it failed.
+    """
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise BuildError("no nvcc was found (CUDACXX, CUDA_HOME, the path, /usr/local/cuda)")
+    archs = architectures()
+    flags = [*DEVICE_FLAGS, *architecture_flags(archs)]
+    sources = sorted((SOURCES / "device").glob("*.cu"))
+    compile_library(nvcc, [*flags, "-cudart", "static"], sources, folder / DEVICE)
+    return {"compiler": run([nvcc, "--version"]).strip().splitlines()[-1], "architectures": archs}
+
+
+def digest() -> str:
+    """Of all that decides what is compiled."""
+    names = ("CXX", "CUDACXX", "CUDA_HOME", "CUDA_PATH", "LOWRANK_CUDA", "LOWRANK_CUDA_ARCHS")
+    state = hashlib.sha256()
+    for name in names:
+        state.update(f"{name}={os.environ.get(name)}\n".encode())
+    state.update(f"{find_compiler()} {find_nvcc()}\n".encode())
+    for path in (Path(__file__), *source_files()):
+        data = path.read_bytes()
+        state.update(f"{path.name} {len(data)}\n".encode() + data)
+    return state.hexdigest()
+
+
+def build(folder: Path) -> dict[str, Any]:
+    """Compiles what can be compiled into `folder`, unless that was done already.
+
+    Args:
+        folder: made if it is missing. `build.json` in it says what was made, and why not.
+
+    Returns:
+        That report: for "host" and "cuda" {"built": bool} with "compiler" and "architectures", or
+        with "reason".
+
+    Raises:
+        BuildError: `LOWRANK_CUDA` is not accepted, or is 1 and the device's library failed.
+    """
+    wanted = os.environ.get("LOWRANK_CUDA", "auto")
+    if wanted not in ("0", "1", "auto"):
+        raise BuildError(f"LOWRANK_CUDA is {wanted!r}: accepted are 0, 1 and auto")
+    folder.mkdir(parents=True, exist_ok=True)
+    inputs = digest()
+    former = read_report(folder)
+    if former.get("digest") == inputs and all(
+        (folder / name).exists() == bool(former[key]["built"])
+        for key, name in (("host", HOST), ("cuda", DEVICE))
+    ):
+        return former
+    report: dict[str, Any] = {"digest": inputs}
+    (folder / REPORT).unlink(missing_ok=True)
+    for key, name, make in (("host", HOST, build_host), ("cuda", DEVICE, build_device)):
+        (folder / name).unlink(missing_ok=True)
+        try:
+            if key == "cuda" and wanted == "0":
+                raise BuildError("LOWRANK_CUDA=0 when it was installed")
+            report[key] = {"built": True, **make(folder)}
+        except BuildError as error:
+            if key == "cuda" and wanted == "1":
+                raise
+            report[key] = {"built": False, "reason": str(error)}
+    (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """What `build` wrote into a folder; empty where it wrote nothing whole."""
+    try:
+        report = json.loads((folder / REPORT).read_text())
+    except (OSError, ValueError):
+        return {}
+    return report if isinstance(report, dict) else {}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Compiles into the folder that is the only argument."""
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        sys.stderr.write("usage: build.py FOLDER\n")
+        return 2
+    try:
+        report = build(Path(arguments[0]))
+    except BuildError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    sys.stdout.write(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,98 @@
+// The C interface, the same for the host's library and the device's.
+//
+// Arrays lie where the library computes; only lists of pointers and sizes (`const void* const*`,
+// `const int64_t*`) are read by the host. `dtype` arguments are the codes of core/common.h. A
+// `stream` is a cudaStream_t, ignored by the host's library. Functions return 0, or the cudaError_t
+// of a launch; they wait for nothing.
+#pragma once
+
+#include <cstdint>
+
+#define LOWRANK_API extern "C" __attribute__((visibility("default")))
+
+// Which version of this interface the library has; changed with any signature.
+#define LOWRANK_ABI 1
+
+LOWRANK_API int lowrank_abi();
+// What an error code means.
+LOWRANK_API const char* lowrank_error(int code);
+// Threads of the host's library, at least 1; ignored by the device's.
+LOWRANK_API void lowrank_set_threads(int threads);
+// Devices that kernels can run on: 0 for the host's library and where there is no driver.
+LOWRANK_API int lowrank_devices();
+
+// Block-wise 8-bit quantisation. `table` and `map` belong to one of the two dynamic maps; `zero` is
+// the code of 0 in it.
+LOWRANK_API int lowrank_quantize_blockwise(const void* x, int dtype, std::uint8_t* codes,
+                                           float* absmax, std::int64_t numel, std::int64_t block,
+                                           const std::int32_t* table, int zero, void* stream);
+LOWRANK_API int lowrank_dequantize_blockwise(const std::uint8_t* codes, const float* absmax,
+                                             void* out, int dtype, std::int64_t numel,
+                                             std::int64_t block, const float* map, void* stream);
+
+// Affine quantisation in groups, one code a byte; stochastic where `stochastic` is not 0.
+LOWRANK_API int lowrank_quantize_groups(const void* x, int dtype, std::uint8_t* codes, void* scales,
+                                        void* zeros, int scale_dtype, std::int64_t numel,
+                                        std::int64_t group, int levels, int stochastic,
+                                        std::uint64_t seed, std::uint64_t first, void* stream);
+LOWRANK_API int lowrank_dequantize_groups(const std::uint8_t* codes, const void* scales,
+                                          const void* zeros, int scale_dtype, void* out, int dtype,
+                                          std::int64_t numel, std::int64_t group, void* stream);
+
+// Four-bit quantisation in groups of an even size, two codes a byte. `zeros` is null in the
+// symmetric formats.
+LOWRANK_API int lowrank_quantize_int4(const void* x, int dtype, std::uint8_t* codes, void* scales,
+                                      void* zeros, int scale_dtype, std::int64_t numel,
+                                      std::int64_t group, int format, float largest,
+                                      const float* values, void* stream);
+LOWRANK_API int lowrank_dequantize_int4(const std::uint8_t* codes, const void* scales,
+                                        const void* zeros, int scale_dtype, void* out, int dtype,
+                                        std::int64_t numel, std::int64_t group, int format,
+                                        const float* values, void* stream);
+
+// Signs from Philox: entry i is bit i % 128 of counter i / 128.
+LOWRANK_API int lowrank_rademacher(void* out, int dtype, std::int64_t numel, std::uint64_t key,
+                                   void* stream);
+// Rounds fp32 to bf16 stochastically.
+LOWRANK_API int lowrank_stochastic_bfloat16(const float* x, std::uint16_t* out, std::int64_t numel,
+                                            std::uint64_t seed, std::uint64_t first, void* stream);
+
+// Adam on `count` tensors of rows[i] x columns[i] entries: deltas = size * m / (sqrt(v) + eps).
+// With `axis` 0 (1), grad_norms[i] and delta_norms[i] receive the norms of the columns (rows) of
+// the gradient and of the delta; -1 for none. `device_sizes`, if not null, points to (eps, size)
+// where the library computes, and replaces the arguments of that name.
+LOWRANK_API int lowrank_adam(int count, const void* const* grads, void* const* exp_avgs,
+                             void* const* exp_avg_sqs, void* const* deltas,
+                             float* const* grad_norms, float* const* delta_norms,
+                             const std::int64_t* rows, const std::int64_t* columns, int axis,
+                             int grad_dtype, int state_dtype, int delta_dtype, double beta1,
+                             double beta2, float eps, float size, const float* device_sizes,
+                             void* stream);
+// The same with block-wise 8-bit moments in blocks of 256 entries. `tables` and `maps` hold those
+// of the signed map, then those of the unsigned one.
+LOWRANK_API int lowrank_adam_8bit(int count, const void* const* grads, void* const* exp_avgs,
+                                  float* const* exp_avg_absmax, void* const* exp_avg_sqs,
+                                  float* const* exp_avg_sq_absmax, void* const* deltas,
+                                  const std::int64_t* numels, int grad_dtype, int delta_dtype,
+                                  double beta1, double beta2, float eps, float size,
+                                  const float* device_sizes, const std::int32_t* tables,
+                                  const float* maps, void* stream);
+
+// weight = keep * weight - alpha * delta - factor * grad on contiguous rows. `delta` or `grad` may
+// be null. The factor of entry (i, j) is factors[i * row_stride + j * column_stride]. bf16 weights
+// are rounded stochastically where `stochastic` is not 0; `first` is the position of entry (0, 0).
+LOWRANK_API int lowrank_write_back(void* weight, int dtype, const void* delta, int delta_dtype,
+                                   const void* grad, int grad_dtype, const float* factors,
+                                   std::int64_t row_stride, std::int64_t column_stride,
+                                   std::int64_t rows, std::int64_t columns, float keep, float alpha,
+                                   int stochastic, std::uint64_t seed, std::uint64_t first,
+                                   void* stream);
+// The same on whole groups of an INT8 weight: groups that change get a new range and stochastic
+// codes.
+LOWRANK_API int lowrank_write_back_int8(std::uint8_t* codes, void* scales, void* zeros,
+                                        int scale_dtype, const void* delta, int delta_dtype,
+                                        const void* grad, int grad_dtype, const float* factors,
+                                        std::int64_t row_stride, std::int64_t column_stride,
+                                        std::int64_t rows, std::int64_t columns, std::int64_t group,
+                                        float keep, float alpha, std::uint64_t seed,
+                                        std::uint64_t first, void* stream);

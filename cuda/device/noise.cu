@@ -1,0 +1,61 @@
+// Random signs and stochastic rounding.
+#include "../core/api.h"
+#include "../core/noise.h"
+#include "warp.h"
+
+namespace lowrank {
+namespace {
+
+constexpr int kSigns = 128;                    // of one counter
+constexpr int kLanesASign = kSigns / kVector;  // 16 lanes share a counter
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    rademacher_kernel(T* out, std::int64_t numel, std::uint64_t key) {
+  const std::int64_t spans = ceil_divide(numel, kWarpSpan);
+  for (std::int64_t span = warp_index(); span < spans; span += warp_count()) {
+    const std::int64_t at = span * kWarpSpan + lane_index() * kVector;
+    const Words words = philox(key, static_cast<std::uint64_t>(at / kSigns));
+    const int first_bit = (lane_index() % kLanesASign) * kVector;
+    float signs[kVector];
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) signs[i] = sign_of_bit(words, first_bit + i);
+    store_floats(out + at, numel - at, signs);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    stochastic_kernel(const float* x, bfloat16* out, std::int64_t numel, std::uint64_t seed,
+                      std::uint64_t first) {
+  const std::int64_t spans = ceil_divide(numel, kWarpSpan);
+  for (std::int64_t span = warp_index(); span < spans; span += warp_count()) {
+    const std::int64_t at = span * kWarpSpan + lane_index() * kVector;
+    float values[kVector];
+    load_floats(x + at, numel - at, values);
+    Vector<bfloat16> result;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      result.entry[i] =
+          stochastic_bfloat16(values[i], seed, first + static_cast<std::uint64_t>(at + i));
+    }
+    store_vector(out + at, result, numel - at);
+  }
+}
+
+}  // namespace
+}  // namespace lowrank
+
+using namespace lowrank;
+
+int lowrank_rademacher(void* out, int dtype, std::int64_t numel, std::uint64_t key, void* stream) {
+  return dispatch(dtype, [&]<typename T>(T*) {
+    return launch(rademacher_kernel<T>, blocks_for(ceil_divide(numel, kWarpSpan)), kThreads, stream,
+                  static_cast<T*>(out), numel, key);
+  });
+}
+
+int lowrank_stochastic_bfloat16(const float* x, std::uint16_t* out, std::int64_t numel,
+                                std::uint64_t seed, std::uint64_t first, void* stream) {
+  return launch(stochastic_kernel, blocks_for(ceil_divide(numel, kWarpSpan)), kThreads, stream, x,
+                reinterpret_cast<bfloat16*>(out), numel, seed, first);
+}

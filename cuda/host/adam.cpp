@@ -1,0 +1,120 @@
+// Adam in a subspace on the host.
+#include "../core/adam.h"
+
+#include "../core/api.h"
+#include "../core/blockwise.h"
+#include "parallel.h"
+
+using namespace lowrank;
+
+namespace {
+
+AdamStep make_step(double beta1, double beta2, float eps, float size, const float* device_sizes) {
+  if (device_sizes != nullptr) {
+    eps = device_sizes[0];
+    size = device_sizes[1];
+  }
+  return {static_cast<float>(1.0 - beta1), static_cast<float>(beta2),
+          static_cast<float>(1.0 - beta2), eps, size};
+}
+
+template <typename G, typename S, typename D>
+void advance(const G* grad, S* exp_avg, S* exp_avg_sq, D* delta, std::int64_t begin,
+             std::int64_t end, const AdamStep& step) {
+  for (std::int64_t i = begin; i < end; ++i) {
+    float m = to_float(exp_avg[i]), v = to_float(exp_avg_sq[i]);
+    delta[i] = from_float<D>(adam_entry(to_float(grad[i]), m, v, step));
+    exp_avg[i] = from_float<S>(m);
+    exp_avg_sq[i] = from_float<S>(v);
+  }
+}
+
+// Norms of the columns (axis 0) or rows (axis 1), summed in fp64.
+template <typename T>
+void norms(const T* x, std::int64_t rows, std::int64_t columns, int axis, float* out) {
+  std::vector<double> squares(static_cast<std::size_t>(axis == 0 ? columns : 1));
+  for (std::int64_t i = 0; i < rows; ++i) {
+    if (axis == 1) squares[0] = 0.0;
+    for (std::int64_t j = 0; j < columns; ++j) {
+      const double value = to_float(x[i * columns + j]);
+      squares[static_cast<std::size_t>(axis == 0 ? j : 0)] += value * value;
+    }
+    if (axis == 1) out[i] = static_cast<float>(std::sqrt(squares[0]));
+  }
+  if (axis == 0) {
+    for (std::int64_t j = 0; j < columns; ++j) {
+      out[j] = static_cast<float>(std::sqrt(squares[static_cast<std::size_t>(j)]));
+    }
+  }
+}
+
+}  // namespace
+
+int lowrank_adam(int count, const void* const* grads, void* const* exp_avgs,
+                 void* const* exp_avg_sqs, void* const* deltas, float* const* grad_norms,
+                 float* const* delta_norms, const std::int64_t* rows, const std::int64_t* columns,
+                 int axis, int grad_dtype, int state_dtype, int delta_dtype, double beta1,
+                 double beta2, float eps, float size, const float* device_sizes, void*) {
+  const AdamStep step = make_step(beta1, beta2, eps, size, device_sizes);
+  return dispatch_adam(
+      grad_dtype, state_dtype, delta_dtype, [&]<typename G, typename S, typename D>(G*, S*, D*) {
+        for (int t = 0; t < count; ++t) {
+          const G* grad = static_cast<const G*>(grads[t]);
+          D* delta = static_cast<D*>(deltas[t]);
+          parallel_for(rows[t] * columns[t], 1, [&](std::int64_t begin, std::int64_t end) {
+            advance(grad, static_cast<S*>(exp_avgs[t]), static_cast<S*>(exp_avg_sqs[t]), delta,
+                    begin, end, step);
+          });
+          if (axis >= 0) {
+            norms(grad, rows[t], columns[t], axis, grad_norms[t]);
+            norms(delta, rows[t], columns[t], axis, delta_norms[t]);
+          }
+        }
+        return 0;
+      });
+}
+
+int lowrank_adam_8bit(int count, const void* const* grads, void* const* exp_avgs,
+                      float* const* exp_avg_absmax, void* const* exp_avg_sqs,
+                      float* const* exp_avg_sq_absmax, void* const* deltas,
+                      const std::int64_t* numels, int grad_dtype, int delta_dtype, double beta1,
+                      double beta2, float eps, float size, const float* device_sizes,
+                      const std::int32_t* tables, const float* maps, void*) {
+  constexpr std::int64_t kBlock = 256;
+  constexpr int kSignedZero = 127;
+  const AdamStep step = make_step(beta1, beta2, eps, size, device_sizes);
+  return dispatch_deltas(grad_dtype, delta_dtype, [&]<typename G, typename D>(G*, D*) {
+    for (int t = 0; t < count; ++t) {
+      const G* grad = static_cast<const G*>(grads[t]);
+      D* delta = static_cast<D*>(deltas[t]);
+      auto* m_codes = static_cast<std::uint8_t*>(exp_avgs[t]);
+      auto* v_codes = static_cast<std::uint8_t*>(exp_avg_sqs[t]);
+      const std::int64_t blocks = ceil_divide(numels[t], kBlock);
+      parallel_for(blocks, kBlock, [&](std::int64_t begin, std::int64_t end) {
+        float m[kBlock], v[kBlock];
+        for (std::int64_t b = begin; b < end; ++b) {
+          const std::int64_t start = b * kBlock;
+          const std::int64_t length = std::min(kBlock, numels[t] - start);
+          const float m_scale = exp_avg_absmax[t][b], v_scale = exp_avg_sq_absmax[t][b];
+          float m_largest = 0.0f, v_largest = 0.0f;
+          for (std::int64_t i = 0; i < length; ++i) {
+            m[i] = maps[m_codes[start + i]] * m_scale;
+            v[i] = maps[256 + v_codes[start + i]] * v_scale;
+            delta[start + i] =
+                from_float<D>(adam_entry(to_float(grad[start + i]), m[i], v[i], step));
+            m_largest = max_or_nan(std::fabs(m[i]), m_largest);
+            v_largest = max_or_nan(std::fabs(v[i]), v_largest);
+          }
+          exp_avg_absmax[t][b] = m_largest;
+          exp_avg_sq_absmax[t][b] = v_largest;
+          const float m_divisor = block_divisor(m_largest), v_divisor = block_divisor(v_largest);
+          for (std::int64_t i = 0; i < length; ++i) {
+            m_codes[start + i] = dynamic_code(m[i] / m_divisor, tables, kSignedZero);
+            v_codes[start + i] = dynamic_code(v[i] / v_divisor, tables + kEntries, 0);
+          }
+        }
+      });
+    }
+    return 0;
+  });
+}

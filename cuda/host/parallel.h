@@ -1,0 +1,51 @@
+// Loops over blocks of work on several threads. Threads of our own: a second OpenMP runtime beside
+// PyTorch's would spin against it.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "../core/common.h"
+
+namespace lowrank {
+
+int threads();
+
+// Calls body(begin, end) on parts of [0, count), each of which is worth a thread's start.
+template <typename Body>
+void parallel_for(std::int64_t count, std::int64_t entries_each, const Body& body) {
+  constexpr std::int64_t kWorthAThread = 1 << 17;  // entries
+  const std::int64_t worth = count * std::max<std::int64_t>(entries_each, 1) / kWorthAThread;
+  const std::int64_t parts = std::max<std::int64_t>(
+      1, std::min<std::int64_t>({worth, static_cast<std::int64_t>(threads()), count}));
+  std::vector<std::thread> others;
+  others.reserve(static_cast<std::size_t>(parts - 1));
+  const auto run = [&](std::int64_t part) {
+    body(count * part / parts, count * (part + 1) / parts);
+  };
+  for (std::int64_t part = 1; part < parts; ++part) {
+    try {
+      others.emplace_back(run, part);
+    } catch (const std::system_error&) {  // no thread to be had
+      run(part);
+    }
+  }
+  run(0);
+  for (std::thread& other : others) other.join();
+}
+
+// Calls f with a null pointer of the type that a code stands for.
+template <typename F>
+int dispatch(int dtype, const F& f) {
+  if (dtype == kFloat32) return f(static_cast<float*>(nullptr));
+  if (dtype == kBfloat16) return f(static_cast<bfloat16*>(nullptr));
+  if (dtype == kFloat16) return f(static_cast<float16*>(nullptr));
+  return 1;  // cudaErrorInvalidValue
+}
+
+inline std::int64_t ceil_divide(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace lowrank
