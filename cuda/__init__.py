@@ -1,5 +1,13 @@
-"""Kernels below the optimizers: block-wise 8-bit quantisation of their state."""
+"""Kernels below the optimizers: quantisation, sketches, fused updates and write-backs.
 
+Importing this package registers the operations `torch.ops.lowrank.*`.
+"""
+
+if __name__ == "cuda":
+    # From the repository's root this folder would be taken for NVIDIA's `cuda`, which torch tries.
+    raise ImportError("this folder is installed as lowrank.cuda")
+
+from . import ops as _ops  # noqa: F401 (registers the operations)
 from .blockwise import (
     DEFAULT_BLOCK,
     blockwise_bytes,
@@ -7,11 +15,18 @@ from .blockwise import (
     dynamic_map,
     quantize_blockwise,
 )
+from .library import kernels, set_kernels, status, using_kernels
+from .sketch import rademacher
 
 __all__ = [
     "DEFAULT_BLOCK",
     "blockwise_bytes",
     "dequantize_blockwise",
     "dynamic_map",
+    "kernels",
     "quantize_blockwise",
+    "rademacher",
+    "set_kernels",
+    "status",
+    "using_kernels",
 ]

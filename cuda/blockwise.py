@@ -20,6 +20,7 @@ from torch import Tensor
 
 DEFAULT_BLOCK = 256
 _DECADES = 7
+_FIRST_ENTRY, _LAST_ENTRY = 0x3300, 0x3F80
 # Elements worked on at once, which bounds the scratch (12 bytes each): small enough to stay in a
 # CPU's caches, long enough to hide the cost of dispatching ten operations.
 _CPU_CHUNK = 1 << 18
@@ -93,8 +94,8 @@ def quantize_blockwise(
         codes, absmax = out
         _check_buffer("out codes", codes, x.shape, torch.uint8, x.device)
         _check_buffer("out absmax", absmax, torch.Size((count,)), torch.float32, x.device)
-    with torch.no_grad():
-        _quantize_flat(x.detach().reshape(-1), signed, block, codes.view(-1), absmax)
+    flat = x.detach().reshape(-1)
+    torch.ops.lowrank.quantize_blockwise(flat, codes.view(-1), absmax, signed, block)
     return codes, absmax
 
 
@@ -131,14 +132,14 @@ def dequantize_blockwise(
     if not out.is_floating_point():
         raise ValueError(f"the result has dtype {out.dtype}; it must be a floating dtype")
     _check_buffer("out", out, codes.shape, out.dtype, codes.device)
-    with torch.no_grad():
-        _dequantize_flat(codes.reshape(-1), absmax, signed, block, out.view(-1))
+    torch.ops.lowrank.dequantize_blockwise(codes.reshape(-1), absmax, out.view(-1), signed, block)
     return out
 
 
-def _quantize_flat(
-    flat_n: Tensor, signed: bool, block: int, codes_n: Tensor, absmax_b: Tensor
+def quantize_flat(
+    flat_n: Tensor, codes_n: Tensor, absmax_b: Tensor, signed: bool, block: int
 ) -> None:
+    """The reference of `torch.ops.lowrank.quantize_blockwise`; see `quantize_blockwise`."""
     table = _lookup_table(signed, flat_n.device)
     longest = min(flat_n.numel(), _chunk_elements(flat_n.device, block))
     scratch = torch.empty(3, longest, dtype=torch.int32, device=flat_n.device)
@@ -167,9 +168,10 @@ def _quantize_flat(
         codes_n[start:stop].copy_(value.bitwise_right_shift_(16))
 
 
-def _dequantize_flat(
-    codes_n: Tensor, absmax_b: Tensor, signed: bool, block: int, out_n: Tensor
+def dequantize_flat(
+    codes_n: Tensor, absmax_b: Tensor, out_n: Tensor, signed: bool, block: int
 ) -> None:
+    """The reference of `torch.ops.lowrank.dequantize_blockwise`; see `dequantize_blockwise`."""
     values = _cached_map(signed, codes_n.device)
     longest = min(codes_n.numel(), _chunk_elements(codes_n.device, block))
     index_c = torch.empty(longest, dtype=torch.int32, device=codes_n.device)
@@ -212,6 +214,31 @@ def _cached_map(signed: bool, device: torch.device) -> Tensor:
         if signed:
             values += (-decade).tolist()
     return torch.tensor(sorted(values), dtype=torch.float32).to(device)
+
+
+@functools.lru_cache(maxsize=32)
+def rank_table(signed: bool, device: torch.device) -> Tensor:
+    """What the kernels look magnitudes up in, see core/blockwise.h: int32 (3201,), cached.
+
+    Entry i belongs to the fp32 magnitudes in (0, 1] whose upper 16 bits are 0x3300 + i.
+    """
+    positive = _cached_map(signed, torch.device("cpu"))
+    threshold = _midpoint_bits(positive[positive >= 0])
+    upper = torch.arange(_FIRST_ENTRY, _LAST_ENTRY + 1, dtype=torch.int64)
+    rank_low = torch.searchsorted(threshold, upper << 16)
+    rank_high = torch.searchsorted(threshold, (upper << 16) | 0xFFFF)
+    inside = threshold[rank_low.clamp(max=threshold.numel() - 1)] & 0xFFFF
+    carry = torch.where(rank_high > rank_low, 0xFFFF - inside, 0)
+    return ((rank_low << 16) + carry).to(device=device, dtype=torch.int32)
+
+
+@functools.lru_cache(maxsize=32)
+def both_tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The signed and the unsigned `rank_table`, and both maps, each in one cached tensor."""
+    return (
+        torch.cat([rank_table(signed, device) for signed in (True, False)]),
+        torch.cat([_cached_map(signed, device) for signed in (True, False)]),
+    )
 
 
 @functools.lru_cache(maxsize=32)

@@ -60,8 +60,10 @@ def find_nvcc() -> str | None:
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     folders = [str(Path(home) / "bin") for home in homes if home]
     found = (shutil.which("nvcc", path=folder) for folder in folders)
-    return next(filter(None, found), None) or shutil.which("nvcc") or shutil.which(
-        "nvcc", path="/usr/local/cuda/bin"
+    return (
+        next(filter(None, found), None)
+        or shutil.which("nvcc")
+        or shutil.which("nvcc", path="/usr/local/cuda/bin")
     )
 
 

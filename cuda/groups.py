@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .noise import uniform
+from .noise import signed_seed, uniform
 
 DEFAULT_GROUP = 256
 SMALLEST_RANGE = 1e-5
@@ -93,22 +93,10 @@ def quantize_groups(
             torch.empty(count, dtype=dtype or x.dtype, device=x.device),
         )
     codes, scales, zeros = out
-    with torch.no_grad():
-        flat, codes_n = x.detach().reshape(-1), codes.view(-1)
-        for start, stop, width in spans(flat.numel(), group_size, flat.device):
-            rows_gw = flat[start:stop].view(-1, width).to(_wide(x.dtype))
-            groups = slice(start // group_size, start // group_size + rows_gw.shape[0])
-            scale_g, zero_g = affine_parameters(rows_gw, levels, scales.dtype)
-            scales[groups].copy_(scale_g)
-            zeros[groups].copy_(zero_g)
-            codes_gw = rows_gw / scale_g.unsqueeze(1)
-            if seed is None:
-                codes_gw.round_()
-            else:
-                noise = uniform(stop - start, seed, first + start, flat.device)
-                codes_gw.add_(noise.view(codes_gw.shape)).floor_()
-            codes_gw.add_(zero_g.unsqueeze(1)).clamp_(0, levels)
-            codes_n[start:stop].copy_(codes_gw.view(-1))
+    flat = x.detach().reshape(-1)
+    torch.ops.lowrank.quantize_groups(
+        flat, codes.view(-1), scales, zeros, levels, group_size, signed_seed(seed), first
+    )
     return out
 
 
@@ -135,18 +123,50 @@ def dequantize_groups(
     """
     if out is None:
         out = torch.empty(codes.shape, dtype=dtype or scales.dtype, device=codes.device)
-    compute = torch.promote_types(scales.dtype, out.dtype)
-    with torch.no_grad():
-        codes_n, out_n = codes.reshape(-1), out.view(-1)
-        scale_g1, zero_g1 = (t.to(compute).unsqueeze(1) for t in (scales, zeros))
-        for start, stop, width in spans(codes_n.numel(), group_size, codes_n.device):
-            first = start // group_size
-            groups = slice(first, first + (stop - start) // width)
-            rows_gw = out_n[start:stop].view(-1, width)
-            # Codes and zeros are small integers, which every floating dtype here holds exactly.
-            centred_gw = torch.sub(codes_n[start:stop].view(-1, width), zero_g1[groups])
-            torch.mul(centred_gw, scale_g1[groups], out=rows_gw)
+    torch.ops.lowrank.dequantize_groups(codes.reshape(-1), scales, zeros, out.view(-1), group_size)
     return out
+
+
+def quantize_flat(
+    flat: Tensor,
+    codes_n: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    levels: int,
+    group_size: int,
+    seed: int | None,
+    first: int,
+) -> None:
+    """The reference of `torch.ops.lowrank.quantize_groups`; see `quantize_groups`."""
+    for start, stop, width in spans(flat.numel(), group_size, flat.device):
+        rows_gw = flat[start:stop].view(-1, width).to(_wide(flat.dtype))
+        groups = slice(start // group_size, start // group_size + rows_gw.shape[0])
+        scale_g, zero_g = affine_parameters(rows_gw, levels, scales.dtype)
+        scales[groups].copy_(scale_g)
+        zeros[groups].copy_(zero_g)
+        codes_gw = rows_gw / scale_g.unsqueeze(1)
+        if seed is None:
+            codes_gw.round_()
+        else:
+            noise = uniform(stop - start, seed, first + start, flat.device)
+            codes_gw.add_(noise.view(codes_gw.shape)).floor_()
+        codes_gw.add_(zero_g.unsqueeze(1)).clamp_(0, levels)
+        codes_n[start:stop].copy_(codes_gw.view(-1))
+
+
+def dequantize_flat(
+    codes_n: Tensor, scales: Tensor, zeros: Tensor, out_n: Tensor, group_size: int
+) -> None:
+    """The reference of `torch.ops.lowrank.dequantize_groups`; see `dequantize_groups`."""
+    compute = torch.promote_types(scales.dtype, out_n.dtype)
+    scale_g1, zero_g1 = (t.to(compute).unsqueeze(1) for t in (scales, zeros))
+    for start, stop, width in spans(codes_n.numel(), group_size, codes_n.device):
+        first = start // group_size
+        groups = slice(first, first + (stop - start) // width)
+        rows_gw = out_n[start:stop].view(-1, width)
+        # Codes and zeros are small integers, which every floating dtype here holds exactly.
+        centred_gw = torch.sub(codes_n[start:stop].view(-1, width), zero_g1[groups])
+        torch.mul(centred_gw, scale_g1[groups], out=rows_gw)
 
 
 def affine_parameters(rows_gw: Tensor, levels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -21,11 +21,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .groups import DEFAULT_GROUP, ceil_to, chunk_elements, group_count, quantize_groups, spans
+from .groups import DEFAULT_GROUP, ceil_to, chunk_elements, group_count, spans
+from .groups import quantize_flat as affine_flat
 
 FORMATS = ("asymmetric", "midrise", "nf4")
 MIDRISE_CLIP = 0.85
 _MIDDLE = 7.5
+MIDRISE_SHARE = MIDRISE_CLIP / _MIDDLE  # scale of the format, as a share of max|x|
 # QLoRA's offset: the tail probability of the outermost quantiles.
 _NF4_OFFSET = 0.9677083
 
@@ -73,8 +75,6 @@ def unpack(packed: Tensor, count: int, out: Tensor | None = None) -> Tensor:
         count: how many codes.
         out: uint8 (count,) to write to.
     """
-    if torch.compiler.is_compiling() and out is None:  # which refuses to write to strided views
-        return torch.stack((packed & 15, packed >> 4), 1).view(-1)[:count]
     if out is None:
         out = torch.empty(count, dtype=torch.uint8, device=packed.device)
     torch.bitwise_and(packed, 15, out=out[::2])
@@ -107,22 +107,9 @@ def quantize_int4(
         raise ValueError(f"x has dtype {x.dtype}; it must be a floating dtype")
     if out is None:
         out = empty_int4(x.numel(), format, group_size, dtype or x.dtype, x.device)
+    codes, scales, zeros = out
     flat = x.detach().reshape(-1)
-    step = chunk_elements(flat.device, 2 * group_size)
-    scratch = torch.empty(min(step, flat.numel()), dtype=torch.uint8, device=flat.device)
-    with torch.no_grad():
-        for start in range(0, flat.numel(), step):
-            chunk = flat[start : start + step]
-            codes = scratch[: chunk.numel()]
-            first = start // group_size
-            groups = slice(first, first + group_count(chunk.numel(), group_size))
-            if format == "asymmetric":
-                assert out.zeros is not None
-                parameters = out.scales[groups], out.zeros[groups]
-                quantize_groups(chunk, 15, group_size, out=(codes, *parameters))
-            else:
-                _quantize_symmetric(chunk, format, group_size, codes, out.scales[groups])
-            pack(codes, out.codes[start // 2 : (start + chunk.numel() + 1) // 2])
+    torch.ops.lowrank.quantize_int4(flat, codes, scales, zeros, format, group_size)
     return out
 
 
@@ -146,30 +133,66 @@ def dequantize_int4(
         A flat tensor of `numel` entries.
     """
     _check_format(format)
-    device = packed.codes.device
-    out = torch.empty(numel, dtype=dtype or packed.scales.dtype, device=device)
-    compute = torch.promote_types(packed.scales.dtype, out.dtype)
-    scale_g1 = packed.scales.to(compute).unsqueeze(1)
-    zero_g1 = None if packed.zeros is None else packed.zeros.to(compute).unsqueeze(1)
-    values = nf4_values(device).to(compute) if format == "nf4" else None
-    step = chunk_elements(device, 2 * group_size)
-    with torch.no_grad():
-        for start in range(0, numel, step):
-            size = min(step, numel - start)
-            codes = unpack(packed.codes[start // 2 : (start + size + 1) // 2], size)
-            for begin, end, width in spans(size, group_size, device):
-                first = (start + begin) // group_size
-                groups = slice(first, first + (end - begin) // width)
-                codes_gw = codes[begin:end].view(-1, width)
-                if values is not None:
-                    units_gw = values[codes_gw.int()]
-                elif zero_g1 is not None:
-                    units_gw = torch.sub(codes_gw, zero_g1[groups])
-                else:
-                    units_gw = codes_gw.to(compute).sub_(_MIDDLE)
-                rows_gw = out[start + begin : start + end].view(-1, width)
-                torch.mul(units_gw, scale_g1[groups], out=rows_gw)
+    out = torch.empty(numel, dtype=dtype or packed.scales.dtype, device=packed.codes.device)
+    torch.ops.lowrank.dequantize_int4(*packed, out, format, group_size)
     return out
+
+
+def quantize_flat(
+    flat: Tensor,
+    codes_n: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    format: str,
+    group_size: int,
+) -> None:
+    """The reference of `torch.ops.lowrank.quantize_int4`; see `quantize_int4`."""
+    step = chunk_elements(flat.device, 2 * group_size)
+    scratch = torch.empty(min(step, flat.numel()), dtype=torch.uint8, device=flat.device)
+    for start in range(0, flat.numel(), step):
+        chunk = flat[start : start + step]
+        codes = scratch[: chunk.numel()]
+        first = start // group_size
+        groups = slice(first, first + group_count(chunk.numel(), group_size))
+        if zeros is None:
+            _quantize_symmetric(chunk, format, group_size, codes, scales[groups])
+        else:
+            affine_flat(chunk, codes, scales[groups], zeros[groups], 15, group_size, None, 0)
+        pack(codes, out=codes_n[start // 2 : (start + chunk.numel() + 1) // 2])
+
+
+def dequantize_flat(
+    codes_n: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    out_n: Tensor,
+    format: str,
+    group_size: int,
+) -> None:
+    """The reference of `torch.ops.lowrank.dequantize_int4`; see `dequantize_int4`."""
+    device, numel = codes_n.device, out_n.numel()
+    compute = torch.promote_types(scales.dtype, out_n.dtype)
+    scale_g1 = scales.to(compute).unsqueeze(1)
+    zero_g1 = None if zeros is None else zeros.to(compute).unsqueeze(1)
+    # Both products are made in fp32 at least and rounded once.
+    wide = torch.promote_types(compute, torch.float32)
+    values = nf4_values(device).to(wide) if format == "nf4" else None
+    step = chunk_elements(device, 2 * group_size)
+    for start in range(0, numel, step):
+        size = min(step, numel - start)
+        codes = unpack(codes_n[start // 2 : (start + size + 1) // 2], size)
+        for begin, end, width in spans(size, group_size, device):
+            first = (start + begin) // group_size
+            groups = slice(first, first + (end - begin) // width)
+            codes_gw = codes[begin:end].view(-1, width)
+            if values is not None:
+                units_gw = values[codes_gw.int()]
+            elif zero_g1 is not None:
+                units_gw = torch.sub(codes_gw, zero_g1[groups])
+            else:
+                units_gw = codes_gw.to(compute).sub_(_MIDDLE)
+            rows_gw = out_n[start + begin : start + end].view(-1, width)
+            torch.mul(units_gw, scale_g1[groups], out=rows_gw)
 
 
 def empty_int4(
@@ -209,7 +232,7 @@ def _quantize_symmetric(
     for start, stop, width in spans(flat.numel(), group_size, flat.device):
         rows_gw = flat[start:stop].view(-1, width).float()
         absmax_g = rows_gw.abs().amax(1)
-        largest_g = absmax_g if format == "nf4" else absmax_g * (MIDRISE_CLIP / _MIDDLE)
+        largest_g = absmax_g if format == "nf4" else absmax_g * MIDRISE_SHARE
         scale_g = ceil_to(largest_g, scales.dtype)
         groups = slice(start // group_size, start // group_size + rows_gw.shape[0])
         scales[groups].copy_(scale_g)

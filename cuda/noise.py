@@ -8,6 +8,8 @@ of MurmurHash's family); its key enters before each.
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -75,9 +77,35 @@ def stochastic_bfloat16(x: Tensor, seed: int, first: int = 0) -> Tensor:
     Returns:
         A bf16 tensor of the shape of `x`; numbers that bf16 holds exactly, infinities and NaN stay.
     """
+    out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
+    seed = signed_seed(seed)
+    torch.ops.lowrank.stochastic_bfloat16(
+        x.detach().contiguous().view(-1), out.view(-1), seed, first
+    )
+    return out
+
+
+def stochastic_flat(x: Tensor, out: Tensor, seed: int, first: int) -> None:
+    """The reference of `torch.ops.lowrank.stochastic_bfloat16`; see `stochastic_bfloat16`."""
     noise = random_bits(x.numel(), seed, first, x.device).bitwise_and_(0xFFFF).view(x.shape)
     raised = noise.add_(x.contiguous().view(torch.int32)).bitwise_and_(-0x10000)
-    return torch.where(x.isfinite(), raised.view(torch.float32), x).to(torch.bfloat16)
+    out.copy_(torch.where(x.isfinite(), raised.view(torch.float32), x))
+
+
+@overload
+def signed_seed(seed: int) -> int: ...
+
+
+@overload
+def signed_seed(seed: None) -> None: ...
+
+
+def signed_seed(seed: int | None) -> int | None:
+    """The int64 with the lowest 64 bits of a seed, as operations take it; None stays."""
+    if seed is None:
+        return None
+    seed &= _MASK64
+    return seed - (1 << 64) if seed >> 63 else seed
 
 
 def _fold(x: Tensor, scratch: Tensor, bits: int) -> None:

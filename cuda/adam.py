@@ -1,0 +1,120 @@
+"""Adam on lists of projected gradients, in plain torch.
+
+    M <- b1 M + (1 - b1) G,    V <- b2 V + (1 - b2) G o G,    delta = size M / (sqrt(V) + eps)
+
+`size` and `eps` hold the bias corrections; what else a rule does is the caller's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .blockwise import dequantize_flat, quantize_flat
+
+Number = float | Tensor
+
+BLOCK = 256  # entries that share a scale of 8-bit moments
+
+
+def adam_step(
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    beta1: float,
+    beta2: float,
+    eps: Number,
+    size: Number,
+) -> list[Tensor]:
+    """Advances the moments in place; returns size * M / (sqrt(V) + eps) for each gradient.
+
+    Low-precision moments are advanced in fp32 and rounded once.
+    """
+    half = torch.bfloat16, torch.float16
+    narrow = exp_avgs[0].dtype in half
+    if grads[0].dtype in half:
+        grads = [grad.float() for grad in grads]
+    m = [t.float() for t in exp_avgs] if narrow else exp_avgs
+    v = [t.float() for t in exp_avg_sqs] if narrow else exp_avg_sqs
+    torch._foreach_lerp_(m, grads, 1 - beta1)
+    torch._foreach_mul_(v, beta2)
+    torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
+    denominators = torch._foreach_sqrt(v)
+    torch._foreach_add_(denominators, eps)
+    deltas = torch._foreach_div(m, denominators)
+    torch._foreach_mul_(deltas, size)
+    if narrow:
+        torch._foreach_copy_(exp_avgs, m)
+        torch._foreach_copy_(exp_avg_sqs, v)
+    return list(deltas)
+
+
+def adam(
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    deltas: list[Tensor],
+    grad_norms: list[Tensor],
+    delta_norms: list[Tensor],
+    axis: int,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    size: float,
+    sizes: Tensor | None,
+) -> None:
+    """The reference of `torch.ops.lowrank.adam`.
+
+    Args:
+        grads: gradients of one precision, of any shapes.
+        exp_avgs: M, advanced in place.
+        exp_avg_sqs: V, advanced in place.
+        deltas: what is written, of the gradients' shapes.
+        grad_norms: with `axis` 0 (1), fp32 norms of the columns (rows) of each matrix, written.
+        delta_norms: the same of the deltas.
+        axis: -1 for no norms.
+        beta1: b1.
+        beta2: b2.
+        eps: added to sqrt(V).
+        size: factor of the delta.
+        sizes: fp32 (2,), which replaces (eps, size) without being read by the host.
+    """
+    if sizes is not None:
+        made = adam_step(grads, exp_avgs, exp_avg_sqs, beta1, beta2, sizes[0], sizes[1])
+    else:
+        made = adam_step(grads, exp_avgs, exp_avg_sqs, beta1, beta2, eps, size)
+    torch._foreach_copy_(deltas, made)
+    if axis >= 0:
+        for tensors, norms in ((grads, grad_norms), (made, delta_norms)):
+            for tensor, norm in zip(tensors, norms, strict=True):
+                torch.linalg.vector_norm(tensor.float(), dim=axis, out=norm)
+
+
+def adam_8bit(
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_absmax: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    exp_avg_sq_absmax: list[Tensor],
+    deltas: list[Tensor],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    size: float,
+    sizes: Tensor | None,
+) -> None:
+    """The reference of `torch.ops.lowrank.adam_8bit`: `adam` on moments in blocks of 256 codes."""
+    for i, (grad, delta) in enumerate(zip(grads, deltas, strict=True)):
+        stored = (
+            (exp_avgs[i], exp_avg_absmax[i], True),
+            (exp_avg_sqs[i], exp_avg_sq_absmax[i], False),
+        )
+        moments: list[Tensor] = []
+        for codes, absmax, signed in stored:
+            dense = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+            dequantize_flat(codes.view(-1), absmax, dense.view(-1), signed, BLOCK)
+            moments.append(dense)
+        m, v = moments
+        adam([grad], [m], [v], [delta], [], [], -1, beta1, beta2, eps, size, sizes)
+        for moment, (codes, absmax, signed) in zip(moments, stored, strict=True):
+            quantize_flat(moment.view(-1), codes.view(-1), absmax, signed, BLOCK)

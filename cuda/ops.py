@@ -1,0 +1,108 @@
+"""The operations `torch.ops.lowrank.*`: schemas, checks, fakes and dispatch.
+
+Every operation writes into tensors that it is given and returns nothing. Each has a reference in
+plain torch for every device, and on CPUs and GPUs a compiled implementation, which leaves what it
+does not know (other types, strides, a missing library, `set_kernels("torch")`) to the reference.
+What the arguments mean is said at the references.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import adam, blockwise, groups, int4, native, noise, sketch, write_back
+
+_LIBRARY: Any = torch.library.Library("lowrank", "DEF")  # type: ignore[no-untyped-call]
+
+_UPDATE = "Tensor? delta, Tensor? grad, Tensor? factors"
+_SIZES = "float beta1, float beta2, float eps, float size, Tensor? sizes"
+
+Implementation = Callable[..., Any]
+
+#: Name, arguments, reference and compiled implementation of each operation.
+OPERATIONS: dict[str, tuple[str, Implementation, Implementation]] = {
+    "quantize_blockwise": (
+        "Tensor x, Tensor(a!) codes, Tensor(b!) absmax, bool signed, int block",
+        blockwise.quantize_flat,
+        native.quantize_blockwise,
+    ),
+    "dequantize_blockwise": (
+        "Tensor codes, Tensor absmax, Tensor(a!) out, bool signed, int block",
+        blockwise.dequantize_flat,
+        native.dequantize_blockwise,
+    ),
+    "quantize_groups": (
+        "Tensor x, Tensor(a!) codes, Tensor(b!) scales, Tensor(c!) zeros, int levels, "
+        "int group_size, int? seed, int first",
+        groups.quantize_flat,
+        native.quantize_groups,
+    ),
+    "dequantize_groups": (
+        "Tensor codes, Tensor scales, Tensor zeros, Tensor(a!) out, int group_size",
+        groups.dequantize_flat,
+        native.dequantize_groups,
+    ),
+    "quantize_int4": (
+        "Tensor x, Tensor(a!) codes, Tensor(b!) scales, Tensor(c!)? zeros, str format, "
+        "int group_size",
+        int4.quantize_flat,
+        native.quantize_int4,
+    ),
+    "dequantize_int4": (
+        "Tensor codes, Tensor scales, Tensor? zeros, Tensor(a!) out, str format, int group_size",
+        int4.dequantize_flat,
+        native.dequantize_int4,
+    ),
+    "rademacher": ("Tensor(a!) out, int seed", sketch.fill_flat, native.rademacher),
+    "stochastic_bfloat16": (
+        "Tensor x, Tensor(a!) out, int seed, int first",
+        noise.stochastic_flat,
+        native.stochastic_bfloat16,
+    ),
+    "adam": (
+        "Tensor[] grads, Tensor(a!)[] exp_avgs, Tensor(b!)[] exp_avg_sqs, Tensor(c!)[] deltas, "
+        f"Tensor(d!)[] grad_norms, Tensor(e!)[] delta_norms, int axis, {_SIZES}",
+        adam.adam,
+        native.adam,
+    ),
+    "adam_8bit": (
+        "Tensor[] grads, Tensor(a!)[] exp_avgs, Tensor(b!)[] exp_avg_absmax, "
+        "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] exp_avg_sq_absmax, Tensor(e!)[] deltas, " + _SIZES,
+        adam.adam_8bit,
+        native.adam_8bit,
+    ),
+    "write_back": (
+        f"Tensor(a!) weight, {_UPDATE}, float keep, float alpha, int? seed, int first",
+        write_back.write_back,
+        native.write_back,
+    ),
+    "write_back_int8": (
+        f"Tensor(a!) codes, Tensor(b!) scales, Tensor(c!) zeros, {_UPDATE}, int group_size, "
+        "float keep, float alpha, int seed, int first",
+        write_back.write_back_int8,
+        native.write_back_int8,
+    ),
+}
+
+
+def _dispatched(reference: Implementation, compiled: Implementation) -> Implementation:
+    def run(*arguments: Any) -> None:
+        if not compiled(*arguments):
+            reference(*arguments)
+
+    return run
+
+
+def _nothing(*arguments: Any) -> None:
+    """The fake of every operation: nothing is returned, and shapes stay."""
+
+
+for _name, (_arguments, _reference, _compiled) in OPERATIONS.items():
+    _LIBRARY.define(f"{_name}({_arguments}) -> ()")
+    _LIBRARY.impl(_name, _reference, "CompositeExplicitAutograd")
+    for _key in ("CPU", "CUDA"):
+        _LIBRARY.impl(_name, _dispatched(_reference, _compiled), _key)
+    torch.library.register_fake(f"lowrank::{_name}", _nothing, lib=_LIBRARY)

@@ -1,0 +1,146 @@
+"""Writing an update into a weight in one pass, in plain torch.
+
+    W <- keep W - alpha D - f o G
+
+D is an update in the weight's shape, G a gradient and f its factors by row, by column or neither.
+A bf16 weight may be rounded stochastically; groups of an INT8 weight that change get a new range
+and stochastic codes. The noise of an entry depends on the seed and its position alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .groups import chunk_elements, dequantize_flat, quantize_flat, spans
+from .noise import stochastic_flat
+
+
+def write_back(
+    weight: Tensor,
+    delta: Tensor | None,
+    grad: Tensor | None,
+    factors: Tensor | None,
+    keep: float,
+    alpha: float,
+    seed: int | None,
+    first: int,
+) -> None:
+    """The reference of `torch.ops.lowrank.write_back`.
+
+    Args:
+        weight: k x n, contiguous; changed in place.
+        delta: D, k x n, or None.
+        grad: G, k x n, or None.
+        factors: f, fp32 of shape (1 or k, 1 or n); given exactly with `grad`.
+        keep: 1 less the weight decay.
+        alpha: step size of D.
+        seed: rounds a bf16 weight stochastically when given.
+        first: position of the first entry, for the noise.
+    """
+    rows, columns = weight.shape
+    step = chunk_elements(weight.device, max(1, columns)) // max(1, columns)
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    for start in range(0, rows, step):
+        span = slice(start, start + step)
+        chunk = weight[span].to(wide)
+        if chunk.dtype == weight.dtype:
+            chunk = chunk.clone()
+        _apply(chunk, delta, grad, factors, keep, alpha, span)
+        if seed is not None and weight.dtype == torch.bfloat16:
+            stochastic_flat(chunk, weight[span], seed, first + start * columns)
+        else:
+            weight[span].copy_(chunk)
+
+
+def write_back_int8(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    delta: Tensor | None,
+    grad: Tensor | None,
+    factors: Tensor | None,
+    group_size: int,
+    keep: float,
+    alpha: float,
+    seed: int,
+    first: int,
+) -> None:
+    """The reference of `torch.ops.lowrank.write_back_int8`.
+
+    Args:
+        codes: uint8, k x n, contiguous; changed in place like scales and zeros. It begins with a
+            group; the last one may be shorter.
+        scales: one a group.
+        zeros: one a group.
+        delta: as in `write_back`.
+        grad: as in `write_back`.
+        factors: as in `write_back`.
+        group_size: entries that share a scale.
+        keep: as in `write_back`.
+        alpha: as in `write_back`.
+        seed: of the rounding.
+        first: position of the first entry, for the noise.
+    """
+    wide = torch.float64 if scales.dtype == torch.float64 else torch.float32
+    old = torch.empty(codes.shape, dtype=wide, device=codes.device)
+    dequantize_flat(codes.view(-1), scales, zeros, old.view(-1), group_size)
+    new = old.clone()
+    _apply(new, delta, grad, factors, keep, alpha, slice(None))
+    store_changed(
+        new.view(-1), old.view(-1), codes.view(-1), scales, zeros, group_size, seed, first
+    )
+
+
+def store_changed(
+    new: Tensor,
+    old: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    group_size: int,
+    seed: int | None,
+    first: int,
+) -> None:
+    """Requantises the groups in which `new` differs from `old`, each with its own new range.
+
+    Args:
+        new: flat entries.
+        old: the entries that codes, scales and zeros stand for.
+        codes: flat, changed in place like scales and zeros.
+        scales: one a group.
+        zeros: one a group.
+        group_size: entries that share a scale.
+        seed: rounds stochastically when given.
+        first: position of the first entry, for the noise.
+    """
+    fresh = torch.empty_like(codes), torch.empty_like(scales), torch.empty_like(zeros)
+    quantize_flat(new, *fresh, 255, group_size, seed, first)
+    for start, stop, width in spans(new.numel(), group_size, new.device):
+        begin = start // group_size
+        span = slice(begin, begin + (stop - start) // width)
+        changed = (new[start:stop] != old[start:stop]).view(-1, width).any(1)
+        for target, value in ((scales, fresh[1]), (zeros, fresh[2])):
+            target[span].copy_(torch.where(changed, value[span], target[span]))
+        codes_gw = codes[start:stop].view(-1, width)
+        fresh_gw = fresh[0][start:stop].view(-1, width)
+        codes_gw.copy_(torch.where(changed.unsqueeze(1), fresh_gw, codes_gw))
+
+
+def _apply(
+    wide_kn: Tensor,
+    delta: Tensor | None,
+    grad: Tensor | None,
+    factors: Tensor | None,
+    keep: float,
+    alpha: float,
+    span: slice,
+) -> None:
+    """In place on some rows: W <- keep W - alpha D - f o G."""
+    if keep != 1.0:
+        wide_kn.mul_(keep)
+    if delta is not None:
+        wide_kn.sub_(delta[span].to(wide_kn.dtype) * alpha)
+    if grad is not None and factors is not None:
+        own = factors[span] if factors.shape[0] > 1 else factors
+        wide_kn.sub_(grad[span].to(wide_kn.dtype) * own.to(wide_kn.dtype))
