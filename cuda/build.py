@@ -106,9 +106,24 @@ def run(command: Sequence[str]) -> str:
 
 
 def compile_library(
-    compiler: str, flags: Sequence[str], sources: Sequence[Path], target: Path
+    compiler: str,
+    flags: Sequence[str],
+    sources: Sequence[Path],
+    target: Path,
+    link: Sequence[str] | None = None,
 ) -> None:
-    """Compiles each source, several at a time, and links them; `target` appears whole or not."""
+    """Compiles each source, several at a time, and links them; `target` appears whole or not.
+
+    Args:
+        compiler: program.
+        flags: of the compilation.
+        sources: with different names.
+        target: the shared library.
+        link: flags of the linking, those of the compilation by default.
+
+    Raises:
+        BuildError: the compiler failed.
+    """
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
 
@@ -118,7 +133,7 @@ def compile_library(
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             list(pool.map(one, sources, objects))
         made = str(Path(folder) / target.name)
-        run([compiler, *flags, "-shared", *objects, "-o", made])
+        run([compiler, *(flags if link is None else link), "-shared", *objects, "-o", made])
         os.replace(made, target)
 
 

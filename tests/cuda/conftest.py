@@ -1,0 +1,72 @@
+"""Native libraries for the tests: the host's, and the device's kernels in a simulator.
+
+With `LOWRANK_TEST_SANITIZE=1` both are compiled with AddressSanitizer and UBSan.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lowrank.cuda import build, library
+from lowrank.cuda.library import Library
+
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1")
+STRICT = ("-Wall", "-Wextra", "-Werror")
+HERE = Path(__file__).resolve().parent
+
+
+def compile_host(target: Path, *flags: str) -> None:
+    """The host's library with further flags."""
+    compiler = build.find_compiler()
+    assert compiler is not None
+    sources = sorted((build.SOURCES / "host").glob("*.cpp"))
+    build.compile_library(compiler, [*build.HOST_FLAGS, *STRICT, *flags], sources, target)
+
+
+def compile_simulated(target: Path, *flags: str, others: tuple[Path, ...] = ()) -> None:
+    """The device's kernels as host code, each CUDA thread a thread of the operating system."""
+    compiler = build.find_compiler()
+    assert compiler is not None
+    kernels = sorted((build.SOURCES / "device").glob("*.cu"))
+    sources = [*(path for path in kernels if path.stem != "library"), *others]
+    simulated = ["-DLOWRANK_SIMULATOR", f"-I{HERE}", "-fno-strict-aliasing", "-x", "c++"]
+    options = [*build.HOST_FLAGS, "-Wall", "-Wno-unknown-pragmas", *simulated, *flags]
+    build.compile_library(compiler, options, sources, target, link=[*build.HOST_FLAGS, *flags])
+
+
+@pytest.fixture(scope="session")
+def native_libraries(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Library]:
+    """Compiles "host" and "simulated" when they are first asked for."""
+    if build.find_compiler() is None:
+        pytest.skip("there is no C++ compiler")
+    folder = tmp_path_factory.mktemp("native")
+    flags = SANITIZE if os.environ.get("LOWRANK_TEST_SANITIZE") == "1" else ()
+    made: dict[str, Library] = {}
+
+    def get(name: str) -> Library:
+        if name not in made:
+            target = folder / f"lib{name}.so"
+            if name == "host":
+                compile_host(target, *flags)
+            else:
+                compile_simulated(target, *flags, others=(build.SOURCES / "host/library.cpp",))
+            made[name] = Library(target, "cpu")
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(params=["host", pytest.param("simulated", marks=pytest.mark.slow)])
+def native(
+    request: pytest.FixtureRequest,
+    native_libraries: Callable[[str], Library],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[str]:
+    """Makes operations on CPU tensors run on one of the libraries; gives its name."""
+    chosen = native_libraries(request.param)
+    state = library.Status("host", chosen, "of the tests")
+    monkeypatch.setattr(library, "status", lambda name: state)
+    with library.using_kernels("native"):
+        yield request.param

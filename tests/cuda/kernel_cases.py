@@ -1,0 +1,316 @@
+"""What compiled kernels must equal: random inputs for each operation, beside its reference.
+
+A case draws sizes and types, computes with both, and compares. Outputs are poisoned before, and the
+entries around them are checked afterwards, so that nothing is left out or written beyond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lowrank.cuda import ops
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MARGIN = 64  # entries around an output that must stay
+
+
+@dataclass
+class Draw:
+    """Random choices, and the tensors that go with them.
+
+    Attributes:
+        draw: of hypothesis.
+        device: where kernels compute.
+    """
+
+    draw: Callable[[st.SearchStrategy[Any]], Any]
+    device: torch.device
+
+    def integer(self, low: int, high: int) -> int:
+        """In [low, high]."""
+        return int(self.draw(st.integers(low, high)))
+
+    def one(self, *values: Any) -> Any:
+        """One of them."""
+        return self.draw(st.sampled_from(values))
+
+    def seed(self) -> int:
+        """64 signed bits."""
+        return int(self.draw(st.integers(-(1 << 63), (1 << 63) - 1)))
+
+    def tensor(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Normal entries of a random size, some of them zero."""
+        generator = torch.Generator().manual_seed(self.integer(0, 1 << 30))
+        x = torch.randn(shape, generator=generator) * 10.0 ** self.integer(-4, 2)
+        x[torch.rand(shape, generator=generator) < 0.05] = 0.0
+        return x.to(self.device, dtype)
+
+    def integers(self, *shape: int, high: int) -> Tensor:
+        """uint8 below `high`."""
+        generator = torch.Generator().manual_seed(self.integer(0, 1 << 30))
+        return torch.randint(high, shape, generator=generator, dtype=torch.uint8).to(self.device)
+
+
+class Output:
+    """A poisoned tensor inside a larger one."""
+
+    def __init__(self, like: Tensor, offset: int) -> None:
+        """Of the shape, type and device of `like`, `offset` entries after an aligned address."""
+        self.start, self.count = MARGIN + offset, like.numel()
+        poison = 0x5A if like.dtype == torch.uint8 else float("nan")
+        self.whole = torch.full(
+            (self.count + self.start + MARGIN,), poison, dtype=like.dtype, device=like.device
+        )
+        self.inside = self.whole[self.start : self.start + self.count].view(like.shape)
+
+    def check_margins(self) -> None:
+        """Raises unless the entries around it are as they were."""
+        for margin in (self.whole[: self.start], self.whole[self.start + self.count :]):
+            clean = margin == 0x5A if margin.dtype == torch.uint8 else margin.isnan()
+            assert bool(clean.all())
+
+
+def run(
+    d: Draw, name: str, arguments: list[Any], written: list[int], keeps: bool = False
+) -> list[tuple[Tensor, Tensor]]:
+    """Calls an operation and its reference; returns (compiled, reference) of what was written.
+
+    Args:
+        d: draws how outputs are aligned.
+        name: of the operation.
+        arguments: its arguments; tensors at `written` give shapes and types of outputs.
+        written: positions of output tensors or lists of them.
+        keeps: outputs are inputs as well.
+    """
+    offset = d.integer(0, 3)
+    outputs: list[Output] = []
+
+    def place(tensor: Tensor) -> Tensor:
+        output = Output(tensor, offset)
+        if keeps:
+            output.inside.copy_(tensor)
+        outputs.append(output)
+        return output.inside
+
+    compiled, reference = list(arguments), list(arguments)
+    for at in written:
+        value = arguments[at]
+        if isinstance(value, list):
+            compiled[at] = [place(t) for t in value]
+            reference[at] = [t.clone() for t in value]
+        elif value is not None:
+            compiled[at], reference[at] = place(value), value.clone()
+    _, plain, kernel = ops.OPERATIONS[name]
+    assert kernel(*compiled), f"{name} was left to the reference"
+    plain(*reference)
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for at in written:
+        if isinstance(compiled[at], list):
+            pairs += zip(compiled[at], reference[at], strict=True)
+        elif compiled[at] is not None:
+            pairs.append((compiled[at], reference[at]))
+    for output in outputs:
+        output.check_margins()
+    return pairs
+
+
+def exactly(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """All entries are equal."""
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+def blockwise_quantize(d: Draw) -> None:
+    """Codes and scales are the same to the bit."""
+    count, block = d.integer(1, 9000), d.one(31, 64, 256, 300, 4096)
+    x = d.tensor(count, dtype=d.one(*DTYPES))
+    codes = torch.empty(count, dtype=torch.uint8, device=d.device)
+    absmax = torch.empty(-(-count // block), device=d.device)
+    exactly(run(d, "quantize_blockwise", [x, codes, absmax, d.one(True, False), block], [1, 2]))
+
+
+def blockwise_dequantize(d: Draw) -> None:
+    """Entries are the same to the bit."""
+    count, block = d.integer(1, 9000), d.one(31, 64, 256, 300)
+    codes = d.integers(count, high=256)
+    absmax = d.tensor(-(-count // block)).abs()
+    out = torch.empty(count, dtype=d.one(*DTYPES), device=d.device)
+    exactly(run(d, "dequantize_blockwise", [codes, absmax, out, d.one(True, False), block], [2]))
+
+
+def groups_quantize(d: Draw) -> None:
+    """Codes, scales and zero points are the same to the bit, noise included."""
+    count, group = d.integer(1, 9000), d.one(31, 64, 256, 300)
+    kind = d.one(*DTYPES)
+    x = d.tensor(count, dtype=kind)
+    codes = torch.empty(count, dtype=torch.uint8, device=d.device)
+    scales = torch.empty(-(-count // group), dtype=d.one(torch.float32, kind), device=d.device)
+    seed = d.one(None, d.seed())
+    arguments = [x, codes, scales, scales, d.one(15, 255), group, seed, d.integer(0, 1 << 40)]
+    exactly(run(d, "quantize_groups", arguments, [1, 2, 3]))
+
+
+def groups_dequantize(d: Draw) -> None:
+    """Entries are the same to the bit."""
+    count, group = d.integer(1, 9000), d.one(31, 64, 256, 300)
+    kind = d.one(*DTYPES)
+    scales = d.tensor(-(-count // group), dtype=kind).abs()
+    zeros = d.integers(len(scales), high=256).to(kind)
+    out = torch.empty(count, dtype=d.one(torch.float32, kind), device=d.device)
+    arguments = [d.integers(count, high=256), scales, zeros, out, group]
+    exactly(run(d, "dequantize_groups", arguments, [3]))
+
+
+def int4_quantize(d: Draw) -> None:
+    """Packed codes and parameters are the same to the bit in all formats."""
+    count, group = d.integer(1, 9000), d.one(30, 64, 128, 256, 300)
+    kind, format = d.one(*DTYPES), d.one("asymmetric", "midrise", "nf4")
+    x = d.tensor(count, dtype=kind)
+    codes = torch.empty(-(-count // 2), dtype=torch.uint8, device=d.device)
+    scales = torch.empty(-(-count // group), dtype=d.one(torch.float32, kind), device=d.device)
+    zeros = scales if format == "asymmetric" else None
+    exactly(run(d, "quantize_int4", [x, codes, scales, zeros, format, group], [1, 2, 3]))
+
+
+def int4_dequantize(d: Draw) -> None:
+    """Entries are the same to the bit in all formats."""
+    count, group = d.integer(1, 9000), d.one(30, 64, 128, 256, 300)
+    kind, format = d.one(*DTYPES), d.one("asymmetric", "midrise", "nf4")
+    codes = d.integers(-(-count // 2), high=256)
+    scales = d.tensor(-(-count // group), dtype=kind).abs()
+    zeros = d.integers(len(scales), high=16).to(kind) if format == "asymmetric" else None
+    out = torch.empty(count, dtype=d.one(torch.float32, kind), device=d.device)
+    exactly(run(d, "dequantize_int4", [codes, scales, zeros, out, format, group], [3]))
+
+
+def rademacher(d: Draw) -> None:
+    """The same signs."""
+    out = torch.empty(d.integer(1, 9000), dtype=d.one(*DTYPES), device=d.device)
+    exactly(run(d, "rademacher", [out, d.seed()], [0]))
+
+
+def stochastic_bfloat16(d: Draw) -> None:
+    """The same bits, infinities and NaN included."""
+    x = d.tensor(d.integer(4, 9000))
+    x[0], x[1], x[2] = float("inf"), float("nan"), -float("inf")
+    out = torch.empty(len(x), dtype=torch.bfloat16, device=d.device)
+    arguments = [x, out, d.seed(), d.integer(0, 1 << 40)]
+    exactly(run(d, "stochastic_bfloat16", arguments, [1]))
+
+
+def _close(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """To a few units in the last place: the reference's order of operations is torch's."""
+    for ours, theirs in pairs:
+        tolerance = 2e-2 if ours.dtype == torch.bfloat16 else 2e-6
+        scale = float(theirs.abs().max()) if theirs.numel() else 0.0
+        torch.testing.assert_close(
+            ours.float(), theirs.float(), rtol=tolerance, atol=1e-7 * scale + 1e-30
+        )
+
+
+def _adam_types(d: Draw) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+    single, half = torch.float32, torch.bfloat16
+    chosen: tuple[torch.dtype, torch.dtype, torch.dtype] = d.one(
+        (single, single, single),
+        (half, single, single),
+        (half, single, half),
+        (half, half, single),
+        (half, half, half),
+    )
+    return chosen
+
+
+def adam(d: Draw) -> None:
+    """Moments, deltas and norms are close, for lists that need several launches."""
+    grad_type, state_type, delta_type = _adam_types(d)
+    shapes = [(d.integer(1, 70), d.integer(1, 150)) for _ in range(d.one(1, 2, 30))]
+    axis = d.one(-1, 0, 1)
+    grads = [d.tensor(*shape, dtype=grad_type) for shape in shapes]
+    m = [d.tensor(*shape, dtype=state_type) for shape in shapes]
+    v = [d.tensor(*shape, dtype=state_type).square() for shape in shapes]
+    deltas = [torch.zeros_like(grad, dtype=delta_type) for grad in grads]
+    norms = [torch.zeros(shape[1 - axis], device=d.device) for shape in shapes if axis >= 0]
+    sizes = d.one(None, torch.tensor([1e-8, 0.7], device=d.device))
+    arguments = [grads, m, v, deltas, norms, norms, axis, 0.9, 0.999, 1e-6, 0.3, sizes]
+    _close(run(d, "adam", arguments, [1, 2, 3, 4, 5], keeps=True))
+
+
+def adam_8bit(d: Draw) -> None:
+    """Deltas are close, and codes at most one apart: rounding may fall to the neighbour."""
+    grad_type, _, delta_type = _adam_types(d)
+    shapes = [(d.integer(1, 70), d.integer(1, 150)) for _ in range(d.one(1, 2, 30))]
+    grads = [d.tensor(*shape, dtype=grad_type) for shape in shapes]
+    codes = [d.integers(*shape, high=256) for shape in shapes]
+    absmax = [d.tensor(-(-grad.numel() // 256)).abs() for grad in grads]
+    deltas = [torch.zeros_like(grad, dtype=delta_type) for grad in grads]
+    sizes = d.one(None, torch.tensor([1e-8, 0.7], device=d.device))
+    arguments = [grads, codes, absmax, codes, absmax, deltas, 0.9, 0.999, 1e-6, 0.3, sizes]
+    for ours, theirs in run(d, "adam_8bit", arguments, [1, 2, 3, 4, 5], keeps=True):
+        if ours.dtype == torch.uint8:
+            assert int((ours.int() - theirs.int()).abs().max()) <= 1
+            assert float((ours != theirs).float().mean()) < 0.01 or ours.numel() < 500
+        else:
+            _close([(ours, theirs)])
+
+
+def _update(d: Draw, rows: int, columns: int) -> list[Any]:
+    delta = d.one(None, d.tensor(rows, columns, dtype=d.one(torch.float32, torch.bfloat16)))
+    if not d.one(True, False):
+        return [delta, None, None]
+    grad = d.tensor(rows, columns, dtype=d.one(torch.float32, torch.bfloat16))
+    return [delta, grad, d.tensor(d.one(1, rows), d.one(1, columns))]
+
+
+def write_back(d: Draw) -> None:
+    """The weight is close; where it is rounded stochastically, at most one step apart."""
+    rows, columns = d.integer(1, 60), d.integer(1, 300)
+    weight = d.tensor(rows, columns, dtype=d.one(*DTYPES))
+    seed = d.one(None, d.seed())
+    first = d.integer(0, 1 << 40)
+    arguments = [weight, *_update(d, rows, columns), d.one(1.0, 0.9), 0.1, seed, first]
+    ((ours, theirs),) = run(d, "write_back", arguments, [0], keeps=True)
+    step = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}[weight.dtype]
+    scale = float(theirs.float().abs().max())
+    torch.testing.assert_close(ours.float(), theirs.float(), rtol=step, atol=1e-6 * scale)
+    assert float((ours != theirs).float().mean()) < 0.02 or weight.dtype == torch.float32
+
+
+def write_back_int8(d: Draw) -> None:
+    """Groups that change are requantised alike: codes at most one apart; the others stay."""
+    rows, columns, group = d.integer(1, 60), d.integer(1, 300), d.one(64, 256, 300)
+    kind = d.one(torch.float32, torch.bfloat16)
+    codes = d.integers(rows, columns, high=256)
+    count = -(-codes.numel() // group)
+    scales = d.tensor(count, dtype=kind).abs() + 1e-3
+    zeros = d.integers(count, high=256).to(kind)
+    keep, alpha = d.one((1.0, 0.1), (0.9, 0.1), (1.0, 0.0))
+    arguments = [codes, scales, zeros, *_update(d, rows, columns), group, keep, alpha]
+    arguments += [d.seed(), d.integer(0, 1 << 40)]
+    pairs = run(d, "write_back_int8", arguments, [0, 1, 2], keeps=True)
+    (ours, theirs), *parameters = pairs
+    assert float((ours != theirs).float().mean()) < 0.02 or ours.numel() < 500
+    for mine, other in parameters:
+        close = torch.isclose(mine.float(), other.float(), rtol=1e-2)
+        assert float((~close).float().mean()) < 0.05 or len(mine) < 40
+
+
+CASES = (
+    blockwise_quantize,
+    blockwise_dequantize,
+    groups_quantize,
+    groups_dequantize,
+    int4_quantize,
+    int4_dequantize,
+    rademacher,
+    stochastic_bfloat16,
+    adam,
+    adam_8bit,
+    write_back,
+    write_back_int8,
+)
