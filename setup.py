@@ -1,4 +1,4 @@
-"""Maps the code folders to `lowrank.optimizers`, `lowrank.cuda` and `lowrank.trainers`, and compiles.
+"""Maps the code folders to `lowrank.optimizers`, `.cuda` and `.trainers`, and compiles.
 
 The native libraries are compiled by `cuda/build.py` as a step of `build`, so a wheel holds them and
 an editable install finds them in `cuda/_lib`. They link against neither Python nor torch: the wheel
@@ -30,7 +30,7 @@ class BuildNative(Command):
     """Compiles into the wheel's tree, or in place for an editable install."""
 
     description = "compile the native libraries"
-    user_options = []
+    user_options = ()
     editable_mode = False
 
     def initialize_options(self):
@@ -59,8 +59,8 @@ class BuildNative(Command):
 
     def get_outputs(self):
         module = native()
-        names = (module.HOST, module.DEVICE, module.REPORT)
-        return [str(path) for name in names if (path := self.folder() / name).exists()]
+        names = [*module.files(module.read_report(self.folder())), module.REPORT]
+        return [str(self.folder() / name) for name in names]
 
     def get_output_mapping(self):
         return {}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 DEFAULT_BLOCK = 256
 _DECADES = 7
-_FIRST_ENTRY, _LAST_ENTRY = 0x3300, 0x3F80
+_FIRST_ENTRY, _LAST_ENTRY = 0x32FF, 0x3F80
 # Elements worked on at once, which bounds the scratch (12 bytes each): small enough to stay in a
 # CPU's caches, long enough to hide the cost of dispatching ten operations.
 _CPU_CHUNK = 1 << 18
@@ -218,9 +218,10 @@ def _cached_map(signed: bool, device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=32)
 def rank_table(signed: bool, device: torch.device) -> Tensor:
-    """What the kernels look magnitudes up in, see core/blockwise.h: int32 (3201,), cached.
+    """What the kernels look magnitudes up in, see core/blockwise.h: int32 (3202,), cached.
 
-    Entry i belongs to the fp32 magnitudes in (0, 1] whose upper 16 bits are 0x3300 + i.
+    Entry i belongs to the fp32 magnitudes up to 1 whose upper 16 bits are 0x32FF + i; the first one
+    to smaller ones too.
     """
     positive = _cached_map(signed, torch.device("cpu"))
     threshold = _midpoint_bits(positive[positive >= 0])

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -27,12 +28,22 @@ from pathlib import Path
 from typing import Any
 
 SOURCES = Path(__file__).resolve().parent
-HOST, DEVICE = "liblowrank_host.so", "liblowrank_cuda.so"
+DEVICE = "liblowrank_cuda.so"
+#: The host's library for each level of instructions, as `torch.backends.cpu` calls them. Only the
+#: first one has to be there.
+HOSTS = {
+    "DEFAULT": ("liblowrank_host.so", ()),
+    "AVX2": ("liblowrank_host_avx2.so", ("-march=x86-64-v3",)),
+    "AVX512": ("liblowrank_host_avx512.so", ("-march=x86-64-v4",)),
+}
 REPORT = "build.json"
 DEFAULT_ARCHS = "80 90a"
 
 # Contraction into fused multiply-adds is off on both sides, so that they agree to the bit.
-HOST_FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-pthread")
+HOST_FLAGS = (
+    *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+)
 DEVICE_FLAGS = ("-std=c++20", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 
 
@@ -138,7 +149,7 @@ def compile_library(
 
 
 def build_host(folder: Path) -> dict[str, Any]:
-    """Compiles the host's library.
+    """Compiles the host's libraries.
 
     Raises:
         BuildError: there is no compiler, or it failed.
@@ -147,8 +158,18 @@ def build_host(folder: Path) -> dict[str, Any]:
     if compiler is None:
         raise BuildError("no C++ compiler was found (c++, g++, clang++, or CXX)")
     sources = sorted((SOURCES / "host").glob("*.cpp"))
-    compile_library(compiler, HOST_FLAGS, sources, folder / HOST)
-    return {"compiler": run([compiler, "--version"]).splitlines()[0]}
+    files = []
+    for level, (name, flags) in HOSTS.items():
+        if flags and platform.machine().lower() not in ("x86_64", "amd64"):
+            continue
+        try:
+            compile_library(compiler, [*HOST_FLAGS, *flags], sources, folder / name)
+        except BuildError:  # of an optional one: a compiler that doesn't know the level
+            if level == "DEFAULT":
+                raise
+        else:
+            files.append(name)
+    return {"compiler": run([compiler, "--version"]).splitlines()[0], "files": files}
 
 
 def build_device(folder: Path) -> dict[str, Any]:
@@ -164,7 +185,8 @@ def build_device(folder: Path) -> dict[str, Any]:
     flags = [*DEVICE_FLAGS, *architecture_flags(archs)]
     sources = sorted((SOURCES / "device").glob("*.cu"))
     compile_library(nvcc, [*flags, "-cudart", "static"], sources, folder / DEVICE)
-    return {"compiler": run([nvcc, "--version"]).strip().splitlines()[-1], "architectures": archs}
+    version = run([nvcc, "--version"]).strip().splitlines()[-1]
+    return {"compiler": version, "architectures": archs, "files": [DEVICE]}
 
 
 def digest() -> str:
@@ -187,8 +209,8 @@ def build(folder: Path) -> dict[str, Any]:
         folder: made if it is missing. `build.json` in it says what was made, and why not.
 
     Returns:
-        That report: for "host" and "cuda" {"built": bool} with "compiler" and "architectures", or
-        with "reason".
+        That report: for "host" and "cuda" {"built": bool} with "compiler", "files" and (cuda)
+        "architectures", or with "reason".
 
     Raises:
         BuildError: `LOWRANK_CUDA` is not accepted, or is 1 and the device's library failed.
@@ -199,15 +221,12 @@ def build(folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     inputs = digest()
     former = read_report(folder)
-    if former.get("digest") == inputs and all(
-        (folder / name).exists() == bool(former[key]["built"])
-        for key, name in (("host", HOST), ("cuda", DEVICE))
-    ):
+    if former.get("digest") == inputs and all((folder / name).exists() for name in files(former)):
         return former
+    for old in (REPORT, DEVICE, *(name for name, _ in HOSTS.values())):
+        (folder / old).unlink(missing_ok=True)
     report: dict[str, Any] = {"digest": inputs}
-    (folder / REPORT).unlink(missing_ok=True)
-    for key, name, make in (("host", HOST, build_host), ("cuda", DEVICE, build_device)):
-        (folder / name).unlink(missing_ok=True)
+    for key, make in (("host", build_host), ("cuda", build_device)):
         try:
             if key == "cuda" and wanted == "0":
                 raise BuildError("LOWRANK_CUDA=0 when it was installed")
@@ -218,6 +237,11 @@ def build(folder: Path) -> dict[str, Any]:
             report[key] = {"built": False, "reason": str(error)}
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
     return report
+
+
+def files(report: dict[str, Any]) -> list[str]:
+    """Names of the libraries that a report says were made."""
+    return [name for key in ("host", "cuda") for name in report.get(key, {}).get("files", ())]
 
 
 def read_report(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .build import DEVICE, HOST, read_report
+from .build import DEVICE, HOSTS, read_report
 
 FOLDER = Path(__file__).resolve().parent / "_lib"
 ABI = 1
@@ -126,19 +126,28 @@ class Status:
 @functools.cache
 def status(name: str) -> Status:
     """Loads the library "host" or "cuda" once, and says what it is or why there is none."""
-    file, device_type = (HOST, "cpu") if name == "host" else (DEVICE, "cuda")
     report = read_report(FOLDER).get(name, {})
-    if not (FOLDER / file).exists():
-        reason = report.get("reason", f"{FOLDER / file} is missing; install the package again")
+    made = [file for file in report.get("files", ()) if (FOLDER / file).exists()]
+    if not made:
+        reason = report.get("reason", f"{FOLDER} has no library; install the package again")
         return Status(name, None, reason)
+    file = DEVICE if name == "cuda" else _best_host(made)
+    device_type = "cpu" if name == "host" else "cuda"
     try:
         library = Library(FOLDER / file, device_type)
     except (OSError, ImportError, AttributeError) as error:
         return Status(name, None, f"{file} can't be loaded: {error}")
-    detail = ", ".join(
-        [report.get("compiler", "compiled"), *(f"sm_{a}" for a in report.get("architectures", ()))]
-    )
+    targets = [f"sm_{arch}" for arch in report.get("architectures", ())]
+    detail = ", ".join([file, report["compiler"], *targets])
     return Status(name, library, detail)
+
+
+def _best_host(made: Sequence[str]) -> str:
+    """The library for the highest level of instructions that this CPU has."""
+    levels = list(HOSTS)
+    level = torch.backends.cpu.get_cpu_capability()
+    usable = levels[: levels.index(level) + 1] if level in levels else levels[:1]
+    return next(HOSTS[one][0] for one in reversed(usable) if HOSTS[one][0] in made)
 
 
 class _Choice:

@@ -46,6 +46,17 @@ LR_HD float max_or_nan(float a, float b) { return (a > b || is_nan(a)) ? a : b; 
 
 LR_HD float min_or_nan(float a, float b) { return (a < b || is_nan(a)) ? a : b; }
 
+// Integers in the order of the numbers whose patterns they come from; NaN lies beyond infinity on
+// its sign's side. Largest and smallest keys are those of NaN where there is one.
+LR_HD std::int32_t order_key(float x) {
+  const std::int32_t bits = static_cast<std::int32_t>(bits_of(x));
+  return bits ^ ((bits >> 31) & 0x7FFFFFFF);
+}
+
+LR_HD float from_order_key(std::int32_t key) {
+  return float_of(static_cast<std::uint32_t>(key ^ ((key >> 31) & 0x7FFFFFFF)));
+}
+
 LR_HD float clamp(float x, float low, float high) { return x < low ? low : (x > high ? high : x); }
 
 LR_HD float to_float(float x) { return x; }

@@ -29,8 +29,8 @@ LR_HD GroupParameters group_parameters(float low, float high, int format, float 
 }
 
 LR_HD std::uint8_t code_of(float rounded, float levels) {
-  if (is_nan(rounded)) return 0;
-  return static_cast<std::uint8_t>(clamp(rounded, 0.0f, levels));
+  const float bounded = clamp(rounded, 0.0f, levels);
+  return static_cast<std::uint8_t>(is_nan(bounded) ? 0 : static_cast<int>(bounded));
 }
 
 LR_HD std::uint8_t affine_code(float x, GroupParameters group, float levels) {

@@ -19,8 +19,8 @@ AdamStep make_step(double beta1, double beta2, float eps, float size, const floa
 }
 
 template <typename G, typename S, typename D>
-void advance(const G* grad, S* exp_avg, S* exp_avg_sq, D* delta, std::int64_t begin,
-             std::int64_t end, const AdamStep& step) {
+void advance(const G* __restrict__ grad, S* __restrict__ exp_avg, S* __restrict__ exp_avg_sq,
+             D* __restrict__ delta, std::int64_t begin, std::int64_t end, const AdamStep& step) {
   for (std::int64_t i = begin; i < end; ++i) {
     float m = to_float(exp_avg[i]), v = to_float(exp_avg_sq[i]);
     delta[i] = from_float<D>(adam_entry(to_float(grad[i]), m, v, step));
@@ -91,27 +91,31 @@ int lowrank_adam_8bit(int count, const void* const* grads, void* const* exp_avgs
       auto* v_codes = static_cast<std::uint8_t*>(exp_avg_sqs[t]);
       const std::int64_t blocks = ceil_divide(numels[t], kBlock);
       parallel_for(blocks, kBlock, [&](std::int64_t begin, std::int64_t end) {
-        float m[kBlock], v[kBlock];
+        float m[kBlock] = {}, v[kBlock] = {};
         for (std::int64_t b = begin; b < end; ++b) {
           const std::int64_t start = b * kBlock;
           const std::int64_t length = std::min(kBlock, numels[t] - start);
           const float m_scale = exp_avg_absmax[t][b], v_scale = exp_avg_sq_absmax[t][b];
-          float m_largest = 0.0f, v_largest = 0.0f;
+          std::uint32_t m_magnitude = 0, v_magnitude = 0;
           for (std::int64_t i = 0; i < length; ++i) {
             m[i] = maps[m_codes[start + i]] * m_scale;
             v[i] = maps[256 + v_codes[start + i]] * v_scale;
             delta[start + i] =
                 from_float<D>(adam_entry(to_float(grad[start + i]), m[i], v[i], step));
-            m_largest = max_or_nan(std::fabs(m[i]), m_largest);
-            v_largest = max_or_nan(std::fabs(v[i]), v_largest);
+            m_magnitude = std::max(m_magnitude, bits_of(m[i]) & 0x7FFFFFFFu);
+            v_magnitude = std::max(v_magnitude, bits_of(v[i]) & 0x7FFFFFFFu);
           }
+          const float m_largest = float_of(m_magnitude), v_largest = float_of(v_magnitude);
           exp_avg_absmax[t][b] = m_largest;
           exp_avg_sq_absmax[t][b] = v_largest;
           const float m_divisor = block_divisor(m_largest), v_divisor = block_divisor(v_largest);
-          for (std::int64_t i = 0; i < length; ++i) {
-            m_codes[start + i] = dynamic_code(m[i] / m_divisor, tables, kSignedZero);
-            v_codes[start + i] = dynamic_code(v[i] / v_divisor, tables + kEntries, 0);
+          std::uint8_t fresh[2][kBlock];
+          for (std::int64_t i = 0; i < kBlock; ++i) {
+            fresh[0][i] = dynamic_code(m[i] / m_divisor, tables, kSignedZero);
+            fresh[1][i] = dynamic_code(v[i] / v_divisor, tables + kEntries, 0);
           }
+          std::copy(fresh[0], fresh[0] + length, m_codes + start);
+          std::copy(fresh[1], fresh[1] + length, v_codes + start);
         }
       });
     }

@@ -14,9 +14,9 @@ int lowrank_rademacher(void* out, int dtype, std::int64_t numel, std::uint64_t k
         const Words words = philox(key, static_cast<std::uint64_t>(counter));
         const std::int64_t start = counter * 128;
         const int length = static_cast<int>(std::min<std::int64_t>(128, numel - start));
-        for (int bit = 0; bit < length; ++bit) {
-          signs[start + bit] = from_float<T>(sign_of_bit(words, bit));
-        }
+        T fresh[128];
+        for (int bit = 0; bit < 128; ++bit) fresh[bit] = from_float<T>(sign_of_bit(words, bit));
+        std::copy(fresh, fresh + length, signs + start);
       }
     });
     return 0;

@@ -11,13 +11,76 @@ namespace {
 template <typename T>
 GroupParameters parameters_of(const T* x, std::int64_t length, int format, float levels,
                               float largest, int scale_dtype) {
-  float low = to_float(x[0]), high = low;
-  for (std::int64_t i = 1; i < length; ++i) {
-    const float value = to_float(x[i]);
-    low = min_or_nan(low, value);
-    high = max_or_nan(high, value);
+  std::int32_t low = 0, high = 0;  // keys of 0, which is in every range
+  for (std::int64_t i = 0; i < length; ++i) {
+    const std::int32_t key = order_key(to_float(x[i]));
+    low = std::min(low, key);
+    high = std::max(high, key);
   }
-  return group_parameters(low, high, format, levels, largest, scale_dtype);
+  return group_parameters(from_order_key(low), from_order_key(high), format, levels, largest,
+                          scale_dtype);
+}
+
+// Loops over one block or group. Codes are bytes, which may alias everything: hence __restrict__.
+
+template <typename T>
+void dynamic_codes(const T* __restrict__ x, std::int64_t length, float divisor,
+                   const std::int32_t* __restrict__ table, int zero,
+                   std::uint8_t* __restrict__ codes) {
+  for (std::int64_t i = 0; i < length; ++i) {
+    codes[i] = dynamic_code(to_float(x[i]) / divisor, table, zero);
+  }
+}
+
+template <typename T>
+void affine_codes(const T* __restrict__ x, std::int64_t length, GroupParameters own, float levels,
+                  std::uint8_t* __restrict__ codes) {
+  for (std::int64_t i = 0; i < length; ++i) codes[i] = affine_code(to_float(x[i]), own, levels);
+}
+
+template <typename T>
+void stochastic_codes(const T* __restrict__ x, std::int64_t length, GroupParameters own,
+                      float levels, std::uint64_t seed, std::uint64_t first,
+                      std::uint8_t* __restrict__ codes) {
+  for (std::int64_t i = 0; i < length; ++i) {
+    codes[i] =
+        stochastic_code(to_float(x[i]), own, levels, seed, first + static_cast<std::uint64_t>(i));
+  }
+}
+
+template <typename T>
+void int4_codes(const T* __restrict__ x, std::int64_t length, GroupParameters own, int format,
+                const float* __restrict__ nf4, std::uint8_t* __restrict__ codes) {
+  if (format == kAffine) return affine_codes(x, length, own, 15.0f, codes);
+  for (std::int64_t i = 0; i < length; ++i) {
+    codes[i] = symmetric_code(to_float(x[i]), own.scale, format, nf4);
+  }
+}
+
+template <typename T>
+void values_of(const std::uint8_t* __restrict__ codes, std::int64_t length, GroupParameters own,
+               int format, const float* __restrict__ nf4, T* __restrict__ out) {
+  for (std::int64_t i = 0; i < length; ++i) {
+    out[i] = from_float<T>(value_of(codes[i], own, format, nf4));
+  }
+}
+
+// Two codes a byte; the last upper half is 0 where `length` is odd.
+void pack(const std::uint8_t* __restrict__ codes, std::int64_t length,
+          std::uint8_t* __restrict__ packed) {
+  for (std::int64_t i = 0; i < length / 2; ++i) {
+    packed[i] = static_cast<std::uint8_t>(codes[2 * i] | (codes[2 * i + 1] << 4));
+  }
+  if (length % 2 != 0) packed[length / 2] = codes[length - 1];
+}
+
+void unpack(const std::uint8_t* __restrict__ packed, std::int64_t length,
+            std::uint8_t* __restrict__ codes) {
+  for (std::int64_t i = 0; i < length / 2; ++i) {
+    codes[2 * i] = packed[i] & 15;
+    codes[2 * i + 1] = packed[i] >> 4;
+  }
+  if (length % 2 != 0) codes[length - 1] = packed[length / 2] & 15;
 }
 
 GroupParameters load_parameters(const void* scales, const void* zeros, int dtype, std::int64_t g) {
@@ -39,15 +102,14 @@ int lowrank_quantize_blockwise(const void* x, int dtype, std::uint8_t* codes, fl
     parallel_for(ceil_divide(numel, block), block, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t b = begin; b < end; ++b) {
         const std::int64_t start = b * block, stop = std::min(start + block, numel);
-        float largest = 0.0f;
+        std::uint32_t magnitude = 0;
         for (std::int64_t i = start; i < stop; ++i) {
-          largest = max_or_nan(std::fabs(to_float(values[i])), largest);
+          magnitude = std::max(magnitude, bits_of(to_float(values[i])) & 0x7FFFFFFFu);
         }
+        const float largest = float_of(magnitude);
         absmax[b] = largest;
         const float divisor = block_divisor(largest);
-        for (std::int64_t i = start; i < stop; ++i) {
-          codes[i] = dynamic_code(to_float(values[i]) / divisor, table, zero);
-        }
+        dynamic_codes(values + start, stop - start, divisor, table, zero, codes + start);
       }
     });
     return 0;
@@ -84,11 +146,11 @@ int lowrank_quantize_groups(const void* x, int dtype, std::uint8_t* codes, void*
         const GroupParameters own =
             parameters_of(values + start, stop - start, kAffine, top, 1.0f, scale_dtype);
         store_parameters(scales, zeros, scale_dtype, g, own);
-        for (std::int64_t i = start; i < stop; ++i) {
-          const float value = to_float(values[i]);
-          codes[i] = stochastic ? stochastic_code(value, own, top, seed,
-                                                  first + static_cast<std::uint64_t>(i))
-                                : affine_code(value, own, top);
+        if (stochastic) {
+          stochastic_codes(values + start, stop - start, own, top, seed,
+                           first + static_cast<std::uint64_t>(start), codes + start);
+        } else {
+          affine_codes(values + start, stop - start, own, top, codes + start);
         }
       }
     });
@@ -105,9 +167,7 @@ int lowrank_dequantize_groups(const std::uint8_t* codes, const void* scales, con
       for (std::int64_t g = begin; g < end; ++g) {
         const std::int64_t start = g * group, stop = std::min(start + group, numel);
         const GroupParameters own = load_parameters(scales, zeros, scale_dtype, g);
-        for (std::int64_t i = start; i < stop; ++i) {
-          values[i] = from_float<T>(value_of(codes[i], own, kAffine, nullptr));
-        }
+        values_of(codes + start, stop - start, own, kAffine, nullptr, values + start);
       }
     });
     return 0;
@@ -121,19 +181,14 @@ int lowrank_quantize_int4(const void* x, int dtype, std::uint8_t* codes, void* s
   return dispatch(dtype, [&]<typename T>(T*) {
     const T* values = static_cast<const T*>(x);
     parallel_for(ceil_divide(numel, group), group, [&](std::int64_t begin, std::int64_t end) {
+      std::vector<std::uint8_t> fresh(static_cast<std::size_t>(group));
       for (std::int64_t g = begin; g < end; ++g) {
         const std::int64_t start = g * group, stop = std::min(start + group, numel);
         const GroupParameters own =
             parameters_of(values + start, stop - start, format, 15.0f, largest, scale_dtype);
         store_parameters(scales, zeros, scale_dtype, g, own);
-        for (std::int64_t i = start; i < stop; i += 2) {
-          std::uint32_t pair = int4_code(to_float(values[i]), own, format, nf4);
-          if (i + 1 < stop) {
-            pair |= static_cast<std::uint32_t>(int4_code(to_float(values[i + 1]), own, format, nf4))
-                    << 4;
-          }
-          codes[i / 2] = static_cast<std::uint8_t>(pair);
-        }
+        int4_codes(values + start, stop - start, own, format, nf4, fresh.data());
+        pack(fresh.data(), stop - start, codes + start / 2);
       }
     });
     return 0;
@@ -147,13 +202,12 @@ int lowrank_dequantize_int4(const std::uint8_t* codes, const void* scales, const
   return dispatch(dtype, [&]<typename T>(T*) {
     T* values = static_cast<T*>(out);
     parallel_for(ceil_divide(numel, group), group, [&](std::int64_t begin, std::int64_t end) {
+      std::vector<std::uint8_t> fresh(static_cast<std::size_t>(group));
       for (std::int64_t g = begin; g < end; ++g) {
         const std::int64_t start = g * group, stop = std::min(start + group, numel);
         const GroupParameters own = load_parameters(scales, zeros, scale_dtype, g);
-        for (std::int64_t i = start; i < stop; ++i) {
-          const std::uint8_t code = (codes[i / 2] >> (4 * (i % 2))) & 15;
-          values[i] = from_float<T>(value_of(code, own, format, nf4));
-        }
+        unpack(codes + start / 2, stop - start, fresh.data());
+        values_of(fresh.data(), stop - start, own, format, nf4, values + start);
       }
     });
     return 0;
