@@ -29,22 +29,29 @@ void advance(const G* __restrict__ grad, S* __restrict__ exp_avg, S* __restrict_
   }
 }
 
-// Norms of the columns (axis 0) or rows (axis 1), summed in fp64.
-template <typename T>
-void norms(const T* x, std::int64_t rows, std::int64_t columns, int axis, float* out) {
-  std::vector<double> squares(static_cast<std::size_t>(axis == 0 ? columns : 1));
+// The same, row by row, with norms of columns (axis 0) or rows (axis 1) summed in fp64.
+template <typename G, typename S, typename D>
+void advance_with_norms(const G* grad, S* exp_avg, S* exp_avg_sq, D* delta, std::int64_t rows,
+                        std::int64_t columns, int axis, float* grad_norms, float* delta_norms,
+                        const AdamStep& step) {
+  const std::int64_t norms = axis == 0 ? columns : rows;
+  std::vector<double> grad_squares(static_cast<std::size_t>(norms));
+  std::vector<double> delta_squares(static_cast<std::size_t>(norms));
+  std::vector<float> row(static_cast<std::size_t>(columns));
   for (std::int64_t i = 0; i < rows; ++i) {
-    if (axis == 1) squares[0] = 0.0;
+    const std::int64_t start = i * columns;
+    advance(grad + start, exp_avg + start, exp_avg_sq + start, row.data(), 0, columns, step);
     for (std::int64_t j = 0; j < columns; ++j) {
-      const double value = to_float(x[i * columns + j]);
-      squares[static_cast<std::size_t>(axis == 0 ? j : 0)] += value * value;
+      const auto at = static_cast<std::size_t>(axis == 0 ? j : i);
+      const double g = to_float(grad[start + j]), d = row[static_cast<std::size_t>(j)];
+      grad_squares[at] += g * g;
+      delta_squares[at] += d * d;
+      delta[start + j] = from_float<D>(row[static_cast<std::size_t>(j)]);
     }
-    if (axis == 1) out[i] = static_cast<float>(std::sqrt(squares[0]));
   }
-  if (axis == 0) {
-    for (std::int64_t j = 0; j < columns; ++j) {
-      out[j] = static_cast<float>(std::sqrt(squares[static_cast<std::size_t>(j)]));
-    }
+  for (std::int64_t i = 0; i < norms; ++i) {
+    grad_norms[i] = static_cast<float>(std::sqrt(grad_squares[static_cast<std::size_t>(i)]));
+    delta_norms[i] = static_cast<float>(std::sqrt(delta_squares[static_cast<std::size_t>(i)]));
   }
 }
 
@@ -61,14 +68,16 @@ int lowrank_adam(int count, const void* const* grads, void* const* exp_avgs,
         for (int t = 0; t < count; ++t) {
           const G* grad = static_cast<const G*>(grads[t]);
           D* delta = static_cast<D*>(deltas[t]);
-          parallel_for(rows[t] * columns[t], 1, [&](std::int64_t begin, std::int64_t end) {
-            advance(grad, static_cast<S*>(exp_avgs[t]), static_cast<S*>(exp_avg_sqs[t]), delta,
-                    begin, end, step);
-          });
+          S* m = static_cast<S*>(exp_avgs[t]);
+          S* v = static_cast<S*>(exp_avg_sqs[t]);
           if (axis >= 0) {
-            norms(grad, rows[t], columns[t], axis, grad_norms[t]);
-            norms(delta, rows[t], columns[t], axis, delta_norms[t]);
+            advance_with_norms(grad, m, v, delta, rows[t], columns[t], axis, grad_norms[t],
+                               delta_norms[t], step);
+            continue;
           }
+          parallel_for(rows[t] * columns[t], 1, [&](std::int64_t begin, std::int64_t end) {
+            advance(grad, m, v, delta, begin, end, step);
+          });
         }
         return 0;
       });
