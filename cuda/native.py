@@ -219,6 +219,18 @@ def _expect_like(grads: list[Tensor], tensors: list[Tensor]) -> None:
         _expect("a state or delta", tensor, grad.numel())
 
 
+def knows_adam(grads: list[Tensor], moments: list[Tensor], eight_bit: bool = False) -> bool:
+    """Whether there is a compiled Adam for these tensors, with deltas of the gradients' type.
+
+    Args:
+        grads: gradients.
+        moments: first moments (or their codes), or both moments.
+        eight_bit: moments are 8-bit codes.
+    """
+    stated = [grads[0]] if eight_bit else moments
+    return usable(*grads, *moments) is not None and _adam_types(grads, stated, grads)
+
+
 def _adam_types(grads: list[Tensor], moments: list[Tensor], deltas: list[Tensor]) -> bool:
     """Whether the kernels know them: fp32, or bf16 with moments and deltas in either."""
     known = (torch.float32,), (torch.float32, torch.bfloat16)

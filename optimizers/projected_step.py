@@ -16,9 +16,8 @@ from .moves import move_moments
 from .options import Group
 from .projectors import RowRange, Slot
 from .refreshing import RefreshHook, refresh
-from .residuals import Write
 from .rules import UpdateRule
-from .weights import editable_rows, rounding_seed
+from .writing import carry_out
 
 #: Positions of the tensors to go on with, given tensors and what to call each.
 Finite = Callable[[Sequence[Tensor], Callable[[int], str]], list[int]]
@@ -102,27 +101,6 @@ def step_projected(
             if projection.projector.TRACKS:
                 _track(slot, low, projection, composition.rule)
             slot.read = None
-
-
-def carry_out(write: Write, slot: Slot, projection: Projection) -> None:
-    """Does to a weight what its residual planned, row chunk by row chunk where it is quantised."""
-    delta, alpha, keep = write.delta, write.alpha, write.keep
-    if isinstance(alpha, Tensor):
-        delta, alpha = (None if delta is None else delta.mul_(alpha)), 1.0
-    options = projection.options
-    seed = rounding_seed(options.seed, slot.taken, slot.index)
-    rounds = options.stochastic_rounding
-    for weight_kn, rows in editable_rows(slot.param, slot.rows, seed, stochastic=rounds):
-        scalar_keep = keep
-        if isinstance(scalar_keep, Tensor) or (delta is None and scalar_keep != 1.0):
-            weight_kn.mul_(scalar_keep)
-            scalar_keep = 1.0
-        if delta is not None:
-            projection.projector.write_back(
-                slot, weight_kn, rows, delta, alpha=alpha, keep=scalar_keep
-            )
-        if write.edit is not None:
-            write.edit(weight_kn, rows)
 
 
 def _track(slot: Slot, low: Tensor, projection: Projection, rule: UpdateRule) -> None:

@@ -16,6 +16,9 @@ def axis_norms(matrix: Tensor, axis: int) -> Tensor:
     if matrix.dtype in (torch.float32, torch.float64):
         norms: Tensor = torch.linalg.vector_norm(matrix, dim=axis, keepdim=True)
         return norms
+    if matrix.is_cuda:  # whose reductions upcast as they read
+        norms = torch.linalg.vector_norm(matrix, dim=axis, keepdim=True, dtype=torch.float32)
+        return norms
     # A reduction of a half-precision tensor in fp32 would copy all of it.
     rows, columns = matrix.shape
     step = max(1, CHUNK_ELEMENTS // max(1, columns))

@@ -1,6 +1,6 @@
 """Residuals: what becomes of the gradient outside the subspace."""
 
-from .base import Dropped, Residual, RowEdit, Write
+from .base import Dropped, Residual, RowEdit, ScaledPart, Write
 from .norm_scaled import NormScaled
 from .scaled_gradient import ScaledGradient
 from .sign import SignResidual
@@ -12,6 +12,7 @@ __all__ = [
     "Residual",
     "RowEdit",
     "ScaledGradient",
+    "ScaledPart",
     "SignResidual",
     "SignedBack",
     "Write",

@@ -12,6 +12,26 @@ from torch import Tensor
 from ..projectors import Geometry, Projector, RowRange, Slot
 from ..rules import Update
 
+
+@dataclass(frozen=True)
+class ScaledPart:
+    """A multiple of the gradient that is taken off a weight: W <- W - alpha factors o G.
+
+    Attributes:
+        factors: (1 or k, 1 or n), broadcast over the slot's rows.
+        alpha: step size.
+    """
+
+    factors: Tensor
+    alpha: float
+
+    def of(self, rows: RowRange, held: RowRange) -> Tensor:
+        """The factors of some of the rows that a slot holds."""
+        if self.factors.shape[0] == 1:
+            return self.factors
+        return self.factors[rows.start - held.start : rows.stop - held.start]
+
+
 #: Adds the part that is no back-projection to rows of a weight: (weight rows, which rows).
 RowEdit = Callable[[Tensor, RowRange], None]
 
@@ -24,12 +44,14 @@ class Write:
         delta: a tensor of the projected gradient's shape, or None for no back-projection.
         alpha: its step size; a 0-d tensor where it is only known on the device.
         keep: 1 less the weight decay.
+        scaled: a multiple of the gradient that is taken off after that.
         edit: called with each chunk of the weight's rows after that.
     """
 
     delta: Tensor | None
     alpha: float | Tensor
     keep: float | Tensor
+    scaled: ScaledPart | None = None
     edit: RowEdit | None = None
 
 

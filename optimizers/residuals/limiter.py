@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..projectors import Geometry, RowRange, Slot
+from ..projectors import Geometry, Slot
 from ..rules import Update
-from .base import Residual, RowEdit
+from .base import Residual
 
 STATE_KEY = "residual_norm"
 
@@ -77,14 +77,3 @@ class LimitedResidual(Residual, ABC):
         nonzero = isinstance(factor, Tensor) or factor != 0.0
         phi = ratios / factor if nonzero else torch.zeros_like(ratios)
         return ratios * limit_growth(slot.state[STATE_KEY], norm(phi), self.limiter)
-
-
-def multiply_add(slot: Slot, factors: Tensor, alpha: float) -> RowEdit:
-    """W <- W - alpha factors o G, row by row of what it is called with; factors broadcast."""
-
-    def edit(weight_kn: Tensor, rows: RowRange) -> None:
-        span = slice(rows.start - slot.rows.start, rows.stop - slot.rows.start)
-        chunk = factors[span] if factors.shape[0] > 1 else factors
-        weight_kn.addcmul_(slot.grad[span], chunk.to(weight_kn.dtype), value=-alpha)
-
-    return edit

@@ -24,8 +24,8 @@ from .. import checks
 from ..projectors import Geometry, Projector, Side, Slot
 from ..projectors.norms import axis_norms, kept_squares, outside_norm
 from ..rules import Update
-from .base import Write
-from .limiter import LimitedResidual, multiply_add
+from .base import ScaledPart, Write
+from .limiter import LimitedResidual
 
 
 @dataclass(frozen=True)
@@ -71,4 +71,4 @@ class NormScaled(LimitedResidual):
         if isinstance(alpha, Tensor):
             factors, delta, alpha = factors * alpha, delta * alpha, 1.0
         delta = torch.addcmul(delta.to(low.dtype) * self.scale, low, factors, value=-beta)
-        return Write(delta, alpha, update.keep, multiply_add(slot, factors, float(alpha)))
+        return Write(delta, alpha, update.keep, ScaledPart(factors, float(alpha)))

@@ -23,8 +23,8 @@ from .. import checks
 from ..projectors import Geometry, Projector, Side, Slot
 from ..projectors.norms import axis_norms
 from ..rules import Update
-from .base import Write
-from .limiter import LimitedResidual, multiply_add
+from .base import ScaledPart, Write
+from .limiter import LimitedResidual
 
 SCALE_TYPES = ("channel", "tensor")
 
@@ -74,7 +74,7 @@ class ScaledGradient(LimitedResidual):
         alpha = update.alpha
         if isinstance(alpha, Tensor):
             ratios, alpha = ratios * alpha, 1.0
-        return Write(None, alpha, update.keep, multiply_add(slot, ratios, float(alpha)))
+        return Write(None, alpha, update.keep, ScaledPart(ratios, float(alpha)))
 
 
 def _norm(norms: Tensor) -> Tensor:

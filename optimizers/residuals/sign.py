@@ -56,7 +56,7 @@ class SignResidual(Residual):
         rate = update.alpha if update.rate is None else update.rate
         size = rate * self.scale * self.inactive_lr_scale
         edit = None if complete(slot.geometry) else self._edit(slot, low, size, projector)
-        return Write(update.delta, update.alpha * self.scale, update.keep, edit)
+        return Write(update.delta, update.alpha * self.scale, update.keep, edit=edit)
 
     def _edit(self, slot: Slot, low: Tensor, size: float | Tensor, projector: Projector) -> RowEdit:
         def edit(weight_kn: Tensor, rows: RowRange) -> None:

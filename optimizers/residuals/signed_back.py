@@ -39,4 +39,4 @@ class SignedBack(Residual):
                 else:
                     weight_kn[start:stop].add_(signs, alpha=-update.alpha)
 
-        return Write(None, update.alpha, update.keep, edit)
+        return Write(None, update.alpha, update.keep, edit=edit)

@@ -20,48 +20,27 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam as torch_adam
 
+from lowrank.cuda.adam import Number, adam_step
+from lowrank.cuda.native import knows_adam
+
 from ..rotation import Rotation
 from .base import MOMENT_MOVES, State, Update, UpdateRule, numel, scalar, taken
 
 FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-Number = float | Tensor
-
-
-def adam_step(
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    beta1: float,
-    beta2: float,
-    eps: Number,
-    size: Number,
-) -> list[Tensor]:
-    """Advances the moments in place; returns size * M / (sqrt(V) + eps) for each gradient.
-
-    Low-precision moments are advanced in fp32 and rounded once.
-    """
-    half = grads[0].dtype in (torch.bfloat16, torch.float16)
-    if half:
-        grads = [grad.float() for grad in grads]
-    m = [t.float() for t in exp_avgs] if half else exp_avgs
-    v = [t.float() for t in exp_avg_sqs] if half else exp_avg_sqs
-    torch._foreach_lerp_(m, grads, 1 - beta1)
-    torch._foreach_mul_(v, beta2)
-    torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
-    denominators = torch._foreach_sqrt(v)
-    torch._foreach_add_(denominators, eps)
-    deltas = torch._foreach_div(m, denominators)
-    torch._foreach_mul_(deltas, size)
-    if half:
-        torch._foreach_copy_(exp_avgs, m)
-        torch._foreach_copy_(exp_avg_sqs, v)
-    return list(deltas)
-
 
 @cache
 def _compiled_step() -> Callable[..., list[Tensor]]:
     return torch.compile(adam_step)
+
+
+def kernel_sizes(eps: Number, size: Number) -> tuple[tuple[float, float], Tensor | None]:
+    """(eps, size) as operations take them: numbers, or a tensor that the host doesn't read."""
+    if isinstance(eps, Tensor) or isinstance(size, Tensor):
+        device = next(x.device for x in (eps, size) if isinstance(x, Tensor))
+        parts = [torch.as_tensor(x, dtype=torch.float32, device=device) for x in (eps, size)]
+        return (0.0, 0.0), torch.stack(parts)
+    return (eps, size), None
 
 
 def fused_step(
@@ -244,7 +223,15 @@ class Adam(UpdateRule):
         state: State,
     ) -> list[Update]:
         size, eps, lr = self._sizes(state)
-        if self._can_fuse([*grads, *exp_avgs]):
+        # On a CPU torch's own fused kernel is as fast.
+        if grads[0].is_cuda and not self.compiled and knows_adam(grads, exp_avgs):
+            deltas = [torch.empty_like(grad) for grad in grads]
+            numbers, sizes = kernel_sizes(eps, size)
+            torch.ops.lowrank.adam(
+                *(grads, exp_avgs, exp_avg_sqs, deltas, [], [], -1),
+                *(*self.betas, *numbers, sizes),
+            )
+        elif self._can_fuse([*grads, *exp_avgs]):
             assert isinstance(size, float)
             assert isinstance(eps, float)
             # From zero "weights" the kernel leaves minus the delta, in one pass over the moments.

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from lowrank.cuda import blockwise
+from lowrank.cuda.native import knows_adam
 
 from ..rotation import Rotation
-from .adam import Adam, moved_moments
+from .adam import Adam, kernel_sizes, moved_moments
 from .base import State, Update, numel
 from .quantizers import NATIVE, Quantizer
 
@@ -60,14 +61,40 @@ class Adam8bit(Adam):
     def update(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
     ) -> list[Update]:
-        """See `UpdateRule.update`; one tensor after the other, so that scratch stays bounded."""
-        updates: list[Update] = []
-        for grad, state in zip(grads, states, strict=True):
-            grad = grad.to(torch.float32).contiguous()
-            moments = {key: self._load(state, key) for key in SIGNED}
-            updates += self._advance([grad], [moments["exp_avg"]], [moments["exp_avg_sq"]], state)
-            self._save(state, moments)
-        return updates
+        """See `UpdateRule.update`; what no kernel does goes one after the other in fp32 scratch."""
+        updates: list[Update | None] = [None] * len(grads)
+        packed = [i for i, state in enumerate(states) if self._fuses(grads[i], state)]
+        if packed:
+            fused = self._fused([grads[i] for i in packed], [states[i] for i in packed])
+            for i, update in zip(packed, fused, strict=True):
+                updates[i] = update
+        for i, (grad, state) in enumerate(zip(grads, states, strict=True)):
+            if updates[i] is None:
+                grad = grad.to(torch.float32).contiguous()
+                moments = {key: self._load(state, key) for key in SIGNED}
+                m, v = moments.values()
+                (updates[i],) = self._advance([grad], [m], [v], state)
+                self._save(state, moments)
+        return [update for update in updates if update is not None]
+
+    def _fuses(self, grad: Tensor, state: State) -> bool:
+        """Whether one kernel dequantises, advances and quantises the moments."""
+        return (
+            self.quantizer is NATIVE
+            and not self.compiled
+            and "exp_avg_absmax" in state
+            and knows_adam([grad], [state["exp_avg"]], eight_bit=True)
+        )
+
+    def _fused(self, grads: list[Tensor], states: list[State]) -> list[Update]:
+        size, eps, lr = self._sizes(states[0])
+        numbers, sizes = kernel_sizes(eps, size)
+        deltas = [torch.empty_like(grad) for grad in grads]
+        keys = ("exp_avg", "exp_avg_absmax", "exp_avg_sq", "exp_avg_sq_absmax")
+        stored = [[state[key] for state in states] for key in keys]
+        torch.ops.lowrank.adam_8bit(grads, *stored, deltas, *self.betas, *numbers, sizes)
+        keep, alpha = self._keep_and_alpha(lr)
+        return [Update(delta, alpha, keep, size) for delta in deltas]
 
     def apply(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]

@@ -1,7 +1,16 @@
 """Weights: how they are stored, and how a step writes into them."""
 
+from .fused import fused_rows
 from .int8 import Int8Weight
-from .rows import apply_rule, editable_rows, rounding_seed
+from .rows import editable_rows, rounding_seed
 from .state import dense_state_dict
+from .whole import apply_rule
 
-__all__ = ["Int8Weight", "apply_rule", "dense_state_dict", "editable_rows", "rounding_seed"]
+__all__ = [
+    "Int8Weight",
+    "apply_rule",
+    "dense_state_dict",
+    "editable_rows",
+    "fused_rows",
+    "rounding_seed",
+]

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowrank.cuda import groups
+from lowrank.cuda.noise import signed_seed
+from lowrank.cuda.write_back import store_changed
 
 from .int8_linear import int8_linear
 
@@ -220,18 +222,10 @@ class Chunk:
             seed: rounds stochastically when given.
             first: position of the first entry in the whole matrix, for the noise.
         """
-        fresh = groups.quantize_groups(
-            new, 255, self.group_size, dtype=self.scales.dtype, seed=seed, first=first
+        store_changed(
+            *(new, old, self.codes, self.scales, self.zeros, self.group_size),
+            *(signed_seed(seed), first),
         )
-        for start, stop, width in groups.spans(new.numel(), self.group_size, new.device):
-            begin = start // self.group_size
-            span = slice(begin, begin + (stop - start) // width)
-            changed = (new[start:stop] != old[start:stop]).view(-1, width).any(1)
-            for target, value in ((self.scales, fresh[1]), (self.zeros, fresh[2])):
-                target[span].copy_(torch.where(changed, value[span], target[span]))
-            codes_gw = self.codes[start:stop].view(-1, width)
-            fresh_gw = fresh[0][start:stop].view(-1, width)
-            codes_gw.copy_(torch.where(changed.unsqueeze(1), fresh_gw, codes_gw))
 
 
 def rebuild_int8_weight(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -12,8 +12,6 @@ from lowrank.cuda.groups import chunk_elements
 from lowrank.cuda.noise import mix, stochastic_bfloat16
 
 from ..projectors import RowRange
-from ..rules import Update, UpdateRule
-from ..rules.base import State
 from .int8 import Int8Weight
 
 
@@ -42,10 +40,10 @@ def editable_rows(
             same noise at each step.
     """
     if isinstance(weight, Int8Weight):
-        _check_capture("an INT8 weight")
+        check_capture("an INT8 weight")
         yield from _int8_rows(weight, rows, seed)
     elif stochastic and weight.dtype == torch.bfloat16:
-        _check_capture("stochastic_rounding=True")
+        check_capture("stochastic_rounding=True")
         yield from _bfloat16_rows(weight, rows, seed)
     else:
         yield weight, rows
@@ -56,58 +54,10 @@ def rounding_seed(seed: int, step: int, index: int) -> int:
     return mix(seed, step, index)
 
 
-def apply_rule(
-    rule: UpdateRule,
-    grads: Sequence[Tensor],
-    states: Sequence[State],
-    weights: Sequence[Tensor],
-    seed: int,
-    indices: Sequence[int],
-    *,
-    stochastic: bool = False,
-) -> None:
-    """Updates whole parameters in place, by rows where they have to be rounded stochastically.
-
-    Args:
-        rule: gives the updates.
-        grads: descent gradients.
-        states: the parameters' states; `step` already counts this step.
-        weights: the parameters.
-        seed: of the rounding.
-        indices: positions among the parameters that are updated whole.
-        stochastic: as in `editable_rows`.
-    """
-    by_rows = [_by_rows(weight, stochastic) for weight in weights]
-    plain = [i for i, slow in enumerate(by_rows) if not slow]
-    if plain:
-        rule.apply(
-            [grads[i] for i in plain], [states[i] for i in plain], [weights[i] for i in plain]
-        )
-    for i, weight in enumerate(weights):
-        if by_rows[i]:
-            (update,) = rule.update([grads[i]], [states[i]], [weight])
-            # Indices of projected matrices are not negative.
-            own = rounding_seed(seed, int(states[i]["step"]), ~indices[i])
-            _write(weight, update, own, stochastic)
-
-
-def _write(weight: Tensor, update: Update, seed: int, stochastic: bool) -> None:
-    whole = RowRange.whole(weight.shape[0] if weight.dim() else 1)
-    for chunk, rows in editable_rows(weight, whole, seed, stochastic=stochastic):
-        delta = update.delta[rows.start : rows.stop] if weight.dim() else update.delta
-        chunk.mul_(update.keep).sub_(delta.to(chunk.dtype) * update.alpha)
-
-
-def _by_rows(weight: Tensor, stochastic: bool) -> bool:
-    return isinstance(weight, Int8Weight) or (stochastic and weight.dtype == torch.bfloat16)
-
-
 def _int8_rows(weight: Int8Weight, rows: RowRange, seed: int) -> Iterator[tuple[Tensor, RowRange]]:
     width = weight.shape[1]
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    # Rows after which a group ends, too.
-    aligned = weight.group_size // math.gcd(weight.group_size, width)
-    step = chunk_elements(weight.device, aligned * width) // width
+    step = aligned_rows(weight)
     for start in range(0, weight.shape[0], step):
         stop = min(start + step, weight.shape[0])
         chunk = weight.entries(start * width, stop * width)
@@ -137,7 +87,15 @@ def _part(rows: RowRange, start: int, stop: int) -> RowRange:
     return RowRange(rows.start + start, rows.start + stop, rows.reduce)
 
 
-def _check_capture(what: str) -> None:
+def aligned_rows(weight: Int8Weight) -> int:
+    """How many rows to work on at once: a bounded number, after which a group ends, too."""
+    width = weight.shape[1]
+    aligned = weight.group_size // math.gcd(weight.group_size, width)
+    return chunk_elements(weight.device, aligned * width) // width
+
+
+def check_capture(what: str) -> None:
+    """Raises `ValueError` while a CUDA graph is captured."""
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise ValueError(
             f"{what} while a CUDA graph is captured: accepted is a step outside of one, or dense "

@@ -1,0 +1,113 @@
+"""Weights that a compiled kernel updates in one pass: decay, update, residual and rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowrank.cuda.groups import chunk_elements
+from lowrank.cuda.native import usable
+from lowrank.cuda.noise import signed_seed
+
+from .int8 import Int8Weight
+from .rows import aligned_rows, check_capture
+
+
+@dataclass(frozen=True)
+class FusedChunk:
+    """Some rows of a weight.
+
+    Attributes:
+        weight: the whole parameter, m x n.
+        grad: its gradient, where a multiple of it is taken off.
+        start: first row.
+        rows: how many.
+        seed: of stochastic rounding, or None.
+        first: position of the first entry in the whole matrix, for the noise.
+    """
+
+    weight: Tensor
+    grad: Tensor | None
+    start: int
+    rows: int
+    seed: int | None
+    first: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.rows, self.weight.shape[1]
+
+    def write(
+        self, delta: Tensor | None, factors: Tensor | None, *, keep: float, alpha: float
+    ) -> None:
+        """W <- keep W - alpha delta - factors o G, rounded.
+
+        Args:
+            delta: of the chunk's shape, or None.
+            factors: fp32 (1 or rows, 1 or n); given exactly where there is a `grad`.
+            keep: 1 less the weight decay.
+            alpha: step size.
+        """
+        span = slice(self.start, self.start + self.rows)
+        grad = None if self.grad is None else self.grad[span]
+        if not isinstance(self.weight, Int8Weight):
+            torch.ops.lowrank.write_back(
+                self.weight[span], delta, grad, factors, keep, alpha, self.seed, self.first
+            )
+            return
+        columns = self.weight.shape[1]
+        part = self.weight.entries(span.start * columns, span.stop * columns)
+        codes = part.codes.view(self.shape)
+        torch.ops.lowrank.write_back_int8(
+            *(codes, part.scales, part.zeros, delta, grad, factors),
+            *(part.group_size, keep, alpha, self.seed, self.first),
+        )
+
+
+def fused_rows(
+    weight: Tensor, grad: Tensor | None, seed: int, *, stochastic: bool, first_row: int = 0
+) -> Iterator[FusedChunk] | None:
+    """Chunks of a weight for a fused kernel, or None where none applies.
+
+    Args:
+        weight: the parameter, a matrix.
+        grad: its gradient, where a multiple of it is taken off.
+        seed: of the rounding.
+        stochastic: round bf16 weights stochastically.
+        first_row: of these rows in the whole matrix.
+
+    Raises:
+        ValueError: rounding stochastically while a CUDA graph is captured.
+    """
+    int8 = isinstance(weight, Int8Weight)
+    rounds = int8 or (stochastic and weight.dtype == torch.bfloat16)
+    # A plain weight without a residual is written by the GEMM itself; on a CPU with one, too: there
+    # the second pass costs less than a product in scratch.
+    if not rounds and (grad is None or not weight.is_cuda):
+        return None
+    parts = weight.parts() if isinstance(weight, Int8Weight) else (weight,)
+    if usable(*(part.detach() for part in parts), grad) is None:
+        return None
+    if rounds:
+        check_capture("an INT8 weight" if int8 else "stochastic_rounding=True")
+    return _chunks(weight, grad, signed_seed(seed) if rounds else None, first_row)
+
+
+def _chunks(
+    weight: Tensor, grad: Tensor | None, seed: int | None, first_row: int
+) -> Iterator[FusedChunk]:
+    rows, columns = weight.shape
+    if isinstance(weight, Int8Weight):
+        step = aligned_rows(weight)
+    else:
+        step = chunk_elements(weight.device, max(1, columns)) // max(1, columns)
+    for start in range(0, rows, step):
+        count = min(step, rows - start)
+        yield FusedChunk(
+            weight.detach() if not isinstance(weight, Int8Weight) else weight,
+            *(grad, start, count, seed, (first_row + start) * columns),
+        )
