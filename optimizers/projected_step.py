@@ -14,7 +14,7 @@ from .composition import Composition, Projection
 from .gradients import descent_gradient, label, names
 from .moves import move_moments
 from .options import Group
-from .projectors import RowRange, Slot
+from .projectors import RowRange, Side, Slot
 from .refreshing import RefreshHook, refresh
 from .rules import UpdateRule
 from .writing import carry_out
@@ -92,9 +92,13 @@ def step_projected(
             continue
         for slot in batch:
             slot.state["step"].add_(1)
-        updates = composition.rule.update(
-            lows, [slot.state for slot in batch], [slot.param for slot in batch]
-        )
+        states_of_batch = [slot.state for slot in batch]
+        params = [slot.param for slot in batch]
+        if projection.residual.NORMS:
+            axes = [0 if slot.geometry.side is Side.LEFT else 1 for slot in batch]
+            updates = composition.rule.update_with_norms(lows, states_of_batch, params, axes)
+        else:
+            updates = composition.rule.update(lows, states_of_batch, params)
         for slot, low, update in zip(batch, lows, updates, strict=True):
             write = projection.residual.plan(slot, low, update, projection.projector)
             carry_out(write, slot, projection)

@@ -65,6 +65,8 @@ class Residual(ABC):
 
     #: Options that a group may set: the names of this class's fields.
     OPTIONS: ClassVar[tuple[str, ...]] = ()
+    #: Whether it uses the norms of the projected gradient and update along the projected axis.
+    NORMS: ClassVar[bool] = False
     #: Numbers of dimensions of the parameters it can treat.
     DIMENSIONS: ClassVar[tuple[int, ...]] = (2,)
 

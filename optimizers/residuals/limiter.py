@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import checks
 from ..projectors import Geometry, Slot
+from ..projectors.norms import axis_norms
 from ..rules import Update
 from .base import Residual
 
@@ -33,6 +34,13 @@ def limit_growth(stored: Tensor, norm: Tensor, limit: float) -> Tensor:
     factor = torch.where(stored > 0, growth.reciprocal(), 1.0)
     stored.copy_(norm * factor)
     return factor
+
+
+def update_norms(low: Tensor, update: Update, axis: int) -> tuple[Tensor, Tensor]:
+    """Norms of the projected gradient and of the update's delta along an axis, which is kept."""
+    if update.norms is not None:
+        return update.norms
+    return axis_norms(low, axis), axis_norms(update.delta, axis)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from ..projectors import Geometry, Projector, Side, Slot
 from ..projectors.norms import axis_norms, kept_squares, outside_norm
 from ..rules import Update
 from .base import ScaledPart, Write
-from .limiter import LimitedResidual
+from .limiter import LimitedResidual, update_norms
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class NormScaled(LimitedResidual):
             is `scale`, as in the released code, 1 is the paper's.
     """
 
+    NORMS: ClassVar[bool] = True
     OPTIONS: ClassVar[tuple[str, ...]] = ("residual_scale", "limiter")
 
     residual_scale: float | None = None
@@ -58,8 +59,8 @@ class NormScaled(LimitedResidual):
         """See the module; without host synchronisation on CUDA."""
         beta = self.scale if self.residual_scale is None else self.residual_scale
         axis = 0 if slot.geometry.side is Side.LEFT else 1
-        low_norms = axis_norms(low, axis)
-        ratios = axis_norms(update.delta, axis) / (low_norms + 1e-8)  # phi, times update.factor
+        low_norms, step_norms = update_norms(low, update, axis)
+        ratios = step_norms / (low_norms + 1e-8)  # phi, times update.factor
 
         def norm(phi: Tensor) -> Tensor:
             squares, low_squares = axis_norms(slot.grad, axis).square(), low_norms.square()

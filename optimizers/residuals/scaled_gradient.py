@@ -24,7 +24,7 @@ from ..projectors import Geometry, Projector, Side, Slot
 from ..projectors.norms import axis_norms
 from ..rules import Update
 from .base import ScaledPart, Write
-from .limiter import LimitedResidual
+from .limiter import LimitedResidual, update_norms
 
 SCALE_TYPES = ("channel", "tensor")
 
@@ -38,6 +38,7 @@ class ScaledGradient(LimitedResidual):
         scale_front: multiply by sqrt(scale) before the limiter.
     """
 
+    NORMS: ClassVar[bool] = True
     OPTIONS: ClassVar[tuple[str, ...]] = ("scale_type", "scale_front", "limiter")
 
     scale_type: str = "channel"
@@ -60,7 +61,7 @@ class ScaledGradient(LimitedResidual):
     def plan(self, slot: Slot, low: Tensor, update: Update, projector: Projector) -> Write:
         """See the module; without host synchronisation on CUDA."""
         axis = 0 if slot.geometry.side is Side.LEFT else 1
-        steps, lows = axis_norms(update.delta, axis), axis_norms(low, axis)
+        lows, steps = update_norms(low, update, axis)
         if self.scale_type == "tensor":
             steps, lows = _norm(steps), _norm(lows)
         ratios = steps / (lows + 1e-8)  # phi, times update.factor

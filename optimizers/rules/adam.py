@@ -26,6 +26,8 @@ from lowrank.cuda.native import knows_adam
 from ..rotation import Rotation
 from .base import MOMENT_MOVES, State, Update, UpdateRule, numel, scalar, taken
 
+#: Where our kernel is used. On a CPU torch's own fused one is as fast.
+KERNEL_DEVICES = ("cuda",)
 FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -215,6 +217,65 @@ class Adam(UpdateRule):
         exp_avgs, exp_avg_sqs = (list(t) for t in zip(*map(self._moments, states), strict=True))
         return self._advance(list(grads), exp_avgs, exp_avg_sqs, states[0])
 
+    def update_with_norms(
+        self,
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        weights: Sequence[Tensor],
+        axes: Sequence[int],
+    ) -> list[Update]:
+        """See `UpdateRule.update_with_norms`: the kernel sums squares as it goes."""
+        exp_avgs, exp_avg_sqs = (list(t) for t in zip(*map(self._moments, states), strict=True))
+        if not self._has_kernel(list(grads), exp_avgs):
+            return self.update(grads, states, weights)
+        updates: dict[int, Update] = {}
+        for axis in sorted(set(axes)):
+            picked = [i for i, own in enumerate(axes) if own == axis]
+            made = self._by_kernel(
+                [grads[i] for i in picked],
+                [exp_avgs[i] for i in picked],
+                [exp_avg_sqs[i] for i in picked],
+                states[picked[0]],
+                axis,
+            )
+            updates.update(zip(picked, made, strict=True))
+        return [updates[i] for i in range(len(grads))]
+
+    def _has_kernel(self, grads: list[Tensor], exp_avgs: list[Tensor]) -> bool:
+        kind = grads[0].device.type
+        return kind in KERNEL_DEVICES and not self.compiled and knows_adam(grads, exp_avgs)
+
+    def _by_kernel(
+        self,
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        state: State,
+        axis: int = -1,
+    ) -> list[Update]:
+        """One launch for many tensors."""
+        size, eps, lr = self._sizes(state)
+        numbers, sizes = kernel_sizes(eps, size)
+        deltas = [torch.empty_like(grad) for grad in grads]
+        norms: list[list[Tensor]] = [[], []]
+        if axis >= 0:
+            shapes = [(1, t.shape[1]) if axis == 0 else (t.shape[0], 1) for t in grads]
+            device = grads[0].device
+            norms = [
+                [torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes]
+                for _ in range(2)
+            ]
+        torch.ops.lowrank.adam(
+            *(grads, exp_avgs, exp_avg_sqs, deltas, *norms, axis),
+            *(*self.betas, *numbers, sizes),
+        )
+        keep, alpha = self._keep_and_alpha(lr)
+        pairs = zip(*norms, strict=True) if axis >= 0 else [None] * len(deltas)
+        return [
+            Update(delta, alpha, keep, size, norms=pair)
+            for delta, pair in zip(deltas, pairs, strict=True)
+        ]
+
     def _advance(
         self,
         grads: list[Tensor],
@@ -223,15 +284,9 @@ class Adam(UpdateRule):
         state: State,
     ) -> list[Update]:
         size, eps, lr = self._sizes(state)
-        # On a CPU torch's own fused kernel is as fast.
-        if grads[0].is_cuda and not self.compiled and knows_adam(grads, exp_avgs):
-            deltas = [torch.empty_like(grad) for grad in grads]
-            numbers, sizes = kernel_sizes(eps, size)
-            torch.ops.lowrank.adam(
-                *(grads, exp_avgs, exp_avg_sqs, deltas, [], [], -1),
-                *(*self.betas, *numbers, sizes),
-            )
-        elif self._can_fuse([*grads, *exp_avgs]):
+        if self._has_kernel(grads, exp_avgs):
+            return self._by_kernel(grads, exp_avgs, exp_avg_sqs, state)
+        if self._can_fuse([*grads, *exp_avgs]):
             assert isinstance(size, float)
             assert isinstance(eps, float)
             # From zero "weights" the kernel leaves minus the delta, in one pass over the moments.

@@ -21,7 +21,7 @@ from lowrank.cuda.native import knows_adam
 from ..rotation import Rotation
 from .adam import Adam, kernel_sizes, moved_moments
 from .base import State, Update, numel
-from .quantizers import NATIVE, Quantizer
+from .quantizers import NATIVE, Native, Quantizer
 
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 CHUNK_ELEMENTS = 1 << 22  # fp32 copies of both moments are made for this many entries at a time
@@ -77,10 +77,20 @@ class Adam8bit(Adam):
                 self._save(state, moments)
         return [update for update in updates if update is not None]
 
+    def update_with_norms(
+        self,
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        weights: Sequence[Tensor],
+        axes: Sequence[int],
+    ) -> list[Update]:
+        """`update`: the 8-bit kernel works by blocks, which know nothing of rows and columns."""
+        return self.update(grads, states, weights)
+
     def _fuses(self, grad: Tensor, state: State) -> bool:
         """Whether one kernel dequantises, advances and quantises the moments."""
         return (
-            self.quantizer is NATIVE
+            isinstance(self.quantizer, Native)
             and not self.compiled
             and "exp_avg_absmax" in state
             and knows_adam([grad], [state["exp_avg"]], eight_bit=True)

@@ -38,6 +38,8 @@ class Update:
         factor: what `delta` was multiplied with since it was M / (sqrt(V) + eps) or its like (bias
             corrections, Adafactor's learning rate): residuals compare steps without it.
         rate: the learning rate, for what is updated without moments; `alpha` when None.
+        norms: fp32 norms of the gradient and of `delta` along the axis that was asked for, kept as
+            one of length 1, where the rule had them for nothing.
     """
 
     delta: Tensor
@@ -45,6 +47,7 @@ class Update:
     keep: float | Tensor
     factor: float | Tensor = 1.0
     rate: float | Tensor | None = None
+    norms: tuple[Tensor, Tensor] | None = None
 
 
 class UpdateRule(ABC):
@@ -74,6 +77,16 @@ class UpdateRule(ABC):
             states: each parameter's state; `step` already counts this step.
             weights: the parameters themselves, read only (Adafactor scales by their size).
         """
+
+    def update_with_norms(
+        self,
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        weights: Sequence[Tensor],
+        axes: Sequence[int],
+    ) -> list[Update]:
+        """`update`, with `norms` along each gradient's axis (0 or 1) where they cost nothing."""
+        return self.update(grads, states, weights)
 
     def apply(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]

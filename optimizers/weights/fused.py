@@ -15,6 +15,9 @@ from lowrank.cuda.noise import signed_seed
 from .int8 import Int8Weight
 from .rows import aligned_rows, check_capture
 
+#: Where a plain weight with a residual is written in one pass too.
+DENSE_DEVICES = ("cuda",)
+
 
 @dataclass(frozen=True)
 class FusedChunk:
@@ -87,7 +90,7 @@ def fused_rows(
     rounds = int8 or (stochastic and weight.dtype == torch.bfloat16)
     # A plain weight without a residual is written by the GEMM itself; on a CPU with one, too: there
     # the second pass costs less than a product in scratch.
-    if not rounds and (grad is None or not weight.is_cuda):
+    if not rounds and (grad is None or weight.device.type not in DENSE_DEVICES):
         return None
     parts = weight.parts() if isinstance(weight, Int8Weight) else (weight,)
     if usable(*(part.detach() for part in parts), grad) is None:

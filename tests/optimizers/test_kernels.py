@@ -1,0 +1,134 @@
+"""Optimizers with compiled kernels agree with pure torch, and the switch between them works."""
+
+from typing import Any
+
+import pytest
+import torch
+from support import matrix
+from torch import nn
+
+from lowrank.cuda import kernels, library, set_kernels, status, using_kernels
+from lowrank.optimizers import build
+from lowrank.optimizers.rules import adam as adam_rule
+from lowrank.optimizers.weights import Int8Weight, fused
+
+needs_library = pytest.mark.skipif(
+    status("host").library is None, reason="the host's library is not compiled"
+)
+
+
+class Layers(nn.Module):
+    """Two projected matrices of both orientations, and a plain one."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.mlp_up = nn.Linear(96, 160, bias=False, dtype=dtype)
+        self.mlp_down = nn.Linear(160, 96, bias=False, dtype=dtype)
+        self.head = nn.Linear(96, 64, bias=False, dtype=dtype)
+        for index, weight in enumerate(self.parameters()):
+            weight.data.copy_(matrix(*weight.shape, index) * 0.05)
+
+
+@pytest.fixture
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU uses the kernels that are meant for GPUs, too."""
+    monkeypatch.setattr(adam_rule, "KERNEL_DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(fused, "DENSE_DEVICES", ("cpu", "cuda"))
+
+
+def trained(name: str, dtype: torch.dtype, chosen: str, **options: Any) -> list[torch.Tensor]:
+    """Weights after six steps with the given kernels."""
+    model = Layers(dtype)
+    with using_kernels(chosen):
+        optimizer = build(name, model, lr=1e-2, rank=8, update_proj_gap=3, **options)
+        for step in range(6):
+            for index, weight in enumerate(model.parameters()):
+                weight.grad = matrix(*weight.shape, 10 * step + index).to(weight.dtype)
+            optimizer.step()
+        return [
+            (w.dequantize() if isinstance(w, Int8Weight) else w.detach()).float()
+            for w in model.parameters()
+        ]
+
+
+METHODS = (
+    ("galore_adamw", torch.float32, {}),
+    ("galore_adamw", torch.bfloat16, {"weight_decay": 0.1}),
+    ("galore_adamw", torch.bfloat16, {"stochastic_rounding": True}),
+    ("galore_adamw_8bit", torch.float32, {}),
+    ("galore_adamw_8bit", torch.bfloat16, {}),
+    ("qgalore_adamw_8bit", torch.bfloat16, {}),
+    ("fira_adamw", torch.float32, {"weight_decay": 0.1}),
+    ("fira_adamw", torch.bfloat16, {}),
+    ("fira_adamw", torch.bfloat16, {"stochastic_rounding": True}),
+    ("apollo_adamw", torch.float32, {}),
+)
+
+
+@needs_library
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize(("name", "dtype", "options"), METHODS)
+def test_kernels_agree_with_pure_torch(
+    name: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    native = trained(name, dtype, "native", **options)
+    plain = trained(name, dtype, "torch", **options)
+    start = [w.detach().float() for w in Layers(dtype).parameters()]
+    for ours, theirs, before in zip(native, plain, start, strict=True):
+        moved = torch.linalg.vector_norm(theirs - before)
+        difference = torch.linalg.vector_norm(ours - theirs)
+        # A rounded weight may land on the neighbour where the last bit of its update differs.
+        limit = 1e-4 if dtype == torch.float32 else 0.05
+        assert difference <= limit * moved, (float(difference), float(moved))
+
+
+@needs_library
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize(
+    ("name", "options", "operation"),
+    [
+        ("galore_adamw", {}, "adam"),
+        ("galore_adamw_8bit", {"min_8bit_size": 256}, "adam_8bit"),
+        ("qgalore_adamw_8bit", {}, "write_back_int8"),
+        ("qgalore_adamw_8bit", {}, "dequantize_int4"),
+        ("fira_adamw", {}, "write_back"),
+        ("galore_adamw", {"stochastic_rounding": True}, "write_back"),
+    ],
+)
+def test_steps_call_the_kernels(
+    name: str, options: dict[str, Any], operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+    original = library.Library.call
+
+    def call(self: library.Library, name: str, device: torch.device, *arguments: object) -> None:
+        called.append(name)
+        original(self, name, device, *arguments)
+
+    monkeypatch.setattr(library.Library, "call", call)
+    trained(name, torch.bfloat16, "native", **options)
+    assert operation in called
+    called.clear()
+    trained(name, torch.bfloat16, "torch", **options)
+    assert not called
+
+
+def test_the_switch_is_checked_and_restored() -> None:
+    before = kernels()
+    with pytest.raises(ValueError, match=r"kernels are 'fast'; accepted are 'native', 'torch'"):
+        set_kernels("fast")
+    with using_kernels("torch"):
+        assert kernels() == "torch"
+    assert kernels() == before
+
+
+def test_a_missing_library_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = library.Status("host", None, "no C++ compiler was found\nmore")
+    monkeypatch.setattr(library, "status", lambda name: missing)
+    library._say_missing.cache_clear()
+    x = [torch.zeros(3)]
+    with using_kernels("native"):
+        with pytest.warns(UserWarning, match=r"no C\+\+ compiler was found\)"):
+            assert library.library_for(x) is None
+        assert library.library_for(x) is None
+    library._say_missing.cache_clear()
