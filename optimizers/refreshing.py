@@ -11,7 +11,7 @@ from torch import Tensor
 from .composition import Composition, Projection
 from .moves import move_moments
 from .projectors import RefreshEvent, Slot, telemetry
-from .projectors.decompositions import compute_dtype
+from .projectors.operand import compute_dtype
 
 RefreshHook = Callable[[RefreshEvent], None]
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..rotation import Rotation
 from . import apply
-from .decompositions import compute_dtype
 from .geometry import Geometry, RowRange, Side
+from .operand import compute_dtype
 from .storage import BasisStorage, DenseBasis
 
 Bases = tuple[Tensor, ...]

@@ -30,10 +30,11 @@ from torch import Tensor
 
 from .. import checks
 from ..rotation import Rotation
-from . import apply, decompositions, tucker
+from . import apply, decompositions, subspace, tucker
 from .base import Bases, Projector, Slot
 from .geometry import Geometry, RowRange, Side
 from .norms import CHUNK_ELEMENTS, axis_norms
+from .operand import compute_dtype
 from .schedule import passed
 from .singular import align_signs
 
@@ -64,7 +65,7 @@ def correlation_gradient(
     """
     m, n = grad_mn.shape
     left = side is Side.LEFT
-    wide = decompositions.compute_dtype(grad_mn.dtype)
+    wide = compute_dtype(grad_mn.dtype)
     basis = basis_dr.to(wide)
     row_norms = axis_norms(grad_mn, 1).squeeze(1)
     factor = math.sqrt(m * n) / torch.linalg.vector_norm(row_norms) if normalize else None
@@ -171,7 +172,7 @@ def reprojected(grad_mn: Tensor, sketch_dr: Tensor, side: Side, mode: str) -> Te
         NotConverged: the solver doesn't converge.
     """
     left = side is Side.LEFT
-    sketch_dr = sketch_dr.to(decompositions.compute_dtype(grad_mn.dtype))
+    sketch_dr = sketch_dr.to(compute_dtype(grad_mn.dtype))
     range_lr = torch.linalg.qr(_product(grad_mn, sketch_dr, left)).Q
     small_rd = _product(grad_mn, range_lr, not left).mT
     scale = float(torch.linalg.vector_norm(small_rd, torch.inf))
@@ -264,7 +265,7 @@ class CorrelationProjector(Projector):
             # Squares of finite gradients may overflow; a lost basis would infect all later ones.
             if not all(bool(basis.isfinite().all()) for basis in bases):
                 failed = f"the step of the basis of {called} overflowed"
-        except decompositions.NotConverged:
+        except subspace.NotConverged:
             failed = f"no decomposition of the gradient of {called} converged"
         if failed is not None:
             warnings.warn(

@@ -24,8 +24,8 @@ from lowrank.cuda.noise import mix
 
 from .. import checks
 from .base import Bases, Projector, Slot
-from .decompositions import compute_dtype
 from .geometry import Geometry
+from .operand import compute_dtype
 from .storage import DenseBasis
 
 DISTRIBUTIONS = ("gaussian", "orthonormal")

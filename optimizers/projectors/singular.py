@@ -12,7 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from . import decompositions
+from .. import checks
+from . import decompositions, subspace
 from .base import Bases, Projector, Slot
 from .geometry import Geometry
 
@@ -40,11 +41,22 @@ class SingularProjector(Projector):
     Attributes:
         refresh: one of `decompositions.REFRESH_MODES`; `seed` and the step fix the sketches of
             "randomized".
+        rotate: bases of "randomized" and "warm" are singular vectors; False leaves any orthonormal
+            basis of their span, which saves an eigendecomposition of r x r a matrix.
     """
 
-    OPTIONS: ClassVar[tuple[str, ...]] = ("refresh",)
+    OPTIONS: ClassVar[tuple[str, ...]] = ("refresh", "rotate")
 
     refresh: str = "eigh"
+    rotate: bool = True
+
+    def __post_init__(self) -> None:
+        checks.choice("rotate", self.rotate, (True, False))
+        if not self.rotate and self.refresh not in ("randomized", "warm"):
+            raise ValueError(
+                f"rotate=False with refresh={self.refresh!r}: accepted are 'randomized' and "
+                "'warm', the others give singular vectors only"
+            )
 
     def fit(self, slots: Sequence[Slot]) -> list[Bases | None]:
         """Refits matrices of one shape together; a zero or non-finite gradient keeps its basis."""
@@ -100,11 +112,12 @@ class SingularProjector(Projector):
                 mode,
                 former[picked],
                 seed,
+                rotate=self.rotate,
             )
 
         try:
             return list(attempt(slice(None), self.refresh))
-        except decompositions.NotConverged:
+        except subspace.NotConverged:
             pass
         results: list[Bases | None] = []
         for i, slot in enumerate(slots):
@@ -113,7 +126,7 @@ class SingularProjector(Projector):
                 try:
                     results[i] = attempt(slice(i, i + 1), mode)[0]
                     break
-                except decompositions.NotConverged:
+                except subspace.NotConverged:
                     continue
             if results[i] is None:
                 warnings.warn(

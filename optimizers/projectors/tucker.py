@@ -24,8 +24,8 @@ from torch.nn import functional
 
 from ..rotation import Rotation
 from .base import Bases
-from .decompositions import compute_dtype
 from .geometry import Geometry, RowRange, Side
+from .operand import compute_dtype
 
 MAX_ITERATIONS = 10
 GAIN = 1e-5  # relative gain in captured norm that ends the iteration

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowrank.optimizers.projectors import Side, decompositions
+from lowrank.optimizers.projectors import Side, decompositions, orthonormal, subspace
+from lowrank.optimizers.projectors import operand as operand_module
 
 SHAPES = ((48, 96), (96, 48), (64, 64))
 RANK = 16
@@ -81,6 +84,84 @@ def test_captured_energy_and_orthonormality(
     assert 1 - energy(grad, bases, side) < bar
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU tensors take the ways of CUDA tensors: half-precision products, Cholesky QR, batches."""
+    monkeypatch.setattr(operand_module, "GPUS", ("cpu", "cuda"))
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", SPECTRA)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rotate", [True, False])
+@pytest.mark.parametrize("mode", ["randomized", "warm"])
+def test_what_a_gpu_does_captures_as_much(
+    shape: tuple[int, int], kind: str, dtype: torch.dtype, rotate: bool, mode: str
+) -> None:
+    values = spectrum(kind, min(shape))
+    grads = [with_spectrum(shape, values, seed=s).to(dtype) for s in range(3)]
+    scales = [grad.abs().max().item() for grad in grads]
+    drifted = [g.float() + 0.2 * with_spectrum(shape, values, seed=9).float() for g in grads]
+    former = [fit(g, "eigh", Side.LEFT)[0] if mode == "warm" else None for g in drifted]
+    together = decompositions.bases(
+        grads, scales, RANK, Side.LEFT, mode, former, seed=3, rotate=rotate
+    )
+    for i, (grad, bases) in enumerate(zip(grads, together, strict=True)):
+        assert bases[0].shape == (shape[0], RANK)
+        assert defect(bases[0]) < 1e-5
+        # Warm or unrotated, no directions are sampled beyond the rank, and slow decays stay a little
+        # behind; bf16 makes the flat spectrum uneven below what an iteration resolves.
+        slow = mode == "warm" or not rotate or (kind == "flat" and dtype == torch.bfloat16)
+        own = energy(grad, bases, Side.LEFT)
+        assert 1 - own < (4e-3 if slow else 1e-3)
+        (alone,) = decompositions.bases(
+            [grad], [scales[i]], RANK, Side.LEFT, mode, [former[i]], seed=3, rotate=rotate
+        )
+        assert own == pytest.approx(energy(grad, alone, Side.LEFT), abs=2e-4)
+
+
+@pytest.mark.parametrize("shape", [(200, 40), (64, 64), (30, 1)], ids=str)
+@pytest.mark.parametrize("condition", [1.0, 1e3, 1e6])
+def test_cholesky_is_orthonormal(shape: tuple[int, int], condition: float) -> None:
+    d, k = shape
+    values = torch.logspace(0, -math.log10(condition), k, dtype=torch.float64)
+    batch = torch.stack([with_spectrum(shape, values, seed=s).float() for s in range(3)])
+    made, fine = orthonormal.shifted_cholesky(batch)
+    assert fine.tolist() == [True] * 3
+    for one, matrix in zip(made, batch, strict=True):
+        assert defect(one) < 2e-6
+        # The first j vectors span the first j columns, and point their way.
+        upper = one.double().T @ matrix.double()
+        assert upper.tril(-1).abs().max() < 1e-5 * matrix.abs().max() * d
+        assert (upper.diagonal() > 0).all()
+
+
+def test_cholesky_reports_what_it_cannot_do() -> None:
+    good = torch.randn(50, 6)
+    deficient, dead, broken = good.clone(), good.clone(), good.clone()
+    deficient[:, 3] = deficient[:, 1]
+    dead[:, 2] = 0.0
+    broken[4, 1] = float("nan")
+    batch = torch.stack([good, deficient, dead, broken])
+    _, fine = orthonormal.shifted_cholesky(batch)
+    assert fine.tolist() == [True, False, False, False]
+    made = subspace.cholesky_or_householder([good, deficient])
+    assert max(map(defect, made)) < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["randomized", "warm"])
+def test_products_that_overflow_are_reported(mode: str) -> None:
+    grad = torch.full((24, 40), 1e30)
+    operand = operand_module.Operand(grad, 1.0, Side.LEFT)  # without rescaling
+    attempts = {
+        "warm": lambda: subspace.warm([operand], 4, [torch.eye(24)[:, :4]]),
+        "randomized": lambda: subspace.randomized([operand], 4, seed=1),
+    }
+    with pytest.raises(subspace.NotConverged):
+        attempts[mode]()
+
+
 @pytest.mark.parametrize("mode", ["svd", "eigh", "randomized"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_other_precisions(mode: str, dtype: torch.dtype) -> None:
@@ -107,8 +188,8 @@ def test_pieces_do_not_matter(
 ) -> None:
     """Upcasting a bf16 gradient in pieces equals upcasting it whole."""
     grad = with_spectrum(shape, spectrum("decay_0.5", min(shape))).bfloat16()
-    monkeypatch.setattr(decompositions, "CHUNK_ELEMENTS", chunk)
-    operand = decompositions.Operand(grad, 1.0, Side.LEFT)
+    monkeypatch.setattr(operand_module, "CHUNK_ELEMENTS", chunk)
+    operand = operand_module.Operand(grad, 1.0, Side.LEFT)
     whole = grad.float() if operand.wide else grad.float().T
     right = torch.randn(operand.long, 5)
     left = torch.randn(operand.short, 5)

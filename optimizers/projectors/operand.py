@@ -1,0 +1,119 @@
+"""A gradient as the matrix that decompositions see, without whole copies in another precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .geometry import Side
+
+CHUNK_ELEMENTS = 1 << 22  # upcast copies of a low-precision gradient are made in pieces of 16 MiB
+HALF = (torch.bfloat16, torch.float16)
+#: Devices on which half-precision products, Cholesky factors and batches pay.
+GPUS = ("cuda",)
+
+# Entries in this range have squares that fp32 sums safely; others are rescaled first.
+SAFE_SCALE = (1e-12, 1e12)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision of decompositions for gradients of `dtype`: fp64 stays, all else is fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether a tensor lies on one of `GPUS`."""
+    return tensor.device.type in GPUS
+
+
+class Operand:
+    """A gradient seen as its short-by-long matrix A (d x l).
+
+    Products with a half-precision gradient are made of half-precision factors and summed in fp32 on
+    a GPU, where that is many times faster; elsewhere of upcast pieces of the gradient.
+    """
+
+    def __init__(self, grad_mn: Tensor, scale: float, side: Side) -> None:
+        rows, columns = grad_mn.shape
+        self.grad_mn = grad_mn
+        # A is the gradient itself, else its transpose; a square one is turned to the wanted side.
+        self.wide = rows < columns or (rows == columns and side is not Side.RIGHT)
+        self.short, self.long = min(rows, columns), max(rows, columns)
+        self.dtype = compute_dtype(grad_mn.dtype)
+        self.factor = 1.0 if SAFE_SCALE[0] <= scale <= SAFE_SCALE[1] else 1.0 / scale
+        self.direct = grad_mn.dtype == self.dtype and self.factor == 1.0
+        self.half = on_gpu(grad_mn) and grad_mn.dtype in HALF and self.factor == 1.0
+
+    def _pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        """Chunks of rows, one copy at a time; the gradient itself where it needs none."""
+        rows, columns = self.grad_mn.shape
+        step = rows if self.direct else max(1, CHUNK_ELEMENTS // columns)
+        for start in range(0, rows, step):
+            span = slice(start, min(start + step, rows))
+            piece = self.grad_mn[span].to(self.dtype)
+            yield span, (piece if self.factor == 1.0 else piece * self.factor)
+
+    def _rows_times(self, right_nk: Tensor) -> Tensor:
+        if self.half:
+            return half_product(self.grad_mn, right_nk)
+        return torch.cat([piece @ right_nk for _, piece in self._pieces()])
+
+    def _columns_times(self, right_mk: Tensor) -> Tensor:
+        if self.half:
+            return half_product(self.grad_mn.mT, right_mk)
+        total: Tensor | None = None
+        for span, piece in self._pieces():
+            part = piece.mT @ right_mk[span]
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return total
+
+    def times(self, right_lk: Tensor) -> Tensor:
+        """A X, d x k."""
+        return self._rows_times(right_lk) if self.wide else self._columns_times(right_lk)
+
+    def transposed_times(self, right_dk: Tensor) -> Tensor:
+        """A^T X, l x k."""
+        return self._columns_times(right_dk) if self.wide else self._rows_times(right_dk)
+
+    def energy(self) -> Tensor:
+        """||A||^2, 0-d fp64."""
+        if self.half:  # a GPU's reduction upcasts as it reads
+            norm = torch.linalg.vector_norm(self.grad_mn, dtype=torch.float32)
+            energy: Tensor = norm.double().square()
+            return energy
+        norms = [torch.linalg.vector_norm(piece).double() for _, piece in self._pieces()]
+        total: Tensor = torch.stack(norms).square().sum()
+        return total
+
+    def gram(self) -> Tensor:
+        """A A^T, d x d, without a whole upcast copy of A."""
+        if self.half:
+            own = self.grad_mn if self.wide else self.grad_mn.mT
+            return half_product(own, own.mT)
+        total_dd: Tensor | None = None
+        if not self.wide:
+            for _, piece in self._pieces():
+                part_dd = piece.mT @ piece
+                total_dd = part_dd if total_dd is None else total_dd.add_(part_dd)
+            assert total_dd is not None
+            return total_dd
+        if self.direct:
+            return self.grad_mn @ self.grad_mn.mT
+        step = max(1, CHUNK_ELEMENTS // self.short)
+        total_dd = torch.zeros(self.short, self.short, dtype=self.dtype, device=self.grad_mn.device)
+        for i in range(0, self.long, step):
+            piece = self.grad_mn[:, i : i + step].to(self.dtype) * self.factor
+            total_dd.addmm_(piece, piece.mT)
+        return total_dd
+
+
+def half_product(left: Tensor, right: Tensor) -> Tensor:
+    """left X, both rounded to the type of `left`, in fp32."""
+    right = right.to(left.dtype)
+    if left.is_cuda:
+        summed: Tensor = torch.mm(left, right, out_dtype=torch.float32)
+        return summed
+    return left.float() @ right.float()

@@ -1,0 +1,176 @@
+"""Leading singular subspaces by subspace iteration, for several matrices of one shape together.
+
+Randomized range finder and subspace iteration (Halko, Martinsson and Tropp, "Finding structure with
+randomness", 2011), or the same from a former basis, of which on real gradients one iteration is
+enough. Products with the matrices are made one by one, so no gradient is copied; all that follows
+is done in batches. One iteration reads back one small table, whatever the number of matrices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lowrank.cuda import rademacher
+
+from .operand import Operand, on_gpu
+from .orthonormal import householder, shifted_cholesky
+
+OVERSAMPLING = 16
+MAX_ITERATIONS = 12
+OUTSIDE = 1e-3  # share of the squared norm that may stay outside the subspace
+GAIN = 2e-5  # relative gain of an iteration that is not worth another one
+REMAINING = 1e-4  # what iterations would still gain in all that is not worth one
+SCRATCH_BYTES = 256 << 20  # bound on what is worked on together
+
+#: What a solver raises that does not converge.
+NotConverged: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+
+
+def orthonormal(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Orthonormal bases of the columns of d x k matrices.
+
+    On a CPU by Householder's QR; on a GPU by shifted Cholesky QR, and by Householder's where that
+    reports a matrix of deficient rank.
+    """
+    if not on_gpu(matrices[0]):
+        return [householder(matrix) for matrix in matrices]
+    return cholesky_or_householder(matrices)
+
+
+def cholesky_or_householder(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """See `orthonormal`; reads back one small table."""
+    made_bdk, fine_b = shifted_cholesky(torch.stack(list(matrices)))
+    return [
+        made if fine else householder(matrix)
+        for made, fine, matrix in zip(made_bdk.unbind(0), fine_b.tolist(), matrices, strict=True)
+    ]
+
+
+def eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """`torch.linalg.eigh`, with one retry in fp64 where the fp32 solver does not converge."""
+    try:
+        values, vectors = torch.linalg.eigh(symmetric)
+    except NotConverged:
+        values, vectors = torch.linalg.eigh(symmetric.double())
+    return values.to(symmetric.dtype), vectors.to(symmetric.dtype)
+
+
+def together(operand: Operand, width: int) -> int:
+    """How many matrices to iterate on at once: one on a CPU, elsewhere bounded scratch."""
+    if not on_gpu(operand.grad_mn):
+        return 1
+    # A basis, its raw and scaled forms (one in fp64) and its image.
+    each = width * (operand.long + 5 * operand.short) * operand.dtype.itemsize
+    return max(1, SCRATCH_BYTES // each)
+
+
+def iterate(
+    operands: Sequence[Operand], starts: Sequence[Tensor], rank: int, *, rotate: bool
+) -> list[Tensor]:
+    """Subspace iteration from orthonormal ranges.
+
+    One iteration at least for each matrix; it stops when next to nothing of the gradient is left
+    outside, or when next to nothing is still to be gained. Each costs two products with A.
+
+    Args:
+        operands: the matrices, d x l.
+        starts: for each an orthonormal d x k range, k >= rank.
+        rank: r.
+        rotate: to singular vectors, and the leading r of them (Rayleigh and Ritz); otherwise k is r
+            and the vectors are those of orthogonal iteration, which tend to singular vectors.
+
+    Returns:
+        For each matrix d x r, orthonormal.
+
+    Raises:
+        torch.linalg.LinAlgError: a product is not finite, or the rotation did not converge.
+    """
+    bases = list(starts)
+    images = [a.transposed_times(x) for a, x in zip(operands, bases, strict=True)]
+    totals = torch.stack([operand.energy() for operand in operands]).tolist()
+    captured = [[energy] for energy in _energies(images)]
+    active = list(range(len(operands)))
+    for _ in range(MAX_ITERATIONS):
+        fresh = orthonormal([operands[i].times(images[i]) for i in active])
+        for i, basis in zip(active, fresh, strict=True):
+            bases[i] = basis
+            images[i] = operands[i].transposed_times(basis)
+        now = _energies([images[i] for i in active])
+        for i, energy in zip(active, now, strict=True):
+            captured[i].append(energy)
+        active = [i for i in active if not _settled(totals[i], captured[i])]
+        if not active:
+            break
+    if not rotate:
+        return [basis[:, :rank] for basis in bases]
+    grams_bkk = torch.stack([image.mT @ image for image in images])
+    _, vectors_bkk = eigh(grams_bkk)
+    leading_bkr = vectors_bkk.flip(-1)[..., :rank]
+    return [basis @ leading for basis, leading in zip(bases, leading_bkr, strict=True)]
+
+
+def _settled(total: float, captured: Sequence[float]) -> bool:
+    """Whether another iteration isn't worth it.
+
+    Gains fall geometrically, so two of them tell what is left (Aitken's extrapolation).
+    """
+    energy = captured[-1]
+    gain = energy - captured[-2]
+    if total - energy <= OUTSIDE * total or gain <= GAIN * energy:
+        return True
+    if len(captured) < 3:
+        return False
+    fall = captured[-2] - captured[-3] - gain
+    return fall > 0 and gain * gain <= REMAINING * energy * fall
+
+
+def _energies(images: Sequence[Tensor]) -> list[float]:
+    norms = torch.stack([torch.linalg.vector_norm(image).double() for image in images])
+    energies: list[float] = norms.square().tolist()
+    if not all(map(math.isfinite, energies)):
+        raise NotConverged("subspace iteration met a number that is not finite")
+    return energies
+
+
+def randomized(
+    operands: Sequence[Operand], rank: int, seed: int, *, rotate: bool = True
+) -> list[Tensor]:
+    """Randomized leading vectors of each d x l operand, d x r each.
+
+    Args:
+        operands: the matrices, finite.
+        rank: r.
+        seed: of the test matrix of random signs, which all of them share.
+        rotate: see `iterate`; with it, 16 more directions are sampled than are kept.
+    """
+    first = operands[0]
+    width = min(rank + OVERSAMPLING, first.short) if rotate else rank
+    # Signs are exact in any precision.
+    dtype = first.grad_mn.dtype if first.half else first.dtype
+    sketch_lk = rademacher((first.long, width), seed, dtype, first.grad_mn.device)
+    bases: list[Tensor] = []
+    step = together(first, width)
+    for start in range(0, len(operands), step):
+        batch = operands[start : start + step]
+        ranges = orthonormal([operand.times(sketch_lk) for operand in batch])
+        bases += iterate(batch, ranges, rank, rotate=rotate)
+    return bases
+
+
+def warm(
+    operands: Sequence[Operand], rank: int, former: Sequence[Tensor], *, rotate: bool = True
+) -> list[Tensor]:
+    """Subspace iteration for each d x l operand from its former basis (d x r or l x r)."""
+    bases: list[Tensor] = []
+    step = together(operands[0], rank)
+    for start in range(0, len(operands), step):
+        batch = operands[start : start + step]
+        starts = [old.to(operands[0].dtype) for old in former[start : start + step]]
+        if len(starts[0]) != batch[0].short:
+            starts = orthonormal([a.times(x) for a, x in zip(batch, starts, strict=True)])
+        bases += iterate(batch, starts, rank, rotate=rotate)
+    return bases
