@@ -77,10 +77,14 @@ def adam(
         beta2: b2.
         eps: added to sqrt(V).
         size: factor of the delta.
-        sizes: fp32 (2,), which replaces (eps, size) without being read by the host.
+        sizes: fp32 (count, 2), (eps, size) of each tensor, which replaces those arguments without
+            being read by the host.
     """
     if sizes is not None:
-        made = adam_step(grads, exp_avgs, exp_avg_sqs, beta1, beta2, sizes[0], sizes[1])
+        made = [
+            adam_step([g], [m], [v], beta1, beta2, own[0], own[1])[0]
+            for g, m, v, own in zip(grads, exp_avgs, exp_avg_sqs, sizes, strict=True)
+        ]
     else:
         made = adam_step(grads, exp_avgs, exp_avg_sqs, beta1, beta2, eps, size)
     torch._foreach_copy_(deltas, made)
@@ -115,6 +119,7 @@ def adam_8bit(
             dequantize_flat(codes.view(-1), absmax, dense.view(-1), signed, BLOCK)
             moments.append(dense)
         m, v = moments
-        adam([grad], [m], [v], [delta], [], [], -1, beta1, beta2, eps, size, sizes)
+        own = None if sizes is None else sizes[i : i + 1]
+        adam([grad], [m], [v], [delta], [], [], -1, beta1, beta2, eps, size, own)
         for moment, (codes, absmax, signed) in zip(moments, stored, strict=True):
             quantize_flat(moment.view(-1), codes.view(-1), absmax, signed, BLOCK)

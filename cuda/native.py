@@ -260,6 +260,7 @@ def adam(
         return False
     for lists in (exp_avgs, exp_avg_sqs, deltas):
         _expect_like(grads, lists)
+    _expect("sizes", sizes, 2 * len(grads), torch.float32)
     shapes = [(1, t.numel()) if axis < 0 else (t.shape[0], t.shape[1]) for t in grads]
     if axis >= 0:
         for shape, *norms in zip(shapes, grad_norms, delta_norms, strict=True):
@@ -301,6 +302,7 @@ def adam_8bit(
         for tensor, count in zip(absmax, blocks, strict=True):
             _expect("absmax", tensor, count, torch.float32)
     _expect_like(grads, deltas)
+    _expect("sizes", sizes, 2 * len(grads), torch.float32)
     tables, maps = both_tables(grads[0].device)
     library.call(
         "adam_8bit",

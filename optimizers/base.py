@@ -259,8 +259,7 @@ class LowRankOptimizer(Optimizer):
         for batch in update_batches([params[i] for i in kept], self.state, group):
             picked = [kept[i] for i in batch]
             states = [self.state[params[i]] for i in picked]
-            for state in states:
-                state["step"].add_(1)
+            torch._foreach_add_([state["step"] for state in states], 1)
             apply_rule(
                 composition.rule,
                 [grads[i] for i in picked],

@@ -22,7 +22,7 @@ def update_batches(
 
     On a CPU one matrix at a time keeps its scratch in the cache; elsewhere lists save launches.
     """
-    single = group["foreach"] is False or group["capturable"]
+    single = group["foreach"] is False
     kinds: dict[Hashable, list[int]] = defaultdict(list)
     for i, param in enumerate(params):
         cached = param.device.type == "cpu" and group["foreach"] is None and param.dim() > 1

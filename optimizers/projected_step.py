@@ -90,8 +90,7 @@ def step_projected(
         batch, lows = [batch[i] for i in kept], [lows[i] for i in kept]
         if not batch:
             continue
-        for slot in batch:
-            slot.state["step"].add_(1)
+        torch._foreach_add_([slot.state["step"] for slot in batch], 1)
         states_of_batch = [slot.state for slot in batch]
         params = [slot.param for slot in batch]
         if projection.residual.NORMS:

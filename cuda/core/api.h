@@ -59,8 +59,8 @@ LOWRANK_API int lowrank_stochastic_bfloat16(const float* x, std::uint16_t* out, 
 
 // Adam on `count` tensors of rows[i] x columns[i] entries: deltas = size * m / (sqrt(v) + eps).
 // With `axis` 0 (1), grad_norms[i] and delta_norms[i] receive the norms of the columns (rows) of
-// the gradient and of the delta; -1 for none. `device_sizes`, if not null, points to (eps, size)
-// where the library computes, and replaces the arguments of that name.
+// the gradient and of the delta; -1 for none. `device_sizes`, if not null, points to (eps, size) of
+// each tensor, where the library computes, and replaces the arguments of those names.
 LOWRANK_API int lowrank_adam(int count, const void* const* grads, void* const* exp_avgs,
                              void* const* exp_avg_sqs, void* const* deltas,
                              float* const* grad_norms, float* const* delta_norms,

@@ -35,10 +35,10 @@ __device__ __forceinline__ Place place_of(const Tensors& tensors) {
   return {t, block - tensors.first[t]};
 }
 
-__device__ __forceinline__ AdamStep with_sizes(AdamStep step, const float* device_sizes) {
+__device__ __forceinline__ AdamStep with_sizes(AdamStep step, const float* device_sizes, int t) {
   if (device_sizes != nullptr) {
-    step.eps = device_sizes[0];
-    step.size = device_sizes[1];
+    step.eps = device_sizes[2 * t];
+    step.size = device_sizes[2 * t + 1];
   }
   return step;
 }
@@ -67,9 +67,9 @@ constexpr std::int64_t kFlatEntries = kThreads * kVector * 4;  // of a block
 template <typename G, typename S, typename D>
 __global__ void __launch_bounds__(kThreads, 2)
     flat_kernel(const Tensors tensors, AdamStep step, const float* device_sizes) {
-  step = with_sizes(step, device_sizes);
   const Place place = place_of(tensors);
   const int t = place.tensor;
+  step = with_sizes(step, device_sizes, t);
   const std::int64_t numel = tensors.rows[t] * tensors.columns[t];
   const std::int64_t start = place.block * kFlatEntries;
   const std::int64_t stop = start + kFlatEntries < numel ? start + kFlatEntries : numel;
@@ -85,9 +85,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <typename G, typename S, typename D>
 __global__ void __launch_bounds__(kThreads, 2)
     rows_kernel(const Tensors tensors, AdamStep step, const float* device_sizes) {
-  step = with_sizes(step, device_sizes);
   const Place place = place_of(tensors);
   const int t = place.tensor;
+  step = with_sizes(step, device_sizes, t);
   const std::int64_t row = place.block * kWarps + threadIdx.x / kLanes;
   if (row >= tensors.rows[t]) return;
   const std::int64_t columns = tensors.columns[t];
@@ -121,9 +121,9 @@ template <typename G, typename S, typename D>
 __global__ void __launch_bounds__(kThreads, 2)
     columns_kernel(const Tensors tensors, AdamStep step, const float* device_sizes) {
   __shared__ float sums[kTileRows][kTileColumns];
-  step = with_sizes(step, device_sizes);
   const Place place = place_of(tensors);
   const int t = place.tensor;
+  step = with_sizes(step, device_sizes, t);
   const std::int64_t rows = tensors.rows[t], columns = tensors.columns[t];
   const int tile_row = static_cast<int>(threadIdx.x) / kTileLanes;
   const int tile_column = static_cast<int>(threadIdx.x) % kTileLanes * kVector;
@@ -192,9 +192,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   stage(shared_tables, tables, 2 * kEntries);
   stage(shared_maps, maps, 2 * 256);
   __syncthreads();
-  step = with_sizes(step, device_sizes);
   const Place place = place_of(tensors);
   const int t = place.tensor;
+  step = with_sizes(step, device_sizes, t);
   const std::int64_t numel = tensors.rows[t];
   for (int turn = 0; turn < kBlocksAWarp; ++turn) {
     const std::int64_t b = (place.block * kBlocksAWarp + turn) * kWarps + threadIdx.x / kLanes;
@@ -226,6 +226,10 @@ AdamStep make_step(double beta1, double beta2, float eps, float size) {
           static_cast<float>(1.0 - beta2), eps, size};
 }
 
+const float* sizes_from(const float* device_sizes, int begin) {
+  return device_sizes == nullptr ? nullptr : device_sizes + 2 * begin;
+}
+
 // Launches once for every `kMost` tensors; fill(tensors, slot, t) describes tensor t and returns
 // how many blocks it needs.
 template <typename Fill, typename Launch>
@@ -236,7 +240,7 @@ int in_batches(int count, const Fill& fill, const Launch& start) {
     for (int i = 0; i < tensors.count; ++i) {
       tensors.first[i + 1] = tensors.first[i] + static_cast<int>(fill(tensors, i, begin + i));
     }
-    const int error = start(tensors, tensors.first[tensors.count]);
+    const int error = start(tensors, tensors.first[tensors.count], begin);
     if (error != 0) return error;
   }
   return 0;
@@ -270,8 +274,9 @@ int lowrank_adam(int count, const void* const* grads, void* const* exp_avgs,
         const auto kernel = axis < 0    ? flat_kernel<G, S, D>
                             : axis == 0 ? columns_kernel<G, S, D>
                                         : rows_kernel<G, S, D>;
-        return in_batches(count, fill, [&](const Tensors& tensors, int blocks) {
-          return launch(kernel, blocks, kThreads, stream, tensors, step, device_sizes);
+        return in_batches(count, fill, [&](const Tensors& tensors, int blocks, int begin) {
+          return launch(kernel, blocks, kThreads, stream, tensors, step,
+                        sizes_from(device_sizes, begin));
         });
       });
 }
@@ -294,9 +299,9 @@ int lowrank_adam_8bit(int count, const void* const* grads, void* const* exp_avgs
     return ceil_divide(numels[t], kBlock8bit * kWarps * kBlocksAWarp);
   };
   return dispatch_deltas(grad_dtype, delta_dtype, [&]<typename G, typename D>(G*, D*) {
-    return in_batches(count, fill, [&](const Tensors& tensors, int blocks) {
-      return launch(kernel_8bit<G, D>, blocks, kThreads, stream, tensors, step, device_sizes,
-                    tables, maps);
+    return in_batches(count, fill, [&](const Tensors& tensors, int blocks, int begin) {
+      return launch(kernel_8bit<G, D>, blocks, kThreads, stream, tensors, step,
+                    sizes_from(device_sizes, begin), tables, maps);
     });
   });
 }

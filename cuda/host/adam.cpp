@@ -9,10 +9,11 @@ using namespace lowrank;
 
 namespace {
 
-AdamStep make_step(double beta1, double beta2, float eps, float size, const float* device_sizes) {
+AdamStep make_step(double beta1, double beta2, float eps, float size, const float* device_sizes,
+                   int t) {
   if (device_sizes != nullptr) {
-    eps = device_sizes[0];
-    size = device_sizes[1];
+    eps = device_sizes[2 * t];
+    size = device_sizes[2 * t + 1];
   }
   return {static_cast<float>(1.0 - beta1), static_cast<float>(beta2),
           static_cast<float>(1.0 - beta2), eps, size};
@@ -62,10 +63,10 @@ int lowrank_adam(int count, const void* const* grads, void* const* exp_avgs,
                  float* const* delta_norms, const std::int64_t* rows, const std::int64_t* columns,
                  int axis, int grad_dtype, int state_dtype, int delta_dtype, double beta1,
                  double beta2, float eps, float size, const float* device_sizes, void*) {
-  const AdamStep step = make_step(beta1, beta2, eps, size, device_sizes);
   return dispatch_adam(
       grad_dtype, state_dtype, delta_dtype, [&]<typename G, typename S, typename D>(G*, S*, D*) {
         for (int t = 0; t < count; ++t) {
+          const AdamStep step = make_step(beta1, beta2, eps, size, device_sizes, t);
           const G* grad = static_cast<const G*>(grads[t]);
           D* delta = static_cast<D*>(deltas[t]);
           S* m = static_cast<S*>(exp_avgs[t]);
@@ -91,9 +92,9 @@ int lowrank_adam_8bit(int count, const void* const* grads, void* const* exp_avgs
                       const std::int32_t* tables, const float* maps, void*) {
   constexpr std::int64_t kBlock = 256;
   constexpr int kSignedZero = 127;
-  const AdamStep step = make_step(beta1, beta2, eps, size, device_sizes);
   return dispatch_deltas(grad_dtype, delta_dtype, [&]<typename G, typename D>(G*, D*) {
     for (int t = 0; t < count; ++t) {
+      const AdamStep step = make_step(beta1, beta2, eps, size, device_sizes, t);
       const G* grad = static_cast<const G*>(grads[t]);
       D* delta = static_cast<D*>(deltas[t]);
       auto* m_codes = static_cast<std::uint8_t*>(exp_avgs[t]);

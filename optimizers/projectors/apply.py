@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .geometry import Geometry, RowRange, Side
+from .operand import HALF, half_product, on_gpu
 
 SLAB_ELEMENTS = 1 << 18
 
@@ -110,6 +111,9 @@ def write_back(
         dtype: precision of the GEMM; the weight's own by default.
     """
     compute = weight_kn.dtype if dtype is None else dtype
+    if compute == torch.float32 and delta.dtype in HALF and on_gpu(delta):
+        # fp32 rows of a half-precision weight: its factors are multiplied as they are.
+        compute = delta.dtype
     own = [basis.to(compute) for basis in bases]
     delta = delta.to(compute)
     if geometry.side is Side.RIGHT:
@@ -123,6 +127,9 @@ def write_back(
     k, n = weight_kn.shape
     if keep != 1.0:
         weight_kn.mul_(keep)
+    if on_gpu(weight_kn) and compute in HALF and weight_kn.dtype == torch.float32:
+        weight_kn.add_(half_product(left, right), alpha=-alpha)
+        return
     if geometry.side is Side.RIGHT:
         for span in _slabs(k, n):
             weight_kn[span].add_(left[span] @ right, alpha=-alpha)

@@ -36,15 +36,6 @@ def _compiled_step() -> Callable[..., list[Tensor]]:
     return torch.compile(adam_step)
 
 
-def kernel_sizes(eps: Number, size: Number) -> tuple[tuple[float, float], Tensor | None]:
-    """(eps, size) as operations take them: numbers, or a tensor that the host doesn't read."""
-    if isinstance(eps, Tensor) or isinstance(size, Tensor):
-        device = next(x.device for x in (eps, size) if isinstance(x, Tensor))
-        parts = [torch.as_tensor(x, dtype=torch.float32, device=device) for x in (eps, size)]
-        return (0.0, 0.0), torch.stack(parts)
-    return (eps, size), None
-
-
 def fused_step(
     weights: list[Tensor],
     grads: list[Tensor],
@@ -192,6 +183,21 @@ class Adam(UpdateRule):
         eps = self.eps * correction2 if self.eps_corrected else self.eps
         return (size if self.correct_bias else 1.0), eps, lr
 
+    def _kernel_sizes(
+        self, states: Sequence[State]
+    ) -> tuple[tuple[float, float], Tensor | None, list[Number], Number]:
+        """(eps, size) as numbers or as a tensor for each state; each one's size; lr."""
+        if not self.capturable:
+            size, eps, lr = self._sizes(states[0])
+            assert isinstance(eps, float)
+            assert isinstance(size, float)
+            return (eps, size), None, [size] * len(states), lr
+        steps = torch.stack([state["step"] for state in states])
+        size, eps, lr = self._sizes({"step": steps})
+        each = [torch.as_tensor(x, dtype=torch.float32, device=steps.device) for x in (eps, size)]
+        sizes = torch.stack([x.expand(len(states)) for x in each], 1)
+        return (0.0, 0.0), sizes, list(each[1].expand(len(states)).unbind()), lr
+
     def _keep_and_alpha(self, lr: Any) -> tuple[Any, Any]:
         keep = 1.0 - lr * self.weight_decay if self.weight_decay else 1.0
         return keep, (lr if self.decay_first else lr * keep)
@@ -213,9 +219,16 @@ class Adam(UpdateRule):
     def update(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
     ) -> list[Update]:
-        """See `UpdateRule.update`; all tensors share a dtype, a device and a step count."""
+        """See `UpdateRule.update`; all share a dtype, a device and, if not capturable, a step."""
         exp_avgs, exp_avg_sqs = (list(t) for t in zip(*map(self._moments, states), strict=True))
-        return self._advance(list(grads), exp_avgs, exp_avg_sqs, states[0])
+        if self._has_kernel(list(grads), exp_avgs):
+            return self._by_kernel(list(grads), exp_avgs, exp_avg_sqs, states)
+        if not self.capturable:
+            return self._advance(list(grads), exp_avgs, exp_avg_sqs, states[0])
+        updates: list[Update] = []
+        for grad, m, v, state in zip(grads, exp_avgs, exp_avg_sqs, states, strict=True):
+            updates += self._advance([grad], [m], [v], state)  # each has its own step count
+        return updates
 
     def update_with_norms(
         self,
@@ -235,7 +248,7 @@ class Adam(UpdateRule):
                 [grads[i] for i in picked],
                 [exp_avgs[i] for i in picked],
                 [exp_avg_sqs[i] for i in picked],
-                states[picked[0]],
+                [states[i] for i in picked],
                 axis,
             )
             updates.update(zip(picked, made, strict=True))
@@ -250,12 +263,11 @@ class Adam(UpdateRule):
         grads: list[Tensor],
         exp_avgs: list[Tensor],
         exp_avg_sqs: list[Tensor],
-        state: State,
+        states: Sequence[State],
         axis: int = -1,
     ) -> list[Update]:
         """One launch for many tensors."""
-        size, eps, lr = self._sizes(state)
-        numbers, sizes = kernel_sizes(eps, size)
+        numbers, sizes, factors, lr = self._kernel_sizes(states)
         deltas = [torch.empty_like(grad) for grad in grads]
         norms: list[list[Tensor]] = [[], []]
         if axis >= 0:
@@ -272,8 +284,8 @@ class Adam(UpdateRule):
         keep, alpha = self._keep_and_alpha(lr)
         pairs = zip(*norms, strict=True) if axis >= 0 else [None] * len(deltas)
         return [
-            Update(delta, alpha, keep, size, norms=pair)
-            for delta, pair in zip(deltas, pairs, strict=True)
+            Update(delta, alpha, keep, factor, norms=pair)
+            for delta, factor, pair in zip(deltas, factors, pairs, strict=True)
         ]
 
     def _advance(
@@ -284,8 +296,6 @@ class Adam(UpdateRule):
         state: State,
     ) -> list[Update]:
         size, eps, lr = self._sizes(state)
-        if self._has_kernel(grads, exp_avgs):
-            return self._by_kernel(grads, exp_avgs, exp_avg_sqs, state)
         if self._can_fuse([*grads, *exp_avgs]):
             assert isinstance(size, float)
             assert isinstance(eps, float)

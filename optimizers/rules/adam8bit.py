@@ -19,7 +19,7 @@ from lowrank.cuda import blockwise
 from lowrank.cuda.native import knows_adam
 
 from ..rotation import Rotation
-from .adam import Adam, kernel_sizes, moved_moments
+from .adam import Adam, moved_moments
 from .base import State, Update, numel
 from .quantizers import NATIVE, Native, Quantizer
 
@@ -97,14 +97,16 @@ class Adam8bit(Adam):
         )
 
     def _fused(self, grads: list[Tensor], states: list[State]) -> list[Update]:
-        size, eps, lr = self._sizes(states[0])
-        numbers, sizes = kernel_sizes(eps, size)
+        numbers, sizes, factors, lr = self._kernel_sizes(states)
         deltas = [torch.empty_like(grad) for grad in grads]
         keys = ("exp_avg", "exp_avg_absmax", "exp_avg_sq", "exp_avg_sq_absmax")
         stored = [[state[key] for state in states] for key in keys]
         torch.ops.lowrank.adam_8bit(grads, *stored, deltas, *self.betas, *numbers, sizes)
         keep, alpha = self._keep_and_alpha(lr)
-        return [Update(delta, alpha, keep, size) for delta in deltas]
+        return [
+            Update(delta, alpha, keep, factor)
+            for delta, factor in zip(deltas, factors, strict=True)
+        ]
 
     def apply(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]

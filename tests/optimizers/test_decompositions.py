@@ -110,7 +110,7 @@ def test_what_a_gpu_does_captures_as_much(
     for i, (grad, bases) in enumerate(zip(grads, together, strict=True)):
         assert bases[0].shape == (shape[0], RANK)
         assert defect(bases[0]) < 1e-5
-        # Warm or unrotated, no directions are sampled beyond the rank, and slow decays stay a little
+        # Warm or unrotated, no directions are sampled beyond the rank, and slow decays stay a bit
         # behind; bf16 makes the flat spectrum uneven below what an iteration resolves.
         slow = mode == "warm" or not rotate or (kind == "flat" and dtype == torch.bfloat16)
         own = energy(grad, bases, Side.LEFT)
