@@ -76,7 +76,7 @@ def bases(
         side: which basis is wanted; BOTH gives (m x r, n x r).
         mode: one of `REFRESH_MODES`; "warm" falls back to "randomized" without former bases.
         former: each matrix's former first basis, or None.
-        seed: of the sketch in "randomized".
+        seed: of the sketches in "randomized" and "warm".
         rotate: to singular vectors; False leaves the vectors of "randomized" and "warm" as the
             iteration gives them, which saves an eigendecomposition of r x r.
 
@@ -94,7 +94,7 @@ def bases(
     if mode == "eigh":
         short = eigh(operands, rank)
     elif mode == "warm" and len(known) == len(operands):
-        short = warm(operands, rank, known, rotate=rotate)
+        short = warm(operands, rank, known, seed, rotate=rotate)
     else:
         short = randomized(operands, rank, seed, rotate=rotate)
     short_is_left = operands[0].wide

@@ -149,9 +149,7 @@ def randomized(
     """
     first = operands[0]
     width = min(rank + OVERSAMPLING, first.short) if rotate else rank
-    # Signs are exact in any precision.
-    dtype = first.grad_mn.dtype if first.half else first.dtype
-    sketch_lk = rademacher((first.long, width), seed, dtype, first.grad_mn.device)
+    sketch_lk = _sketch(first, width, seed)
     bases: list[Tensor] = []
     step = together(first, width)
     for start in range(0, len(operands), step):
@@ -162,15 +160,39 @@ def randomized(
 
 
 def warm(
-    operands: Sequence[Operand], rank: int, former: Sequence[Tensor], *, rotate: bool = True
+    operands: Sequence[Operand],
+    rank: int,
+    former: Sequence[Tensor],
+    seed: int,
+    *,
+    rotate: bool = True,
 ) -> list[Tensor]:
-    """Subspace iteration for each d x l operand from its former basis (d x r or l x r)."""
+    """Subspace iteration for each d x l operand from its former basis (d x r or l x r).
+
+    With `rotate` 16 new directions are sampled beside the former ones: without them, a direction
+    that the former basis lacks grows from rounding alone.
+    """
+    first = operands[0]
+    extra = min(OVERSAMPLING, first.short - rank) if rotate else 0
     bases: list[Tensor] = []
-    step = together(operands[0], rank)
+    step = together(first, rank + extra)
     for start in range(0, len(operands), step):
         batch = operands[start : start + step]
-        starts = [old.to(operands[0].dtype) for old in former[start : start + step]]
-        if len(starts[0]) != batch[0].short:
-            starts = orthonormal([a.times(x) for a, x in zip(batch, starts, strict=True)])
+        starts = [old.to(first.dtype) for old in former[start : start + step]]
+        turned = len(starts[0]) != first.short
+        if turned:
+            starts = [a.times(x) for a, x in zip(batch, starts, strict=True)]
+        if extra > 0:
+            sketch_le = _sketch(first, extra, seed)
+            sampled = [a.times(sketch_le) for a in batch]
+            starts = [torch.cat(pair, 1) for pair in zip(starts, sampled, strict=True)]
+        if turned or extra > 0:
+            starts = orthonormal(starts)
         bases += iterate(batch, starts, rank, rotate=rotate)
     return bases
+
+
+def _sketch(operand: Operand, width: int, seed: int) -> Tensor:
+    """Random signs, l x width, which are exact in any precision."""
+    dtype = operand.grad_mn.dtype if operand.half else operand.dtype
+    return rademacher((operand.long, width), seed, dtype, operand.grad_mn.device)

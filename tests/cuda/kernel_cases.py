@@ -236,7 +236,7 @@ def adam(d: Draw) -> None:
     v = [d.tensor(*shape, dtype=state_type).square() for shape in shapes]
     deltas = [torch.zeros_like(grad, dtype=delta_type) for grad in grads]
     norms = [torch.zeros(shape[1 - axis], device=d.device) for shape in shapes if axis >= 0]
-    sizes = d.one(None, d.tensor(len(grads), 2).abs())
+    sizes = d.one(None, d.tensor(len(grads), 2).abs() + 1e-6)
     arguments = [grads, m, v, deltas, norms, norms, axis, 0.9, 0.999, 1e-6, 0.3, sizes]
     _close(run(d, "adam", arguments, [1, 2, 3, 4, 5], keeps=True))
 
@@ -249,7 +249,7 @@ def adam_8bit(d: Draw) -> None:
     codes = [d.integers(*shape, high=256) for shape in shapes]
     absmax = [d.tensor(-(-grad.numel() // 256)).abs() for grad in grads]
     deltas = [torch.zeros_like(grad, dtype=delta_type) for grad in grads]
-    sizes = d.one(None, d.tensor(len(grads), 2).abs())
+    sizes = d.one(None, d.tensor(len(grads), 2).abs() + 1e-6)
     arguments = [grads, codes, absmax, codes, absmax, deltas, 0.9, 0.999, 1e-6, 0.3, sizes]
     for ours, theirs in run(d, "adam_8bit", arguments, [1, 2, 3, 4, 5], keeps=True):
         if ours.dtype == torch.uint8:
