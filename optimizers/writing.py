@@ -62,8 +62,10 @@ def _fused(
         rows = RowRange(start, start + chunk.rows, slot.rows.reduce)
         step = None
         if delta is not None:
-            step = torch.zeros(chunk.shape, dtype=torch.float32, device=slot.param.device)
-            projection.projector.write_back(slot, step, rows, delta, alpha=-1.0, keep=0.0)
+            step = projection.projector.back_project(slot, rows, delta)
+            if step is None:
+                step = torch.zeros(chunk.shape, dtype=torch.float32, device=slot.param.device)
+                projection.projector.write_back(slot, step, rows, delta, alpha=-1.0, keep=0.0)
         own = factors
         if factors is not None and factors.shape[0] > 1:
             own = factors[chunk.start : chunk.start + chunk.rows]

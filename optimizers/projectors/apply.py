@@ -87,6 +87,25 @@ def _project_slabs(
     return (low_rn.to(dtype) @ own[1]).to(grad_kn.dtype)
 
 
+def back_project(
+    delta: Tensor, bases: Sequence[Tensor], geometry: Geometry, rows: RowRange
+) -> Tensor:
+    """The back-projection of `delta` for some rows, k x n, in fp32 (fp64 for fp64).
+
+    On a GPU half-precision factors are multiplied as they are.
+    """
+    half = delta.dtype in HALF and on_gpu(delta)
+    compute = delta.dtype if half else torch.promote_types(delta.dtype, torch.float32)
+    own = [basis.to(compute) for basis in bases]
+    delta = delta.to(compute)
+    if geometry.side is Side.RIGHT:
+        left, right = delta, own[0].mT  # k x r, r x n
+    else:
+        left = _left_rows(own[0], rows)
+        right = delta if geometry.side is Side.LEFT else delta @ own[1].mT
+    return half_product(left, right) if half else left @ right
+
+
 def write_back(
     weight_kn: Tensor,
     delta: Tensor,
@@ -111,9 +130,6 @@ def write_back(
         dtype: precision of the GEMM; the weight's own by default.
     """
     compute = weight_kn.dtype if dtype is None else dtype
-    if compute == torch.float32 and delta.dtype in HALF and on_gpu(delta):
-        # fp32 rows of a half-precision weight: its factors are multiplied as they are.
-        compute = delta.dtype
     own = [basis.to(compute) for basis in bases]
     delta = delta.to(compute)
     if geometry.side is Side.RIGHT:
@@ -127,9 +143,6 @@ def write_back(
     k, n = weight_kn.shape
     if keep != 1.0:
         weight_kn.mul_(keep)
-    if on_gpu(weight_kn) and compute in HALF and weight_kn.dtype == torch.float32:
-        weight_kn.add_(half_product(left, right), alpha=-alpha)
-        return
     if geometry.side is Side.RIGHT:
         for span in _slabs(k, n):
             weight_kn[span].add_(left[span] @ right, alpha=-alpha)

@@ -166,6 +166,17 @@ class Projector(ABC):
             dtype=self.dtype,
         )
 
+    def back_project(self, slot: Slot, rows: RowRange, delta: Tensor) -> Tensor | None:
+        """The back-projection of `delta` for some rows in a new fp32 tensor.
+
+        Returns:
+            k x n, or None where this projector only writes back in place.
+        """
+        if self.dtype is not None or type(self).write_back is not Projector.write_back:
+            return None
+        own = apply.rows_of(delta, slot.geometry, slot.rows, rows)
+        return apply.back_project(own, self.bases(slot), slot.geometry, rows)
+
     def rotation(self, slot: Slot, former: Bases) -> Rotation:
         """From coordinates in the former bases to those in the slot's bases."""
         wide = compute_dtype(slot.param.dtype)

@@ -36,17 +36,19 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "DENSE_DEVICES", ("cpu", "cuda"))
 
 
-def trained(name: str, dtype: torch.dtype, chosen: str, **options: Any) -> list[torch.Tensor]:
+def trained(
+    name: str, dtype: torch.dtype, chosen: str, *, device: str = "cpu", **options: Any
+) -> list[torch.Tensor]:
     """Weights after six steps with the given kernels."""
-    model = Layers(dtype)
+    model = Layers(dtype).to(device)
     with using_kernels(chosen):
         optimizer = build(name, model, lr=1e-2, rank=8, update_proj_gap=3, **options)
         for step in range(6):
             for index, weight in enumerate(model.parameters()):
-                weight.grad = matrix(*weight.shape, 10 * step + index).to(weight.dtype)
+                weight.grad = matrix(*weight.shape, 10 * step + index).to(device, weight.dtype)
             optimizer.step()
         return [
-            (w.dequantize() if isinstance(w, Int8Weight) else w.detach()).float()
+            (w.dequantize() if isinstance(w, Int8Weight) else w.detach()).float().cpu()
             for w in model.parameters()
         ]
 
