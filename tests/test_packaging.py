@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 import tomllib
 import venv
@@ -16,6 +18,8 @@ from pathlib import Path
 
 import pytest
 from support import ROOT
+
+from lowrank.cuda import build
 
 FOLDERS = ("optimizers", "cuda", "trainers")
 SCRIPTS = sorted(path for path in (ROOT / "scripts").iterdir() if path.is_file())
@@ -156,7 +160,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def copy_sources(target: Path) -> None:
-    ignored = shutil.ignore_patterns("__pycache__", "*.so")
+    ignored = shutil.ignore_patterns("__pycache__", "_lib")
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, target / folder, ignore=ignored)
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
@@ -178,6 +182,41 @@ def test_wheel_holds_the_three_packages_and_their_data(wheel: Path) -> None:
     outside = {name.split("/")[0] for name in names} - {"lowrank"}
     assert [name for name in outside if not name.endswith(".dist-info")] == []
     assert "lowrank/__init__.py" not in names
+    assert wheel.name.endswith(f"-py3-none-{build_platform()}.whl")
+    libraries = {"lowrank/cuda/_lib/build.json"}
+    if build.find_compiler():
+        libraries.add("lowrank/cuda/_lib/liblowrank_host.so")
+    if build.find_nvcc():
+        libraries.add("lowrank/cuda/_lib/liblowrank_cuda.so")
+    assert libraries <= names
+
+
+@pytest.mark.slow
+def test_isolated_build_without_nvcc(tmp_path: Path) -> None:
+    """`pip install .` as a user without CUDA calls it: torch is not there when it is built."""
+    copy = tmp_path / "source"
+    copy_sources(copy)
+    command = [sys.executable, "-P", "-m", "pip", "wheel", "--quiet", "--no-deps"]
+    environment = os.environ | {"CUDACXX": str(tmp_path / "no" / "nvcc"), "LOWRANK_CUDA": "auto"}
+    result = run(*command, "--wheel-dir", tmp_path, ".", cwd=copy, env=environment)
+    assert result.returncode == 0, result.stderr
+    (made,) = tmp_path.glob("*.whl")
+    files = zipfile.ZipFile(made)
+    assert "lowrank/cuda/_lib/liblowrank_cuda.so" not in files.namelist()
+    report = json.loads(files.read("lowrank/cuda/_lib/build.json"))
+    assert "nvcc: No such file" in report["cuda"]["reason"]
+
+    demanded = run(
+        *(*command, "--no-build-isolation", "--wheel-dir", tmp_path, "."),
+        cwd=copy,
+        env=environment | {"LOWRANK_CUDA": "1"},
+    )
+    assert demanded.returncode != 0
+    assert "nvcc: No such file" in demanded.stderr + demanded.stdout
+
+
+def build_platform() -> str:
+    return sysconfig.get_platform().replace("-", "_").replace(".", "_")
 
 
 @pytest.mark.slow
@@ -204,6 +243,10 @@ def test_wheel_installs_and_runs(wheel: Path, tmp_path: Path) -> None:
     command = run(environment / "bin" / "lowrank", "methods", cwd=tmp_path)
     assert command.returncode == 0, command.stderr
     assert "galore_adamw" in command.stdout
+    system = run(environment / "bin" / "lowrank", "methods", "--system", cwd=tmp_path)
+    assert system.returncode == 0, system.stderr
+    assert ("liblowrank_host" in system.stdout) == bool(build.find_compiler())
+    assert "kernels" in system.stdout
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from lowrank.cuda import kernels, status
 from lowrank.optimizers import available, describe
 
 from .summary import package_version
@@ -22,7 +23,7 @@ def print_methods(console: Console | None = None) -> None:
 
 
 def print_system(console: Console | None = None) -> None:
-    """Prints versions, the processor's threads and the CUDA devices."""
+    """Prints versions, threads, CUDA devices, and what became of the compiled libraries."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_row("lowrank", package_version())
     table.add_row("torch", torch.__version__)
@@ -33,4 +34,9 @@ def print_system(console: Console | None = None) -> None:
         table.add_row(f"cuda:{index}", torch.cuda.get_device_name(index))
     if not torch.cuda.is_available():
         table.add_row("cuda", "no device")
+    table.add_row("kernels", kernels())
+    for name in ("host", "cuda"):
+        found = status(name)
+        made = "compiled" if found.library else "not compiled"
+        table.add_row(f"{name} library", f"{made}: {found.detail}")
     (console or Console()).print(table, highlight=False)

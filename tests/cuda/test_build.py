@@ -1,0 +1,190 @@
+"""Compiling: what is made, what is said when it can't be, and what nvcc reports."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lowrank.cuda import build, status
+from lowrank.cuda.library import Library
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = sorted((ROOT / "cuda/device").glob("*.cu"))
+REGISTERS = 128  # of a thread: two blocks of 256 threads on a multiprocessor
+
+needs_nvcc = pytest.mark.skipif(build.find_nvcc() is None, reason="there is no nvcc")
+needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOWRANK_CUDA", "LOWRANK_CUDA_ARCHS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_without_cuda_the_host_library_is_made_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOWRANK_CUDA", "0")
+    report = build.build(tmp_path)
+    assert report["host"]["built"]
+    assert report["cuda"] == {"built": False, "reason": "LOWRANK_CUDA=0 when it was installed"}
+    assert build.files(report)[0] == "liblowrank_host.so"
+    for name in build.files(report):
+        Library(tmp_path / name, "cpu")
+    made = (tmp_path / build.files(report)[0]).stat().st_mtime_ns
+    assert build.build(tmp_path) == report
+    assert (tmp_path / build.files(report)[0]).stat().st_mtime_ns == made
+    (tmp_path / build.files(report)[0]).unlink()
+    build.build(tmp_path)
+    assert (tmp_path / build.files(report)[0]).exists()
+
+
+def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    monkeypatch.setattr(build, "find_compiler", lambda: None)
+    report = build.build(tmp_path)
+    assert "no C++ compiler was found" in report["host"]["reason"]
+    assert "no nvcc was found" in report["cuda"]["reason"]
+    monkeypatch.setenv("LOWRANK_CUDA", "1")
+    with pytest.raises(build.BuildError, match="no nvcc was found"):
+        build.build(tmp_path)
+
+
+def test_a_failing_compiler_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho it does not work >&2\nexit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("CUDACXX", str(tmp_path / "absent"))
+    report = build.build(tmp_path / "lib")
+    assert report["host"]["reason"] == "broken failed:\nit does not work"
+    assert "absent: No such file" in report["cuda"]["reason"]
+    assert [path.name for path in (tmp_path / "lib").iterdir()] == ["build.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("LOWRANK_CUDA", "yes", "LOWRANK_CUDA is 'yes': accepted are 0, 1 and auto"),
+        ("LOWRANK_CUDA_ARCHS", "sm_80", "LOWRANK_CUDA_ARCHS is 'sm_80'"),
+    ],
+)
+def test_bad_settings(name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    read = {
+        "LOWRANK_CUDA": lambda: build.build(ROOT / "nowhere"),
+        "LOWRANK_CUDA_ARCHS": build.architectures,
+    }
+    with pytest.raises(build.BuildError, match=message):
+        read[name]()
+    assert not (ROOT / "nowhere").exists()
+
+
+def test_architecture_flags() -> None:
+    flags = " ".join(build.architecture_flags(["80", "90a"]))
+    assert "code=sm_80" in flags
+    assert "code=sm_90a" in flags
+    assert "arch=compute_80,code=compute_80" in flags
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
+def test_kernels_compile_without_warnings_or_spills(source: Path, tmp_path: Path) -> None:
+    nvcc = build.find_nvcc()
+    assert nvcc is not None
+    strict = [
+        "-Werror",
+        "all-warnings",
+        "-Xptxas",
+        "-v,-warn-spills",
+        "-Xcompiler",
+        "-Wall,-Wextra",
+    ]
+    targets = build.architecture_flags(["80", "90a"])
+    said = build.run(
+        [nvcc, *build.DEVICE_FLAGS, *strict, *targets, "-c", str(source), "-o", str(tmp_path / "o")]
+    )
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", said)]
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", said)]
+    print(f"{source.name}: {len(registers)} kernels, at most {max(registers, default=0)} registers")
+    assert not any(spills)
+    assert max(registers, default=0) <= REGISTERS
+    assert registers or source.stem == "library"
+
+
+@pytest.mark.skipif(status("cuda").library is None, reason="the device's library is not compiled")
+def test_without_a_device_a_call_says_so() -> None:
+    library = status("cuda").library
+    assert library is not None
+    if library.devices:
+        pytest.skip("there is a device")
+    code = library._functions["rademacher"](None, 0, 1000, 1, None)
+    assert code != 0
+    message = library._loaded.lowrank_error(code).decode()
+    assert "driver" in message or "device" in message
+
+
+def runtime(name: str) -> str | None:
+    """A sanitizer's library, if the compiler has one."""
+    compiler = build.find_compiler()
+    found = build.run([compiler, f"-print-file-name={name}"]).strip() if compiler else name
+    return found if Path(found).is_absolute() else None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(runtime("libasan.so") is None, reason="the compiler has no AddressSanitizer")
+def test_kernels_under_address_and_undefined_behaviour_sanitizers() -> None:
+    """Host kernels and simulated device kernels with buffers of exact size."""
+    preload = " ".join(filter(None, (runtime("libasan.so"), runtime("libubsan.so"))))
+    environment = os.environ | {
+        "LOWRANK_TEST_SANITIZE": "1",
+        "LD_PRELOAD": preload,
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += ["-m", "slow or not slow", "tests/cuda/test_native.py"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_gpu_check_runs_on_a_cpu_at_toy_sizes(tmp_path: Path) -> None:
+    import json
+
+    done = subprocess.run(
+        [str(ROOT / "scripts/gpu-check"), "--device", "cpu", "--output", str(tmp_path)],
+        env=os.environ | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    record = json.loads((tmp_path / "gpu-check.json").read_text())
+    assert record["failures"] == {}
+    assert record["skipped"] == []
+    sections = {row["section"].split(",")[0] for row in record["rows"]}
+    names = {f"{kind} {name}" for kind in ("step", "refresh") for name in ("60m", "1b", "7b")}
+    assert sections == {"build", "bandwidth"} | names
+    assert "aim" in done.stdout.splitlines()[-3] or "torch.linalg.svd" in done.stdout
+
+
+FORMATTER = shutil.which("clang-format", path=str(Path(sys.executable).parent))
+
+
+@pytest.mark.skipif(FORMATTER is None, reason="the extra `test` is not installed")
+def test_native_sources_are_formatted() -> None:
+    assert FORMATTER is not None
+    paths = [*map(str, build.source_files()), str(ROOT / "tests/cuda/simulator.h")]
+    build.run([FORMATTER, "--dry-run", "--Werror", *paths])
