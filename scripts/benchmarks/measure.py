@@ -1,4 +1,4 @@
-"""The benchmarks: a step between refreshes, a refresh, COAP's update, and factored layers."""
+"""The benchmarks: a step between refreshes, a refresh, COAP's update, factored layers, and kernels."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from .contestants import (
     ours,
 )
 from .correlation import by_autograd, in_closed_form
+from .kernels import measure_kernels
 from .results import Result
 from .timing import milliseconds, paired_ratios, round_robin
 from .workload import Workload
@@ -201,9 +202,15 @@ def layers(work: Workload, rounds: int, progress: Progress) -> Result:
     )
 
 
-BENCHMARKS = {"step": step, "refresh": refresh, "coap": coap, "layers": layers}
+BENCHMARKS = {
+    "step": step,
+    "refresh": refresh,
+    "coap": coap,
+    "layers": layers,
+    "kernels": measure_kernels,
+}
 #: Rounds when none are asked for: a refresh takes far longer than a step.
-ROUNDS = {"step": 41, "refresh": 7, "coap": 21, "layers": 11}
+ROUNDS = {"step": 41, "refresh": 7, "coap": 21, "layers": 11, "kernels": 11}
 
 
 def _describe(work: Workload) -> str:

@@ -23,7 +23,7 @@ class Result:
     """One benchmark's samples.
 
     Attributes:
-        name: "step", "refresh", "coap" or "layers".
+        name: "step", "refresh", "coap", "layers" or "kernels".
         title: heading of the table.
         labels: contestant to its row's label, in the order of the rows.
         samples: contestant to milliseconds by round.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
+import functools
 import subprocess
 import sys
 import time
@@ -16,7 +16,7 @@ from lowrank.cuda import build, library
 from . import bandwidth, refresh, steps
 from .clock import Clock
 from .record import Record
-from .workload import MODELS, TOYS
+from .workload import MODELS, TOYS, Model
 
 TESTS = ("tests/cuda/test_device.py", "tests/optimizers/test_device_optimizers.py")
 
@@ -46,7 +46,8 @@ def compile_libraries(record: Record, root: Path, on_gpu: bool) -> None:
         found = library.status(name)
         if found.library is None:
             raise RuntimeError(f"the {name} library: {found.detail}")
-    if (on_gpu and not (made := library.status("cuda").library)) or (on_gpu and not made.devices):
+    made = library.status("cuda").library
+    if on_gpu and (made is None or not made.devices):
         raise RuntimeError("the cuda library sees no device")
 
 
@@ -57,12 +58,10 @@ def run_tests(record: Record, root: Path, seconds: float) -> None:
         RuntimeError: a test failed.
     """
     command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", *TESTS]
-    environment = os.environ | {"LOWRANK_CUDA": os.environ.get("LOWRANK_CUDA", "auto")}
     begin = time.monotonic()
     done = subprocess.run(
         command,
         cwd=root,
-        env=environment,
         capture_output=True,
         text=True,
         timeout=max(seconds, 10),
@@ -97,7 +96,7 @@ def main() -> int:
     return 1 if record.failures else 0
 
 
-def measure(record: Record, clock: Clock, models: dict[str, object], on_gpu: bool) -> None:
+def measure(record: Record, clock: Clock, models: dict[str, Model], on_gpu: bool) -> None:
     """Bandwidth, steps and refreshes, the most telling ones first."""
     rates = {"bytes": 1e9, "flops": 1e9}
 
@@ -111,15 +110,14 @@ def measure(record: Record, clock: Clock, models: dict[str, object], on_gpu: boo
     record.attempt("bandwidth", bytes_rate)
     record.attempt("GEMM", flops_rate)
     for name, model in models.items():
+        partial = functools.partial(steps.run, record, clock, name, model)
         record.attempt(
             f"step {name}",
-            lambda n=name, m=model: steps.run(record, clock, n, m, rates["bytes"], rates["flops"]),
+            lambda work=partial: work(rates["bytes"], rates["flops"]),  # type: ignore[misc]
         )
     for name, model in models.items():
-        record.attempt(
-            f"refresh {name}",
-            lambda n=name, m=model: refresh.run(record, clock, n, m, baselines=True),
-        )
+        work = functools.partial(refresh.run, record, clock, name, model, baselines=True)
+        record.attempt(f"refresh {name}", work)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ class Clock:
             call()
             return (time.perf_counter() - begin) * 1e3
         torch.cuda.synchronize()
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        make = torch.cuda.Event
+        start, stop = (make(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         call()
         stop.record()
@@ -75,7 +76,7 @@ def graphed(device: torch.device, call: Callable[[], Any]) -> Callable[[], Any]:
     """The call as a replay of its CUDA graph; as it is on a CPU."""
     if device.type != "cuda":
         return call
-    side = torch.cuda.Stream()
+    side: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from torch import nn
 
 from lowrank import optimizers
+from lowrank.cuda import using_kernels
 
 from .clock import Clock, graphed
 from .record import Record
@@ -32,8 +35,11 @@ def parameters(model: Model, device: torch.device) -> tuple[list[nn.Parameter], 
 def fused_adamw(model: Model, device: torch.device) -> Callable[[], Any]:
     """A step of torch's fused AdamW with bf16 moments."""
     projected, plain = parameters(model, device)
-    options = {"fused": True, "capturable": device.type == "cuda"}
-    return torch.optim.AdamW([*projected, *plain], lr=_LEARNING_RATE, **options).step
+    capturable = device.type == "cuda"
+    optimizer = torch.optim.AdamW(
+        [*projected, *plain], lr=_LEARNING_RATE, fused=True, capturable=capturable
+    )
+    return optimizer.step
 
 
 def ours(
@@ -97,6 +103,7 @@ def run(
         call = graphed(clock.device, step) if graph else step
         timing = clock.measure(call, most=20, seconds=2.0)
         del step, call
+        gc.collect()
         if clock.device.type == "cuda":
             torch.cuda.empty_cache()
         medians[label] = timing.median
@@ -121,15 +128,14 @@ def run(
     device, rank = clock.device, model.rank
     small = max(1, model.hidden // 16)
     time("AdamW fused, graph", lambda: fused_adamw(model, device), True)
-    for label, make in {
-        "GaLore": lambda **o: ours("GaLoreAdamW", model, device, rank, **o),
-        "Fira": lambda **o: ours("FiraAdamW", model, device, rank, **o),
-        "GaLore, 8-bit moments": lambda **o: ours("GaLoreAdamW8bit", model, device, rank, **o),
-    }.items():
-        eight = label.endswith("moments")
-        options = {} if eight else capture
-        if not eight:
-            time(f"{label}, graph", lambda m=make, o=options: m(**o), True)
+    for label, method, options in (
+        ("GaLore", "GaLoreAdamW", capture),
+        ("Fira", "FiraAdamW", capture),
+        ("GaLore, 8-bit moments", "GaLoreAdamW8bit", None),
+    ):
+        make = functools.partial(ours, method, model, device, rank)
+        if options is not None:
+            time(f"{label}, graph", functools.partial(make, **options), True)
         time(f"{label}, eager", make, False)
     time(
         f"GaLore, rank m/16 = {small}, graph",
@@ -141,8 +147,5 @@ def run(
         lambda: ours("GaLoreAdamW", model, device, rank, stochastic_rounding=True),
         False,
     )
-    with_torch = lambda: ours("GaLoreAdamW", model, device, rank)  # noqa: E731
-    from lowrank.cuda import using_kernels
-
     with using_kernels("torch"):
-        time("GaLore, eager, pure torch", with_torch, False)
+        time("GaLore, eager, pure torch", lambda: ours("GaLoreAdamW", model, device, rank), False)

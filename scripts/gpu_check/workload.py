@@ -66,14 +66,15 @@ def gradient(shape: tuple[int, int], seed: int, like: Tensor) -> Tensor:
     """
     generator = torch.Generator(like.device).manual_seed(seed)
     modes = min(MODES, *shape)
-    kind = {"generator": generator, "device": like.device, "dtype": torch.float32}
     m, n = shape
-    left = torch.randn(m, modes, **kind) / m**0.5
-    right = torch.randn(modes, n, **kind) / n**0.5
+
+    def normal(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, generator=generator, device=like.device)
+
+    left, right = normal(m, modes) / m**0.5, normal(modes, n) / n**0.5
     left *= torch.arange(1, modes + 1, device=like.device, dtype=torch.float32) ** -0.8
-    return (left.to(like.dtype) @ right.to(like.dtype)).add_(
-        torch.randn(m, n, **kind).to(like.dtype), alpha=0.02 / (m + n) ** 0.5
-    )
+    made: Tensor = left.to(like.dtype) @ right.to(like.dtype)
+    return made.add_(normal(m, n).to(like.dtype), alpha=0.02 / (m + n) ** 0.5)
 
 
 def gradients(model: Model, like: Tensor) -> Iterator[Tensor]:
