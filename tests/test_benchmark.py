@@ -109,8 +109,11 @@ def test_both_sides_of_coap_compute_the_same_gradient() -> None:
         assert (closed_dr - expected_dr).norm() < 1e-5 * expected_dr.norm()
 
 
-@pytest.mark.parametrize("name", ["step", "refresh", "coap", "layers"])
-def test_each_benchmark_runs_and_is_recorded(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["step", "refresh", "coap", "layers", "kernels"])
+def test_each_benchmark_runs_and_is_recorded(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(part("kernels"), "ENTRIES", 4096)
     work = part("workload").Workload(shapes=TINY, rank=4)
     result = part("measure").BENCHMARKS[name](work, 2, lambda text: None)
     path = part("results").write(result, tmp_path / "new", "./scripts/benchmark ...")
@@ -123,6 +126,7 @@ def test_each_benchmark_runs_and_is_recorded(name: str, tmp_path: Path) -> None:
         "refresh": {"svd", "eigh", "randomized", "warm"},
         "coap": {"autograd", "closed_form"},
         "layers": {"dense", "sst_adamw", "sst_adamw autograd", "sltrain_adamw autograd"},
+        "kernels": {"8-bit Adam, native", "8-bit Adam, torch", "GaLoreAdamW8bit step, native"},
     }
     assert wanted[name] <= set(record["results"])
     for row in record["results"].values():

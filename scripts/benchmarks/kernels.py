@@ -21,7 +21,7 @@ ENTRIES = 1 << 22
 KERNELS = ("native", "torch")
 
 
-def operations(numel: int = ENTRIES) -> dict[str, Callable[[], Any]]:
+def operations(numel: int) -> dict[str, Callable[[], Any]]:
     """Calls on `numel` entries."""
     generator = torch.Generator().manual_seed(0)
     wide = torch.randn(numel, generator=generator)
@@ -73,7 +73,7 @@ def steps(work: Workload) -> dict[str, Callable[[], Any]]:
 
 def measure_kernels(work: Workload, rounds: int, progress: Callable[[str], None]) -> Result:
     """Times each operation and step with the compiled kernels and without."""
-    calls = operations() | steps(work)
+    calls = operations(ENTRIES) | steps(work)
 
     def timed(call: Callable[[], Any], kernels: str, number: int) -> float:
         with using_kernels(kernels):

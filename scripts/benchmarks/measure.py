@@ -1,4 +1,4 @@
-"""The benchmarks: a step between refreshes, a refresh, COAP's update, factored layers, and kernels."""
+"""The benchmarks: steps between refreshes, refreshes, COAP's update, factored layers, kernels."""
 
 from __future__ import annotations
 
