@@ -1,4 +1,4 @@
-"""Block-wise 8-bit quantisation of optimizer moments, in plain torch.
+"""Block-wise 8-bit quantisation of optimizer moments; the reference is plain torch.
 
 A tensor is read as one flat row and cut into blocks (the last one may be shorter). Each block
 stores its largest magnitude as fp32, `absmax`, and every element stores the index of the entry of

@@ -71,14 +71,14 @@ def together(operand: Operand, width: int) -> int:
 def iterate(
     operands: Sequence[Operand], starts: Sequence[Tensor], rank: int, *, rotate: bool
 ) -> list[Tensor]:
-    """Subspace iteration from orthonormal ranges.
+    """Subspace iteration from given ranges.
 
     One iteration at least for each matrix; it stops when next to nothing of the gradient is left
     outside, or when next to nothing is still to be gained. Each costs two products with A.
 
     Args:
         operands: the matrices, d x l.
-        starts: for each an orthonormal d x k range, k >= rank.
+        starts: for each a d x k range, k >= rank, of which the first r columns are orthonormal.
         rank: r.
         rotate: to singular vectors, and the leading r of them (Rayleigh and Ritz); otherwise k is r
             and the vectors are those of orthogonal iteration, which tend to singular vectors.
@@ -92,7 +92,8 @@ def iterate(
     bases = list(starts)
     images = [a.transposed_times(x) for a, x in zip(operands, bases, strict=True)]
     totals = torch.stack([operand.energy() for operand in operands]).tolist()
-    captured = [[energy] for energy in _energies(images)]
+    # Of starts that are only nearly orthonormal, the first r columns are.
+    captured = [[energy] for energy in _energies([image[:, :rank] for image in images])]
     active = list(range(len(operands)))
     for _ in range(MAX_ITERATIONS):
         fresh = orthonormal([operands[i].times(images[i]) for i in active])
@@ -149,7 +150,9 @@ def randomized(
     """
     first = operands[0]
     width = min(rank + OVERSAMPLING, first.short) if rotate else rank
-    sketch_lk = _sketch(first, width, seed)
+    # Signs are exact in any precision.
+    dtype = first.grad_mn.dtype if first.half else first.dtype
+    sketch_lk = rademacher((first.long, width), seed, dtype, first.grad_mn.device)
     bases: list[Tensor] = []
     step = together(first, width)
     for start in range(0, len(operands), step):
@@ -179,20 +182,12 @@ def warm(
     for start in range(0, len(operands), step):
         batch = operands[start : start + step]
         starts = [old.to(first.dtype) for old in former[start : start + step]]
-        turned = len(starts[0]) != first.short
-        if turned:
-            starts = [a.times(x) for a, x in zip(batch, starts, strict=True)]
+        if len(starts[0]) != first.short:
+            starts = orthonormal([a.times(x) for a, x in zip(batch, starts, strict=True)])
         if extra > 0:
-            sketch_le = _sketch(first, extra, seed)
-            sampled = [a.times(sketch_le) for a in batch]
-            starts = [torch.cat(pair, 1) for pair in zip(starts, sampled, strict=True)]
-        if turned or extra > 0:
-            starts = orthonormal(starts)
+            # Nearly orthonormal, which is enough: the first iteration makes them so.
+            signs_de = rademacher((first.short, extra), seed, first.dtype, first.grad_mn.device)
+            signs_de *= first.short**-0.5
+            starts = [torch.cat((own, signs_de), 1) for own in starts]
         bases += iterate(batch, starts, rank, rotate=rotate)
     return bases
-
-
-def _sketch(operand: Operand, width: int, seed: int) -> Tensor:
-    """Random signs, l x width, which are exact in any precision."""
-    dtype = operand.grad_mn.dtype if operand.half else operand.dtype
-    return rademacher((operand.long, width), seed, dtype, operand.grad_mn.device)

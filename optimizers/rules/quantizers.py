@@ -29,7 +29,7 @@ class Quantizer(ABC):
 
 
 class Native(Quantizer):
-    """Our own: pure torch, see `lowrank.cuda.blockwise`."""
+    """Our own, see `lowrank.cuda.blockwise`."""
 
     def quantize(self, x: Tensor, signed: bool, out: Out | None = None) -> Out:
         """See `Quantizer.quantize`."""
