@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from . import adam, blockwise, groups, int4, native, noise, sketch, write_back
+from . import adam, blockwise, groups, int4, native_quantize, native_update, noise, sketch
+from . import write_back as writing
 
 _LIBRARY: Any = torch.library.Library("lowrank", "DEF")  # type: ignore[no-untyped-call]
 
@@ -27,63 +28,63 @@ OPERATIONS: dict[str, tuple[str, Implementation, Implementation]] = {
     "quantize_blockwise": (
         "Tensor x, Tensor(a!) codes, Tensor(b!) absmax, bool signed, int block",
         blockwise.quantize_flat,
-        native.quantize_blockwise,
+        native_quantize.quantize_blockwise,
     ),
     "dequantize_blockwise": (
         "Tensor codes, Tensor absmax, Tensor(a!) out, bool signed, int block",
         blockwise.dequantize_flat,
-        native.dequantize_blockwise,
+        native_quantize.dequantize_blockwise,
     ),
     "quantize_groups": (
         "Tensor x, Tensor(a!) codes, Tensor(b!) scales, Tensor(c!) zeros, int levels, "
         "int group_size, int? seed, int first",
         groups.quantize_flat,
-        native.quantize_groups,
+        native_quantize.quantize_groups,
     ),
     "dequantize_groups": (
         "Tensor codes, Tensor scales, Tensor zeros, Tensor(a!) out, int group_size",
         groups.dequantize_flat,
-        native.dequantize_groups,
+        native_quantize.dequantize_groups,
     ),
     "quantize_int4": (
         "Tensor x, Tensor(a!) codes, Tensor(b!) scales, Tensor(c!)? zeros, str format, "
         "int group_size",
         int4.quantize_flat,
-        native.quantize_int4,
+        native_quantize.quantize_int4,
     ),
     "dequantize_int4": (
         "Tensor codes, Tensor scales, Tensor? zeros, Tensor(a!) out, str format, int group_size",
         int4.dequantize_flat,
-        native.dequantize_int4,
+        native_quantize.dequantize_int4,
     ),
-    "rademacher": ("Tensor(a!) out, int seed", sketch.fill_flat, native.rademacher),
+    "rademacher": ("Tensor(a!) out, int seed", sketch.fill_flat, native_quantize.rademacher),
     "stochastic_bfloat16": (
         "Tensor x, Tensor(a!) out, int seed, int first",
         noise.stochastic_flat,
-        native.stochastic_bfloat16,
+        native_quantize.stochastic_bfloat16,
     ),
     "adam": (
         "Tensor[] grads, Tensor(a!)[] exp_avgs, Tensor(b!)[] exp_avg_sqs, Tensor(c!)[] deltas, "
         f"Tensor(d!)[] grad_norms, Tensor(e!)[] delta_norms, int axis, {_SIZES}",
         adam.adam,
-        native.adam,
+        native_update.adam,
     ),
     "adam_8bit": (
         "Tensor[] grads, Tensor(a!)[] exp_avgs, Tensor(b!)[] exp_avg_absmax, "
         "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] exp_avg_sq_absmax, Tensor(e!)[] deltas, " + _SIZES,
         adam.adam_8bit,
-        native.adam_8bit,
+        native_update.adam_8bit,
     ),
     "write_back": (
         f"Tensor(a!) weight, {_UPDATE}, float keep, float alpha, int? seed, int first",
-        write_back.write_back,
-        native.write_back,
+        writing.write_back,
+        native_update.write_back,
     ),
     "write_back_int8": (
         f"Tensor(a!) codes, Tensor(b!) scales, Tensor(c!) zeros, {_UPDATE}, int group_size, "
         "float keep, float alpha, int seed, int first",
-        write_back.write_back_int8,
-        native.write_back_int8,
+        writing.write_back_int8,
+        native_update.write_back_int8,
     ),
 }
 

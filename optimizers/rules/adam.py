@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim.adam import adam as torch_adam
 
 from lowrank.cuda.adam import Number, adam_step
-from lowrank.cuda.native import knows_adam
+from lowrank.cuda.native_update import knows_adam
 
 from ..rotation import Rotation
 from .base import MOMENT_MOVES, State, Update, UpdateRule, numel, scalar, taken

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowrank.cuda import blockwise
-from lowrank.cuda.native import knows_adam
+from lowrank.cuda.native_update import knows_adam
 
 from ..rotation import Rotation
 from .adam import Adam, moved_moments

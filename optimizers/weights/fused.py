@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowrank.cuda.arguments import usable
 from lowrank.cuda.groups import chunk_elements
-from lowrank.cuda.native import usable
 from lowrank.cuda.noise import signed_seed
 
 from .int8 import Int8Weight

@@ -1,0 +1,55 @@
+"""What compiled implementations share: which tensors they take, and how these are passed on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .groups import group_count
+from .library import Library, library_for
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MASK64 = (1 << 64) - 1
+
+
+def usable(*tensors: Tensor | None) -> Library | None:
+    """The library, if these tensors are contiguous, on one device and of types that it knows."""
+    given = [t for t in tensors if t is not None]
+    library = library_for(given)
+    if library is None:
+        return None
+    device = given[0].device
+    for tensor in given:
+        if tensor.device != device or not tensor.is_contiguous():
+            return None
+        if tensor.is_floating_point() and tensor.dtype not in DTYPES:
+            return None
+    return library
+
+
+def expect(name: str, tensor: Tensor | None, count: int, dtype: torch.dtype | None = None) -> None:
+    """Raises `ValueError` for a buffer that a kernel would read or write beyond."""
+    if tensor is None:
+        return
+    wanted = dtype or tensor.dtype
+    if tensor.numel() != count or tensor.dtype != wanted:
+        raise ValueError(
+            f"{name} has {tensor.numel()} entries of {tensor.dtype}; it must have {count} of "
+            f"{wanted}"
+        )
+
+
+def expect_groups(scales: Tensor, zeros: Tensor | None, numel: int, group_size: int) -> None:
+    """Raises `ValueError` unless there is one scale (and zero point) a group."""
+    for name, tensor in (("scales", scales), ("zeros", zeros)):
+        expect(name, tensor, group_count(numel, group_size), scales.dtype)
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Where its entries begin."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def dtype_code(tensor: Tensor | None) -> int:
+    """Its type's code in core/common.h."""
+    return 0 if tensor is None else DTYPES[tensor.dtype]

@@ -1,0 +1,163 @@
+"""Compiled quantisation, signs and rounding: tensors in, a call through the C interface.
+
+Each function takes what the operation's schema says and returns whether it did the work: False
+where the library is not there, kernels are switched off, or the types are not theirs, so that the
+reference in plain torch does it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .arguments import MASK64, dtype_code, expect, expect_groups, pointer, usable
+from .blockwise import dynamic_map, rank_table
+from .groups import group_count
+from .int4 import MIDRISE_SHARE, nf4_values
+
+_FORMATS = {"asymmetric": 0, "midrise": 1, "nf4": 2}
+_SIGNED_ZERO = 127
+
+
+def quantize_blockwise(x: Tensor, codes: Tensor, absmax: Tensor, signed: bool, block: int) -> bool:
+    """See `blockwise.quantize_flat`."""
+    library = usable(x, codes, absmax)
+    if library is None:
+        return False
+    expect("codes", codes, x.numel(), torch.uint8)
+    expect("absmax", absmax, group_count(x.numel(), block), torch.float32)
+    table = rank_table(signed, x.device)
+    library.call(
+        "quantize_blockwise",
+        x.device,
+        *(x.data_ptr(), dtype_code(x), codes.data_ptr(), absmax.data_ptr(), x.numel(), block),
+        *(table.data_ptr(), _SIGNED_ZERO if signed else 0),
+    )
+    return True
+
+
+def dequantize_blockwise(
+    codes: Tensor, absmax: Tensor, out: Tensor, signed: bool, block: int
+) -> bool:
+    """See `blockwise.dequantize_flat`."""
+    library = usable(codes, absmax, out)
+    if library is None:
+        return False
+    expect("codes", codes, out.numel(), torch.uint8)
+    expect("absmax", absmax, group_count(out.numel(), block), torch.float32)
+    values = dynamic_map(signed, out.device)
+    library.call(
+        "dequantize_blockwise",
+        out.device,
+        *(codes.data_ptr(), absmax.data_ptr(), out.data_ptr(), dtype_code(out)),
+        *(out.numel(), block, values.data_ptr()),
+    )
+    return True
+
+
+def quantize_groups(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    levels: int,
+    group_size: int,
+    seed: int | None,
+    first: int,
+) -> bool:
+    """See `groups.quantize_flat`."""
+    library = usable(x, codes, scales, zeros)
+    if library is None:
+        return False
+    expect("codes", codes, x.numel(), torch.uint8)
+    expect_groups(scales, zeros, x.numel(), group_size)
+    library.call(
+        "quantize_groups",
+        x.device,
+        *(x.data_ptr(), dtype_code(x), codes.data_ptr(), scales.data_ptr(), zeros.data_ptr()),
+        *(dtype_code(scales), x.numel(), group_size, levels, int(seed is not None)),
+        *((seed or 0) & MASK64, first & MASK64),
+    )
+    return True
+
+
+def dequantize_groups(
+    codes: Tensor, scales: Tensor, zeros: Tensor, out: Tensor, group_size: int
+) -> bool:
+    """See `groups.dequantize_flat`."""
+    library = usable(codes, scales, zeros, out)
+    if library is None:
+        return False
+    expect("codes", codes, out.numel(), torch.uint8)
+    expect_groups(scales, zeros, out.numel(), group_size)
+    library.call(
+        "dequantize_groups",
+        out.device,
+        *(codes.data_ptr(), scales.data_ptr(), zeros.data_ptr(), dtype_code(scales)),
+        *(out.data_ptr(), dtype_code(out), out.numel(), group_size),
+    )
+    return True
+
+
+def quantize_int4(
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, format: str, group_size: int
+) -> bool:
+    """See `int4.quantize_flat`; an odd group size, whose groups share bytes, is left to it."""
+    library = None if group_size % 2 else usable(x, codes, scales, zeros)
+    if library is None:
+        return False
+    expect("codes", codes, -(-x.numel() // 2), torch.uint8)
+    expect_groups(scales, zeros, x.numel(), group_size)
+    library.call(
+        "quantize_int4",
+        x.device,
+        *(x.data_ptr(), dtype_code(x), codes.data_ptr(), scales.data_ptr(), pointer(zeros)),
+        *(dtype_code(scales), x.numel(), group_size, _FORMATS[format]),
+        *(MIDRISE_SHARE if format == "midrise" else 1.0, nf4_values(x.device).data_ptr()),
+    )
+    return True
+
+
+def dequantize_int4(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, out: Tensor, format: str, group_size: int
+) -> bool:
+    """See `int4.dequantize_flat`."""
+    library = None if group_size % 2 else usable(codes, scales, zeros, out)
+    if library is None:
+        return False
+    expect("codes", codes, -(-out.numel() // 2), torch.uint8)
+    expect_groups(scales, zeros, out.numel(), group_size)
+    library.call(
+        "dequantize_int4",
+        out.device,
+        *(codes.data_ptr(), scales.data_ptr(), pointer(zeros), dtype_code(scales)),
+        *(out.data_ptr(), dtype_code(out), out.numel(), group_size),
+        *(_FORMATS[format], nf4_values(out.device).data_ptr()),
+    )
+    return True
+
+
+def rademacher(out: Tensor, seed: int) -> bool:
+    """See `sketch.fill_flat`."""
+    library = usable(out)
+    if library is None:
+        return False
+    library.call(
+        "rademacher",
+        out.device,
+        *(out.data_ptr(), dtype_code(out), out.numel(), seed & MASK64),
+    )
+    return True
+
+
+def stochastic_bfloat16(x: Tensor, out: Tensor, seed: int, first: int) -> bool:
+    """See `noise.stochastic_flat`."""
+    library = usable(x, out)
+    if library is None or x.dtype != torch.float32:
+        return False
+    expect("out", out, x.numel(), torch.bfloat16)
+    positions = seed & MASK64, first & MASK64
+    library.call(
+        "stochastic_bfloat16", x.device, x.data_ptr(), out.data_ptr(), x.numel(), *positions
+    )
+    return True

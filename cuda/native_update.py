@@ -1,0 +1,209 @@
+"""Compiled Adam and write-backs; see `native_quantize` for what the functions return."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import adam as adam_reference
+from .arguments import MASK64, dtype_code, expect, expect_groups, pointer, usable
+from .blockwise import both_tables
+from .groups import group_count
+
+
+def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
+
+
+def _sizes(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def _expect_like(grads: list[Tensor], tensors: list[Tensor]) -> None:
+    for grad, tensor in zip(grads, tensors, strict=True):
+        expect("a state or delta", tensor, grad.numel())
+
+
+def knows_adam(grads: list[Tensor], moments: list[Tensor], eight_bit: bool = False) -> bool:
+    """Whether there is a compiled Adam for these tensors, with deltas of the gradients' type.
+
+    Args:
+        grads: gradients.
+        moments: first moments (or their codes), or both moments.
+        eight_bit: moments are 8-bit codes.
+    """
+    stated = [grads[0]] if eight_bit else moments
+    return usable(*grads, *moments) is not None and _adam_types(grads, stated, grads)
+
+
+def _adam_types(grads: list[Tensor], moments: list[Tensor], deltas: list[Tensor]) -> bool:
+    """Whether the kernels know them: fp32, or bf16 with moments and deltas in either."""
+    known = (torch.float32,), (torch.float32, torch.bfloat16)
+    allowed = known[int(grads[0].dtype == torch.bfloat16)]
+    kinds = [{t.dtype for t in tensors} for tensors in (grads, moments, deltas)]
+    return all(len(kind) == 1 for kind in kinds) and all(kind <= set(allowed) for kind in kinds)
+
+
+def adam(
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    deltas: list[Tensor],
+    grad_norms: list[Tensor],
+    delta_norms: list[Tensor],
+    axis: int,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    size: float,
+    sizes: Tensor | None,
+) -> bool:
+    """See `adam.adam`; norms are those of matrices."""
+    moments = [*exp_avgs, *exp_avg_sqs]
+    library = usable(*grads, *moments, *deltas, *grad_norms, *delta_norms, sizes)
+    if library is None or not _adam_types(grads, moments, deltas):
+        return False
+    for lists in (exp_avgs, exp_avg_sqs, deltas):
+        _expect_like(grads, lists)
+    expect("sizes", sizes, 2 * len(grads), torch.float32)
+    shapes = [(1, t.numel()) if axis < 0 else (t.shape[0], t.shape[1]) for t in grads]
+    if axis >= 0:
+        for shape, *norms in zip(shapes, grad_norms, delta_norms, strict=True):
+            for norm in norms:
+                expect("norms", norm, shape[1 - axis], torch.float32)
+    library.call(
+        "adam",
+        grads[0].device,
+        *(len(grads), _addresses(grads), _addresses(exp_avgs), _addresses(exp_avg_sqs)),
+        *(_addresses(deltas), _addresses(grad_norms), _addresses(delta_norms)),
+        *(_sizes([rows for rows, _ in shapes]), _sizes([columns for _, columns in shapes])),
+        *(axis, dtype_code(grads[0]), dtype_code(exp_avgs[0]), dtype_code(deltas[0])),
+        *(beta1, beta2, eps, size, pointer(sizes)),
+    )
+    return True
+
+
+def adam_8bit(
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_absmax: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    exp_avg_sq_absmax: list[Tensor],
+    deltas: list[Tensor],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    size: float,
+    sizes: Tensor | None,
+) -> bool:
+    """See `adam.adam_8bit`."""
+    lists = grads, exp_avgs, exp_avg_absmax, exp_avg_sqs, exp_avg_sq_absmax, deltas
+    library = usable(*(t for tensors in lists for t in tensors), sizes)
+    if library is None or not _adam_types(grads, [grads[0]], deltas):
+        return False
+    blocks = [group_count(t.numel(), adam_reference.BLOCK) for t in grads]
+    for codes, absmax in ((exp_avgs, exp_avg_absmax), (exp_avg_sqs, exp_avg_sq_absmax)):
+        _expect_like(grads, codes)
+        for tensor, count in zip(absmax, blocks, strict=True):
+            expect("absmax", tensor, count, torch.float32)
+    _expect_like(grads, deltas)
+    expect("sizes", sizes, 2 * len(grads), torch.float32)
+    tables, maps = both_tables(grads[0].device)
+    library.call(
+        "adam_8bit",
+        grads[0].device,
+        *(len(grads), *map(_addresses, lists), _sizes([t.numel() for t in grads])),
+        *(dtype_code(grads[0]), dtype_code(deltas[0]), beta1, beta2, eps, size, pointer(sizes)),
+        *(tables.data_ptr(), maps.data_ptr()),
+    )
+    return True
+
+
+def _update(
+    delta: Tensor | None, grad: Tensor | None, factors: Tensor | None
+) -> tuple[object, ...]:
+    """Pointers and types of an update's parts, and the strides of the factors."""
+    strides = (0, 0)
+    if factors is not None:
+        rows, columns = factors.shape
+        strides = (columns if rows > 1 else 0, 1 if columns > 1 else 0)
+    return (
+        *(pointer(delta), dtype_code(delta), pointer(grad), dtype_code(grad), pointer(factors)),
+        *strides,
+    )
+
+
+def _expect_update(
+    weight: Tensor, delta: Tensor | None, grad: Tensor | None, factors: Tensor | None
+) -> None:
+    rows, columns = weight.shape
+    expect("delta", delta, weight.numel())
+    expect("grad", grad, weight.numel())
+    if (grad is None) != (factors is None):
+        raise ValueError("grad without factors, or factors without grad: both or neither")
+    if factors is not None and (
+        factors.dtype != torch.float32
+        or factors.dim() != 2
+        or factors.shape[0] not in (1, rows)
+        or factors.shape[1] not in (1, columns)
+    ):
+        raise ValueError(
+            f"factors are {tuple(factors.shape)} {factors.dtype}; they must be (1 or {rows}, 1 or "
+            f"{columns}) torch.float32"
+        )
+
+
+def write_back(
+    weight: Tensor,
+    delta: Tensor | None,
+    grad: Tensor | None,
+    factors: Tensor | None,
+    keep: float,
+    alpha: float,
+    seed: int | None,
+    first: int,
+) -> bool:
+    """See `write_back.write_back`."""
+    library = usable(weight, delta, grad, factors)
+    if library is None:
+        return False
+    _expect_update(weight, delta, grad, factors)
+    library.call(
+        "write_back",
+        weight.device,
+        *(weight.data_ptr(), dtype_code(weight), *_update(delta, grad, factors), *weight.shape),
+        *(keep, alpha, int(seed is not None), (seed or 0) & MASK64, first & MASK64),
+    )
+    return True
+
+
+def write_back_int8(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    delta: Tensor | None,
+    grad: Tensor | None,
+    factors: Tensor | None,
+    group_size: int,
+    keep: float,
+    alpha: float,
+    seed: int,
+    first: int,
+) -> bool:
+    """See `write_back.write_back_int8`."""
+    library = usable(codes, scales, zeros, delta, grad, factors)
+    if library is None:
+        return False
+    _expect_update(codes, delta, grad, factors)
+    expect_groups(scales, zeros, codes.numel(), group_size)
+    library.call(
+        "write_back_int8",
+        codes.device,
+        *(codes.data_ptr(), scales.data_ptr(), zeros.data_ptr(), dtype_code(scales)),
+        *(*_update(delta, grad, factors), *codes.shape),
+        *(group_size, keep, alpha, seed & MASK64, first & MASK64),
+    )
+    return True
