@@ -87,6 +87,17 @@ def _project_slabs(
     return (low_rn.to(dtype) @ own[1]).to(grad_kn.dtype)
 
 
+def _factors(
+    delta: Tensor, bases: Sequence[Tensor], geometry: Geometry, rows: RowRange
+) -> tuple[Tensor, Tensor]:
+    """Left and right factor of the back-projection, in the precision of `delta`."""
+    own = [basis.to(delta.dtype) for basis in bases]
+    if geometry.side is Side.RIGHT:
+        return delta, own[0].mT  # k x r, r x n
+    right = delta if geometry.side is Side.LEFT else delta @ own[1].mT
+    return _left_rows(own[0], rows), right
+
+
 def back_project(
     delta: Tensor, bases: Sequence[Tensor], geometry: Geometry, rows: RowRange
 ) -> Tensor:
@@ -96,13 +107,7 @@ def back_project(
     """
     half = delta.dtype in HALF and on_gpu(delta)
     compute = delta.dtype if half else torch.promote_types(delta.dtype, torch.float32)
-    own = [basis.to(compute) for basis in bases]
-    delta = delta.to(compute)
-    if geometry.side is Side.RIGHT:
-        left, right = delta, own[0].mT  # k x r, r x n
-    else:
-        left = _left_rows(own[0], rows)
-        right = delta if geometry.side is Side.LEFT else delta @ own[1].mT
+    left, right = _factors(delta.to(compute), bases, geometry, rows)
     return half_product(left, right) if half else left @ right
 
 
@@ -130,13 +135,7 @@ def write_back(
         dtype: precision of the GEMM; the weight's own by default.
     """
     compute = weight_kn.dtype if dtype is None else dtype
-    own = [basis.to(compute) for basis in bases]
-    delta = delta.to(compute)
-    if geometry.side is Side.RIGHT:
-        left, right = delta, own[0].mT  # k x r, r x n
-    else:
-        left = _left_rows(own[0], rows)
-        right = delta if geometry.side is Side.LEFT else delta @ own[1].mT
+    left, right = _factors(delta.to(compute), bases, geometry, rows)
     if compute == weight_kn.dtype:
         weight_kn.addmm_(left, right, beta=keep, alpha=-alpha)
         return

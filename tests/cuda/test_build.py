@@ -159,6 +159,42 @@ def test_kernels_under_address_and_undefined_behaviour_sanitizers() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(runtime("libtsan.so") is None, reason="the compiler has no ThreadSanitizer")
+@pytest.mark.parametrize("broken", [False, True])
+def test_no_kernel_has_a_race(tmp_path: Path, broken: bool) -> None:
+    """ThreadSanitizer on simulated kernels; with a barrier taken away it must complain."""
+    compiler = build.find_compiler()
+    assert compiler is not None
+    copies = tmp_path / "cuda"
+    for folder in ("core", "device", "host"):
+        shutil.copytree(ROOT / "cuda" / folder, copies / folder)
+    if broken:
+        kernels = copies / "device" / "adam.cu"
+        text = kernels.read_text()
+        kernels.write_text(
+            text.replace("stage(shared_maps, maps, 2 * 256);\n  __syncthreads();", "")
+        )
+        assert kernels.read_text() != text
+    (tmp_path / "tests" / "cuda").mkdir(parents=True)
+    for name in ("races.cpp", "simulator.h"):
+        shutil.copy(ROOT / "tests" / "cuda" / name, tmp_path / "tests" / "cuda")
+    sources = [path for path in (copies / "device").glob("*.cu") if path.stem != "library"]
+    sources += [tmp_path / "tests/cuda/races.cpp", copies / "host/library.cpp"]
+    program = tmp_path / "races"
+    build.run(
+        [
+            *(compiler, "-std=c++20", "-O1", "-g", "-fsanitize=thread", "-pthread"),
+            *("-DLOWRANK_SIMULATOR", f"-I{tmp_path / 'tests' / 'cuda'}", "-Wno-unknown-pragmas"),
+            *("-x", "c++", *map(str, sources), "-o", str(program)),
+        ]
+    )
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    said = done.stdout + done.stderr
+    assert (done.returncode != 0) == broken, said[-4000:]
+    assert ("data race" in said) == broken
+
+
+@pytest.mark.slow
 @needs_compiler
 def test_gpu_check_runs_on_a_cpu_at_toy_sizes(tmp_path: Path) -> None:
     import json
@@ -186,5 +222,6 @@ FORMATTER = shutil.which("clang-format", path=str(Path(sys.executable).parent))
 @pytest.mark.skipif(FORMATTER is None, reason="the extra `test` is not installed")
 def test_native_sources_are_formatted() -> None:
     assert FORMATTER is not None
-    paths = [*map(str, build.source_files()), str(ROOT / "tests/cuda/simulator.h")]
+    own = (ROOT / "tests/cuda/simulator.h", ROOT / "tests/cuda/races.cpp")
+    paths = [*map(str, build.source_files()), *map(str, own)]
     build.run([FORMATTER, "--dry-run", "--Werror", *paths])

@@ -1,0 +1,90 @@
+// Calls every kernel in the simulator, for ThreadSanitizer: a barrier that is missing between
+// threads of a block, or of a warp, is a race here.
+#include <cstdint>
+#include <cstdio>
+#include <vector>
+
+#include "../../cuda/core/api.h"
+#include "../../cuda/core/blockwise.h"
+#include "../../cuda/core/groups.h"
+
+namespace {
+
+constexpr std::int64_t kRows = 37, kColumns = 150, kNumel = kRows * kColumns;
+constexpr std::int64_t kGroup = 256, kGroups = (kNumel + kGroup - 1) / kGroup;
+
+int failures = 0;
+
+void check(const char* name, int code) {
+  if (code == 0) return;
+  std::printf("%s returned %d\n", name, code);
+  ++failures;
+}
+
+}  // namespace
+
+int main() {
+  std::vector<float> x(kNumel), m(kNumel), v(kNumel), delta(kNumel), factors(kColumns, 0.1f);
+  for (std::int64_t i = 0; i < kNumel; ++i) {
+    x[i] = static_cast<float>(i % 41) - 20.0f;
+    v[i] = static_cast<float>(i % 7);
+  }
+  std::vector<std::uint8_t> codes(kNumel), others(kNumel), packed(kNumel / 2 + 1);
+  std::vector<std::uint16_t> half(kNumel);
+  std::vector<float> scales(kGroups, 0.5f), zeros(kGroups, 3.0f), norms(2 * kNumel);
+  std::vector<std::int32_t> tables(2 * lowrank::kEntries, 0xFFFF);
+  std::vector<float> maps(512, 0.25f), nf4(16, 0.0f);
+  const int single = lowrank::kFloat32;
+
+  // Blocks of more than 256 entries take the loops that blocks of 256 don't.
+  for (const std::int64_t group : {kGroup, std::int64_t{600}}) {
+    check("quantize_blockwise",
+          lowrank_quantize_blockwise(x.data(), single, codes.data(), scales.data(), kNumel, group,
+                                     tables.data(), 127, nullptr));
+    check("dequantize_blockwise",
+          lowrank_dequantize_blockwise(codes.data(), scales.data(), delta.data(), single, kNumel,
+                                       group, maps.data(), nullptr));
+    check("quantize_groups",
+          lowrank_quantize_groups(x.data(), single, codes.data(), scales.data(), zeros.data(),
+                                  single, kNumel, group, 255, 1, 7, 0, nullptr));
+    check("dequantize_groups",
+          lowrank_dequantize_groups(codes.data(), scales.data(), zeros.data(), single, delta.data(),
+                                    single, kNumel, group, nullptr));
+    check("quantize_int4",
+          lowrank_quantize_int4(x.data(), single, packed.data(), scales.data(), nullptr, single,
+                                kNumel, group, lowrank::kNf4, 1.0f, nf4.data(), nullptr));
+    check("dequantize_int4",
+          lowrank_dequantize_int4(packed.data(), scales.data(), nullptr, single, delta.data(),
+                                  single, kNumel, group, lowrank::kNf4, nf4.data(), nullptr));
+    check("write_back_int8",
+          lowrank_write_back_int8(codes.data(), scales.data(), zeros.data(), single, delta.data(),
+                                  single, x.data(), single, factors.data(), 0, 1, kRows, kColumns,
+                                  group, 0.9f, 0.1f, 7, 0, nullptr));
+  }
+  check("rademacher", lowrank_rademacher(delta.data(), single, kNumel, 7, nullptr));
+  check("stochastic_bfloat16",
+        lowrank_stochastic_bfloat16(x.data(), half.data(), kNumel, 7, 0, nullptr));
+  check("write_back",
+        lowrank_write_back(half.data(), lowrank::kBfloat16, delta.data(), single, x.data(), single,
+                           factors.data(), 0, 1, kRows, kColumns, 0.9f, 0.1f, 1, 7, 0, nullptr));
+
+  const void* grads[] = {x.data()};
+  void* exp_avgs[] = {m.data()};
+  void* exp_avg_sqs[] = {v.data()};
+  void* deltas[] = {delta.data()};
+  float* grad_norms[] = {norms.data()};
+  float* delta_norms[] = {norms.data() + kNumel};
+  for (const int axis : {-1, 0, 1}) {
+    check("adam", lowrank_adam(1, grads, exp_avgs, exp_avg_sqs, deltas, grad_norms, delta_norms,
+                               &kRows, &kColumns, axis, single, single, single, 0.9, 0.999, 1e-8f,
+                               0.1f, nullptr, nullptr));
+  }
+  void* m_codes[] = {codes.data()};
+  void* v_codes[] = {others.data()};
+  float* m_scales[] = {scales.data()};
+  float* v_scales[] = {zeros.data()};
+  check("adam_8bit", lowrank_adam_8bit(1, grads, m_codes, m_scales, v_codes, v_scales, deltas,
+                                       &kNumel, single, single, 0.9, 0.999, 1e-8f, 0.1f, nullptr,
+                                       tables.data(), maps.data(), nullptr));
+  return failures == 0 ? 0 : 1;
+}
