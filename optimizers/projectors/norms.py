@@ -9,6 +9,8 @@ from .base import Projector, Slot
 from .geometry import Side
 
 CHUNK_ELEMENTS = 1 << 18
+ROUGH_SHARE = 0.3
+WIDE = (torch.float32, torch.float64)
 
 
 def axis_norms(matrix: Tensor, axis: int) -> Tensor:
@@ -32,11 +34,16 @@ def axis_norms(matrix: Tensor, axis: int) -> Tensor:
 
 
 def kept_squares(
-    slot: Slot, low: Tensor, low_squares: Tensor, projector: Projector, axis: int
+    slot: Slot, low: Tensor, low_squares: Tensor, projector: Projector, axis: int, beta: float
 ) -> Tensor:
-    """||up(R)_j||^2 by index of the long axis: ||R_j||^2 where the basis is orthonormal."""
+    """||up(R)_j||^2 by index of the long axis: ||R_j||^2 where the basis is orthonormal.
+
+    A basis in bf16 is so to half a percent, which enters with beta^2: for a small beta that is less
+    than the rounding of the rest.
+    """
     (basis,) = projector.bases(slot)
-    if projector.orthonormal and projector.storage.exact and basis.dtype != torch.bfloat16:
+    small = abs(beta) <= ROUGH_SHARE
+    if projector.orthonormal and projector.storage.exact and (small or basis.dtype in WIDE):
         return low_squares
     products = projector.rotation(slot, (basis,))(low)
     squares: Tensor = (products * low).sum(axis, keepdim=True, dtype=low_squares.dtype)

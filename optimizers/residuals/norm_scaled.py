@@ -64,7 +64,7 @@ class NormScaled(LimitedResidual):
 
         def norm(phi: Tensor) -> Tensor:
             squares, low_squares = axis_norms(slot.grad, axis).square(), low_norms.square()
-            kept = kept_squares(slot, low, low_squares, projector, axis)
+            kept = kept_squares(slot, low, low_squares, projector, axis, beta)
             return outside_norm(slot, low, projector, phi, squares, low_squares, kept, beta)
 
         factors = self.limited(slot, ratios, update, norm).to(low.dtype)

@@ -5,6 +5,7 @@ Runs in `./scripts/gpu-check`. Inputs are drawn anew in each run.
 
 from collections.abc import Callable
 
+import exact_cases
 import kernel_cases as cases
 import pytest
 import torch
@@ -21,7 +22,11 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.__name__)
+@pytest.mark.parametrize(
+    "case",
+    [*cases.CASES, *exact_cases.CASES],
+    ids=lambda case: f"{case.__module__}-{case.__name__}",
+)
 def test_equals_the_reference(case: Callable[[cases.Draw], None]) -> None:
     @settings(
         max_examples=40,

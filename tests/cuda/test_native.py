@@ -1,4 +1,4 @@
-"""The compiled kernels equal the references in plain torch.
+"""The compiled kernels equal the references in plain torch, and what fp64 says.
 
 Each test runs on the host's library and on the device's kernels in a simulator; on a GPU
 `test_device.py` repeats them with the device's own library.
@@ -6,6 +6,7 @@ Each test runs on the host's library and on the device's kernels in a simulator;
 
 from collections.abc import Callable
 
+import exact_cases
 import kernel_cases as cases
 import pytest
 import torch
@@ -22,7 +23,11 @@ examples = settings(
 )
 
 
-@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.__name__)
+@pytest.mark.parametrize(
+    "case",
+    [*cases.CASES, *exact_cases.CASES],
+    ids=lambda case: f"{case.__module__}-{case.__name__}",
+)
 def test_equals_the_reference(case: Callable[[cases.Draw], None]) -> None:
     @examples
     @given(data=st.data())
