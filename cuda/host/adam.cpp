@@ -56,6 +56,30 @@ void advance_with_norms(const G* grad, S* exp_avg, S* exp_avg_sq, D* delta, std:
   }
 }
 
+// One block of 8-bit moments: dequantises, advances, and leaves the new moments in m and v. Codes
+// are bytes, which may alias everything: hence __restrict__.
+template <typename G, typename D>
+void advance_block(const G* __restrict__ grad, const std::uint8_t* __restrict__ m_codes,
+                   const std::uint8_t* __restrict__ v_codes, D* __restrict__ delta,
+                   float* __restrict__ m, float* __restrict__ v, std::int64_t length, float m_scale,
+                   float v_scale, const float* __restrict__ maps, const AdamStep& step) {
+  for (std::int64_t i = 0; i < length; ++i) {
+    float m_entry = maps[m_codes[i]] * m_scale, v_entry = maps[256 + v_codes[i]] * v_scale;
+    delta[i] = from_float<D>(adam_entry(to_float(grad[i]), m_entry, v_entry, step));
+    m[i] = m_entry;
+    v[i] = v_entry;
+  }
+}
+
+// The largest magnitude, NaN if there is one: as integers, which vectorise.
+float largest(const float* x, std::int64_t length) {
+  std::uint32_t magnitude = 0;
+  for (std::int64_t i = 0; i < length; ++i) {
+    magnitude = std::max(magnitude, bits_of(x[i]) & 0x7FFFFFFFu);
+  }
+  return float_of(magnitude);
+}
+
 }  // namespace
 
 int lowrank_adam(int count, const void* const* grads, void* const* exp_avgs,
@@ -105,17 +129,9 @@ int lowrank_adam_8bit(int count, const void* const* grads, void* const* exp_avgs
         for (std::int64_t b = begin; b < end; ++b) {
           const std::int64_t start = b * kBlock;
           const std::int64_t length = std::min(kBlock, numels[t] - start);
-          const float m_scale = exp_avg_absmax[t][b], v_scale = exp_avg_sq_absmax[t][b];
-          std::uint32_t m_magnitude = 0, v_magnitude = 0;
-          for (std::int64_t i = 0; i < length; ++i) {
-            m[i] = maps[m_codes[start + i]] * m_scale;
-            v[i] = maps[256 + v_codes[start + i]] * v_scale;
-            delta[start + i] =
-                from_float<D>(adam_entry(to_float(grad[start + i]), m[i], v[i], step));
-            m_magnitude = std::max(m_magnitude, bits_of(m[i]) & 0x7FFFFFFFu);
-            v_magnitude = std::max(v_magnitude, bits_of(v[i]) & 0x7FFFFFFFu);
-          }
-          const float m_largest = float_of(m_magnitude), v_largest = float_of(v_magnitude);
+          advance_block(grad + start, m_codes + start, v_codes + start, delta + start, m, v, length,
+                        exp_avg_absmax[t][b], exp_avg_sq_absmax[t][b], maps, step);
+          const float m_largest = largest(m, length), v_largest = largest(v, length);
           exp_avg_absmax[t][b] = m_largest;
           exp_avg_sq_absmax[t][b] = v_largest;
           const float m_divisor = block_divisor(m_largest), v_divisor = block_divisor(v_largest);

@@ -1,6 +1,8 @@
 // Writing an update into a weight on the host: dense, or in eight bits.
 #include "../core/weight.h"
 
+#include <type_traits>
+
 #include "../core/api.h"
 #include "parallel.h"
 
@@ -8,7 +10,9 @@ using namespace lowrank;
 
 namespace {
 
-// What is taken off each entry, besides decay.
+constexpr std::int64_t kChunk = 1024;  // entries worked on at once
+
+// What is taken off each entry, besides decay; see core/api.h.
 struct Update {
   const void* delta;
   int delta_dtype;
@@ -19,17 +23,91 @@ struct Update {
   std::int64_t column_stride;
   std::int64_t columns;
   WriteBack write;
-
-  float apply(float old, std::int64_t i) const {
-    const float step = delta == nullptr ? 0.0f : load(delta, delta_dtype, i);
-    float residual = 0.0f;
-    if (grad != nullptr) {
-      residual = factors[i / columns * row_stride + i % columns * column_stride] *
-                 load(grad, grad_dtype, i);
-    }
-    return written(old, step, residual, write);
-  }
 };
+
+void load_floats(const void* data, int dtype, std::int64_t first, std::int64_t length,
+                 float* __restrict__ out) {
+  dispatch(dtype, [&]<typename T>(T*) {
+    const T* entries = static_cast<const T*>(data) + first;
+    for (std::int64_t i = 0; i < length; ++i) out[i] = to_float(entries[i]);
+    return 0;
+  });
+}
+
+// residual = factor o grad for entries [first, first + length), row by row.
+void residuals(const Update& update, std::int64_t first, std::int64_t length,
+               float* __restrict__ residual) {
+  load_floats(update.grad, update.grad_dtype, first, length, residual);
+  std::int64_t done = 0;
+  while (done < length) {
+    const std::int64_t row = (first + done) / update.columns;
+    const std::int64_t column = first + done - row * update.columns;
+    const std::int64_t count = std::min(length - done, update.columns - column);
+    const float* factor = update.factors + row * update.row_stride;
+    if (update.column_stride == 0) {
+      for (std::int64_t i = 0; i < count; ++i) residual[done + i] *= factor[0];
+    } else {
+      for (std::int64_t i = 0; i < count; ++i) residual[done + i] *= factor[column + i];
+    }
+    done += count;
+  }
+}
+
+// Up to kChunk entries from flat position `first` on.
+void apply(const Update& update, std::int64_t first, std::int64_t length,
+           float* __restrict__ values) {
+  float step[kChunk] = {}, residual[kChunk] = {};
+  if (update.delta != nullptr) {
+    load_floats(update.delta, update.delta_dtype, first, length, step);
+  }
+  if (update.grad != nullptr) residuals(update, first, length, residual);
+  for (std::int64_t i = 0; i < length; ++i) {
+    values[i] = written(values[i], step[i], residual[i], update.write);
+  }
+}
+
+void round_stochastically(const float* __restrict__ values, std::int64_t length, std::uint64_t seed,
+                          std::uint64_t first, bfloat16* __restrict__ out) {
+  for (std::int64_t i = 0; i < length; ++i) {
+    out[i] = stochastic_bfloat16(values[i], seed, first + static_cast<std::uint64_t>(i));
+  }
+}
+
+// One group of an INT8 weight, before and after; returns whether it changed.
+bool update_group(const Update& update, const std::uint8_t* __restrict__ codes, GroupParameters old,
+                  std::int64_t start, std::int64_t length, float* __restrict__ fresh) {
+  bool changed = false;
+  for (std::int64_t begin = 0; begin < length; begin += kChunk) {
+    const std::int64_t count = std::min(kChunk, length - begin);
+    float before[kChunk];
+    for (std::int64_t i = 0; i < count; ++i) {
+      before[i] = value_of(codes[begin + i], old, kAffine, nullptr);
+      fresh[begin + i] = before[i];
+    }
+    apply(update, start + begin, count, fresh + begin);
+    int differing = 0;
+    for (std::int64_t i = 0; i < count; ++i) differing += fresh[begin + i] != before[i];
+    changed = changed || differing != 0;
+  }
+  return changed;
+}
+
+GroupParameters range_of(const float* x, std::int64_t length, int scale_dtype) {
+  std::int32_t low = 0, high = 0;  // keys of 0, which is in every range
+  for (std::int64_t i = 0; i < length; ++i) {
+    low = std::min(low, order_key(x[i]));
+    high = std::max(high, order_key(x[i]));
+  }
+  return group_parameters(from_order_key(low), from_order_key(high), kAffine, 255.0f, 1.0f,
+                          scale_dtype);
+}
+
+void stochastic_codes(const float* __restrict__ x, std::int64_t length, GroupParameters own,
+                      std::uint64_t seed, std::uint64_t first, std::uint8_t* __restrict__ codes) {
+  for (std::int64_t i = 0; i < length; ++i) {
+    codes[i] = stochastic_code(x[i], own, 255.0f, seed, first + static_cast<std::uint64_t>(i));
+  }
+}
 
 }  // namespace
 
@@ -40,18 +118,28 @@ int lowrank_write_back(void* weight, int dtype, const void* delta, int delta_dty
                        std::uint64_t seed, std::uint64_t first, void*) {
   const Update update{delta,      delta_dtype,   grad,    grad_dtype,   factors,
                       row_stride, column_stride, columns, {keep, alpha}};
-  parallel_for(rows, columns, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t i = begin * columns; i < end * columns; ++i) {
-      const float fresh = update.apply(load(weight, dtype, i), i);
-      if (stochastic && dtype == kBfloat16) {
-        static_cast<bfloat16*>(weight)[i] =
-            stochastic_bfloat16(fresh, seed, first + static_cast<std::uint64_t>(i));
-      } else {
-        store(weight, dtype, i, fresh);
+  const std::int64_t numel = rows * columns;
+  return dispatch(dtype, [&]<typename T>(T*) {
+    parallel_for(ceil_divide(numel, kChunk), kChunk, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t start = begin * kChunk; start < std::min(end * kChunk, numel);
+           start += kChunk) {
+        const std::int64_t length = std::min(kChunk, numel - start);
+        T* own = static_cast<T*>(weight) + start;
+        float values[kChunk];
+        load_floats(weight, dtype, start, length, values);
+        apply(update, start, length, values);
+        if constexpr (std::is_same_v<T, bfloat16>) {
+          if (stochastic) {
+            const std::uint64_t position = first + static_cast<std::uint64_t>(start);
+            round_stochastically(values, length, seed, position, own);
+            continue;
+          }
+        }
+        for (std::int64_t i = 0; i < length; ++i) own[i] = from_float<T>(values[i]);
       }
-    }
+    });
+    return 0;
   });
-  return 0;
 }
 
 int lowrank_write_back_int8(std::uint8_t* codes, void* scales, void* zeros, int scale_dtype,
@@ -68,24 +156,12 @@ int lowrank_write_back_int8(std::uint8_t* codes, void* scales, void* zeros, int 
     for (std::int64_t g = begin; g < end; ++g) {
       const std::int64_t start = g * group, length = std::min(group, numel - start);
       const GroupParameters old{load(scales, scale_dtype, g), load(zeros, scale_dtype, g)};
-      bool changed = false;
-      float low = 0.0f, high = 0.0f;
-      for (std::int64_t i = 0; i < length; ++i) {
-        const float before = value_of(codes[start + i], old, kAffine, nullptr);
-        const float after = update.apply(before, start + i);
-        fresh[static_cast<std::size_t>(i)] = after;
-        changed = changed || after != before;
-        low = min_or_nan(low, after);
-        high = max_or_nan(high, after);
-      }
-      if (!changed) continue;
-      const GroupParameters own = group_parameters(low, high, kAffine, 255.0f, 1.0f, scale_dtype);
+      if (!update_group(update, codes + start, old, start, length, fresh.data())) continue;
+      const GroupParameters own = range_of(fresh.data(), length, scale_dtype);
       store(scales, scale_dtype, g, own.scale);
       store(zeros, scale_dtype, g, own.zero);
-      for (std::int64_t i = 0; i < length; ++i) {
-        codes[start + i] = stochastic_code(fresh[static_cast<std::size_t>(i)], own, 255.0f, seed,
-                                           first + static_cast<std::uint64_t>(start + i));
-      }
+      stochastic_codes(fresh.data(), length, own, seed, first + static_cast<std::uint64_t>(start),
+                       codes + start);
     }
   });
   return 0;

@@ -133,14 +133,17 @@ def write_back(d: Draw) -> None:
     parts = 0.9 * weight.double(), 0.1 * delta.double(), factors.double() * grad.double()
     assert native_update.write_back(weight, delta, grad, factors, 0.9, 0.1, None, 0)
     size = sum(part.abs() for part in parts)
-    error = (weight.double() - (parts[0] - parts[1] - parts[2])).abs()
-    assert bool((error <= size * (EPS[kind] + 1e-6) + 1e-7).all())
+    exact = parts[0] - parts[1] - parts[2]
+    error = (weight.double() - exact).abs()
+    held = exact.abs() < 0.99 * torch.finfo(kind).max  # fp16 overflows beyond
+    assert bool((error <= size * (EPS[kind] + 1e-6) + 1e-7)[held].all())
 
 
 def _near(out: Tensor, exact: Tensor) -> None:
     """To the rounding of the type of `out`, subnormal numbers of fp16 included."""
     error = (out.double() - exact).abs()
-    assert bool((error <= exact.abs() * EPS[out.dtype] + 1e-7).all())
+    held = exact.abs() < 0.99 * torch.finfo(out.dtype).max
+    assert bool((error <= exact.abs() * EPS[out.dtype] + 1e-7)[held].all())
 
 
 CASES = (blockwise, affine, int4, rounding, adam, write_back)
