@@ -194,9 +194,14 @@ class Adam(UpdateRule):
             return (eps, size), None, [size] * len(states), lr
         steps = torch.stack([state["step"] for state in states])
         size, eps, lr = self._sizes({"step": steps})
-        each = [torch.as_tensor(x, dtype=torch.float32, device=steps.device) for x in (eps, size)]
-        sizes = torch.stack([x.expand(len(states)) for x in each], 1)
-        return (0.0, 0.0), sizes, list(each[1].expand(len(states)).unbind()), lr
+        # Filled on the device: a copy from the host can't be captured in a graph.
+        sizes = torch.empty(len(states), 2, dtype=torch.float32, device=steps.device)
+        for column, value in enumerate((eps, size)):
+            if isinstance(value, Tensor):
+                sizes[:, column].copy_(value)
+            else:
+                sizes[:, column].fill_(value)
+        return (0.0, 0.0), sizes, list(sizes[:, 1].unbind()), lr
 
     def _keep_and_alpha(self, lr: Any) -> tuple[Any, Any]:
         keep = 1.0 - lr * self.weight_decay if self.weight_decay else 1.0

@@ -134,3 +134,28 @@ def test_a_missing_library_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None
             assert library.library_for(x) is None
         assert library.library_for(x) is None
     library._say_missing.cache_clear()
+
+
+@needs_library
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("correct_bias", [True, False])
+@pytest.mark.parametrize("eps_corrected", [True, False])
+def test_sizes_on_the_device_equal_numbers(correct_bias: bool, eps_corrected: bool) -> None:
+    """What a CUDA graph computes from step counts on the device is what the host computes."""
+    grads = [matrix(6, 40, stream).float() for stream in range(3)]
+    results = []
+    for capturable in (False, True):
+        rule = adam_rule.Adam(
+            lr=0.1,
+            capturable=capturable,
+            correct_bias=correct_bias,
+            eps_corrected=eps_corrected,
+        )
+        states = [rule.init(g.shape, g) | {"step": torch.tensor(5.0)} for g in grads]
+        with using_kernels("native"):
+            updates = rule.update_with_norms(grads, states, grads, [0, 1, 0])
+        results.append([update.delta for update in updates])
+        assert all(update.norms is not None for update in updates)
+        assert [float(u.factor) for u in updates] == pytest.approx([float(updates[0].factor)] * 3)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
