@@ -1,28 +1,33 @@
 """Drop-in `torch.optim` optimizers that pretrain in little memory. Needs torch alone."""
 
-from .apollo import ApolloAdamW, ApolloMiniAdamW
-from .base import LowRankOptimizer
-from .baselines import Adafactor, AdamW, AdamW8bit, Muon
-from .coap import CoapAdafactor, CoapAdafactor8bit, CoapAdamW, CoapAdamW8bit
-from .factored import FactoredAdamW
-from .fira import FiraAdamW
-from .flora import FloraAdafactor
-from .frugal import FrugalAdamW
-from .galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
-from .galore_plus import GaLorePlusAdamW, cross_head_groups
-from .layer_events import LayerEvent
-from .loqt import LoQTAdamW
-from .low_rank import LowRankAdamW
+from .engine.optimizer import LowRankOptimizer
+from .layers.events import LayerEvent
+from .layers.optimizer import FactoredAdamW
 from .memory import state_bytes, state_bytes_by_category
-from .online_subspace import (
+from .methods.apollo import ApolloAdamW, ApolloMiniAdamW
+from .methods.baselines import Adafactor, AdamW, AdamW8bit, Muon
+from .methods.coap import CoapAdafactor, CoapAdafactor8bit, CoapAdamW, CoapAdamW8bit
+from .methods.fira import FiraAdamW
+from .methods.flora import FloraAdafactor
+from .methods.frugal import FrugalAdamW
+from .methods.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
+from .methods.galore_muon import GaLoreMuon
+from .methods.galore_plus import GaLorePlusAdamW, cross_head_groups
+from .methods.loqt import LoQTAdamW
+from .methods.low_rank import LowRankAdamW
+from .methods.online_subspace import (
     OnlineSubspaceAdafactor,
     OnlineSubspaceAdamW,
     OnlineSubspaceAdamW8bit,
     OnlineSubspaceLion,
 )
+from .methods.qgalore import QGaLoreAdamW8bit
+from .methods.relora import ReLoRAAdamW
+from .methods.sltrain import SLTrainAdamW, SLTrainAdamW8bit
+from .methods.sst import SSTAdamW
+from .methods.switchlora import SwitchLoRAAdamW
 from .param_groups import param_groups
 from .projectors import RefreshEvent
-from .qgalore import QGaLoreAdamW8bit
 from .registry import (
     accepts,
     available,
@@ -32,11 +37,6 @@ from .registry import (
     expected_state_bytes,
     option_aliases,
 )
-from .relora import ReLoRAAdamW
-from .sltrain import SLTrainAdamW, SLTrainAdamW8bit
-from .sst import SSTAdamW
-from .subspace_muon import GaLoreMuon
-from .switchlora import SwitchLoRAAdamW
 from .weights import Int8Weight, dense_state_dict
 from .weights.convert import merge
 

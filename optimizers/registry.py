@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import checks
-from .base import LowRankOptimizer
-from .factored import FactoredAdamW
+from .engine import checks
+from .engine.methods import TABLE, Method
+from .engine.optimizer import LowRankOptimizer
 from .layers.convert import meta_copy
-from .methods import TABLE, Method
+from .layers.optimizer import FactoredAdamW
 
 #: Group options that `build` gives to plain parameters, too.
 _EVERYWHERE = ("seed", "stochastic_rounding")

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lowrank.cuda.noise import mix
 
-from .. import checks
+from ..engine import checks
 from ..param_groups import PATTERNS, projected_layers
 from .base import FactoredLinear
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lowrank.cuda import groups, int4
 
-from .. import checks
+from ..engine import checks
 
 #: Formats of `FrozenMatrix`, with the entries that share a scale; None keeps the precision.
 FORMATS = {"nf4": 64, "int8": 256}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .. import checks
+from ..engine import checks
 from .base import FactoredLinear, add_product, kaiming_bound, uniform, wide_dtype
 
 

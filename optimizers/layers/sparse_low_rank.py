@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from lowrank.cuda.noise import mix
 from lowrank.cuda.noise import uniform as uniform_noise
 
-from .. import checks
+from ..engine import checks
 from .autocast import compute_dtype, on_rows
 from .base import FactoredLinear, kaiming_bound, uniform, wide_dtype
 

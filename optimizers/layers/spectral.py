@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .. import checks
+from ..engine import checks
 from .autocast import compute_dtype, on_rows
 from .base import FactoredLinear, wide_dtype
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .. import checks
+from ..engine import checks
 from .base import FactoredLinear, add_product, uniform, wide_dtype
 
 _GAIN = math.sqrt(1 / 3)  # of leaky_relu with slope sqrt(5)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .geometry import Geometry, RowRange, Side
+from ..engine.geometry import Geometry, RowRange, Side
 from .operand import HALF, half_product, on_gpu
 
 SLAB_ELEMENTS = 1 << 18

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..rotation import Rotation
+from ..engine.geometry import Geometry, RowRange, Side
+from ..engine.rotation import Rotation
+from ..storage.base import BasisStorage, DenseBasis
 from . import apply
-from .geometry import Geometry, RowRange, Side
 from .operand import compute_dtype
-from .storage import BasisStorage, DenseBasis
 
 Bases = tuple[Tensor, ...]
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from lowrank.cuda.noise import mix
 
+from ..engine.geometry import Geometry, RowRange, Side
+from ..storage.base import DenseBasis
 from .base import Bases, Projector, Slot
-from .geometry import Geometry, RowRange, Side
 from .random import usable
-from .storage import DenseBasis
 
 INDEX_BYTES = 4
 INDEX = "_index"  # after the key of the basis that the indices stand for

@@ -28,14 +28,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..rotation import Rotation
+from ..engine import checks
+from ..engine.geometry import Geometry, RowRange, Side
+from ..engine.rotation import Rotation
+from ..schedules.base import passed
 from . import apply, decompositions, subspace, tucker
 from .base import Bases, Projector, Slot
-from .geometry import Geometry, RowRange, Side
 from .norms import CHUNK_ELEMENTS, axis_norms
 from .operand import compute_dtype
-from .schedule import passed
 from .singular import align_signs
 
 #: Seed of the first sketch, the released code's.

@@ -10,10 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..rotation import Rotation
+from ..engine import checks
+from ..engine.geometry import Geometry, RowRange, Side
+from ..engine.rotation import Rotation
 from .base import Bases, Slot
-from .geometry import Geometry, RowRange, Side
 from .singular import SingularProjector
 
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .geometry import Side
+from ..engine.geometry import Side
 from .operand import Operand, compute_dtype
 from .subspace import SCRATCH_BYTES, randomized, warm
 from .subspace import eigh as solve

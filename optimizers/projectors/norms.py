@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..engine.geometry import Side
 from .base import Projector, Slot
-from .geometry import Side
 
 CHUNK_ELEMENTS = 1 << 18
 ROUGH_SHARE = 0.3

@@ -28,11 +28,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import checks
+from ..engine import checks
+from ..engine.geometry import Geometry, RowRange, Side
 from ..rules import Adam, Adam8bit, Lion, Momentum, UpdateRule
 from . import apply
 from .base import Bases, Slot
-from .geometry import Geometry, RowRange, Side
 from .norms import axis_norms
 from .singular import SingularProjector
 

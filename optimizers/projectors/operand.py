@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .geometry import Side
+from ..engine.geometry import Side
 
 CHUNK_ELEMENTS = 1 << 22  # upcast copies of a low-precision gradient are made in pieces of 16 MiB
 HALF = (torch.bfloat16, torch.float16)

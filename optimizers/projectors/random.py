@@ -22,11 +22,11 @@ from torch import Tensor
 
 from lowrank.cuda.noise import mix
 
-from .. import checks
+from ..engine import checks
+from ..engine.geometry import Geometry
+from ..storage.base import DenseBasis
 from .base import Bases, Projector, Slot
-from .geometry import Geometry
 from .operand import compute_dtype
-from .storage import DenseBasis
 
 DISTRIBUTIONS = ("gaussian", "orthonormal")
 

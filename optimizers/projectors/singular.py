@@ -12,10 +12,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .. import checks
+from ..engine import checks
+from ..engine.geometry import Geometry
 from . import decompositions, subspace
 from .base import Bases, Projector, Slot
-from .geometry import Geometry
 
 #: Tried in turn where a solver does not converge.
 FALLBACKS = {

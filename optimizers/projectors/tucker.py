@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..rotation import Rotation
+from ..engine.geometry import Geometry, RowRange, Side
+from ..engine.rotation import Rotation
 from .base import Bases
-from .geometry import Geometry, RowRange, Side
 from .operand import compute_dtype
 
 MAX_ITERATIONS = 10

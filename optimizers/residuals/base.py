@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..projectors import Geometry, Projector, RowRange, Slot
+from ..engine.geometry import Geometry, RowRange
+from ..projectors import Projector, Slot
 from ..rules import Update
 
 

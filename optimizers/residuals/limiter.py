@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..projectors import Geometry, Slot
+from ..engine import checks
+from ..engine.geometry import Geometry
+from ..projectors import Slot
 from ..projectors.norms import axis_norms
 from ..rules import Update
 from .base import Residual

@@ -20,8 +20,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..projectors import Geometry, Projector, Side, Slot
+from ..engine import checks
+from ..engine.geometry import Geometry, Side
+from ..projectors import Projector, Slot
 from ..projectors.norms import axis_norms, kept_squares, outside_norm
 from ..rules import Update
 from .base import ScaledPart, Write

@@ -19,8 +19,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..projectors import Geometry, Projector, Side, Slot
+from ..engine import checks
+from ..engine.geometry import Geometry, Side
+from ..projectors import Projector, Slot
 from ..projectors.norms import axis_norms
 from ..rules import Update
 from .base import ScaledPart, Write

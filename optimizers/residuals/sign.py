@@ -15,8 +15,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .. import checks
-from ..projectors import Geometry, Projector, RowRange, Side, Slot
+from ..engine import checks
+from ..engine.geometry import Geometry, RowRange, Side
+from ..projectors import Projector, Slot
 from ..projectors.norms import CHUNK_ELEMENTS
 from ..rules import Update
 from .base import Residual, RowEdit, Write

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..projectors import Projector, RowRange, Slot
+from ..engine.geometry import RowRange
+from ..projectors import Projector, Slot
 from ..projectors.norms import CHUNK_ELEMENTS
 from ..rules import Update
 from .base import Residual, Write

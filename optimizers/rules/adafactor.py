@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..rotation import Rotation
+from ..engine.rotation import Rotation
 from .base import State, Update, UpdateRule, numel, scalar, taken
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowrank.cuda import blockwise
 
-from ..rotation import Rotation
+from ..engine.rotation import Rotation
 from .adafactor import Adafactor
 from .base import State, numel
 from .quantizers import NATIVE, Quantizer

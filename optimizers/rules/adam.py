@@ -23,7 +23,7 @@ from torch.optim.adam import adam as torch_adam
 from lowrank.cuda.adam import Number, adam_step
 from lowrank.cuda.native_update import knows_adam
 
-from ..rotation import Rotation
+from ..engine.rotation import Rotation
 from .base import MOMENT_MOVES, State, Update, UpdateRule, numel, scalar, taken
 
 #: Where our kernel is used. On a CPU torch's own fused one is as fast.

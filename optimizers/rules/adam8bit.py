@@ -18,7 +18,7 @@ from torch import Tensor
 from lowrank.cuda import blockwise
 from lowrank.cuda.native_update import knows_adam
 
-from ..rotation import Rotation
+from ..engine.rotation import Rotation
 from .adam import Adam, moved_moments
 from .base import State, Update, numel
 from .quantizers import NATIVE, Native, Quantizer

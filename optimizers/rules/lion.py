@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..rotation import Rotation
+from ..engine.rotation import Rotation
 from .base import MOMENT_MOVES, State, Update, UpdateRule, numel, scalar
 
 

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..rotation import Rotation
+from ..engine.rotation import Rotation
 from .base import MOMENT_MOVES, State, Update, UpdateRule, numel, scalar
 
 ADJUSTMENTS = ("original", "match_rms_adamw")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowrank.cuda import blockwise
 
-from .. import checks
+from ..engine import checks
 
 Out = tuple[Tensor, Tensor]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import checks
+from ..engine import checks
 from ..layers.convert import merge_factored
 from ..param_groups import PATTERNS, projected_layers
 from .int8 import Int8Weight

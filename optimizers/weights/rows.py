@@ -11,7 +11,7 @@ from torch import Tensor
 from lowrank.cuda.groups import chunk_elements
 from lowrank.cuda.noise import mix, stochastic_bfloat16
 
-from ..projectors import RowRange
+from ..engine.geometry import RowRange
 from .int8 import Int8Weight
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..projectors import RowRange
+from ..engine.geometry import RowRange
 from ..rules import Update, UpdateRule
 from ..rules.base import State
 from .fused import fused_rows

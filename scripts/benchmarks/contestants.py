@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.optimizers import GaLoreAdamW, RefreshEvent
-from lowrank.optimizers.projected import ProjectedAdamW
+from lowrank.optimizers.engine.projected import ProjectedAdamW
 
 from .workload import Workload, give
 

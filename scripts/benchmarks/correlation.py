@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lowrank.optimizers.engine.geometry import Side
 from lowrank.optimizers.projectors.correlation import correlation_step
-from lowrank.optimizers.projectors.geometry import Side
 
 from .workload import Workload
 

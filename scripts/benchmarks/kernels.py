@@ -11,7 +11,7 @@ import torch
 from lowrank.cuda import blockwise, groups, int4, rademacher, using_kernels
 from lowrank.cuda.noise import stochastic_bfloat16
 from lowrank.optimizers import GaLoreAdamW8bit, QGaLoreAdamW8bit
-from lowrank.optimizers.projected import ProjectedAdamW8bit
+from lowrank.optimizers.engine.projected import ProjectedAdamW8bit
 
 from .results import Result
 from .timing import milliseconds, paired_ratios, round_robin

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lowrank.optimizers import checks
+from lowrank.optimizers.engine import checks
 
 from . import table, tuning
 from .entrants import Entrant, entrants

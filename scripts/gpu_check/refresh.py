@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank.optimizers.projectors import Side, decompositions
+from lowrank.optimizers.engine.geometry import Side
+from lowrank.optimizers.projectors import decompositions
 
 from .clock import Clock
 from .record import Record

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lowrank.cuda import rademacher, status, using_kernels
-from lowrank.optimizers.projectors import Side, decompositions, orthonormal
+from lowrank.optimizers.engine.geometry import Side
+from lowrank.optimizers.projectors import decompositions, orthonormal
 from lowrank.optimizers.projectors.operand import half_product
 
 pytestmark = [

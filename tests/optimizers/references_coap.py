@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lowrank.optimizers.projectors import Side
+from lowrank.optimizers.engine.geometry import Side
 
 
 def gradient(grad: Tensor, basis: Tensor, moment: Tensor | None, side: Side) -> Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 
 from lowrank import optimizers
 from lowrank.optimizers import LowRankOptimizer, build, convert
-from lowrank.optimizers.factored import FactoredAdamW
+from lowrank.optimizers.layers.optimizer import FactoredAdamW
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank.optimizers import CoapAdamW
-from lowrank.optimizers.projectors import Side
+from lowrank.optimizers.engine.geometry import Side
 from lowrank.optimizers.projectors.correlation import correlation_gradient, correlation_step
 
 

@@ -21,7 +21,8 @@ from lowrank.optimizers import (
     build,
     state_bytes,
 )
-from lowrank.optimizers.projectors import RowRange, tucker
+from lowrank.optimizers.engine.geometry import RowRange
+from lowrank.optimizers.projectors import tucker
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from torch import nn
 
 from lowrank import optimizers
 from lowrank.optimizers import LowRankOptimizer, state_bytes
+from lowrank.optimizers.engine.strategies import PROJECTORS, RESIDUALS, SCHEDULES, STORAGES
 from lowrank.optimizers.rules import MOMENT_MOVES
-from lowrank.optimizers.strategies import PROJECTORS, RESIDUALS, SCHEDULES, STORAGES
 
 RULES: tuple[tuple[type[LowRankOptimizer], dict[str, Any]], ...] = (
     (optimizers.GaLoreAdamW, {}),

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowrank.optimizers.projectors import Side, decompositions, orthonormal, subspace
+from lowrank.optimizers.engine.geometry import Side
+from lowrank.optimizers.projectors import decompositions, orthonormal, subspace
 from lowrank.optimizers.projectors import operand as operand_module
 
 SHAPES = ((48, 96), (96, 48), (64, 64))

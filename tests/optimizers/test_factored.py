@@ -21,12 +21,12 @@ from lowrank.optimizers import (
     param_groups,
     state_bytes,
 )
-from lowrank.optimizers.factored import FactoredAdamW
 from lowrank.optimizers.layers import FactoredLinear, LowRankLinear, SwitchedLinear
 from lowrank.optimizers.layers.convert import factored_layers
-from lowrank.optimizers.low_rank import refactor_
-from lowrank.optimizers.relora import prune_
-from lowrank.optimizers.switchlora import interval
+from lowrank.optimizers.layers.optimizer import FactoredAdamW
+from lowrank.optimizers.methods.low_rank import refactor_
+from lowrank.optimizers.methods.relora import prune_
+from lowrank.optimizers.methods.switchlora import interval
 
 #: Each method with options under which something happens every few steps.
 METHODS: dict[str, dict[str, Any]] = {

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lowrank.cuda.noise import mix
 from lowrank.optimizers import Adafactor, FloraAdafactor, state_bytes
-from lowrank.optimizers import flora as flora_module
-from lowrank.optimizers.flora import FloraRule
+from lowrank.optimizers.methods import flora as flora_module
+from lowrank.optimizers.methods.flora import FloraRule
 from lowrank.optimizers.projectors.random import gaussian
 
 SHAPES = ((14, 9), (9, 14), (11, 11))

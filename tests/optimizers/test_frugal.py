@@ -21,7 +21,8 @@ from lowrank.optimizers import (
     LowRankOptimizer,
     build,
 )
-from lowrank.optimizers.projectors import CoordinateProjector, Geometry, RowRange, Slot
+from lowrank.optimizers.engine.geometry import Geometry, RowRange
+from lowrank.optimizers.projectors import CoordinateProjector, Slot
 from lowrank.optimizers.projectors.coordinate import INDEX
 
 SHAPES = ((14, 9), (9, 14), (11, 11))

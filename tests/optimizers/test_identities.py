@@ -12,11 +12,11 @@ from support import matrix
 from torch import Tensor, nn
 
 from lowrank.optimizers import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, LowRankOptimizer
-from lowrank.optimizers.composition import Composition
-from lowrank.optimizers.options import Group
+from lowrank.optimizers.engine.composition import Composition
+from lowrank.optimizers.engine.options import Group
+from lowrank.optimizers.engine.strategies import projection_of
 from lowrank.optimizers.projectors import Bases, Projector, Slot
 from lowrank.optimizers.rules import Update, UpdateRule
-from lowrank.optimizers.strategies import projection_of
 
 
 @dataclass(frozen=True)

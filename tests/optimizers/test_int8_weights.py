@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from lowrank.cuda import groups
 from lowrank.optimizers import Int8Weight
-from lowrank.optimizers.projectors import RowRange
+from lowrank.optimizers.engine.geometry import RowRange
 from lowrank.optimizers.weights import editable_rows
 
 NAME = "qgalore_adamw_8bit"

@@ -7,9 +7,9 @@ import torch
 from support import hashed, matrix
 from torch import Tensor
 
-from lowrank.optimizers.projectors import Geometry, Side
-from lowrank.optimizers.projectors.lazy import LazyLayerwise
-from lowrank.optimizers.projectors.quantized_storage import Int4Basis, Int8Basis, QuantizedBasis
+from lowrank.optimizers.engine.geometry import Geometry, Side
+from lowrank.optimizers.schedules.lazy import LazyLayerwise
+from lowrank.optimizers.storage.quantized import Int4Basis, Int8Basis, QuantizedBasis
 
 GEOMETRY = Geometry.of((12, 8), 3, "std")
 

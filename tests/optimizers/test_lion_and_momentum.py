@@ -11,12 +11,12 @@ from support import matrix
 from torch import Tensor, nn
 
 from lowrank.optimizers import LowRankOptimizer
-from lowrank.optimizers.composition import Composition
-from lowrank.optimizers.options import Group
-from lowrank.optimizers.projected import ProjectedLion
-from lowrank.optimizers.rotation import Rotation
+from lowrank.optimizers.engine.composition import Composition
+from lowrank.optimizers.engine.options import Group
+from lowrank.optimizers.engine.projected import ProjectedLion
+from lowrank.optimizers.engine.rotation import Rotation
+from lowrank.optimizers.engine.strategies import projection_of
 from lowrank.optimizers.rules import MOMENT_MOVES, Lion, Momentum
-from lowrank.optimizers.strategies import projection_of
 
 SHAPE = (9, 14)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lowrank.optimizers import LayerEvent, build
 from lowrank.optimizers.layers import QuantizedLowRankLinear
 from lowrank.optimizers.layers.frozen import FORMATS, FrozenMatrix
-from lowrank.optimizers.loqt import bases_by
+from lowrank.optimizers.methods.loqt import bases_by
 
 SHAPES = ((6, 10), (10, 6), (7, 7))
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -22,7 +22,8 @@ from lowrank.optimizers import (
     OnlineSubspaceAdamW8bit,
     OnlineSubspaceLion,
 )
-from lowrank.optimizers.projectors import Geometry, OnlineProjector, RowRange, Slot
+from lowrank.optimizers.engine.geometry import Geometry, RowRange
+from lowrank.optimizers.projectors import OnlineProjector, Slot
 
 SHAPES = ((14, 9), (9, 14), (11, 11))
 # As in `test_golden`: six steps of the released code.

@@ -9,8 +9,8 @@ import torch
 from support import matrix
 from torch import Tensor
 
-from lowrank.optimizers.projectors import Geometry, RowRange, Side, apply
-from lowrank.optimizers.projectors.geometry import side_of
+from lowrank.optimizers.engine.geometry import Geometry, RowRange, Side, side_of
+from lowrank.optimizers.projectors import apply
 
 
 @pytest.mark.parametrize(

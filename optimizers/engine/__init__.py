@@ -1,0 +1,1 @@
+"""What every method runs on: options, composition, and the optimizer's step."""

@@ -1,0 +1,96 @@
+"""A method is a composition of the seams; this is the record of one group's choice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..projectors import Projector
+from ..residuals import Residual
+from ..rules import UpdateRule
+from ..schedules import Schedule
+from .geometry import Geometry, RowRange
+from .options import ProjectionOptions
+
+STEP_BYTES = 4  # a 0-d fp32 tensor
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The projecting half of a composition.
+
+    Attributes:
+        projector: which subspace and how it is stored.
+        schedule: when it is refitted.
+        residual: what becomes of the gradient outside it.
+        options: rank, side, scale and what becomes of moments when the subspace moves.
+    """
+
+    projector: Projector
+    schedule: Schedule
+    residual: Residual
+    options: ProjectionOptions
+
+    def geometry(self, shape: Sequence[int]) -> Geometry:
+        """Side, rank and shapes for a parameter of the given global shape."""
+        return self.projector.geometry(shape, self.options.rank_of(shape), self.options.proj_type)
+
+
+@dataclass(frozen=True)
+class Composition:
+    """An update rule, alone or in a subspace.
+
+    Attributes:
+        rule: gives the updates.
+        projection: in which subspace, if in one.
+        counters: integers that the method itself keeps in a parameter's state, 0 at first.
+    """
+
+    rule: UpdateRule
+    projection: Projection | None = None
+    counters: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.projection is not None:
+            how = self.projection.options.moments
+            if how not in self.rule.moves:
+                raise ValueError(
+                    f"moments={how!r}: the moments of {type(self.rule).__name__} accept "
+                    f"{', '.join(map(repr, self.rule.moves))}"
+                )
+
+    def init_state(self, param: Tensor, *, capturable: bool) -> dict[str, Any]:
+        """A parameter's whole state: `step`, and the entries of each seam."""
+        device = param.device if capturable else torch.device("cpu")
+        if param.device.type == "meta":
+            device = param.device
+        state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device=device)}
+        state |= dict.fromkeys(self.counters, 0)
+        if self.projection is None:
+            return state | self.rule.init(param.shape, param)
+        projection = self.projection
+        geometry = projection.geometry(param.shape)
+        rows = RowRange.whole(param.shape[0])
+        state["side"] = int(geometry.side)
+        state |= projection.schedule.init(geometry, param)
+        state |= projection.projector.init(geometry, param)
+        state |= projection.residual.init(geometry, param)
+        return state | self.rule.init(geometry.low_shape(rows.stop - rows.start), param)
+
+    def state_bytes(self, shape: Sequence[int], itemsize: int) -> int:
+        """Bytes of a parameter's state by formula: the step count and what each seam states."""
+        if self.projection is None:
+            return STEP_BYTES + self.rule.state_bytes(shape, itemsize)
+        projection = self.projection
+        geometry = projection.geometry(shape)
+        return (
+            STEP_BYTES
+            + projection.schedule.state_bytes(geometry)
+            + projection.projector.state_bytes(geometry, itemsize)
+            + projection.residual.state_bytes(geometry)
+            + self.rule.state_bytes(geometry.low_shape(), itemsize)
+        )

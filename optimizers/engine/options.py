@@ -1,0 +1,217 @@
+"""Options of groups and constructors: names, defaults and checks, as plain scalars.
+
+Everything here is stored in `param_groups`, so it is saved with `state_dict` and may differ from
+group to group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from ..projectors import REFRESH_MODES
+from ..rules import MOMENT_MOVES
+from . import checks
+from .geometry import PROJ_TYPES
+
+Group = dict[str, Any]
+
+#: Low precisions of the projection GEMMs, by the name stored in a group.
+PROJECTION_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+
+class CommonOptions(TypedDict, total=False):
+    """Keywords that every optimizer takes, as constructor keywords or group keys.
+
+    maximize: ascend instead.
+    foreach: True runs lists of tensors at once, False one tensor at a time, None chooses.
+    capturable: keep step counts on the device, so that steps between refreshes can be captured in a
+        CUDA graph (Adam-based methods).
+    differentiable: must be False; differentiating through `step` is not supported.
+    fused: False avoids torch's fused Adam kernel, None and True use it where it applies.
+    compile: `torch.compile` the update of the moments (Adam-based methods).
+    skip_nonfinite: a parameter whose gradient holds NaN or infinity is left as it is for that step.
+        Costs one read of each gradient (of each projected gradient) and, on CUDA, a
+        synchronisation; off under `capturable`.
+    """
+
+    maximize: bool
+    foreach: bool | None
+    capturable: bool
+    differentiable: bool
+    fused: bool | None
+    compile: bool
+    skip_nonfinite: bool
+
+
+COMMON_DEFAULTS: CommonOptions = {
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+    "compile": False,
+    "skip_nonfinite": True,
+}
+
+
+class ProjectionKeywords(CommonOptions, total=False):
+    """Further keywords of the projecting optimizers; groups may override them.
+
+    Each method is a choice of strategies; any of them can be chosen anew, and what makes no sense
+    together raises.
+
+    projector: which subspace, see `strategies.PROJECTORS`.
+    refresh: "svd", "eigh", "randomized" or "warm", see `projectors.decompositions`.
+    schedule: when a matrix is refitted, see `strategies.SCHEDULES`.
+    stagger: spread the matrices' refreshes over the steps of a gap.
+    basis: how bases are stored, None for the parameter's precision, see `strategies.STORAGES`.
+    residual: what becomes of the gradient outside the subspace, see `strategies.RESIDUALS`.
+    moments: what becomes of the moments when the subspace moves, see `rules.MOMENT_MOVES`.
+    projection_dtype: precision of the projection GEMMs ("bfloat16", ...); None is the weights'.
+    stochastic_rounding: round bf16 weights up or down with probabilities that keep the mean, so
+        that updates below their precision count; other dtypes are left as they are, INT8 weights
+        are rounded so in any case.
+    seed: of everything random.
+
+    A strategy's own options (`strategies.owners` lists them) are keywords too.
+    """
+
+    projector: str
+    refresh: str
+    schedule: str
+    stagger: bool
+    basis: str | None
+    residual: str
+    moments: str
+    projection_dtype: str | None
+    stochastic_rounding: bool
+    seed: int
+
+
+PROJECTION_DEFAULTS: ProjectionKeywords = {
+    "projector": "singular",
+    "refresh": "eigh",
+    "schedule": "every",
+    "stagger": False,
+    "basis": None,
+    "residual": "dropped",
+    "moments": "keep",
+    "projection_dtype": None,
+    "stochastic_rounding": False,
+    "seed": 0,
+}
+
+
+@dataclass(frozen=True)
+class ProjectionOptions:
+    """How a group's matrices are projected; a rank in a group switches projection on.
+
+    Attributes:
+        rank: r, at least 1; clamped to min(m, n) of each matrix.
+        rank_ratio_matrix: r = min(m, n) // ratio, at least 1, instead of `rank` (COAP).
+        update_proj_gap: steps between refreshes of the subspace.
+        scale: factor on the back-projected update (GaLore's alpha).
+        proj_type: which axis is projected: "std" (the shorter), "reverse_std", "left", "right" or
+            "full" (both).
+        projector: which subspace.
+        refresh: how singular vectors are computed.
+        schedule: when a matrix is refitted.
+        stagger: spread refreshes over the steps of a gap.
+        basis: how bases are stored.
+        residual: what becomes of the gradient outside the subspace.
+        moments: what becomes of the moments when the subspace moves.
+        projection_dtype: precision of the projection GEMMs, None for the weights'.
+        stochastic_rounding: of bf16 weights.
+        seed: of everything random.
+    """
+
+    rank: int | None = None
+    rank_ratio_matrix: float | None = None
+    update_proj_gap: int = 200
+    scale: float = 0.25
+    proj_type: str = "std"
+    projector: str = "singular"
+    refresh: str = "eigh"
+    schedule: str = "every"
+    stagger: bool = False
+    basis: str | None = None
+    residual: str = "dropped"
+    moments: str = "keep"
+    projection_dtype: str | None = None
+    stochastic_rounding: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rank is not None:
+            checks.integer("rank", self.rank, low=1)
+        if self.rank_ratio_matrix is not None:
+            checks.number("rank_ratio_matrix", self.rank_ratio_matrix, low=1.0)
+        checks.integer("update_proj_gap", self.update_proj_gap, low=1)
+        checks.number("scale", self.scale)
+        checks.choice("proj_type", self.proj_type, PROJ_TYPES)
+        checks.choice("refresh", self.refresh, REFRESH_MODES)
+        checks.choice("stagger", self.stagger, (True, False))
+        checks.choice("moments", self.moments, MOMENT_MOVES)
+        checks.choice("projection_dtype", self.projection_dtype, (None, *PROJECTION_DTYPES))
+        checks.choice("stochastic_rounding", self.stochastic_rounding, (True, False))
+        checks.integer("seed", self.seed, low=0)
+
+    def rank_of(self, shape: Sequence[int]) -> int:
+        """The rank of a matrix of this shape, at most its shorter side."""
+        short = min(shape)
+        if self.rank_ratio_matrix is not None:
+            return max(int(short // self.rank_ratio_matrix), 1)
+        assert self.rank is not None
+        return min(self.rank, short)
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """All option names."""
+        return tuple(field.name for field in fields(cls))
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any]) -> ProjectionOptions | None:
+        """The group's options, or None if it has no rank.
+
+        Raises:
+            ValueError: an option is out of range.
+        """
+        if group.get("rank") is None and group.get("rank_ratio_matrix") is None:
+            return None
+        return cls(**{name: group[name] for name in cls.names() if name in group})
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """`projection_dtype` as a dtype."""
+        return PROJECTION_DTYPES[self.projection_dtype] if self.projection_dtype else None
+
+
+def check_lr(lr: Any) -> None:
+    """Raises `ValueError` unless `lr` is a number >= 0 or a tensor with one such entry."""
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"lr is a tensor of shape {tuple(lr.shape)}: accepted is one entry")
+        return  # reading a device tensor here would synchronise
+    checks.number("lr", lr, low=0.0, high=math.inf)
+
+
+def check_common(group: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for values of common options that are not accepted."""
+    for name in ("maximize", "capturable", "compile", "skip_nonfinite"):
+        checks.choice(name, group[name], (True, False))
+    for name in ("foreach", "fused"):
+        checks.choice(name, group[name], (None, True, False))
+    if group["differentiable"]:
+        raise ValueError("differentiable=True: accepted is False; step() is not differentiable")
+    if group["foreach"] and group["fused"]:
+        raise ValueError("foreach=True with fused=True: accepted is one of them")

@@ -1,0 +1,174 @@
+"""Update rules from a group's options, checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..rules import Adafactor, Adafactor8bit, Adam, Adam8bit, Lion, Muon, VectorAdam
+from ..rules.muon import ADJUSTMENTS
+from ..rules.quantizers import quantizer
+from . import checks
+from .options import Group, ProjectionOptions
+
+
+def _adam_options(group: Group) -> dict[str, Any]:
+    checks.betas(group["betas"])
+    checks.number("eps", group["eps"], low=0.0)
+    return {
+        "lr": group["lr"],
+        "betas": tuple(group["betas"]),
+        "eps": group["eps"],
+        "weight_decay": group["weight_decay"],
+        "capturable": group["capturable"],
+        "fused": group["fused"] is not False and not group["foreach"],
+        "compiled": group["compile"],
+        "restarts": _restarts(group),
+    }
+
+
+def _restarts(group: Group) -> bool:
+    """Whether the moments of a projected group start anew at each refresh."""
+    return ProjectionOptions.of(group) is not None and group.get("moments") == "reset"
+
+
+def adam_rule(group: Group, **form: Any) -> Adam:
+    """Adam from `lr`, `betas`, `eps`, `weight_decay`; `form` as in `rules.Adam`.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    return Adam(**{**_adam_options(group), **form})
+
+
+def vector_adam_rule(group: Group) -> VectorAdam:
+    """Adam in torch's form with a step count for each row.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    return VectorAdam(**_adam_options(group))
+
+
+def adam8bit_rule(group: Group, **form: Any) -> Adam8bit:
+    """8-bit Adam from the same options and `min_8bit_size`.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    checks.integer("min_8bit_size", group["min_8bit_size"], low=0)
+    return Adam8bit(
+        **{**_adam_options(group), **form},
+        min_8bit_size=group["min_8bit_size"],
+        quantizer=quantizer(group["quantizer"]),
+    )
+
+
+def muon_rule(group: Group) -> Muon:
+    """Muon from a group's options.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    checks.number("momentum", group["momentum"], low=0.0, high=1.0, high_open=True)
+    checks.integer("ns_steps", group["ns_steps"], low=1)
+    checks.choice("adjust_lr", group["adjust_lr"], ADJUSTMENTS)
+    names = ("lr", "momentum", "nesterov", "ns_steps", "weight_decay", "adjust_lr")
+    return Muon(**{name: group[name] for name in names})
+
+
+def lion_rule(group: Group, **form: Any) -> Lion:
+    """Lion from `lr`, `betas`, `weight_decay`; `form` as in `rules.Lion`.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    checks.betas(group["betas"])
+    return Lion(
+        lr=group["lr"],
+        betas=tuple(group["betas"]),
+        weight_decay=group["weight_decay"],
+        capturable=group["capturable"],
+        **form,
+    )
+
+
+def adafactor_defaults(
+    lr: float | Tensor | None,
+    eps: tuple[float, float],
+    clip_threshold: float,
+    decay_rate: float,
+    beta1: float | None,
+    weight_decay: float,
+    scale_parameter: bool,
+    relative_step: bool | None,
+    warmup_init: bool,
+) -> Group:
+    """Adafactor's constructor arguments as group defaults, `relative_step` decided."""
+    return {
+        "lr": lr,
+        "eps": eps,
+        "clip_threshold": clip_threshold,
+        "decay_rate": decay_rate,
+        "beta1": beta1 or None,
+        "weight_decay": weight_decay,
+        "scale_parameter": scale_parameter,
+        "relative_step": lr is None if relative_step is None else relative_step,
+        "warmup_init": warmup_init,
+    }
+
+
+def adafactor_rule(group: Group) -> Adafactor:
+    """Adafactor from a group's options.
+
+    Raises:
+        ValueError: an option is out of range or two contradict each other.
+    """
+    return Adafactor(**_adafactor_options(group))
+
+
+def adafactor8bit_rule(group: Group) -> Adafactor8bit:
+    """Adafactor with an 8-bit first moment, from the same options and `min_8bit_size`.
+
+    Raises:
+        ValueError: an option is out of range or two contradict each other.
+    """
+    checks.integer("min_8bit_size", group["min_8bit_size"], low=0)
+    return Adafactor8bit(
+        **_adafactor_options(group),
+        min_8bit_size=group["min_8bit_size"],
+        quantizer=quantizer(group["quantizer"]),
+    )
+
+
+def _adafactor_options(group: Group) -> dict[str, Any]:
+    eps, lr, relative = group["eps"], group["lr"], group["relative_step"]
+    if not isinstance(eps, tuple | list) or len(eps) != 2:
+        raise ValueError(f"eps={eps!r}: accepted are two numbers of at least 0")
+    for index, value in enumerate(eps):
+        checks.number(f"eps[{index}]", value, low=0.0)
+    checks.number("clip_threshold", group["clip_threshold"], low=0.0, low_open=True)
+    checks.number("decay_rate", group["decay_rate"], high=0.0)
+    if group["beta1"] is not None:
+        checks.number("beta1", group["beta1"], low=0.0, high=1.0, high_open=True)
+    if lr is None and not relative:
+        raise ValueError("lr=None with relative_step=False: accepted is a learning rate")
+    if lr is not None and relative:
+        raise ValueError(
+            f"lr={lr!r} with relative_step=True: accepted is lr=None or relative_step=False"
+        )
+    if group["warmup_init"] and not relative:
+        raise ValueError("warmup_init=True: accepted only with relative_step=True")
+    return {
+        "lr": lr,
+        "eps": (eps[0], eps[1]),
+        "clip_threshold": group["clip_threshold"],
+        "decay_rate": group["decay_rate"],
+        "beta1": group["beta1"],
+        "weight_decay": group["weight_decay"],
+        "scale_parameter": group["scale_parameter"],
+        "relative_step": relative,
+        "warmup_init": group["warmup_init"],
+        "restarts": _restarts(group),
+    }

@@ -1,0 +1,153 @@
+"""The strategies of each seam by name, and a group's choice of them as one projection."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+from ..projectors import (
+    CoordinateProjector,
+    CorrelationProjector,
+    CrossHeadProjector,
+    OnlineProjector,
+    Projector,
+    RandomProjector,
+    SingularProjector,
+)
+from ..residuals import Dropped, NormScaled, Residual, ScaledGradient, SignResidual
+from ..schedules import EveryK, LazyLayerwise, Once, Schedule
+from ..storage import BasisStorage, DenseBasis, Int4Basis, Int8Basis
+from . import checks
+from .composition import Projection
+from .options import ProjectionOptions
+
+PROJECTORS: dict[str, type[Projector]] = {
+    "coap": CorrelationProjector,
+    "cross_head": CrossHeadProjector,
+    "coordinate": CoordinateProjector,
+    "online": OnlineProjector,
+    "random": RandomProjector,
+    "singular": SingularProjector,
+}
+SCHEDULES: dict[str, type[Schedule]] = {
+    "every": EveryK,
+    "lazy": LazyLayerwise,
+    "once": Once,
+}
+#: Storage classes and the arguments that a name stands for; None is a group's `basis=None`.
+STORAGES: dict[str | None, tuple[type[BasisStorage], dict[str, Any]]] = {
+    None: (DenseBasis, {}),
+    "float32": (DenseBasis, {"dtype": torch.float32}),
+    "bfloat16": (DenseBasis, {"dtype": torch.bfloat16}),
+    "int8": (Int8Basis, {}),
+    "int4": (Int4Basis, {}),
+}
+RESIDUALS: dict[str, type[Residual]] = {
+    "dropped": Dropped,
+    "norm_scaled": NormScaled,
+    "scaled": ScaledGradient,
+    "sign": SignResidual,
+}
+
+_Strategy = type[Projector] | type[Schedule] | type[BasisStorage] | type[Residual]
+
+
+class Choice(NamedTuple):
+    """One strategy class for each seam."""
+
+    projector: type[Projector]
+    schedule: type[Schedule]
+    storage: type[BasisStorage]
+    residual: type[Residual]
+
+
+@cache
+def owners() -> dict[str, list[str]]:
+    """Options that belong to single strategies, and which ones: {"limiter": ["residual=..."]}."""
+    found: dict[str, list[str]] = {}
+    tables: dict[str, Mapping[Any, Any]] = {
+        "projector": PROJECTORS,
+        "schedule": SCHEDULES,
+        "basis": STORAGES,
+        "residual": RESIDUALS,
+    }
+    for seam, table in tables.items():
+        for name, entry in table.items():
+            strategy = entry[0] if isinstance(entry, tuple) else entry
+            for option in strategy.OPTIONS:
+                if option not in ProjectionOptions.names():
+                    found.setdefault(option, []).append(f"{seam}={name!r}")
+    return found
+
+
+def _chosen(options: ProjectionOptions) -> Choice:
+    checks.choice("projector", options.projector, PROJECTORS)
+    checks.choice("schedule", options.schedule, SCHEDULES)
+    checks.choice("basis", options.basis, STORAGES)
+    checks.choice("residual", options.residual, RESIDUALS)
+    return Choice(
+        PROJECTORS[options.projector],
+        SCHEDULES[options.schedule],
+        STORAGES[options.basis][0],
+        RESIDUALS[options.residual],
+    )
+
+
+def own_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a group's chosen strategies, those that it leaves out with their defaults.
+
+    Raises:
+        ValueError: a strategy's name is unknown.
+    """
+    options = ProjectionOptions.of(group)
+    if options is None:
+        return {}
+    own: dict[str, Any] = {}
+    for strategy in _chosen(options):
+        defaults = {f.name: f.default for f in fields(strategy)}
+        own |= {name: group.get(name, defaults[name]) for name in strategy.OPTIONS}
+    return own
+
+
+def check_owned(given: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for a given option of a strategy that was not chosen.
+
+    Args:
+        given: options as a person gave them.
+        own: `own_options` of the group.
+    """
+    for name, where in owners().items():
+        if name in given and name not in own:
+            raise ValueError(f"{name}={given[name]!r}: accepted with {' or '.join(where)}")
+
+
+def projection_of(group: Mapping[str, Any]) -> Projection | None:
+    """A group's projector, schedule, storage and residual; None for a group without a rank.
+
+    Raises:
+        ValueError: an option is out of range, or strategies don't go together.
+    """
+    options = ProjectionOptions.of(group)
+    if options is None:
+        return None
+    chosen = _chosen(options)
+    own = own_options(group)
+
+    def arguments(strategy: _Strategy) -> dict[str, Any]:
+        return {name: own[name] for name in strategy.OPTIONS}
+
+    stored = chosen.storage(**STORAGES[options.basis][1], **arguments(chosen.storage))
+    return Projection(
+        projector=chosen.projector(
+            storage=stored, dtype=options.dtype, seed=options.seed, **arguments(chosen.projector)
+        ).for_group(group),
+        schedule=chosen.schedule(
+            gap=options.update_proj_gap, stagger=options.stagger, **arguments(chosen.schedule)
+        ),
+        residual=chosen.residual(scale=options.scale, **arguments(chosen.residual)),
+        options=options,
+    )

@@ -1,0 +1,165 @@
+"""SwitchLoRA: factors whose vectors are exchanged, a few at each step, for candidates.
+
+Zhou et al., "SwitchLoRA: Switched Low-Rank Adaptation Can Learn Full-Rank Information" (arXiv
+2406.06564). At the start of step q, with gradients there, each layer (`layers.switched`) exchanges
+
+    k = floor(r / interval) + Bernoulli(frac(r / interval)),  interval = i_0 / 0.3^((q+1) / (rho T))
+
+rows of A for the next candidates, and k columns of B elsewhere in turn. W doesn't change. What
+stands opposite an exchanged vector (b_i opposite a_i) gets fresh moments and is held for
+`freeze_steps` steps; the exchanged vector's own moments stay. Adam's bias corrections count for
+each vector (`rules.vector_adam`).
+
+Memory: as `layers.switched`, and 2 r (m + n) entries and 8 bytes a pair of vectors for moments.
+
+The released code stops when the interval is too short for the freezing; here that is an error at
+construction. Draws come from (seed, layer, step), equal on every process.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Unpack
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lowrank.cuda.noise import mix
+
+from ..engine import checks
+from ..engine.composition import Composition
+from ..engine.gradients import finite
+from ..engine.options import CommonOptions, Group
+from ..engine.rule_factories import vector_adam_rule
+from ..layers import FactoredLinear
+from ..layers.events import LayerEvent
+from ..layers.optimizer import FactoredAdamW, Link
+from ..layers.switched import SwitchedLinear
+from ..rules import UpdateRule
+
+_FALL = 0.3  # of the frequency, over descent_rate * total_steps steps
+
+
+class SwitchLoRAAdamW(FactoredAdamW):
+    """SwitchLoRA with AdamW; all other parameters get plain AdamW."""
+
+    layer_type: ClassVar[type[FactoredLinear]] = SwitchedLinear
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        switch_interval: float = 40.0,
+        descent_rate: float = 0.1,
+        freeze_steps: int = 5,
+        total_steps: int = 10_000,
+        seed: int = 0,
+        **options: Unpack[CommonOptions],
+    ) -> None:
+        """Makes the optimizer.
+
+        Args:
+            params: `param_groups(model)` of a converted model.
+            lr: learning rate; the paper's is about 20 times a full-rank one.
+            betas: decay rates of the moments.
+            eps: added to sqrt(V) after bias correction.
+            weight_decay: decoupled, before the update.
+            switch_interval: i_0, steps in which a layer exchanges r vectors at first, at least
+                2 freeze_steps.
+            descent_rate: rho, after which share of the run the frequency has fallen to 0.3.
+            freeze_steps: steps for which the counterpart of an exchanged vector is held.
+            total_steps: T, steps of the run.
+            seed: of the draws.
+            **options: see `CommonOptions`.
+
+        Raises:
+            ValueError: an option is unknown or out of range, or a parameter can't be optimized.
+        """
+        own = {
+            "switch_interval": switch_interval,
+            "descent_rate": descent_rate,
+            "freeze_steps": freeze_steps,
+            "total_steps": total_steps,
+            "seed": seed,
+        }
+        super().__init__(params, lr, betas, eps, weight_decay, own, **options)
+
+    def compose(self, group: Group) -> Composition:
+        """AdamW, for factors with a step count a vector, and the checked schedule."""
+        checks.integer("freeze_steps", group["freeze_steps"], low=0)
+        low = max(1, 2 * group["freeze_steps"])
+        checks.number("switch_interval", group["switch_interval"], low=low)
+        checks.number("descent_rate", group["descent_rate"], low=0.0, low_open=True)
+        checks.integer("total_steps", group["total_steps"], low=1)
+        checks.integer("seed", group["seed"], low=0)
+        return super().compose(group)
+
+    def factor_rule(self, group: Group) -> UpdateRule:
+        """Adam with a step count a vector."""
+        return vector_adam_rule(group)
+
+    def _before(self) -> None:
+        switched = step = 0
+        for link in self._links:
+            state = self.state[link.factors()[0]]
+            step = int(state["step"])
+            if state["events"] <= step and self._sound(link):
+                switched += self._switch(link, step)
+                self._hold(link)
+        if switched:
+            self._tell(LayerEvent("switch", step, switched))
+
+    def _sound(self, link: Link) -> bool:
+        """Whether both factors have gradients that a step will be taken with."""
+        grads = [param.grad for param in link.factors() if param.grad is not None]
+        if len(grads) < 2 or not link.group["skip_nonfinite"]:
+            return len(grads) == 2
+        return all(finite(grads, lambda position: None))
+
+    def _switch(self, link: Link, step: int) -> bool:
+        layer, group = link.layer, link.group
+        assert isinstance(layer, SwitchedLinear)
+        states = [self.state[param] for param in link.factors()]
+        seed = mix(group["seed"], link.index, step)
+        count = min(_draw(layer.rank / interval(group, step), seed), layer.spare)
+        starts = (states[0]["switched"], states[0]["switched"] + layer.rank // 2)
+        for side in (0, 1):
+            # Neither window may reach vectors that are held, which lie behind the other's start.
+            held = int(states[side]["held"].count_nonzero())
+            count = min(count, (starts[1 - side] - held - starts[side]) % layer.rank)
+        for side, other in ((0, states[1]), (1, states[0])):
+            states[side]["events"] = step + 1
+            if count:
+                first = starts[side] % layer.rank
+                places = layer.switch(side, first, count, mix(seed, side))
+                states[side]["switched"] = (states[side]["switched"] + count) % layer.rank
+                for key in ("exp_avg", "exp_avg_sq", "row_steps"):
+                    other[key][places] = 0
+                other["held"][places] = group["freeze_steps"]
+        return count > 0
+
+    def _hold(self, link: Link) -> None:
+        """Takes the gradients of the vectors that are held away, for this step."""
+        for param in link.factors():
+            held = self.state[param]["held"]
+            if param.grad is not None:
+                param.grad.mul_((held == 0).to(param.grad.dtype).unsqueeze(1))
+            held.sub_(1).clamp_(min=0)
+
+
+def interval(group: dict[str, Any], step: int) -> float:
+    """Steps in which a layer exchanges as many vectors as it has, at step `step` (0 first)."""
+    share = (step + 1) / (group["descent_rate"] * group["total_steps"])
+    rate = max(_FALL**share, 1e-8)
+    return float(group["switch_interval"] / rate)
+
+
+def _draw(mean: float, seed: int) -> int:
+    """An integer with this mean, the one below or the one above."""
+    generator = torch.Generator().manual_seed(seed)
+    share = float(torch.rand((), generator=generator))
+    return math.floor(mean) + (share < mean % 1)

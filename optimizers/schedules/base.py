@@ -1,0 +1,78 @@
+"""When a basis is refitted: the second seam of a method."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..engine.geometry import Geometry
+
+#: Value of `refreshed_at` of a matrix that has no basis yet.
+NEVER = -1
+
+
+@dataclass(frozen=True)
+class Schedule(ABC):
+    """When a matrix is refitted; what it remembers lies in the parameter's flat state.
+
+    Attributes:
+        gap: steps between refreshes, at least 1 (`update_proj_gap`).
+        stagger: spread the matrices' refreshes evenly over the gap, so that no step stalls; the
+            first refresh is everyone's first step all the same.
+    """
+
+    #: Options that a group may set: the names of this class's fields.
+    OPTIONS: ClassVar[tuple[str, ...]] = ()
+
+    gap: int
+    stagger: bool = False
+
+    def init(self, geometry: Geometry, like: Tensor) -> dict[str, Any]:
+        """State entries of a matrix without a basis."""
+        return {"refreshed_at": NEVER}
+
+    def state_bytes(self, geometry: Geometry) -> int:
+        """Bytes of the tensors among these entries."""
+        return 0
+
+    @abstractmethod
+    def due(self, state: Mapping[str, Any], taken: int, index: int, count: int) -> bool:
+        """Whether matrix `index` of `count` refits its basis after `taken` steps."""
+
+    def refreshed(
+        self, state: MutableMapping[str, Any], taken: int, bases: Sequence[Tensor]
+    ) -> None:
+        """Records a refresh that succeeded and gave these bases."""
+        state["refreshed_at"] = taken
+
+
+def passed(gap: int, last: int, taken: int, phase: int = 0) -> bool:
+    """Whether a multiple of `gap` (less `phase`) lies in (last, taken]; True before the first."""
+    return last == NEVER or (taken + phase) // gap > (last + phase) // gap
+
+
+@dataclass(frozen=True)
+class Once(Schedule):
+    """A first fit and no refresh, for a projector that learns online; a failed fit is retried."""
+
+    def due(self, state: Mapping[str, Any], taken: int, index: int, count: int) -> bool:
+        """Until there is a basis."""
+        return int(state["refreshed_at"]) == NEVER
+
+
+@dataclass(frozen=True)
+class EveryK(Schedule):
+    """A refresh at steps 0, gap, 2 gap, ... counted before the step's increment, as GaLore does.
+
+    A refresh that failed (a zero or non-finite gradient, a solver that did not converge) is tried
+    again at each following step until it succeeds.
+    """
+
+    def due(self, state: Mapping[str, Any], taken: int, index: int, count: int) -> bool:
+        """At every multiple of the gap, shifted for each matrix when staggered."""
+        phase = (index * self.gap // count) if self.stagger else 0
+        return passed(self.gap, int(state["refreshed_at"]), taken, phase)

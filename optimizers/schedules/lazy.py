@@ -1,0 +1,90 @@
+"""Lazy layer-wise refreshes: a layer whose subspace holds still is refitted ever less often.
+
+Q-GaLore (arXiv 2407.08296, section 3.3): each matrix has its own gap, at first `update_proj_gap`.
+At a refresh the leading vectors of the old and the new basis are compared,
+
+    c = <v_old, v_new> / (|v_old| |v_new|)
+
+and c joins the last `queue_size` ones. When there are that many and their mean is at least
+`cos_threshold`, the gap is multiplied by `gamma_proj`. As in the official code, c keeps its sign
+(with `refresh="svd"`, where signs are arbitrary, a flip counts as -1; the other modes align signs),
+the queue is not emptied when the gap grows, and the gap neither shrinks nor has a largest value.
+
+Memory: one fp32 vector of d entries and `queue_size` fp32 numbers a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..engine import checks
+from ..engine.geometry import Geometry
+from .base import NEVER, Schedule, passed
+
+
+@dataclass(frozen=True)
+class LazyLayerwise(Schedule):
+    """Refreshes at multiples of each matrix's own, growing gap.
+
+    A refresh that failed is tried again at each following step until it succeeds.
+
+    Attributes:
+        cos_threshold: mean similarity from which on the gap grows, in [-1, 1].
+        gamma_proj: what the gap is multiplied by, at least 1.
+        queue_size: similarities that are averaged.
+    """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = ("cos_threshold", "gamma_proj", "queue_size")
+
+    cos_threshold: float = 0.4
+    gamma_proj: float = 2.0
+    queue_size: int = 5
+
+    def __post_init__(self) -> None:
+        checks.number("cos_threshold", self.cos_threshold, low=-1.0, high=1.0)
+        checks.number("gamma_proj", self.gamma_proj, low=1.0)
+        checks.integer("queue_size", self.queue_size, low=1)
+
+    def init(self, geometry: Geometry, like: Tensor) -> dict[str, Any]:
+        """The first gap, an empty queue and no vector."""
+        return super().init(geometry, like) | {
+            "gap": self.gap,
+            "similarities": torch.zeros(self.queue_size, dtype=torch.float32, device=like.device),
+            "similarity_count": 0,
+            "leading": torch.zeros(_length(geometry), dtype=torch.float32, device=like.device),
+        }
+
+    def state_bytes(self, geometry: Geometry) -> int:
+        """Queue and vector."""
+        return 4 * (self.queue_size + _length(geometry))
+
+    def due(self, state: Mapping[str, Any], taken: int, index: int, count: int) -> bool:
+        """At every multiple of the matrix's own gap, shifted for each matrix when staggered."""
+        phase = (index * self.gap // count) if self.stagger else 0
+        return passed(int(state["gap"]), int(state["refreshed_at"]), taken, phase)
+
+    def refreshed(
+        self, state: MutableMapping[str, Any], taken: int, bases: Sequence[Tensor]
+    ) -> None:
+        """Compares the leading vectors, and lengthens the gap if they have stayed alike."""
+        leading = bases[0][:, 0].to(torch.float32)
+        if state["refreshed_at"] != NEVER:
+            former, queue = state["leading"], state["similarities"]
+            cosine = torch.nn.functional.cosine_similarity(former, leading, dim=0)
+            queue.copy_(torch.cat((queue[1:], cosine.view(1))))
+            state["similarity_count"] = min(state["similarity_count"] + 1, self.queue_size)
+            full = state["similarity_count"] == self.queue_size
+            if full and float(queue.mean()) >= self.cos_threshold:
+                state["gap"] = int(state["gap"] * self.gamma_proj)
+        state["leading"].copy_(leading)
+        super().refreshed(state, taken, bases)
+
+
+def _length(geometry: Geometry) -> int:
+    """Entries of a column of the first basis."""
+    return next(iter(geometry.basis_shapes.values()))[0]
