@@ -101,8 +101,8 @@ def convert(name: str, model: nn.Module, **options: Any) -> nn.Module:
     method = _method(name)
     _sort_options(method, options)
     if method.conversion is not None:
-        taken = {*method.conversion.options, "patterns"}
-        method.conversion.apply(model, **{key: options[key] for key in options if key in taken})
+        accepted = {*method.conversion.options, "patterns"}
+        method.conversion.apply(model, **{key: options[key] for key in options if key in accepted})
     return model
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..projectors import Slot
+from ..projectors import ProjectedParam
 from .options import Group
 
 #: Bound on the projected gradients and updates, and on the Gram matrices, that exist at once.
@@ -45,11 +45,11 @@ def update_batches(
         yield batch
 
 
-def refresh_batches(slots: Sequence[Slot]) -> Iterator[list[Slot]]:
+def refresh_batches(params: Sequence[ProjectedParam]) -> Iterator[list[ProjectedParam]]:
     """Slots of one geometry together, as many as have bounded Gram matrices."""
-    kinds: dict[Hashable, list[Slot]] = defaultdict(list)
-    for slot in slots:
-        kinds[(slot.geometry, slot.param.dtype, slot.param.device)].append(slot)
+    kinds: dict[Hashable, list[ProjectedParam]] = defaultdict(list)
+    for param in params:
+        kinds[(param.geometry, param.weight.dtype, param.weight.device)].append(param)
     for batch in kinds.values():
         short = min(batch[0].geometry.shape)
         together = max(1, SCRATCH_BYTES // (4 * short * short))

@@ -57,10 +57,10 @@ class Composition:
     def __post_init__(self) -> None:
         if self.projection is not None:
             how = self.projection.options.moments
-            if how not in self.rule.moves:
+            if how not in self.rule.transports:
                 raise ValueError(
                     f"moments={how!r}: the moments of {type(self.rule).__name__} accept "
-                    f"{', '.join(map(repr, self.rule.moves))}"
+                    f"{', '.join(map(repr, self.rule.transports))}"
                 )
 
     def init_state(self, param: Tensor, *, capturable: bool) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class Composition:
         state |= projection.schedule.init(geometry, param)
         state |= projection.projector.init(geometry, param)
         state |= projection.residual.init(geometry, param)
-        return state | self.rule.init(geometry.low_shape(rows.stop - rows.start), param)
+        return state | self.rule.init(geometry.projected_shape(rows.stop - rows.start), param)
 
     def state_bytes(self, shape: Sequence[int], itemsize: int) -> int:
         """Bytes of a parameter's state by formula: the step count and what each seam states."""
@@ -92,5 +92,5 @@ class Composition:
             + projection.schedule.state_bytes(geometry)
             + projection.projector.state_bytes(geometry, itemsize)
             + projection.residual.state_bytes(geometry)
-            + self.rule.state_bytes(geometry.low_shape(), itemsize)
+            + self.rule.state_bytes(geometry.projected_shape(), itemsize)
         )

@@ -69,7 +69,7 @@ class Geometry:
             return {"basis": (m, self.rank), "basis_right": (n, self.rank)}
         return {"basis": ((m if self.side is Side.LEFT else n), self.rank)}
 
-    def low_shape(self, local_rows: int | None = None) -> tuple[int, int]:
+    def projected_shape(self, local_rows: int | None = None) -> tuple[int, int]:
         """Shape of the projected gradient (for `local_rows` of the m rows when given)."""
         m, n = self.shape
         if self.side is Side.LEFT:

@@ -30,8 +30,8 @@ from .options import (
     check_lr,
 )
 from .refresh import RefreshHook
-from .step import capturing, make_slots, refresh_due, step_projected
-from .strategies import check_owned, own_options, owners
+from .step import capturing, projected_params, refresh_due, step_projected
+from .strategies import check_strategy_options, strategy_option_owners, strategy_options
 
 
 class LowRankOptimizer(Optimizer):
@@ -71,7 +71,7 @@ class LowRankOptimizer(Optimizer):
                 raise checks.unknown_name("keyword", name, [*self.keywords(), *defaults])
         accepted |= options or {}
         if self.projects:
-            check_owned(options or {}, own_options({"rank": 1, **accepted}))
+            check_strategy_options(options or {}, strategy_options({"rank": 1, **accepted}))
         self._refresh_hooks: dict[int, RefreshHook] = OrderedDict()
         super().__init__(params, {**defaults, **accepted})
         if self.projects and not any(ProjectionOptions.of(group) for group in self.param_groups):
@@ -86,14 +86,19 @@ class LowRankOptimizer(Optimizer):
         """Names of the keywords that every constructor of this class takes as `**options`."""
         if not cls.projects:
             return set(COMMON_DEFAULTS)
-        return {*COMMON_DEFAULTS, *PROJECTION_DEFAULTS, *cls.projection_defaults, *owners()}
+        return {
+            *COMMON_DEFAULTS,
+            *PROJECTION_DEFAULTS,
+            *cls.projection_defaults,
+            *strategy_option_owners(),
+        }
 
     @classmethod
     def group_keys(cls) -> set[str]:
         """Names of the group keys about projection; baselines ignore `ProjectionOptions`'."""
         if not cls.projects:
             return set(ProjectionOptions.names())
-        return {*ProjectionOptions.names(), *owners(), *cls.aliases}
+        return {*ProjectionOptions.names(), *strategy_option_owners(), *cls.aliases}
 
     @abstractmethod
     def compose(self, group: Group) -> Composition:
@@ -153,8 +158,8 @@ class LowRankOptimizer(Optimizer):
         checks.number("weight_decay", group["weight_decay"], low=0.0)
         options = ProjectionOptions.of(group) if self.projects else None
         if options is not None:
-            own = own_options(group)
-            check_owned({name: group[name] for name in given}, own)
+            own = strategy_options(group)
+            check_strategy_options({name: group[name] for name in given}, own)
             for name in ProjectionOptions.names():
                 group.setdefault(name, getattr(options, name))
             for name, value in own.items():
@@ -236,11 +241,11 @@ class LowRankOptimizer(Optimizer):
                     self._step_plain(group, composition, plain)
                     plain += len(group["params"])
                     continue
-                slots = make_slots(group, composition, self.state, index)
+                params = projected_params(group, composition, self.state, index)
                 if not capturing():
-                    refresh_due(slots, composition, count, tuple(self._refresh_hooks.values()))
+                    refresh_due(params, composition, count, tuple(self._refresh_hooks.values()))
                 finite = partial(self._finite, group=group)
-                step_projected(group, composition, slots, finite)
+                step_projected(group, composition, params, finite)
                 index += len(group["params"])
         return loss
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..projectors import REFRESH_MODES
-from ..rules import MOMENT_MOVES
+from ..rules import MOMENT_TRANSPORTS
 from . import checks
 from .geometry import PROJ_TYPES
 
@@ -76,7 +76,7 @@ class ProjectionKeywords(CommonOptions, total=False):
     stagger: spread the matrices' refreshes over the steps of a gap.
     basis: how bases are stored, None for the parameter's precision, see `strategies.STORAGES`.
     residual: what becomes of the gradient outside the subspace, see `strategies.RESIDUALS`.
-    moments: what becomes of the moments when the subspace moves, see `rules.MOMENT_MOVES`.
+    moments: what becomes of the moments when the subspace moves, see `rules.MOMENT_TRANSPORTS`.
     projection_dtype: precision of the projection GEMMs ("bfloat16", ...); None is the weights'.
     stochastic_rounding: round bf16 weights up or down with probabilities that keep the mean, so
         that updates below their precision count; other dtypes are left as they are, INT8 weights
@@ -161,7 +161,7 @@ class ProjectionOptions:
         checks.choice("proj_type", self.proj_type, PROJ_TYPES)
         checks.choice("refresh", self.refresh, REFRESH_MODES)
         checks.choice("stagger", self.stagger, (True, False))
-        checks.choice("moments", self.moments, MOMENT_MOVES)
+        checks.choice("moments", self.moments, MOMENT_TRANSPORTS)
         checks.choice("projection_dtype", self.projection_dtype, (None, *PROJECTION_DTYPES))
         checks.choice("stochastic_rounding", self.stochastic_rounding, (True, False))
         checks.integer("seed", self.seed, low=0)

@@ -8,19 +8,21 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..projectors import RefreshEvent, Slot, telemetry
+from ..projectors import ProjectedParam, RefreshEvent, telemetry
 from ..projectors.operand import compute_dtype
 from .composition import Composition, Projection
-from .moments import move_moments
+from .moments import transport_moments
 
 RefreshHook = Callable[[RefreshEvent], None]
 
 
-def refresh(slots: Sequence[Slot], composition: Composition, hooks: Sequence[RefreshHook]) -> None:
+def refresh(
+    params: Sequence[ProjectedParam], composition: Composition, hooks: Sequence[RefreshHook]
+) -> None:
     """Refits the bases of same-geometry matrices; measures what hooks are told only if any listen.
 
     Args:
-        slots: matrices whose refresh is due.
+        params: matrices whose refresh is due.
         composition: their projection and rule.
         hooks: called once for each matrix that has a new basis.
     """
@@ -28,47 +30,47 @@ def refresh(slots: Sequence[Slot], composition: Composition, hooks: Sequence[Ref
     assert projection is not None
     projector = projection.projector
     moving = projection.options.moments != "keep"
-    former = [
-        tuple(basis.clone() for basis in projector.bases(slot))
-        if (hooks or moving) and slot.fitted
+    previous = [
+        tuple(basis.clone() for basis in projector.bases(param))
+        if (hooks or moving) and param.fitted
         else ()
-        for slot in slots
+        for param in params
     ]
-    start = _now(slots[0].param, hooks)
-    fitted = projector.fit(slots)
-    seconds = (_now(slots[0].param, hooks) - start) / len(slots)
-    for slot, old, bases in zip(slots, former, fitted, strict=True):
+    start = _now(params[0].weight, hooks)
+    fitted = projector.fit(params)
+    seconds = (_now(params[0].weight, hooks) - start) / len(params)
+    for param, old, bases in zip(params, previous, fitted, strict=True):
         if bases is None:
             continue
-        projection.schedule.refreshed(slot.state, slot.taken, bases)
-        slot.read = None
+        projection.schedule.refreshed(param.state, param.steps_done, bases)
+        param.read = None
         if moving and old:
-            move_moments(slot, old, projection, composition.rule)
+            transport_moments(param, old, projection, composition.rule)
         if hooks:
-            event = _event(slot, projection, old, seconds)
+            event = _event(param, projection, old, seconds)
             for hook in hooks:
                 hook(event)
 
 
 def _event(
-    slot: Slot, projection: Projection, former: tuple[Tensor, ...], seconds: float
+    param: ProjectedParam, projection: Projection, previous: tuple[Tensor, ...], seconds: float
 ) -> RefreshEvent:
     projector = projection.projector
-    bases = projector.bases(slot)
+    bases = projector.bases(param)
     if not (projector.orthonormal and projector.storage.exact):
         # Energy and overlap are those of the subspaces.
-        bases, former = (tuple(_orthonormal(b) for b in t) for t in (bases, former))
-        slot.read = bases
-    low = projector.project(slot)
-    slot.read = None
+        bases, previous = (tuple(_orthonormal(b) for b in t) for t in (bases, previous))
+        param.read = bases
+    projected = projector.project(param)
+    param.read = None
     return RefreshEvent(
-        step=slot.taken + 1,
-        name=slot.name,
-        shape=slot.geometry.shape,
-        rank=slot.geometry.rank if low.dim() > 2 else min(slot.geometry.low_shape()),
+        step=param.steps_done + 1,
+        name=param.name,
+        shape=param.geometry.shape,
+        rank=param.geometry.rank if projected.dim() > 2 else min(param.geometry.projected_shape()),
         seconds=seconds,
-        captured_energy=telemetry.captured_energy(slot.grad, low),
-        overlap=telemetry.overlap(former, bases) if former else None,
+        captured_energy=telemetry.captured_energy(param.grad, projected),
+        overlap=telemetry.overlap(previous, bases) if previous else None,
     )
 
 

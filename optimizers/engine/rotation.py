@@ -19,13 +19,13 @@ class Rotation:
     left: Tensor | None
     right: Tensor | None
 
-    def __call__(self, low: Tensor) -> Tensor:
+    def __call__(self, projected: Tensor) -> Tensor:
         """The projected tensor in the new coordinates, in its own precision."""
-        moved = low
+        moved = projected
         if self.left is not None:
-            moved = self.left.to(low.dtype) @ moved
+            moved = self.left.to(projected.dtype) @ moved
         if self.right is not None:
-            moved = moved @ self.right.to(low.dtype).mT
+            moved = moved @ self.right.to(projected.dtype).mT
         return moved
 
     def squared(self) -> Rotation:

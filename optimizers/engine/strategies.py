@@ -56,7 +56,7 @@ RESIDUALS: dict[str, type[Residual]] = {
 _Strategy = type[Projector] | type[Schedule] | type[BasisStorage] | type[Residual]
 
 
-class Choice(NamedTuple):
+class Strategies(NamedTuple):
     """One strategy class for each seam."""
 
     projector: type[Projector]
@@ -66,7 +66,7 @@ class Choice(NamedTuple):
 
 
 @cache
-def owners() -> dict[str, list[str]]:
+def strategy_option_owners() -> dict[str, list[str]]:
     """Options that belong to single strategies, and which ones: {"limiter": ["residual=..."]}."""
     found: dict[str, list[str]] = {}
     tables: dict[str, Mapping[Any, Any]] = {
@@ -84,12 +84,12 @@ def owners() -> dict[str, list[str]]:
     return found
 
 
-def _chosen(options: ProjectionOptions) -> Choice:
+def _strategies_of(options: ProjectionOptions) -> Strategies:
     checks.choice("projector", options.projector, PROJECTORS)
     checks.choice("schedule", options.schedule, SCHEDULES)
     checks.choice("basis", options.basis, STORAGES)
     checks.choice("residual", options.residual, RESIDUALS)
-    return Choice(
+    return Strategies(
         PROJECTORS[options.projector],
         SCHEDULES[options.schedule],
         STORAGES[options.basis][0],
@@ -97,7 +97,7 @@ def _chosen(options: ProjectionOptions) -> Choice:
     )
 
 
-def own_options(group: Mapping[str, Any]) -> dict[str, Any]:
+def strategy_options(group: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a group's chosen strategies, those that it leaves out with their defaults.
 
     Raises:
@@ -107,20 +107,20 @@ def own_options(group: Mapping[str, Any]) -> dict[str, Any]:
     if options is None:
         return {}
     own: dict[str, Any] = {}
-    for strategy in _chosen(options):
+    for strategy in _strategies_of(options):
         defaults = {f.name: f.default for f in fields(strategy)}
         own |= {name: group.get(name, defaults[name]) for name in strategy.OPTIONS}
     return own
 
 
-def check_owned(given: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+def check_strategy_options(given: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Raises `ValueError` for a given option of a strategy that was not chosen.
 
     Args:
         given: options as a person gave them.
         own: `own_options` of the group.
     """
-    for name, where in owners().items():
+    for name, where in strategy_option_owners().items():
         if name in given and name not in own:
             raise ValueError(f"{name}={given[name]!r}: accepted with {' or '.join(where)}")
 
@@ -134,8 +134,8 @@ def projection_of(group: Mapping[str, Any]) -> Projection | None:
     options = ProjectionOptions.of(group)
     if options is None:
         return None
-    chosen = _chosen(options)
-    own = own_options(group)
+    chosen = _strategies_of(options)
+    own = strategy_options(group)
 
     def arguments(strategy: _Strategy) -> dict[str, Any]:
         return {name: own[name] for name in strategy.OPTIONS}

@@ -69,12 +69,12 @@ class LowRankLinear(FactoredLinear):
         """
         if self.heads > 1 and self.training:
             return self._by_heads(x)
-        low = functional.linear(x, self.lora_a)
+        projected = functional.linear(x, self.lora_a)
         scaling = self.scaling / self.heads
         if self.frozen is None:
-            return functional.linear(low * scaling, self.lora_b, self.bias)
+            return functional.linear(projected * scaling, self.lora_b, self.bias)
         y = functional.linear(x, self.frozen, self.bias)
-        return y + functional.linear(low * scaling, self.lora_b)
+        return y + functional.linear(projected * scaling, self.lora_b)
 
     def _by_heads(self, x: Tensor) -> Tensor:
         """The first sequences go through the first head, the next through the second."""
@@ -88,10 +88,10 @@ class LowRankLinear(FactoredLinear):
         b_hrm = self.lora_b.mT.view(count, r, -1)
         rows_htn = x.reshape(count, -1, x.shape[-1])
         low_htm = ((rows_htn @ a_hnr) * self.scaling) @ b_hrm
-        low = low_htm.reshape(*x.shape[:-1], self.out_features)
+        projected = low_htm.reshape(*x.shape[:-1], self.out_features)
         if self.frozen is None:
-            return low if self.bias is None else low + self.bias
-        return functional.linear(x, self.frozen, self.bias) + low
+            return projected if self.bias is None else projected + self.bias
+        return functional.linear(x, self.frozen, self.bias) + projected
 
     @torch.no_grad()
     def product(self) -> Tensor:

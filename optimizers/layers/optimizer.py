@@ -160,7 +160,7 @@ class FactoredAdamW(LowRankOptimizer):
         self._event_hooks[handle.id] = hook
         return handle
 
-    def _tell(self, event: LayerEvent) -> None:
+    def _call_event_hooks(self, event: LayerEvent) -> None:
         for hook in tuple(self._event_hooks.values()):
             hook(event)
 
@@ -223,5 +223,5 @@ class FactoredAdamW(LowRankOptimizer):
     def _renew(self, param: nn.Parameter, rule: UpdateRule) -> None:
         """Sets a factor's moments to zero; their bias corrections start anew."""
         state = self.state[param]
-        rule.move(state, "reset", Rotation(None, None))
+        rule.transport_moments(state, "reset", Rotation(None, None))
         state["refreshed_at"] = int(state["step"])

@@ -49,16 +49,16 @@ class _LoQT(torch.autograd.Function):
         p = dense_matrix(basis, (min(m, n), r), formats[1], x.dtype)
         b = factor.to(x.dtype)
         y = x @ weight.mT if bias is None else torch.addmm(bias.to(x.dtype), x, weight.mT)
-        low = x @ (b.mT if left else p)
-        y.addmm_(low, (p if left else b).mT, alpha=scale)
+        projected = x @ (b.mT if left else p)
+        y.addmm_(projected, (p if left else b).mT, alpha=scale)
         kept_x = x if left or ctx.watched else None
-        ctx.save_for_backward(kept_x, None if left else low, factor, *base, *basis)
+        ctx.save_for_backward(kept_x, None if left else projected, factor, *base, *basis)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, low, factor, *parts = ctx.saved_tensors
+        x, projected, factor, *parts = ctx.saved_tensors
         m, n, r, scale = ctx.sizes
         left = m <= n
         grad_y = grad_y.to(ctx.dtype)
@@ -72,7 +72,7 @@ class _LoQT(torch.autograd.Function):
             del weight
             grad_x.addmm_(low_grad, b if left else p.mT, alpha=scale)
         if ctx.needs_input_grad[1]:
-            product = low_grad.mT @ x if left else grad_y.mT @ low
+            product = low_grad.mT @ x if left else grad_y.mT @ projected
             grad_factor = product.mul_(scale).to(factor.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_y.sum(0)

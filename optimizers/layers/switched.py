@@ -98,8 +98,8 @@ class SwitchedLinear(FactoredLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) to (..., m)."""
-        low = functional.linear(x, self.rows_a) * self.scaling
-        return functional.linear(x, self.frozen, self.bias) + low @ self.rows_b
+        projected = functional.linear(x, self.rows_a) * self.scaling
+        return functional.linear(x, self.frozen, self.bias) + projected @ self.rows_b
 
     @torch.no_grad()
     def effective_weight(self) -> Tensor:

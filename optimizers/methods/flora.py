@@ -68,7 +68,7 @@ class FloraRule(Adafactor):
             "exp_avg_sq_col": (columns,),
         }
         if self.beta1 is not None:
-            shapes["exp_avg"] = self._geometry(shape).low_shape()
+            shapes["exp_avg"] = self._geometry(shape).projected_shape()
         return shapes
 
     def init(self, shape: Sequence[int], like: Tensor) -> State:
@@ -127,11 +127,11 @@ class FloraRule(Adafactor):
         # In the gradient's precision, as every projection.
         if left:
             scaled = (basis * by_row[:, None]).to(grad_mn.dtype)
-            low = (scaled.mT @ grad_mn).to(moment.dtype).mul_(by_col)
+            projected = (scaled.mT @ grad_mn).to(moment.dtype).mul_(by_col)
         else:
             scaled = (basis * by_col[:, None]).to(grad_mn.dtype)
-            low = (grad_mn @ scaled).to(moment.dtype).mul_(by_row[:, None])
-        moment.lerp_(low.mul_(size), 1 - self.beta1)
+            projected = (grad_mn @ scaled).to(moment.dtype).mul_(by_row[:, None])
+        moment.lerp_(projected.mul_(size), 1 - self.beta1)
         return before, basis, geometry
 
     def _advance(
@@ -145,18 +145,18 @@ class FloraRule(Adafactor):
         if self.beta1 is not None:
             moment = self._moment(grad_mn, state, by_row, by_col, size)
 
-        def delta(span: slice) -> Tensor:
+        def direction(span: slice) -> Tensor:
             chunk = grad_mn[span].to(by_row.dtype) * by_row[span, None]
             chunk.mul_(by_col).mul_(size)
             if moment is not None:
                 assert self.beta1 is not None
-                low, basis, geometry = moment
+                projected, basis, geometry = moment
                 left = geometry.side is Side.LEFT
-                pair = (basis[span], low) if left else (low[span], basis.mT)
+                pair = (basis[span], projected) if left else (projected[span], basis.mT)
                 chunk.addmm_(*pair, beta=1 - self.beta1, alpha=self.beta1)
             return chunk.mul_(self.options.scale)
 
-        return delta
+        return direction
 
     def apply(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
@@ -164,11 +164,11 @@ class FloraRule(Adafactor):
         """Updates weights in place, in chunks of rows."""
         for grad, state, weight in zip(grads, states, weights, strict=True):
             rate = self._rate(state["step"], weight)
-            delta = self._advance(grad, state, rate)
+            direction = self._advance(grad, state, rate)
             if self.weight_decay:
                 weight.mul_(1.0 - rate * self.weight_decay)
             for span in _spans(*weight.shape):
-                weight[span].sub_(delta(span))
+                weight[span].sub_(direction(span))
 
     def update(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
@@ -177,8 +177,8 @@ class FloraRule(Adafactor):
         updates = []
         for grad, state, weight in zip(grads, states, weights, strict=True):
             rate = self._rate(state["step"], weight)
-            delta = self._advance(grad, state, rate)(slice(0, len(grad)))
-            updates.append(Update(delta, 1.0, 1.0 - rate * self.weight_decay, rate, rate))
+            direction = self._advance(grad, state, rate)(slice(0, len(grad)))
+            updates.append(Update(direction, 1.0, 1.0 - rate * self.weight_decay, rate, rate))
         return updates
 
 

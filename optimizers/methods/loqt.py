@@ -136,7 +136,7 @@ class LoQTAdamW(FactoredAdamW):
         if self._renewed:
             step = self._steps(self._renewed[0][0]) - 1
             change = max(change for _, change in self._renewed)
-            self._tell(LayerEvent("requantize", step, len(self._renewed), change))
+            self._call_event_hooks(LayerEvent("requantize", step, len(self._renewed), change))
         self._renewed = []
         self._watch()
 
@@ -171,9 +171,9 @@ class LoQTAdamW(FactoredAdamW):
         count = bases_by(group, self._steps(link))
         side = Side.LEFT if layer.out_features <= layer.in_features else Side.RIGHT
         mode = "randomized" if group["refresh"] == "warm" and count == 1 else group["refresh"]
-        former = [layer.basis.dense(factor.dtype)] if mode == "warm" else [None]
+        previous = [layer.basis.dense(factor.dtype)] if mode == "warm" else [None]
         seed = mix(group["seed"], link.index, count)
-        ((basis,),) = bases([gradient], [largest], layer.rank, side, mode, former, seed)
+        ((basis,),) = bases([gradient], [largest], layer.rank, side, mode, previous, seed)
         change = layer.renew(basis, group["compensation_steps"])
         factor.grad.zero_()
         self.state[factor]["events"] = count

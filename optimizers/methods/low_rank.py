@@ -88,7 +88,7 @@ class LowRankAdamW(FactoredAdamW):
             for param in link.factors()[:2]:
                 self._renew(param, self.factor_rule(link.group))
         if due:
-            self._tell(LayerEvent("refactor", self._steps(due[0]), len(due)))
+            self._call_event_hooks(LayerEvent("refactor", self._steps(due[0]), len(due)))
 
 
 @torch.no_grad()

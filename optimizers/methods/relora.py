@@ -104,7 +104,7 @@ class ReLoRAAdamW(FactoredAdamW):
         for link in due:
             self._merge(link)
         if due:
-            self._tell(LayerEvent("merge", self._steps(due[0]), len(due)))
+            self._call_event_hooks(LayerEvent("merge", self._steps(due[0]), len(due)))
 
     def _merge(self, link: Link) -> None:
         assert isinstance(link.layer, LowRankLinear)
@@ -136,8 +136,8 @@ def prune_(moment: Tensor, how: str, ratio: float, seed: int) -> None:
         moment.zero_()
     elif how == "random":
         generator = torch.Generator().manual_seed(seed)
-        keep = torch.rand(moment.shape, generator=generator) > ratio
-        moment.mul_(keep.to(moment.device))
+        kept = torch.rand(moment.shape, generator=generator) > ratio
+        moment.mul_(kept.to(moment.device))
     elif how == "magnitude":
         pruned = int(ratio * moment.numel())
         if pruned:

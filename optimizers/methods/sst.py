@@ -108,9 +108,9 @@ class SSTAdamW(FactoredAdamW):
         for link in due:
             self._resample(link)
         if again:
-            self._tell(LayerEvent("redecompose", self._steps(due[0]), again))
+            self._call_event_hooks(LayerEvent("redecompose", self._steps(due[0]), again))
         if due:
-            self._tell(LayerEvent("resample", self._steps(due[0]), len(due)))
+            self._call_event_hooks(LayerEvent("resample", self._steps(due[0]), len(due)))
 
     def _redecompose(self, link: Link) -> bool:
         """At the end of a round: whether the layer has a new decomposition."""

@@ -111,7 +111,7 @@ class SwitchLoRAAdamW(FactoredAdamW):
                 switched += self._switch(link, step)
                 self._hold(link)
         if switched:
-            self._tell(LayerEvent("switch", step, switched))
+            self._call_event_hooks(LayerEvent("switch", step, switched))
 
     def _sound(self, link: Link) -> bool:
         """Whether both factors have gradients that a step will be taken with."""

@@ -1,6 +1,6 @@
 """Projectors: which subspace a gradient is projected to."""
 
-from .base import Bases, Projector, Slot
+from .base import Bases, ProjectedParam, Projector
 from .coordinate import CoordinateProjector
 from .correlation import CorrelationProjector
 from .cross_head import CrossHeadProjector
@@ -19,9 +19,9 @@ __all__ = [
     "CorrelationProjector",
     "CrossHeadProjector",
     "OnlineProjector",
+    "ProjectedParam",
     "Projector",
     "RandomProjector",
     "RefreshEvent",
     "SingularProjector",
-    "Slot",
 ]

@@ -27,11 +27,11 @@ def _left_rows(basis_mr: Tensor, rows: RowRange) -> Tensor:
     return basis_mr[rows.start : rows.stop]
 
 
-def rows_of(low: Tensor, geometry: Geometry, held: RowRange, wanted: RowRange) -> Tensor:
+def rows_of(projected: Tensor, geometry: Geometry, held: RowRange, wanted: RowRange) -> Tensor:
     """The part of a projected tensor that belongs to some of the rows; on the left all of it."""
     if geometry.side is not Side.RIGHT or held == wanted:
-        return low
-    return low[wanted.start - held.start : wanted.stop - held.start]
+        return projected
+    return projected[wanted.start - held.start : wanted.stop - held.start]
 
 
 def project(
@@ -88,60 +88,60 @@ def _project_slabs(
 
 
 def _factors(
-    delta: Tensor, bases: Sequence[Tensor], geometry: Geometry, rows: RowRange
+    direction: Tensor, bases: Sequence[Tensor], geometry: Geometry, rows: RowRange
 ) -> tuple[Tensor, Tensor]:
-    """Left and right factor of the back-projection, in the precision of `delta`."""
-    own = [basis.to(delta.dtype) for basis in bases]
+    """Left and right factor of the back-projection, in the precision of `direction`."""
+    own = [basis.to(direction.dtype) for basis in bases]
     if geometry.side is Side.RIGHT:
-        return delta, own[0].mT  # k x r, r x n
-    right = delta if geometry.side is Side.LEFT else delta @ own[1].mT
+        return direction, own[0].mT  # k x r, r x n
+    right = direction if geometry.side is Side.LEFT else direction @ own[1].mT
     return _left_rows(own[0], rows), right
 
 
 def back_project(
-    delta: Tensor, bases: Sequence[Tensor], geometry: Geometry, rows: RowRange
+    direction: Tensor, bases: Sequence[Tensor], geometry: Geometry, rows: RowRange
 ) -> Tensor:
-    """The back-projection of `delta` for some rows, k x n, in fp32 (fp64 for fp64).
+    """The back-projection of `direction` for some rows, k x n, in fp32 (fp64 for fp64).
 
     On a GPU half-precision factors are multiplied as they are.
     """
-    half = delta.dtype in HALF and on_gpu(delta)
-    compute = delta.dtype if half else torch.promote_types(delta.dtype, torch.float32)
-    left, right = _factors(delta.to(compute), bases, geometry, rows)
+    half = direction.dtype in HALF and on_gpu(direction)
+    compute = direction.dtype if half else torch.promote_types(direction.dtype, torch.float32)
+    left, right = _factors(direction.to(compute), bases, geometry, rows)
     return half_product(left, right) if half else left @ right
 
 
 def write_back(
     weight_kn: Tensor,
-    delta: Tensor,
+    direction: Tensor,
     bases: Sequence[Tensor],
     geometry: Geometry,
     rows: RowRange,
     *,
     alpha: float,
-    keep: float,
+    decay_factor: float,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """In place: weight <- keep * weight - alpha * back-projection of `delta`.
+    """In place: weight <- keep * weight - alpha * back-projection of `direction`.
 
     Args:
         weight_kn: this process's rows of the weight.
-        delta: r x n (left), k x r (right) or r x r (both).
+        direction: r x n (left), k x r (right) or r x r (both).
         bases: as in `project`.
         geometry: as in `project`.
         rows: as in `project`.
         alpha: step size times the back-projection's scale.
-        keep: 1 less the weight decay of this step.
+        decay_factor: 1 less the weight decay of this step.
         dtype: precision of the GEMM; the weight's own by default.
     """
     compute = weight_kn.dtype if dtype is None else dtype
-    left, right = _factors(delta.to(compute), bases, geometry, rows)
+    left, right = _factors(direction.to(compute), bases, geometry, rows)
     if compute == weight_kn.dtype:
-        weight_kn.addmm_(left, right, beta=keep, alpha=-alpha)
+        weight_kn.addmm_(left, right, beta=decay_factor, alpha=-alpha)
         return
     k, n = weight_kn.shape
-    if keep != 1.0:
-        weight_kn.mul_(keep)
+    if decay_factor != 1.0:
+        weight_kn.mul_(decay_factor)
     if geometry.side is Side.RIGHT:
         for span in _slabs(k, n):
             weight_kn[span].add_(left[span] @ right, alpha=-alpha)

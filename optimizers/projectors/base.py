@@ -25,29 +25,29 @@ def no_moment() -> Tensor | None:
 
 
 @dataclass
-class Slot:
+class ProjectedParam:
     """One projected matrix during one step.
 
     Attributes:
-        param: the weight, this process's rows of it (k x n).
+        weight: the parameter, this process's rows of it (k x n).
         grad: its gradient with the sign of a descent, k x n.
         state: the parameter's flat state; projectors, schedules and rules own its keys.
         geometry: global shape, side and rank.
         rows: the rows held here.
         index: position among the optimizer's projected matrices.
-        taken: steps taken before this one.
+        steps_done: steps taken before this one.
         name: the parameter's recorded name, if any.
         first_moment: reads the rule's first moment as it stands, in the projected shape.
         read: the bases as read during this step; what changes them sets it to None.
     """
 
-    param: Tensor
+    weight: Tensor
     grad: Tensor
     state: dict[str, Any]
     geometry: Geometry
     rows: RowRange
     index: int
-    taken: int
+    steps_done: int
     name: str | None = None
     first_moment: Callable[[], Tensor | None] = no_moment
     read: Bases | None = None
@@ -60,7 +60,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Projector(ABC):
-    """A stateless strategy; every tensor it keeps lies in the slot's flat state.
+    """A stateless strategy; every tensor it keeps lies in the parameter's flat state.
 
     Attributes:
         storage: how bases are kept.
@@ -108,100 +108,104 @@ class Projector(ABC):
         return sum(self.storage.state_bytes(shape, itemsize) for shape in shapes)
 
     @abstractmethod
-    def fit(self, slots: Sequence[Slot]) -> list[Bases | None]:
+    def fit(self, params: Sequence[ProjectedParam]) -> list[Bases | None]:
         """Refits and stores the bases of the given matrices from their gradients (and moments).
 
         Returns:
-            For each slot its new bases before their storage rounds them, or None where the former
-            ones were kept.
+            For each parameter its new bases before their storage rounds them, or None where the
+            previous ones were kept.
         """
 
-    def bases(self, slot: Slot) -> Bases:
+    def bases(self, param: ProjectedParam) -> Bases:
         """The stored bases, one or (full) two, read once a step."""
-        if slot.read is None:
-            slot.read = self._read(slot)
-        return slot.read
+        if param.read is None:
+            param.read = self._read(param)
+        return param.read
 
-    def _read(self, slot: Slot) -> Bases:
-        return tuple(self.storage.read(slot.state, key) for key in slot.geometry.basis_shapes)
+    def _read(self, param: ProjectedParam) -> Bases:
+        return tuple(self.storage.read(param.state, key) for key in param.geometry.basis_shapes)
 
-    def store(self, slot: Slot, bases: Bases) -> None:
-        """Makes these the slot's bases."""
-        for key, basis in zip(slot.geometry.basis_shapes, bases, strict=True):
-            self.storage.write(slot.state, key, basis)
-        slot.read = None
+    def store(self, param: ProjectedParam, bases: Bases) -> None:
+        """Makes these the parameter's bases."""
+        for key, basis in zip(param.geometry.basis_shapes, bases, strict=True):
+            self.storage.write(param.state, key, basis)
+        param.read = None
 
-    def project(self, slot: Slot) -> Tensor:
+    def project(self, param: ProjectedParam) -> Tensor:
         """The projected gradient: r x n, k x r or r x r."""
-        return apply.project(slot.grad, self.bases(slot), slot.geometry, slot.rows, self.dtype)
+        return apply.project(param.grad, self.bases(param), param.geometry, param.rows, self.dtype)
 
     def write_back(
         self,
-        slot: Slot,
+        param: ProjectedParam,
         weight_kn: Tensor,
         rows: RowRange,
-        delta: Tensor,
+        direction: Tensor,
         *,
         alpha: float,
-        keep: float,
+        decay_factor: float,
     ) -> None:
-        """In place, on some rows: weight <- keep * weight - alpha * back-projection of `delta`.
+        """In place, on some rows: weight <- keep * weight - alpha * back-projection of `direction`.
 
         Args:
-            slot: whose bases to use.
+            param: whose bases to use.
             weight_kn: rows of the weight, those of `rows`.
-            rows: which of the slot's rows these are, in the whole matrix.
-            delta: of the projected gradient's shape, for all of the slot's rows.
+            rows: which of the parameter's rows these are, in the whole matrix.
+            direction: of the projected gradient's shape, for all of the parameter's rows.
             alpha: step size.
-            keep: 1 less the weight decay.
+            decay_factor: 1 less the weight decay.
         """
         apply.write_back(
             weight_kn,
-            apply.rows_of(delta, slot.geometry, slot.rows, rows),
-            self.bases(slot),
-            slot.geometry,
+            apply.rows_of(direction, param.geometry, param.rows, rows),
+            self.bases(param),
+            param.geometry,
             rows,
             alpha=alpha,
-            keep=keep,
+            decay_factor=decay_factor,
             dtype=self.dtype,
         )
 
-    def back_project(self, slot: Slot, rows: RowRange, delta: Tensor) -> Tensor | None:
-        """The back-projection of `delta` for some rows in a new fp32 tensor.
+    def back_project(
+        self, param: ProjectedParam, rows: RowRange, direction: Tensor
+    ) -> Tensor | None:
+        """The back-projection of `direction` for some rows in a new fp32 tensor.
 
         Returns:
             k x n, or None where this projector only writes back in place.
         """
         if self.dtype is not None or type(self).write_back is not Projector.write_back:
             return None
-        own = apply.rows_of(delta, slot.geometry, slot.rows, rows)
-        return apply.back_project(own, self.bases(slot), slot.geometry, rows)
+        own = apply.rows_of(direction, param.geometry, param.rows, rows)
+        return apply.back_project(own, self.bases(param), param.geometry, rows)
 
-    def rotation(self, slot: Slot, former: Bases) -> Rotation:
-        """From coordinates in the former bases to those in the slot's bases."""
-        wide = compute_dtype(slot.param.dtype)
-        pairs = zip(self.bases(slot), former, strict=True)
+    def rotation(self, param: ProjectedParam, previous: Bases) -> Rotation:
+        """From coordinates in the former bases to those in the parameter's bases."""
+        wide = compute_dtype(param.weight.dtype)
+        pairs = zip(self.bases(param), previous, strict=True)
         between = [new.to(wide).mT @ old.to(wide) for new, old in pairs]
-        side = slot.geometry.side
+        side = param.geometry.side
         return Rotation(
             left=None if side is Side.RIGHT else between[0],
             right=None if side is Side.LEFT else between[-1],
         )
 
-    def outside(self, slot: Slot, low: Tensor, span: slice, share: float = 1.0) -> Tensor:
-        """G - share up(R) for some of the slot's rows, in a new tensor.
+    def outside(
+        self, param: ProjectedParam, projected: Tensor, span: slice, share: float = 1.0
+    ) -> Tensor:
+        """G - share up(R) for some of the parameter's rows, in a new tensor.
 
         Args:
-            slot: whose gradient and bases to use.
-            low: R, the projected gradient.
+            param: whose gradient and bases to use.
+            projected: R, the projected gradient.
             span: which of the rows held here, with both ends given.
             share: how much of the reconstruction is taken off.
         """
-        chunk = slot.grad[span].clone()
-        held = slot.rows
+        chunk = param.grad[span].clone()
+        held = param.rows
         rows = RowRange(held.start + span.start, held.start + span.stop, held.reduce)
-        self.write_back(slot, chunk, rows, low, alpha=share, keep=1.0)
+        self.write_back(param, chunk, rows, projected, alpha=share, decay_factor=1.0)
         return chunk
 
-    def track(self, slot: Slot, low: Tensor) -> None:  # noqa: B027 (optional)
+    def track(self, param: ProjectedParam, projected: Tensor) -> None:  # noqa: B027 (optional)
         """Called after the write-back; a projector that learns online moves its bases here."""

@@ -17,7 +17,7 @@ from lowrank.cuda.noise import mix
 
 from ..engine.geometry import Geometry, RowRange, Side
 from ..storage.base import DenseBasis
-from .base import Bases, Projector, Slot
+from .base import Bases, ProjectedParam, Projector
 from .random import usable
 
 INDEX_BYTES = 4
@@ -45,90 +45,92 @@ class CoordinateProjector(Projector):
         """Bytes of the indices."""
         return INDEX_BYTES * sum(rank for _, rank in geometry.basis_shapes.values())
 
-    def fit(self, slots: Sequence[Slot]) -> list[Bases | None]:
+    def fit(self, params: Sequence[ProjectedParam]) -> list[Bases | None]:
         """Draws new indices; a matrix with a non-finite gradient keeps its own."""
         fitted: list[Bases | None] = []
-        for slot in slots:
-            if not usable(slot):
+        for param in params:
+            if not usable(param):
                 fitted.append(None)
                 continue
-            for side, (key, (size, rank)) in enumerate(slot.geometry.basis_shapes.items()):
+            for side, (key, (size, rank)) in enumerate(param.geometry.basis_shapes.items()):
                 generator = torch.Generator().manual_seed(
-                    mix(self.seed, slot.index, slot.taken, side) >> 1
+                    mix(self.seed, param.index, param.steps_done, side) >> 1
                 )
                 drawn = torch.randperm(size, generator=generator)[:rank].sort().values
-                slot.state[key + INDEX].copy_(drawn)
-            slot.read = None
-            fitted.append(self.bases(slot))
+                param.state[key + INDEX].copy_(drawn)
+            param.read = None
+            fitted.append(self.bases(param))
         return fitted
 
-    def _read(self, slot: Slot) -> Bases:
+    def _read(self, param: ProjectedParam) -> Bases:
         """The indices as 0/1 matrices, for what asks for a basis in full."""
         bases = []
-        for key, shape in slot.geometry.basis_shapes.items():
-            basis_dr = torch.zeros(shape, dtype=slot.grad.dtype, device=slot.grad.device)
-            basis_dr.scatter_(0, slot.state[key + INDEX].long()[None], 1.0)
+        for key, shape in param.geometry.basis_shapes.items():
+            basis_dr = torch.zeros(shape, dtype=param.grad.dtype, device=param.grad.device)
+            basis_dr.scatter_(0, param.state[key + INDEX].long()[None], 1.0)
             bases.append(basis_dr)
         return tuple(bases)
 
-    def _indices(self, slot: Slot) -> tuple[Tensor | None, Tensor | None]:
+    def _indices(self, param: ProjectedParam) -> tuple[Tensor | None, Tensor | None]:
         """(of rows, of columns); None where that axis is not projected."""
-        found = [slot.state[key + INDEX] for key in slot.geometry.basis_shapes]
-        side = slot.geometry.side
+        found = [param.state[key + INDEX] for key in param.geometry.basis_shapes]
+        side = param.geometry.side
         return (
             None if side is Side.RIGHT else found[0],
             None if side is Side.LEFT else found[-1],
         )
 
-    def project(self, slot: Slot) -> Tensor:
+    def project(self, param: ProjectedParam) -> Tensor:
         """The gradient's rows and columns; NaN throughout if any other entry is not finite."""
-        rows, columns = self._indices(slot)
-        low = slot.grad
+        rows, columns = self._indices(param)
+        projected = param.grad
         if rows is not None:
-            local, inside = _local(rows, slot.rows.start, slot.rows.stop)
-            low = low.index_select(0, local)
-            low = slot.rows.reduce(low.masked_fill_(~inside[:, None], 0.0))
+            local, inside = _local(rows, param.rows.start, param.rows.stop)
+            projected = projected.index_select(0, local)
+            projected = param.rows.reduce(projected.masked_fill_(~inside[:, None], 0.0))
         if columns is not None:
-            low = low.index_select(1, columns)
+            projected = projected.index_select(1, columns)
         # What is not selected must not pass unseen: 0 where all is finite, else NaN.
-        return low.add_(torch.linalg.vector_norm(slot.grad, torch.inf) * 0.0)
+        return projected.add_(torch.linalg.vector_norm(param.grad, torch.inf) * 0.0)
 
     def write_back(
         self,
-        slot: Slot,
+        param: ProjectedParam,
         weight_kn: Tensor,
         rows: RowRange,
-        delta: Tensor,
+        direction: Tensor,
         *,
         alpha: float,
-        keep: float,
+        decay_factor: float,
     ) -> None:
         """See `Projector.write_back`: a scatter."""
-        if keep != 1.0:
-            weight_kn.mul_(keep)
-        picked, columns = self._indices(slot)
-        delta = delta.to(weight_kn.dtype)
+        if decay_factor != 1.0:
+            weight_kn.mul_(decay_factor)
+        picked, columns = self._indices(param)
+        direction = direction.to(weight_kn.dtype)
         if picked is None:
             assert columns is not None
-            start = rows.start - slot.rows.start
-            part = delta[start : start + rows.stop - rows.start]
+            start = rows.start - param.rows.start
+            part = direction[start : start + rows.stop - rows.start]
             weight_kn.index_add_(1, columns, part, alpha=-alpha)
             return
         local, inside = _local(picked, rows.start, rows.stop)
-        delta = delta.masked_fill(~inside[:, None], 0.0)
+        direction = direction.masked_fill(~inside[:, None], 0.0)
         if columns is None:
-            weight_kn.index_add_(0, local, delta, alpha=-alpha)
+            weight_kn.index_add_(0, local, direction, alpha=-alpha)
         else:
             where = (local.long()[:, None], columns.long()[None])
-            weight_kn.index_put_(where, delta.mul_(-alpha), accumulate=True)
+            weight_kn.index_put_(where, direction.mul_(-alpha), accumulate=True)
 
-    def outside(self, slot: Slot, low: Tensor, span: slice, share: float = 1.0) -> Tensor:
+    def outside(
+        self, param: ProjectedParam, projected: Tensor, span: slice, share: float = 1.0
+    ) -> Tensor:
         """See `Projector.outside`: the gradient with the selected entries set to zero."""
         if share != 1.0:
-            return super().outside(slot, low, span, share)
-        chunk = slot.grad[span].clone()
-        rows, columns = self._indices(slot)
-        start = slot.rows.start + (span.start or 0)
+            return super().outside(param, projected, span, share)
+        chunk = param.grad[span].clone()
+        rows, columns = self._indices(param)
+        start = param.rows.start + (span.start or 0)
         if rows is None:
             assert columns is not None
             return chunk.index_fill_(1, columns.long(), 0.0)

@@ -33,7 +33,7 @@ from ..engine.geometry import Geometry, RowRange, Side
 from ..engine.rotation import Rotation
 from ..schedules.base import passed
 from . import apply, decompositions, subspace, tucker
-from .base import Bases, Projector, Slot
+from .base import Bases, ProjectedParam, Projector
 from .norms import CHUNK_ELEMENTS, axis_norms
 from .operand import compute_dtype
 from .singular import align_signs
@@ -79,11 +79,11 @@ def correlation_gradient(
 
     def gemm(bases: Tensor, which: Side) -> Tensor:
         geometry = Geometry((m, n), which, bases.shape[1])
-        low = apply.project(grad_mn, (bases,), geometry, RowRange.whole(m), dtype)
-        return scaled(low)
+        projected = apply.project(grad_mn, (bases,), geometry, RowRange.whole(m), dtype)
+        return scaled(projected)
 
-    low = gemm(basis, side)  # r x n, or m x r
-    low_lr = low.mT if left else low  # the long axis first
+    projected = gemm(basis, side)  # r x n, or m x r
+    low_lr = projected.mT if left else projected  # the long axis first
     gram, square = basis.mT @ basis, low_lr.mT @ low_lr
     error = (row_norms.square().sum() - 2 * square.trace() + (gram * square).sum()) / (m * n)
     if moment is None:
@@ -244,24 +244,24 @@ class CorrelationProjector(Projector):
             )
         return geometry
 
-    def fit(self, slots: Sequence[Slot]) -> list[Bases | None]:
+    def fit(self, params: Sequence[ProjectedParam]) -> list[Bases | None]:
         """A P step or a re-projection; a zero or non-finite gradient keeps its basis."""
-        return [self._fit(slot) for slot in slots]
+        return [self._fit(param) for param in params]
 
-    def _fit(self, slot: Slot) -> Bases | None:
-        scale = float(torch.linalg.vector_norm(slot.grad, torch.inf))
+    def _fit(self, param: ProjectedParam) -> Bases | None:
+        scale = float(torch.linalg.vector_norm(param.grad, torch.inf))
         if not 0.0 < scale < math.inf:
             return None
-        last = int(slot.state["refreshed_at"])
-        again = passed(self.interval * self.reproject_factor, last, slot.taken)
-        called, failed = slot.name or slot.geometry.shape, None
+        last = int(param.state["refreshed_at"])
+        again = passed(self.interval * self.reproject_factor, last, param.steps_done)
+        called, failed = param.name or param.geometry.shape, None
         try:
-            if isinstance(slot.geometry, tucker.TuckerGeometry):
-                bases = self._fit_tucker(slot, again)
+            if isinstance(param.geometry, tucker.TuckerGeometry):
+                bases = self._fit_tucker(param, again)
             elif again:
-                bases = (self._reproject(slot, self._whole(slot)),)
+                bases = (self._reproject(param, self._whole(param)),)
             else:
-                bases = (self._move(slot, self._whole(slot)),)
+                bases = (self._move(param, self._whole(param)),)
             # Squares of finite gradients may overflow; a lost basis would infect all later ones.
             if not all(bool(basis.isfinite().all()) for basis in bases):
                 failed = f"the step of the basis of {called} overflowed"
@@ -269,36 +269,36 @@ class CorrelationProjector(Projector):
             failed = f"no decomposition of the gradient of {called} converged"
         if failed is not None:
             warnings.warn(
-                f"{failed} at step {slot.taken}; its former basis is kept and the refresh tried "
-                "again",
+                f"{failed} at step {param.steps_done}; its previous basis is kept and the refresh "
+                "is tried again",
                 stacklevel=2,
             )
             return None
-        self.store(slot, bases)
+        self.store(param, bases)
         return bases
 
     @staticmethod
-    def _whole(slot: Slot) -> Tensor:
-        return slot.rows.assemble(slot.grad, slot.geometry.shape)
+    def _whole(param: ProjectedParam) -> Tensor:
+        return param.rows.assemble(param.grad, param.geometry.shape)
 
-    def _reproject(self, slot: Slot, whole_mn: Tensor) -> Tensor:
-        former = self.bases(slot)[0] if slot.fitted else None
-        sketch = former
+    def _reproject(self, param: ProjectedParam, whole_mn: Tensor) -> Tensor:
+        previous = self.bases(param)[0] if param.fitted else None
+        sketch = previous
         if sketch is None:
-            ((d, r),) = slot.geometry.basis_shapes.values()
+            ((d, r),) = param.geometry.basis_shapes.values()
             generator = torch.Generator().manual_seed(SKETCH_SEED)
             sketch = torch.randn(d, r, generator=generator).to(whole_mn.device)
-        basis = reprojected(whole_mn, sketch, slot.geometry.side, self.refresh)
-        if former is not None and self.refresh != "svd":
-            basis = align_signs(basis, former)
+        basis = reprojected(whole_mn, sketch, param.geometry.side, self.refresh)
+        if previous is not None and self.refresh != "svd":
+            basis = align_signs(basis, previous)
         return basis
 
-    def _move(self, slot: Slot, whole_mn: Tensor) -> Tensor:
+    def _move(self, param: ProjectedParam, whole_mn: Tensor) -> Tensor:
         return correlation_step(
             whole_mn,
-            self.bases(slot)[0],
-            slot.first_moment(),
-            slot.geometry.side,
+            self.bases(param)[0],
+            param.first_moment(),
+            param.geometry.side,
             self.coap_lr,
             normalize=self.normalize_gradient,
             dtype=self.dtype,
@@ -306,39 +306,48 @@ class CorrelationProjector(Projector):
 
     # 4-D weights
 
-    def _fit_tucker(self, slot: Slot, again: bool) -> Bases:
+    def _fit_tucker(self, param: ProjectedParam, again: bool) -> Bases:
         if again:
-            return tucker.decompose(slot.grad, slot.geometry)
-        former = self.bases(slot)
-        moment = slot.first_moment()
-        grads = tucker.gradients(slot.grad, former, moment, normalize=self.normalize_gradient)
-        pairs = zip(former, grads, strict=True)
+            return tucker.decompose(param.grad, param.geometry)
+        previous = self.bases(param)
+        moment = param.first_moment()
+        grads = tucker.gradients(param.grad, previous, moment, normalize=self.normalize_gradient)
+        pairs = zip(previous, grads, strict=True)
         return tuple(descend(basis, grad, self.coap_lr) for basis, grad in pairs)
 
-    def project(self, slot: Slot) -> Tensor:
+    def project(self, param: ProjectedParam) -> Tensor:
         """The projected gradient, or the core of a 4-D one."""
-        if isinstance(slot.geometry, tucker.TuckerGeometry):
-            return tucker.down(slot.grad, self.bases(slot))
-        return super().project(slot)
+        if isinstance(param.geometry, tucker.TuckerGeometry):
+            return tucker.down(param.grad, self.bases(param))
+        return super().project(param)
 
     def write_back(
         self,
-        slot: Slot,
+        param: ProjectedParam,
         weight_kn: Tensor,
         rows: RowRange,
-        delta: Tensor,
+        direction: Tensor,
         *,
         alpha: float,
-        keep: float,
+        decay_factor: float,
     ) -> None:
         """See `Projector.write_back`."""
-        if isinstance(slot.geometry, tucker.TuckerGeometry):
-            tucker.write_back(weight_kn, delta, self.bases(slot), rows, alpha=alpha, keep=keep)
+        if isinstance(param.geometry, tucker.TuckerGeometry):
+            tucker.write_back(
+                weight_kn,
+                direction,
+                self.bases(param),
+                rows,
+                alpha=alpha,
+                decay_factor=decay_factor,
+            )
         else:
-            super().write_back(slot, weight_kn, rows, delta, alpha=alpha, keep=keep)
+            super().write_back(
+                param, weight_kn, rows, direction, alpha=alpha, decay_factor=decay_factor
+            )
 
-    def rotation(self, slot: Slot, former: Bases) -> Rotation:
+    def rotation(self, param: ProjectedParam, previous: Bases) -> Rotation:
         """See `Projector.rotation`."""
-        if isinstance(slot.geometry, tucker.TuckerGeometry):
-            return tucker.rotation(self.bases(slot), former)
-        return super().rotation(slot, former)
+        if isinstance(param.geometry, tucker.TuckerGeometry):
+            return tucker.rotation(self.bases(param), previous)
+        return super().rotation(param, previous)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..engine import checks
 from ..engine.geometry import Geometry, RowRange, Side
 from ..engine.rotation import Rotation
-from .base import Bases, Slot
+from .base import Bases, ProjectedParam
 from .singular import SingularProjector
 
 
@@ -32,7 +32,7 @@ class HeadGeometry(Geometry):
         """One basis of (m / h) x rank."""
         return {"basis": (self.shape[0] // self.heads, self.rank)}
 
-    def low_shape(self, local_rows: int | None = None) -> tuple[int, int]:
+    def projected_shape(self, local_rows: int | None = None) -> tuple[int, int]:
         """(h rank) x n."""
         return self.heads * self.rank, self.shape[1]
 
@@ -93,49 +93,51 @@ class CrossHeadProjector(SingularProjector):
         rows, columns = matrix_mn.shape
         return matrix_mn.reshape(self.heads, rows // self.heads, columns)
 
-    def matrix(self, slot: Slot, whole_mn: Tensor) -> Tensor:
+    def matrix(self, param: ProjectedParam, whole_mn: Tensor) -> Tensor:
         """What to decompose: one head's rows, or all heads side by side."""
         blocks_hdn = self._blocks(whole_mn)
         if self.fit_on == "all":
             return blocks_hdn.transpose(0, 1).flatten(1)
-        draw = random.Random(f"{self.seed}/{slot.index}/{slot.taken}").randrange(len(blocks_hdn))
+        draw = random.Random(f"{self.seed}/{param.index}/{param.steps_done}").randrange(
+            len(blocks_hdn)
+        )
         return blocks_hdn[draw]
 
-    def project(self, slot: Slot) -> Tensor:
+    def project(self, param: ProjectedParam) -> Tensor:
         """(h rank) x n."""
-        (basis_dr,) = self.bases(slot)
-        precision = self.dtype or slot.grad.dtype
-        blocks_hdn = self._blocks(slot.grad)
+        (basis_dr,) = self.bases(param)
+        precision = self.dtype or param.grad.dtype
+        blocks_hdn = self._blocks(param.grad)
         basis_rd = basis_dr.to(precision).mT
-        if precision == slot.grad.dtype:
+        if precision == param.grad.dtype:
             return (basis_rd @ blocks_hdn).flatten(0, 1)
-        return torch.cat([(basis_rd @ b.to(precision)).to(slot.grad.dtype) for b in blocks_hdn])
+        return torch.cat([(basis_rd @ b.to(precision)).to(param.grad.dtype) for b in blocks_hdn])
 
     def write_back(
         self,
-        slot: Slot,
+        param: ProjectedParam,
         weight_kn: Tensor,
         rows: RowRange,
-        delta: Tensor,
+        direction: Tensor,
         *,
         alpha: float,
-        keep: float,
+        decay_factor: float,
     ) -> None:
         """See `Projector.write_back`; head by head."""
-        (basis_dr,) = self.bases(slot)
+        (basis_dr,) = self.bases(param)
         size, rank = basis_dr.shape
-        basis_dr, delta = basis_dr.to(weight_kn.dtype), delta.to(weight_kn.dtype)
+        basis_dr, direction = basis_dr.to(weight_kn.dtype), direction.to(weight_kn.dtype)
         for head in range(rows.start // size, -(-rows.stop // size)):
             start, stop = max(rows.start, head * size), min(rows.stop, (head + 1) * size)
             weight_kn[start - rows.start : stop - rows.start].addmm_(
                 basis_dr[start - head * size : stop - head * size],
-                delta[head * rank : (head + 1) * rank],
-                beta=keep,
+                direction[head * rank : (head + 1) * rank],
+                beta=decay_factor,
                 alpha=-alpha,
             )
 
-    def rotation(self, slot: Slot, former: Bases) -> Rotation:
+    def rotation(self, param: ProjectedParam, previous: Bases) -> Rotation:
         """The same r x r rotation in every head."""
-        inner = super().rotation(slot, former).left
+        inner = super().rotation(param, previous).left
         assert inner is not None
         return Rotation(left=torch.kron(torch.eye(self.heads or 1).to(inner), inner), right=None)

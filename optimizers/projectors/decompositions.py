@@ -62,7 +62,7 @@ def bases(
     rank: int,
     side: Side,
     mode: str,
-    former: Sequence[Tensor | None],
+    previous: Sequence[Tensor | None],
     seed: int,
     *,
     rotate: bool = True,
@@ -75,7 +75,7 @@ def bases(
         rank: r, at most min(m, n).
         side: which basis is wanted; BOTH gives (m x r, n x r).
         mode: one of `REFRESH_MODES`; "warm" falls back to "randomized" without former bases.
-        former: each matrix's former first basis, or None.
+        previous: each matrix's former first basis, or None.
         seed: of the sketches in "randomized" and "warm".
         rotate: to singular vectors; False leaves the vectors of "randomized" and "warm" as the
             iteration gives them, which saves an eigendecomposition of r x r.
@@ -90,7 +90,7 @@ def bases(
         pairs = [svd(grad, rank) for grad in grads]
         return [(pair if side is Side.BOTH else (pair[int(side)],)) for pair in pairs]
     operands = [Operand(grad, scale, side) for grad, scale in zip(grads, scales, strict=True)]
-    known = [old for old in former if old is not None]
+    known = [old for old in previous if old is not None]
     if mode == "eigh":
         short = eigh(operands, rank)
     elif mode == "warm" and len(known) == len(operands):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..engine.geometry import Side
-from .base import Projector, Slot
+from .base import ProjectedParam, Projector
 
 CHUNK_ELEMENTS = 1 << 18
 ROUGH_SHARE = 0.3
@@ -33,30 +33,35 @@ def axis_norms(matrix: Tensor, axis: int) -> Tensor:
     return squares.sqrt_()
 
 
-def kept_squares(
-    slot: Slot, low: Tensor, low_squares: Tensor, projector: Projector, axis: int, beta: float
+def reconstructed_squares(
+    param: ProjectedParam,
+    projected: Tensor,
+    projected_squares: Tensor,
+    projector: Projector,
+    axis: int,
+    beta: float,
 ) -> Tensor:
     """||up(R)_j||^2 by index of the long axis: ||R_j||^2 where the basis is orthonormal.
 
     A basis in bf16 is so to half a percent, which enters with beta^2: for a small beta that is less
     than the rounding of the rest.
     """
-    (basis,) = projector.bases(slot)
+    (basis,) = projector.bases(param)
     small = abs(beta) <= ROUGH_SHARE
     if projector.orthonormal and projector.storage.exact and (small or basis.dtype in WIDE):
-        return low_squares
-    products = projector.rotation(slot, (basis,))(low)
-    squares: Tensor = (products * low).sum(axis, keepdim=True, dtype=low_squares.dtype)
+        return projected_squares
+    products = projector.rotation(param, (basis,))(projected)
+    squares: Tensor = (products * projected).sum(axis, keepdim=True, dtype=projected_squares.dtype)
     return squares.clamp_(min=0)
 
 
 def outside_norm(
-    slot: Slot,
-    low: Tensor,
+    param: ProjectedParam,
+    projected: Tensor,
     projector: Projector,
     phi: Tensor,
     squares: Tensor,
-    low_squares: Tensor,
+    projected_squares: Tensor,
     kept: Tensor,
     beta: float,
 ) -> Tensor:
@@ -66,21 +71,23 @@ def outside_norm(
     the norm directly, in chunks; elsewhere, where asking would synchronise, it is floored at what
     rounding leaves.
     """
-    by_index = squares - 2 * beta * low_squares + beta**2 * kept
+    by_index = squares - 2 * beta * projected_squares + beta**2 * kept
     total = squares.sum()
-    if slot.grad.device.type == "cpu" and bool(by_index.sum() < 1e-3 * total):
-        return _direct_norm(slot, low, projector, phi, beta)
+    if param.grad.device.type == "cpu" and bool(by_index.sum() < 1e-3 * total):
+        return _direct_norm(param, projected, projector, phi, beta)
     floor = squares * torch.finfo(squares.dtype).eps
     norm: Tensor = (phi.square() * torch.maximum(by_index, floor)).sum().sqrt()
     return norm
 
 
-def _direct_norm(slot: Slot, low: Tensor, projector: Projector, phi: Tensor, beta: float) -> Tensor:
-    left = slot.geometry.side is Side.LEFT
+def _direct_norm(
+    param: ProjectedParam, projected: Tensor, projector: Projector, phi: Tensor, beta: float
+) -> Tensor:
+    left = param.geometry.side is Side.LEFT
     total = torch.zeros((), dtype=phi.dtype, device=phi.device)
-    for rows in slot.rows.chunks(slot.grad.shape[1], CHUNK_ELEMENTS):
-        span = slice(rows.start - slot.rows.start, rows.stop - slot.rows.start)
-        outside = projector.outside(slot, low, span, beta)
+    for rows in param.rows.chunks(param.grad.shape[1], CHUNK_ELEMENTS):
+        span = slice(rows.start - param.rows.start, rows.stop - param.rows.start)
+        outside = projector.outside(param, projected, span, beta)
         factors = phi if left else phi[span]
         total += torch.linalg.vector_norm(outside.to(phi.dtype).mul_(factors)).square()
     return total.sqrt_()

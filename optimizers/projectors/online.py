@@ -32,7 +32,7 @@ from ..engine import checks
 from ..engine.geometry import Geometry, RowRange, Side
 from ..rules import Adam, Adam8bit, Lion, Momentum, UpdateRule
 from . import apply
-from .base import Bases, Slot
+from .base import Bases, ProjectedParam
 from .norms import axis_norms
 from .singular import SingularProjector
 
@@ -133,48 +133,48 @@ class OnlineProjector(SingularProjector):
         moments = self._rule(capturable=False, fused=False).state_bytes(shape, itemsize)
         return super().state_bytes(geometry, itemsize) + moments
 
-    def fit(self, slots: Sequence[Slot]) -> list[Bases | None]:
+    def fit(self, params: Sequence[ProjectedParam]) -> list[Bases | None]:
         """Singular vectors of the gradient; P's optimizer starts anew."""
-        fitted = super().fit(slots)
-        for slot, bases in zip(slots, fitted, strict=True):
+        fitted = super().fit(params)
+        for param, bases in zip(params, fitted, strict=True):
             if bases is not None:
-                (shape,) = slot.geometry.basis_shapes.values()
-                fresh = self._rule(capturable=False, fused=False).init(shape, slot.param)
+                (shape,) = param.geometry.basis_shapes.values()
+                fresh = self._rule(capturable=False, fused=False).init(shape, param.weight)
                 for key, value in fresh.items():
-                    slot.state[PREFIX + key].copy_(value)
+                    param.state[PREFIX + key].copy_(value)
         return fitted
 
-    def _moments(self, slot: Slot) -> dict[str, Any]:
+    def _moments(self, param: ProjectedParam) -> dict[str, Any]:
         """The state of P's optimizer, under its rule's own names."""
         return {
             key.removeprefix(PREFIX): value
-            for key, value in slot.state.items()
+            for key, value in param.state.items()
             if key.startswith(PREFIX + "exp_avg")
         }
 
-    def gradient(self, slot: Slot, low: Tensor) -> Tensor:
+    def gradient(self, param: ProjectedParam, projected: Tensor) -> Tensor:
         """The gradient of the loss in the basis, d x r, from one GEMM with G.
 
         Args:
-            slot: its matrix and gradient.
-            low: the gradient projected by the present basis.
+            param: its matrix and gradient.
+            projected: the gradient projected by the present basis.
         """
-        (basis_dr,) = self.bases(slot)
-        basis_dr = basis_dr.to(low.dtype)
-        norm = total_norm(slot.grad, slot.rows).to(low.dtype)
-        norm = norm.clamp_(min=torch.finfo(low.dtype).tiny)
-        hat = (low / norm).contiguous()
-        m, n = slot.geometry.shape
-        local = RowRange(0, slot.grad.shape[0], slot.rows.reduce)
-        if slot.geometry.side is Side.LEFT:
+        (basis_dr,) = self.bases(param)
+        basis_dr = basis_dr.to(projected.dtype)
+        norm = total_norm(param.grad, param.rows).to(projected.dtype)
+        norm = norm.clamp_(min=torch.finfo(projected.dtype).tiny)
+        hat = (projected / norm).contiguous()
+        m, n = param.geometry.shape
+        local = RowRange(0, param.grad.shape[0], param.rows.reduce)
+        if param.geometry.side is Side.LEFT:
             square_rr = hat @ hat.mT
-            whole = Geometry((m, n), Side.RIGHT, slot.geometry.rank)
-            product = apply.project(slot.grad, (hat.mT,), whole, local, self.dtype)
-            product_dr = slot.rows.assemble(product, (m, slot.geometry.rank))
+            whole = Geometry((m, n), Side.RIGHT, param.geometry.rank)
+            product = apply.project(param.grad, (hat.mT,), whole, local, self.dtype)
+            product_dr = param.rows.assemble(product, (m, param.geometry.rank))
         else:
-            square_rr = slot.rows.reduce(hat.mT @ hat)
-            whole = Geometry((m, n), Side.LEFT, slot.geometry.rank)
-            product_dr = apply.project(slot.grad, (hat,), whole, local, self.dtype).mT
+            square_rr = param.rows.reduce(hat.mT @ hat)
+            whole = Geometry((m, n), Side.LEFT, param.geometry.rank)
+            product_dr = apply.project(param.grad, (hat,), whole, local, self.dtype).mT
         product_dr = product_dr / norm
         gram_rr = basis_dr.mT @ basis_dr
         result = torch.addmm(product_dr, basis_dr, square_rr, beta=-2.0).addmm_(product_dr, gram_rr)
@@ -184,17 +184,17 @@ class OnlineProjector(SingularProjector):
             result.addmm_(basis_dr, gram_rr, alpha=4.0 * self.orthogonality)
         return result
 
-    def track(self, slot: Slot, low: Tensor) -> None:
+    def track(self, param: ProjectedParam, projected: Tensor) -> None:
         """One step of P's optimizer; none at the step that fitted it."""
-        captured = low.is_cuda and torch.cuda.is_current_stream_capturing()
-        refreshed = int(slot.state["refreshed_at"])
-        if not slot.fitted or (not captured and slot.taken == refreshed):
+        captured = projected.is_cuda and torch.cuda.is_current_stream_capturing()
+        refreshed = int(param.state["refreshed_at"])
+        if not param.fitted or (not captured and param.steps_done == refreshed):
             return
-        count: Tensor = slot.state["step"]
-        moved_dr = self.bases(slot)[0].clone()
-        grad_dr = self.gradient(slot, low)
+        count: Tensor = param.state["step"]
+        moved_dr = self.bases(param)[0].clone()
+        grad_dr = self.gradient(param, projected)
         rule = self._rule(capturable=count.is_cuda, fused=moved_dr.dtype == grad_dr.dtype)
         # The steps that this basis has tracked, this one included.
-        state = {**self._moments(slot), "step": count - (1 + refreshed)}
+        state = {**self._moments(param), "step": count - (1 + refreshed)}
         rule.apply([grad_dr], [state], [moved_dr])
-        self.store(slot, (moved_dr,))
+        self.store(param, (moved_dr,))

@@ -25,7 +25,7 @@ from lowrank.cuda.noise import mix
 from ..engine import checks
 from ..engine.geometry import Geometry
 from ..storage.base import DenseBasis
-from .base import Bases, Projector, Slot
+from .base import Bases, ProjectedParam, Projector
 from .operand import compute_dtype
 
 DISTRIBUTIONS = ("gaussian", "orthonormal")
@@ -48,9 +48,9 @@ def gaussian(shape: tuple[int, int], seed: int, like: Tensor) -> Tensor:
     return drawn.mul_(shape[1] ** -0.5)
 
 
-def usable(slot: Slot) -> bool:
+def usable(param: ProjectedParam) -> bool:
     """Whether the gradient is finite, so that its step will be taken; reads one number back."""
-    return bool(torch.linalg.vector_norm(slot.grad, torch.inf).isfinite())
+    return bool(torch.linalg.vector_norm(param.grad, torch.inf).isfinite())
 
 
 @dataclass(frozen=True)
@@ -89,28 +89,28 @@ class RandomProjector(Projector):
         """Bytes of these entries."""
         return 0 if self._drawn else super().state_bytes(geometry, itemsize)
 
-    def _draw(self, slot: Slot, refreshed: int) -> Bases:
-        shapes = slot.geometry.basis_shapes.values()
-        seeds = [mix(self.seed, slot.index, refreshed, side) for side in range(len(shapes))]
+    def _draw(self, param: ProjectedParam, refreshed: int) -> Bases:
+        shapes = param.geometry.basis_shapes.values()
+        seeds = [mix(self.seed, param.index, refreshed, side) for side in range(len(shapes))]
         return tuple(
-            gaussian(shape, seed, slot.param) for shape, seed in zip(shapes, seeds, strict=True)
+            gaussian(shape, seed, param.weight) for shape, seed in zip(shapes, seeds, strict=True)
         )
 
-    def fit(self, slots: Sequence[Slot]) -> list[Bases | None]:
+    def fit(self, params: Sequence[ProjectedParam]) -> list[Bases | None]:
         """Draws new bases; a matrix with a non-finite gradient keeps its own."""
         fitted: list[Bases | None] = []
-        for slot in slots:
-            if not usable(slot):
+        for param in params:
+            if not usable(param):
                 fitted.append(None)
                 continue
-            bases = self._draw(slot, slot.taken)
+            bases = self._draw(param, param.steps_done)
             if not self._drawn:
                 bases = tuple(torch.linalg.qr(basis).Q for basis in bases)
-                self.store(slot, bases)
+                self.store(param, bases)
             fitted.append(bases)
         return fitted
 
-    def _read(self, slot: Slot) -> Bases:
+    def _read(self, param: ProjectedParam) -> Bases:
         if not self._drawn:
-            return super()._read(slot)
-        return self._draw(slot, int(slot.state["refreshed_at"]))
+            return super()._read(param)
+        return self._draw(param, int(param.state["refreshed_at"]))

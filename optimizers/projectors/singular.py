@@ -15,7 +15,7 @@ from torch import Tensor
 from ..engine import checks
 from ..engine.geometry import Geometry
 from . import decompositions, subspace
-from .base import Bases, Projector, Slot
+from .base import Bases, ProjectedParam, Projector
 
 #: Tried in turn where a solver does not converge.
 FALLBACKS = {
@@ -26,9 +26,9 @@ FALLBACKS = {
 }
 
 
-def align_signs(basis_dr: Tensor, former_dr: Tensor) -> Tensor:
+def align_signs(basis_dr: Tensor, previous_dr: Tensor) -> Tensor:
     """Flips columns that point away from their former selves, so that moments keep their sense."""
-    agreement_r = (basis_dr * former_dr.to(basis_dr.dtype)).sum(0)
+    agreement_r = (basis_dr * previous_dr.to(basis_dr.dtype)).sum(0)
     return basis_dr * torch.where(agreement_r < 0, -1.0, 1.0)
 
 
@@ -58,50 +58,51 @@ class SingularProjector(Projector):
                 "'warm', the others give singular vectors only"
             )
 
-    def fit(self, slots: Sequence[Slot]) -> list[Bases | None]:
+    def fit(self, params: Sequence[ProjectedParam]) -> list[Bases | None]:
         """Refits matrices of one shape together; a zero or non-finite gradient keeps its basis."""
         batches: dict[tuple[Geometry, torch.dtype, torch.device, bool], list[int]]
         batches = defaultdict(list)
-        for index, slot in enumerate(slots):
-            key = (slot.geometry, slot.grad.dtype, slot.grad.device, slot.fitted)
+        for index, param in enumerate(params):
+            key = (param.geometry, param.grad.dtype, param.grad.device, param.fitted)
             batches[key].append(index)
-        fitted: list[Bases | None] = [None] * len(slots)
+        fitted: list[Bases | None] = [None] * len(params)
         for indices in batches.values():
             for index, bases in zip(
-                indices, self._fit_batch([slots[i] for i in indices]), strict=True
+                indices, self._fit_batch([params[i] for i in indices]), strict=True
             ):
                 fitted[index] = bases
         return fitted
 
-    def matrix(self, slot: Slot, whole_mn: Tensor) -> Tensor:
+    def matrix(self, param: ProjectedParam, whole_mn: Tensor) -> Tensor:
         """What to decompose of the gradient, assembled from all processes."""
         return whole_mn
 
-    def _fit_batch(self, slots: Sequence[Slot]) -> list[Bases | None]:
+    def _fit_batch(self, params: Sequence[ProjectedParam]) -> list[Bases | None]:
         wholes = [
-            self.matrix(slot, slot.rows.assemble(slot.grad, slot.geometry.shape)) for slot in slots
+            self.matrix(param, param.rows.assemble(param.grad, param.geometry.shape))
+            for param in params
         ]
         scales = torch.stack([torch.linalg.vector_norm(w, torch.inf).double() for w in wholes])
         usable = [i for i, scale in enumerate(scales.tolist()) if 0.0 < scale < math.inf]
-        fitted: list[Bases | None] = [None] * len(slots)
+        fitted: list[Bases | None] = [None] * len(params)
         if not usable:
             return fitted
-        chosen = [slots[i] for i in usable]
+        chosen = [params[i] for i in usable]
         results = self._decompose([wholes[i] for i in usable], scales[usable].tolist(), chosen)
-        for i, slot, bases in zip(usable, chosen, results, strict=True):
+        for i, param, bases in zip(usable, chosen, results, strict=True):
             if bases is not None:
-                aligned = self._aligned(slot, bases)
-                self.store(slot, aligned)
+                aligned = self._aligned(param, bases)
+                self.store(param, aligned)
                 fitted[i] = aligned
         return fitted
 
     def _decompose(
-        self, grads: list[Tensor], scales: list[float], slots: Sequence[Slot]
+        self, grads: list[Tensor], scales: list[float], params: Sequence[ProjectedParam]
     ) -> list[Bases | None]:
-        geometry = slots[0].geometry
-        former = [self.bases(slot)[0] if slot.fitted else None for slot in slots]
+        geometry = params[0].geometry
+        previous = [self.bases(param)[0] if param.fitted else None for param in params]
         # One seed for a batch: its sketch is shared. The step makes it another one each time.
-        seed = (self.seed * 0x9E3779B1 + slots[0].taken) % (1 << 62)
+        seed = (self.seed * 0x9E3779B1 + params[0].steps_done) % (1 << 62)
 
         def attempt(picked: slice, mode: str) -> list[tuple[Tensor, ...]]:
             return decompositions.bases(
@@ -110,7 +111,7 @@ class SingularProjector(Projector):
                 geometry.rank,
                 geometry.side,
                 mode,
-                former[picked],
+                previous[picked],
                 seed,
                 rotate=self.rotate,
             )
@@ -120,7 +121,7 @@ class SingularProjector(Projector):
         except subspace.NotConverged:
             pass
         results: list[Bases | None] = []
-        for i, slot in enumerate(slots):
+        for i, param in enumerate(params):
             results.append(None)
             for mode in (self.refresh, *FALLBACKS[self.refresh]):
                 try:
@@ -130,14 +131,15 @@ class SingularProjector(Projector):
                     continue
             if results[i] is None:
                 warnings.warn(
-                    f"no decomposition of the gradient of {slot.name or geometry.shape} converged "
-                    f"at step {slot.taken}; its former basis is kept and the refresh tried again",
+                    f"no decomposition of the gradient of {param.name or geometry.shape} converged "
+                    f"at step {param.steps_done}; its previous basis is kept and the refresh is "
+                    "tried again",
                     stacklevel=2,
                 )
         return results
 
-    def _aligned(self, slot: Slot, bases: Bases) -> Bases:
-        if self.refresh == "svd" or not slot.fitted:
+    def _aligned(self, param: ProjectedParam, bases: Bases) -> Bases:
+        if self.refresh == "svd" or not param.fitted:
             return bases
-        pairs = zip(bases, self.bases(slot), strict=True)
+        pairs = zip(bases, self.bases(param), strict=True)
         return tuple(align_signs(new, old) for new, old in pairs)

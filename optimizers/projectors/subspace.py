@@ -165,7 +165,7 @@ def randomized(
 def warm(
     operands: Sequence[Operand],
     rank: int,
-    former: Sequence[Tensor],
+    previous: Sequence[Tensor],
     seed: int,
     *,
     rotate: bool = True,
@@ -181,7 +181,7 @@ def warm(
     step = together(first, rank + extra)
     for start in range(0, len(operands), step):
         batch = operands[start : start + step]
-        starts = [old.to(first.dtype) for old in former[start : start + step]]
+        starts = [old.to(first.dtype) for old in previous[start : start + step]]
         if len(starts[0]) != first.short:
             starts = orthonormal([a.times(x) for a, x in zip(batch, starts, strict=True)])
         if extra > 0:

@@ -33,16 +33,18 @@ class RefreshEvent:
     overlap: float | None
 
 
-def captured_energy(grad: Tensor, low: Tensor) -> float:
+def captured_energy(grad: Tensor, projected: Tensor) -> float:
     """Share of the gradient's squared Frobenius norm that its projection keeps."""
-    kept, whole = (float(torch.linalg.vector_norm(t, dtype=torch.float32)) for t in (low, grad))
+    kept, whole = (
+        float(torch.linalg.vector_norm(t, dtype=torch.float32)) for t in (projected, grad)
+    )
     return min(1.0, (kept / whole) ** 2) if whole > 0 else 0.0
 
 
-def overlap(former: Sequence[Tensor], bases: Sequence[Tensor]) -> float:
+def overlap(previous: Sequence[Tensor], bases: Sequence[Tensor]) -> float:
     """Mean squared cosine between subspaces given by orthonormal bases (d x r), in [0, 1]."""
     cosines = []
-    for old_dr, new_dr in zip(former, bases, strict=True):
+    for old_dr, new_dr in zip(previous, bases, strict=True):
         between_rr = old_dr.to(torch.float32).mT @ new_dr.to(torch.float32)
         cosines.append(float(between_rr.square().sum()) / between_rr.shape[0])
     return min(cosines)

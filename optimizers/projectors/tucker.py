@@ -51,7 +51,7 @@ class TuckerGeometry(Geometry):
         pairs = zip(self.full, self.ranks, strict=False)
         return dict(zip(keys, pairs, strict=True))
 
-    def low_shape(self, local_rows: int | None = None) -> tuple[int, ...]:  # type: ignore[override]
+    def projected_shape(self, local_rows: int | None = None) -> tuple[int, ...]:  # type: ignore[override]
         """The core's shape."""
         return (*self.ranks, *self.full[len(self.ranks) :])
 
@@ -96,20 +96,26 @@ def down(grad: Tensor, bases: Bases) -> Tensor:
 
 
 def write_back(
-    weight: Tensor, delta: Tensor, bases: Bases, rows: RowRange, *, alpha: float, keep: float
+    weight: Tensor,
+    direction: Tensor,
+    bases: Bases,
+    rows: RowRange,
+    *,
+    alpha: float,
+    decay_factor: float,
 ) -> None:
     """In place on some output channels: weight <- keep weight - alpha up(delta)."""
     left, *others = (basis.to(weight.dtype) for basis in bases)
-    left, flat = left[rows.start : rows.stop], delta.to(weight.dtype).flatten(1)
+    left, flat = left[rows.start : rows.stop], direction.to(weight.dtype).flatten(1)
     if not others and weight.is_contiguous():
-        weight.view(len(weight), -1).addmm_(left, flat, beta=keep, alpha=-alpha)
+        weight.view(len(weight), -1).addmm_(left, flat, beta=decay_factor, alpha=-alpha)
         return
     for span in _spans(weight):
-        part = (left[span] @ flat).view(-1, *delta.shape[1:])
+        part = (left[span] @ flat).view(-1, *direction.shape[1:])
         for axis, basis in enumerate(others, start=1):
             part = _times(part, basis, axis)
         # One rounding of the weight, so that a bf16 one doesn't lose its decay twice.
-        weight[span] = part.mul_(-alpha).add_(weight[span], alpha=keep)
+        weight[span] = part.mul_(-alpha).add_(weight[span], alpha=decay_factor)
 
 
 def decompose(grad: Tensor, geometry: Geometry) -> Bases:
@@ -162,10 +168,10 @@ def gradients(
     with torch.enable_grad():
         leaves = [basis.to(wide).detach().clone().requires_grad_() for basis in bases]
 
-        def up(low: Tensor) -> Tensor:
+        def up(projected: Tensor) -> Tensor:
             for axis, leaf in enumerate(leaves):
-                low = _times(low, leaf, axis)
-            return low
+                projected = _times(projected, leaf, axis)
+            return projected
 
         loss = functional.mse_loss(up(down(grad, tuple(leaves))), grad)
         if moment is not None:
@@ -177,19 +183,19 @@ def gradients(
 class TuckerRotation(Rotation):
     """Moves a core: `left` along the first axis, `right` along the second."""
 
-    def __call__(self, low: Tensor) -> Tensor:
+    def __call__(self, projected: Tensor) -> Tensor:
         """The core in the new coordinates."""
         for axis, matrix in enumerate((self.left, self.right)):
             if matrix is not None:
-                low = _times(low, matrix.to(low.dtype), axis)
-        return low
+                projected = _times(projected, matrix.to(projected.dtype), axis)
+        return projected
 
     def squared(self) -> TuckerRotation:
         """See `Rotation.squared`."""
         return TuckerRotation(*(None if m is None else m.square() for m in (self.left, self.right)))
 
 
-def rotation(bases: Bases, former: Bases) -> TuckerRotation:
+def rotation(bases: Bases, previous: Bases) -> TuckerRotation:
     """From coordinates in the former factors to those in the new ones."""
-    between = [new.mT @ old.to(new.dtype) for new, old in zip(bases, former, strict=True)]
+    between = [new.mT @ old.to(new.dtype) for new, old in zip(bases, previous, strict=True)]
     return TuckerRotation(between[0], between[1] if len(between) > 1 else None)

@@ -1,6 +1,6 @@
 """Residuals: what becomes of the gradient outside the subspace."""
 
-from .base import Dropped, Residual, RowEdit, ScaledPart, Write
+from .base import Dropped, Residual, RowEdit, ScaledPart, WeightUpdate
 from .norm_scaled import NormScaled
 from .scaled_gradient import ScaledGradient
 from .sign import SignResidual
@@ -15,5 +15,5 @@ __all__ = [
     "ScaledPart",
     "SignResidual",
     "SignedBack",
-    "Write",
+    "WeightUpdate",
 ]

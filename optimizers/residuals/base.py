@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..engine.geometry import Geometry, RowRange
-from ..projectors import Projector, Slot
+from ..projectors import ProjectedParam, Projector
 from ..rules import Update
 
 
@@ -19,7 +19,7 @@ class ScaledPart:
     """A multiple of the gradient that is taken off a weight: W <- W - alpha factors o G.
 
     Attributes:
-        factors: (1 or k, 1 or n), broadcast over the slot's rows.
+        factors: (1 or k, 1 or n), broadcast over the parameter's rows.
         alpha: step size.
     """
 
@@ -27,7 +27,7 @@ class ScaledPart:
     alpha: float
 
     def of(self, rows: RowRange, held: RowRange) -> Tensor:
-        """The factors of some of the rows that a slot holds."""
+        """The factors of some of the rows held here."""
         if self.factors.shape[0] == 1:
             return self.factors
         return self.factors[rows.start - held.start : rows.stop - held.start]
@@ -38,20 +38,20 @@ RowEdit = Callable[[Tensor, RowRange], None]
 
 
 @dataclass(frozen=True)
-class Write:
+class WeightUpdate:
     """What is to be done to a weight: W <- keep W - alpha (back-projection of) delta, then `edit`.
 
     Attributes:
-        delta: a tensor of the projected gradient's shape, or None for no back-projection.
+        direction: a tensor of the projected gradient's shape, or None for no back-projection.
         alpha: its step size; a 0-d tensor where it is only known on the device.
-        keep: 1 less the weight decay.
+        decay_factor: 1 less the weight decay.
         scaled: a multiple of the gradient that is taken off after that.
         edit: called with each chunk of the weight's rows after that.
     """
 
-    delta: Tensor | None
+    direction: Tensor | None
     alpha: float | Tensor
-    keep: float | Tensor
+    decay_factor: float | Tensor
     scaled: ScaledPart | None = None
     edit: RowEdit | None = None
 
@@ -85,12 +85,14 @@ class Residual(ABC):
         return 0
 
     @abstractmethod
-    def plan(self, slot: Slot, low: Tensor, update: Update, projector: Projector) -> Write:
+    def compute_update(
+        self, param: ProjectedParam, projected: Tensor, update: Update, projector: Projector
+    ) -> WeightUpdate:
         """What to do to the weight; advances the residual's own state.
 
         Args:
-            slot: the matrix and its gradient.
-            low: the projected gradient.
+            param: the matrix and its gradient.
+            projected: the projected gradient.
             update: the rule's update.
             projector: gives norms and bases of the subspace.
         """
@@ -102,6 +104,8 @@ class Dropped(Residual):
 
     DIMENSIONS: ClassVar[tuple[int, ...]] = (2, 4)
 
-    def plan(self, slot: Slot, low: Tensor, update: Update, projector: Projector) -> Write:
+    def compute_update(
+        self, param: ProjectedParam, projected: Tensor, update: Update, projector: Projector
+    ) -> WeightUpdate:
         """The back-projected update alone."""
-        return Write(update.delta, update.alpha * self.scale, update.keep)
+        return WeightUpdate(update.direction, update.alpha * self.scale, update.decay_factor)

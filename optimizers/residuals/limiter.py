@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..engine import checks
 from ..engine.geometry import Geometry
-from ..projectors import Slot
+from ..projectors import ProjectedParam
 from ..projectors.norms import axis_norms
 from ..rules import Update
 from .base import Residual
@@ -37,11 +37,11 @@ def limit_growth(stored: Tensor, norm: Tensor, limit: float) -> Tensor:
     return factor
 
 
-def update_norms(low: Tensor, update: Update, axis: int) -> tuple[Tensor, Tensor]:
+def update_norms(projected: Tensor, update: Update, axis: int) -> tuple[Tensor, Tensor]:
     """Norms of the projected gradient and of the update's delta along an axis, which is kept."""
     if update.norms is not None:
         return update.norms
-    return axis_norms(low, axis), axis_norms(update.delta, axis)
+    return axis_norms(projected, axis), axis_norms(update.direction, axis)
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,16 @@ class LimitedResidual(Residual, ABC):
         return 0 if self.limiter is None else 4
 
     def limited(
-        self, slot: Slot, ratios: Tensor, update: Update, norm: Callable[[Tensor], Tensor]
+        self,
+        param: ProjectedParam,
+        ratios: Tensor,
+        update: Update,
+        norm: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """Factors of the gradient such that the residual's norm doesn't outgrow the limit.
 
         Args:
-            slot: the matrix, whose stored norm is advanced.
+            param: the matrix, whose stored norm is advanced.
             ratios: factors that contain `update.factor`.
             update: the rule's update.
             norm: of the residual (0-d) for factors without `update.factor`, so that what varies
@@ -85,4 +89,4 @@ class LimitedResidual(Residual, ABC):
         factor = update.factor
         nonzero = isinstance(factor, Tensor) or factor != 0.0
         phi = ratios / factor if nonzero else torch.zeros_like(ratios)
-        return ratios * limit_growth(slot.state[STATE_KEY], norm(phi), self.limiter)
+        return ratios * limit_growth(param.state[STATE_KEY], norm(phi), self.limiter)

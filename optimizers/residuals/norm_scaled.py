@@ -22,10 +22,10 @@ from torch import Tensor
 
 from ..engine import checks
 from ..engine.geometry import Geometry, Side
-from ..projectors import Projector, Slot
-from ..projectors.norms import axis_norms, kept_squares, outside_norm
+from ..projectors import ProjectedParam, Projector
+from ..projectors.norms import axis_norms, outside_norm, reconstructed_squares
 from ..rules import Update
-from .base import ScaledPart, Write
+from .base import ScaledPart, WeightUpdate
 from .limiter import LimitedResidual, update_norms
 
 
@@ -56,21 +56,32 @@ class NormScaled(LimitedResidual):
                 "factors belong to the other one"
             )
 
-    def plan(self, slot: Slot, low: Tensor, update: Update, projector: Projector) -> Write:
+    def compute_update(
+        self, param: ProjectedParam, projected: Tensor, update: Update, projector: Projector
+    ) -> WeightUpdate:
         """See the module; without host synchronisation on CUDA."""
         beta = self.scale if self.residual_scale is None else self.residual_scale
-        axis = 0 if slot.geometry.side is Side.LEFT else 1
-        low_norms, step_norms = update_norms(low, update, axis)
-        ratios = step_norms / (low_norms + 1e-8)  # phi, times update.factor
+        axis = 0 if param.geometry.side is Side.LEFT else 1
+        projected_norms, step_norms = update_norms(projected, update, axis)
+        ratios = step_norms / (projected_norms + 1e-8)  # phi, times update.factor
 
         def norm(phi: Tensor) -> Tensor:
-            squares, low_squares = axis_norms(slot.grad, axis).square(), low_norms.square()
-            kept = kept_squares(slot, low, low_squares, projector, axis, beta)
-            return outside_norm(slot, low, projector, phi, squares, low_squares, kept, beta)
+            squares, projected_squares = (
+                axis_norms(param.grad, axis).square(),
+                projected_norms.square(),
+            )
+            kept = reconstructed_squares(param, projected, projected_squares, projector, axis, beta)
+            return outside_norm(
+                param, projected, projector, phi, squares, projected_squares, kept, beta
+            )
 
-        factors = self.limited(slot, ratios, update, norm).to(low.dtype)
-        delta, alpha = update.delta, update.alpha
+        factors = self.limited(param, ratios, update, norm).to(projected.dtype)
+        direction, alpha = update.direction, update.alpha
         if isinstance(alpha, Tensor):
-            factors, delta, alpha = factors * alpha, delta * alpha, 1.0
-        delta = torch.addcmul(delta.to(low.dtype) * self.scale, low, factors, value=-beta)
-        return Write(delta, alpha, update.keep, ScaledPart(factors, float(alpha)))
+            factors, direction, alpha = factors * alpha, direction * alpha, 1.0
+        direction = torch.addcmul(
+            direction.to(projected.dtype) * self.scale, projected, factors, value=-beta
+        )
+        return WeightUpdate(
+            direction, alpha, update.decay_factor, ScaledPart(factors, float(alpha))
+        )

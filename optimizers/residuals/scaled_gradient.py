@@ -21,10 +21,10 @@ from torch import Tensor
 
 from ..engine import checks
 from ..engine.geometry import Geometry, Side
-from ..projectors import Projector, Slot
+from ..projectors import ProjectedParam, Projector
 from ..projectors.norms import axis_norms
 from ..rules import Update
-from .base import ScaledPart, Write
+from .base import ScaledPart, WeightUpdate
 from .limiter import LimitedResidual, update_norms
 
 SCALE_TYPES = ("channel", "tensor")
@@ -59,24 +59,26 @@ class ScaledGradient(LimitedResidual):
                 "channels belong to the other one"
             )
 
-    def plan(self, slot: Slot, low: Tensor, update: Update, projector: Projector) -> Write:
+    def compute_update(
+        self, param: ProjectedParam, projected: Tensor, update: Update, projector: Projector
+    ) -> WeightUpdate:
         """See the module; without host synchronisation on CUDA."""
-        axis = 0 if slot.geometry.side is Side.LEFT else 1
-        lows, steps = update_norms(low, update, axis)
+        axis = 0 if param.geometry.side is Side.LEFT else 1
+        projected, steps = update_norms(projected, update, axis)
         if self.scale_type == "tensor":
-            steps, lows = _norm(steps), _norm(lows)
-        ratios = steps / (lows + 1e-8)  # phi, times update.factor
+            steps, projected = _norm(steps), _norm(projected)
+        ratios = steps / (projected + 1e-8)  # phi, times update.factor
         if self.scale_front:
             ratios = ratios * self.scale**0.5
         ratios = self.limited(
-            slot, ratios, update, lambda phi: _norm(axis_norms(slot.grad, axis) * phi).view(())
+            param, ratios, update, lambda phi: _norm(axis_norms(param.grad, axis) * phi).view(())
         )
         if not self.scale_front:
             ratios = ratios * self.scale**0.5
         alpha = update.alpha
         if isinstance(alpha, Tensor):
             ratios, alpha = ratios * alpha, 1.0
-        return Write(None, alpha, update.keep, ScaledPart(ratios, float(alpha)))
+        return WeightUpdate(None, alpha, update.decay_factor, ScaledPart(ratios, float(alpha)))
 
 
 def _norm(norms: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ..engine import checks
 from ..engine.geometry import Geometry, RowRange, Side
-from ..projectors import Projector, Slot
+from ..projectors import ProjectedParam, Projector
 from ..projectors.norms import CHUNK_ELEMENTS
 from ..rules import Update
-from .base import Residual, RowEdit, Write
+from .base import Residual, RowEdit, WeightUpdate
 
 INACTIVE_UPDATES = ("sign", "sgd")
 
@@ -52,20 +52,26 @@ class SignResidual(Residual):
         checks.number("inactive_lr_scale", self.inactive_lr_scale, low=0.0)
         checks.choice("inactive_update", self.inactive_update, INACTIVE_UPDATES)
 
-    def plan(self, slot: Slot, low: Tensor, update: Update, projector: Projector) -> Write:
+    def compute_update(
+        self, param: ProjectedParam, projected: Tensor, update: Update, projector: Projector
+    ) -> WeightUpdate:
         """See the module; without host synchronisation on CUDA."""
         rate = update.alpha if update.rate is None else update.rate
         size = rate * self.scale * self.inactive_lr_scale
-        edit = None if complete(slot.geometry) else self._edit(slot, low, size, projector)
-        return Write(update.delta, update.alpha * self.scale, update.keep, edit=edit)
+        edit = None if complete(param.geometry) else self._edit(param, projected, size, projector)
+        return WeightUpdate(
+            update.direction, update.alpha * self.scale, update.decay_factor, edit=edit
+        )
 
-    def _edit(self, slot: Slot, low: Tensor, size: float | Tensor, projector: Projector) -> RowEdit:
+    def _edit(
+        self, param: ProjectedParam, projected: Tensor, size: float | Tensor, projector: Projector
+    ) -> RowEdit:
         def edit(weight_kn: Tensor, rows: RowRange) -> None:
-            first = slot.rows.start
+            first = param.rows.start
             for part in rows.chunks(weight_kn.shape[1], CHUNK_ELEMENTS):
                 start, stop = part.start - rows.start, part.stop - rows.start
                 span = slice(part.start - first, part.stop - first)
-                outside = projector.outside(slot, low, span)
+                outside = projector.outside(param, projected, span)
                 if self.inactive_update == "sign":
                     outside.sign_()
                 if isinstance(size, Tensor):

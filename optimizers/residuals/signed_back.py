@@ -15,17 +15,19 @@ import torch
 from torch import Tensor
 
 from ..engine.geometry import RowRange
-from ..projectors import Projector, Slot
+from ..projectors import ProjectedParam, Projector
 from ..projectors.norms import CHUNK_ELEMENTS
 from ..rules import Update
-from .base import Residual, Write
+from .base import Residual, WeightUpdate
 
 
 @dataclass(frozen=True)
 class SignedBack(Residual):
     """Nothing outside the subspace is used, and the step is its update's sign in full space."""
 
-    def plan(self, slot: Slot, low: Tensor, update: Update, projector: Projector) -> Write:
+    def compute_update(
+        self, param: ProjectedParam, projected: Tensor, update: Update, projector: Projector
+    ) -> WeightUpdate:
         """See the module."""
         sense = math.copysign(1.0, self.scale) if self.scale else 0.0
 
@@ -33,11 +35,13 @@ class SignedBack(Residual):
             for part in rows.chunks(weight_kn.shape[1], CHUNK_ELEMENTS):
                 start, stop = part.start - rows.start, part.stop - rows.start
                 signs = torch.zeros_like(weight_kn[start:stop])
-                projector.write_back(slot, signs, part, update.delta, alpha=-sense, keep=1.0)
+                projector.write_back(
+                    param, signs, part, update.direction, alpha=-sense, decay_factor=1.0
+                )
                 signs.sign_()
                 if isinstance(update.alpha, Tensor):
                     weight_kn[start:stop].sub_(signs.mul_(update.alpha))
                 else:
                     weight_kn[start:stop].add_(signs, alpha=-update.alpha)
 
-        return Write(None, update.alpha, update.keep, edit=edit)
+        return WeightUpdate(None, update.alpha, update.decay_factor, edit=edit)

@@ -4,14 +4,14 @@ from .adafactor import Adafactor
 from .adafactor8bit import Adafactor8bit
 from .adam import Adam
 from .adam8bit import Adam8bit
-from .base import MOMENT_MOVES, Update, UpdateRule
+from .base import MOMENT_TRANSPORTS, Update, UpdateRule
 from .lion import Lion
 from .momentum import Momentum
 from .muon import Muon
 from .vector_adam import VectorAdam
 
 __all__ = [
-    "MOMENT_MOVES",
+    "MOMENT_TRANSPORTS",
     "Adafactor",
     "Adafactor8bit",
     "Adam",

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..engine.rotation import Rotation
-from .base import State, Update, UpdateRule, numel, scalar, taken
+from .base import State, Update, UpdateRule, numel, scalar, steps_done
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Adafactor(UpdateRule):
     """
 
     #: LDAdam's rotation needs an unfactored second moment.
-    moves: ClassVar[tuple[str, ...]] = ("keep", "reset", "restore")
+    transports: ClassVar[tuple[str, ...]] = ("keep", "reset", "restore")
 
     lr: float | Tensor | None
     eps: tuple[float, float] = (1e-30, 1e-3)
@@ -119,23 +119,23 @@ class Adafactor(UpdateRule):
         updates = []
         for grad, state, weight in zip(grads, states, weights, strict=True):
             rate = self._rate(state["step"], weight)
-            decay = 1.0 - float(taken(state, self.restarts)) ** self.decay_rate
-            delta = self._normalise(grad.to(self._dtype(grad.dtype)), state, decay)
-            delta.div_((_rms(delta) / self.clip_threshold).clamp_(min=1.0)).mul_(rate)
+            decay = 1.0 - float(steps_done(state, self.restarts)) ** self.decay_rate
+            direction = self._normalise(grad.to(self._dtype(grad.dtype)), state, decay)
+            direction.div_((_rms(direction) / self.clip_threshold).clamp_(min=1.0)).mul_(rate)
             if self.beta1 is not None:
-                delta = self._averaged(state, delta)
-            keep = 1.0 - rate * self.weight_decay if self.weight_decay else 1.0
-            updates.append(Update(delta, 1.0, keep, rate, rate))
+                direction = self._averaged(state, direction)
+            decay_factor = 1.0 - rate * self.weight_decay if self.weight_decay else 1.0
+            updates.append(Update(direction, 1.0, decay_factor, rate, rate))
         return updates
 
-    def _averaged(self, state: State, delta: Tensor) -> Tensor:
+    def _averaged(self, state: State, direction: Tensor) -> Tensor:
         """Advances the first moment by an update; a copy of it."""
         assert self.beta1 is not None
         moment: Tensor = state["exp_avg"]
-        return moment.lerp_(delta, 1 - self.beta1).clone()
+        return moment.lerp_(direction, 1 - self.beta1).clone()
 
-    def move(self, state: State, how: str, rotation: Rotation) -> None:
-        """See `UpdateRule.move`: the first moment moves, the factors of the second stay."""
+    def transport_moments(self, state: State, how: str, rotation: Rotation) -> None:
+        """See `UpdateRule`: the first moment is transported, the factors of the second stay."""
         if how == "reset":
             for key in state.keys() & {"exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"}:
                 state[key].zero_()

@@ -55,26 +55,26 @@ class Adafactor8bit(Adafactor):
             return self.quantizer.dequantize(state[KEY], state[SCALES], True)
         return super().first_moment(state)
 
-    def _averaged(self, state: State, delta: Tensor) -> Tensor:
+    def _averaged(self, state: State, direction: Tensor) -> Tensor:
         if SCALES not in state:
-            return super()._averaged(state, delta)
+            return super()._averaged(state, direction)
         assert self.beta1 is not None
         moment = self.first_moment(state)
         assert moment is not None
-        moment.lerp_(delta.float(), 1 - self.beta1)
+        moment.lerp_(direction.float(), 1 - self.beta1)
         self._save(state, moment)
         return moment
 
     def _save(self, state: State, moment: Tensor) -> None:
         self.quantizer.quantize(moment.contiguous(), True, (state[KEY], state[SCALES]))
 
-    def move(self, state: State, how: str, rotation: Rotation) -> None:
+    def transport_moments(self, state: State, how: str, rotation: Rotation) -> None:
         """See `Adafactor.move`, on the dequantised moment."""
         if SCALES not in state:
-            super().move(state, how, rotation)
+            super().transport_moments(state, how, rotation)
             return
         moment = self.first_moment(state)
         assert moment is not None
         dense = {**state, KEY: moment}
-        super().move(dense, how, rotation)
+        super().transport_moments(dense, how, rotation)
         self._save(state, moment)

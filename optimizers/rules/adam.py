@@ -24,7 +24,7 @@ from lowrank.cuda.adam import Number, adam_step
 from lowrank.cuda.native_update import knows_adam
 
 from ..engine.rotation import Rotation
-from .base import MOMENT_MOVES, State, Update, UpdateRule, numel, scalar, taken
+from .base import MOMENT_TRANSPORTS, State, Update, UpdateRule, numel, scalar, steps_done
 
 #: Where our kernel is used. On a CPU torch's own fused one is as fast.
 KERNEL_DEVICES = ("cuda",)
@@ -42,7 +42,7 @@ def fused_step(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     *,
-    taken: int,
+    steps_done: int,
     size: float,
     beta1: float,
     beta2: float,
@@ -56,18 +56,18 @@ def fused_step(
         grads: gradients of the same precision.
         exp_avgs: first moments, advanced.
         exp_avg_sqs: second moments, advanced.
-        taken: steps before this one.
+        steps_done: steps before this one.
         size: step size, bias corrections included.
         beta1: decay rate of the first moment.
         beta2: decay rate of the second moment.
         eps: added to the uncorrected sqrt(V).
         decay: share of the weights that is taken off first.
     """
-    correction1, correction2 = bias_corrections(beta1, beta2, taken + 1)
+    correction1, correction2 = bias_corrections(beta1, beta2, steps_done + 1)
     # The kernel takes lr / correction1 * M / (sqrt(V) / correction2 + eps'): solve for lr and eps'.
     lr = size * correction1 / correction2
     device = grads[0].device
-    steps = [torch.full((), float(taken), device=device) for _ in grads]
+    steps = [torch.full((), float(steps_done), device=device) for _ in grads]
     torch_adam(
         weights,
         grads,
@@ -87,7 +87,7 @@ def fused_step(
     )
 
 
-def moved_moments(
+def transported_moments(
     m: Tensor, v: Tensor, how: str, rotation: Rotation, betas: tuple[float, float], steps: int
 ) -> tuple[Tensor, Tensor]:
     """Adam's moments after their subspace moved.
@@ -139,7 +139,7 @@ class Adam(UpdateRule):
         restarts: bias corrections count from the last refresh (moments="reset").
     """
 
-    moves: ClassVar[tuple[str, ...]] = MOMENT_MOVES
+    transports: ClassVar[tuple[str, ...]] = MOMENT_TRANSPORTS
 
     lr: Number
     betas: tuple[float, float] = (0.9, 0.999)
@@ -178,7 +178,9 @@ class Adam(UpdateRule):
             size: Number = correction2 / (1 - torch.pow(beta1, step))
         else:
             lr = scalar(self.lr)
-            correction1, correction2 = bias_corrections(beta1, beta2, taken(state, self.restarts))
+            correction1, correction2 = bias_corrections(
+                beta1, beta2, steps_done(state, self.restarts)
+            )
             size = correction2 / correction1
         eps = self.eps * correction2 if self.eps_corrected else self.eps
         return (size if self.correct_bias else 1.0), eps, lr
@@ -203,9 +205,9 @@ class Adam(UpdateRule):
                 sizes[:, column].fill_(value)
         return (0.0, 0.0), sizes, list(sizes[:, 1].unbind()), lr
 
-    def _keep_and_alpha(self, lr: Any) -> tuple[Any, Any]:
-        keep = 1.0 - lr * self.weight_decay if self.weight_decay else 1.0
-        return keep, (lr if self.decay_first else lr * keep)
+    def _decay_and_alpha(self, lr: Any) -> tuple[Any, Any]:
+        decay_factor = 1.0 - lr * self.weight_decay if self.weight_decay else 1.0
+        return decay_factor, (lr if self.decay_first else lr * decay_factor)
 
     def _can_fuse(self, tensors: Sequence[Tensor]) -> bool:
         return (
@@ -273,7 +275,7 @@ class Adam(UpdateRule):
     ) -> list[Update]:
         """One launch for many tensors."""
         numbers, sizes, factors, lr = self._kernel_sizes(states)
-        deltas = [torch.empty_like(grad) for grad in grads]
+        directions = [torch.empty_like(grad) for grad in grads]
         norms: list[list[Tensor]] = [[], []]
         if axis >= 0:
             shapes = [(1, t.shape[1]) if axis == 0 else (t.shape[0], 1) for t in grads]
@@ -283,14 +285,14 @@ class Adam(UpdateRule):
                 for _ in range(2)
             ]
         torch.ops.lowrank.adam(
-            *(grads, exp_avgs, exp_avg_sqs, deltas, *norms, axis),
+            *(grads, exp_avgs, exp_avg_sqs, directions, *norms, axis),
             *(*self.betas, *numbers, sizes),
         )
-        keep, alpha = self._keep_and_alpha(lr)
-        pairs = zip(*norms, strict=True) if axis >= 0 else [None] * len(deltas)
+        decay_factor, alpha = self._decay_and_alpha(lr)
+        pairs = zip(*norms, strict=True) if axis >= 0 else [None] * len(directions)
         return [
-            Update(delta, alpha, keep, factor, norms=pair)
-            for delta, factor, pair in zip(deltas, factors, pairs, strict=True)
+            Update(direction, alpha, decay_factor, factor, norms=pair)
+            for direction, factor, pair in zip(directions, factors, pairs, strict=True)
         ]
 
     def _advance(
@@ -305,13 +307,13 @@ class Adam(UpdateRule):
             assert isinstance(size, float)
             assert isinstance(eps, float)
             # From zero "weights" the kernel leaves minus the delta, in one pass over the moments.
-            deltas = [torch.zeros_like(grad) for grad in grads]
+            directions = [torch.zeros_like(grad) for grad in grads]
             fused_step(
-                deltas,
+                directions,
                 grads,
                 exp_avgs,
                 exp_avg_sqs,
-                taken=taken(state, self.restarts) - 1,
+                steps_done=steps_done(state, self.restarts) - 1,
                 size=-size,
                 beta1=self.betas[0],
                 beta2=self.betas[1],
@@ -322,14 +324,14 @@ class Adam(UpdateRule):
             if self.compiled:
                 step = _compiled_step()
                 size, eps = (torch.as_tensor(x, device=grads[0].device) for x in (size, eps))
-            deltas = step(grads, exp_avgs, exp_avg_sqs, *self.betas, eps, size)
-        keep, alpha = self._keep_and_alpha(lr)
-        return [Update(delta, alpha, keep, size) for delta in deltas]
+            directions = step(grads, exp_avgs, exp_avg_sqs, *self.betas, eps, size)
+        decay_factor, alpha = self._decay_and_alpha(lr)
+        return [Update(direction, alpha, decay_factor, size) for direction in directions]
 
-    def move(self, state: State, how: str, rotation: Rotation) -> None:
-        """See `UpdateRule.move`: M -> C M, and V -> (C sqrt(V))^2 or LDAdam's estimate."""
+    def transport_moments(self, state: State, how: str, rotation: Rotation) -> None:
+        """See `UpdateRule`: M -> C M, and V -> (C sqrt(V))^2 or LDAdam's estimate."""
         m, v = self._moments(state)
-        moved_m, moved_v = moved_moments(m, v, how, rotation, self.betas, int(state["step"]))
+        moved_m, moved_v = transported_moments(m, v, how, rotation, self.betas, int(state["step"]))
         m.copy_(moved_m)
         v.copy_(moved_v)
 
@@ -344,16 +346,16 @@ class Adam(UpdateRule):
         size, eps, lr = self._sizes(states[0])
         assert isinstance(size, float)
         assert isinstance(eps, float)
-        keep, alpha = self._keep_and_alpha(lr)
+        decay_factor, alpha = self._decay_and_alpha(lr)
         fused_step(
             list(weights),
             list(grads),
             exp_avgs,
             exp_avg_sqs,
-            taken=taken(states[0], self.restarts) - 1,
+            steps_done=steps_done(states[0], self.restarts) - 1,
             size=alpha * size,
             beta1=self.betas[0],
             beta2=self.betas[1],
             eps=eps,
-            decay=1.0 - keep,
+            decay=1.0 - decay_factor,
         )

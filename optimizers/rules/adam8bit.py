@@ -19,7 +19,7 @@ from lowrank.cuda import blockwise
 from lowrank.cuda.native_update import knows_adam
 
 from ..engine.rotation import Rotation
-from .adam import Adam, moved_moments
+from .adam import Adam, transported_moments
 from .base import State, Update, numel
 from .quantizers import NATIVE, Native, Quantizer
 
@@ -98,14 +98,14 @@ class Adam8bit(Adam):
 
     def _fused(self, grads: list[Tensor], states: list[State]) -> list[Update]:
         numbers, sizes, factors, lr = self._kernel_sizes(states)
-        deltas = [torch.empty_like(grad) for grad in grads]
+        directions = [torch.empty_like(grad) for grad in grads]
         keys = ("exp_avg", "exp_avg_absmax", "exp_avg_sq", "exp_avg_sq_absmax")
         stored = [[state[key] for state in states] for key in keys]
-        torch.ops.lowrank.adam_8bit(grads, *stored, deltas, *self.betas, *numbers, sizes)
-        keep, alpha = self._keep_and_alpha(lr)
+        torch.ops.lowrank.adam_8bit(grads, *stored, directions, *self.betas, *numbers, sizes)
+        decay_factor, alpha = self._decay_and_alpha(lr)
         return [
-            Update(delta, alpha, keep, factor)
-            for delta, factor in zip(deltas, factors, strict=True)
+            Update(direction, alpha, decay_factor, factor)
+            for direction, factor in zip(directions, factors, strict=True)
         ]
 
     def apply(
@@ -118,22 +118,22 @@ class Adam8bit(Adam):
                 pieces = list(_pieces(grad, state, weight))
             for grad_part, state_part, weight_part in pieces:
                 (update,) = self.update([grad_part], [state_part], [weight_part])
-                if isinstance(update.keep, Tensor) or update.keep != 1.0:
-                    weight_part.mul_(update.keep)
-                delta, alpha = update.delta, update.alpha
+                if isinstance(update.decay_factor, Tensor) or update.decay_factor != 1.0:
+                    weight_part.mul_(update.decay_factor)
+                direction, alpha = update.direction, update.alpha
                 if isinstance(alpha, Tensor):
-                    delta, alpha = delta.mul_(alpha), 1.0
-                weight_part.add_(delta, alpha=-alpha)
+                    direction, alpha = direction.mul_(alpha), 1.0
+                weight_part.add_(direction, alpha=-alpha)
 
     def first_moment(self, state: State) -> Tensor:
         """The first moment, dequantised to fp32."""
         return self._load(state, "exp_avg")
 
-    def move(self, state: State, how: str, rotation: Rotation) -> None:
+    def transport_moments(self, state: State, how: str, rotation: Rotation) -> None:
         """See `Adam.move`, on dequantised moments."""
         moments = {key: self._load(state, key) for key in SIGNED}
         m, v = moments.values()
-        moved = moved_moments(m, v, how, rotation, self.betas, int(state["step"]))
+        moved = transported_moments(m, v, how, rotation, self.betas, int(state["step"]))
         for moment, new in zip((m, v), moved, strict=True):
             moment.copy_(new)
         self._save(state, moments)

@@ -23,7 +23,7 @@ State = dict[str, Any]
 #: What may become of moments when their subspace moves: kept as they are (GaLore), set to zero
 #: with their bias correction starting anew (FRUGAL), carried over by the overlap of the bases
 #: (COAP's `restore_state`), or rotated with the second moment as a statistic (LDAdam).
-MOMENT_MOVES = ("keep", "reset", "restore", "rotate")
+MOMENT_TRANSPORTS = ("keep", "reset", "restore", "rotate")
 
 
 @dataclass(frozen=True)
@@ -31,20 +31,20 @@ class Update:
     """What a rule wants done: weight <- keep * weight - alpha * (back-projection of) delta.
 
     Attributes:
-        delta: a tensor of the (projected) gradient's shape.
-        alpha: step size that is not in `delta` yet; a 0-d tensor where it is only known on the
+        direction: a tensor of the (projected) gradient's shape.
+        alpha: step size that is not in `direction` yet; a 0-d tensor where it is only known on the
             device.
-        keep: 1 less this step's decoupled weight decay; a 0-d tensor as above.
-        factor: what `delta` was multiplied with since it was M / (sqrt(V) + eps) or its like (bias
-            corrections, Adafactor's learning rate): residuals compare steps without it.
+        decay_factor: 1 less this step's decoupled weight decay; a 0-d tensor as above.
+        factor: what `direction` was multiplied with since it was M / (sqrt(V) + eps) or its like
+            (bias corrections, Adafactor's learning rate): residuals compare steps without it.
         rate: the learning rate, for what is updated without moments; `alpha` when None.
-        norms: fp32 norms of the gradient and of `delta` along the axis that was asked for, kept as
-            one of length 1, where the rule had them for nothing.
+        norms: fp32 norms of the gradient and of `direction` along the axis that was asked for, kept
+            as one of length 1, where the rule had them for nothing.
     """
 
-    delta: Tensor
+    direction: Tensor
     alpha: float | Tensor
-    keep: float | Tensor
+    decay_factor: float | Tensor
     factor: float | Tensor = 1.0
     rate: float | Tensor | None = None
     norms: tuple[Tensor, Tensor] | None = None
@@ -55,8 +55,8 @@ class UpdateRule(ABC):
 
     #: Whether only matrices can be updated.
     matrices_only: ClassVar[bool] = False
-    #: Which of `MOMENT_MOVES` its moments can follow.
-    moves: ClassVar[tuple[str, ...]] = ("keep",)
+    #: Which of `MOMENT_TRANSPORTS` its moments can follow.
+    transports: ClassVar[tuple[str, ...]] = ("keep",)
 
     @abstractmethod
     def init(self, shape: Sequence[int], like: Tensor) -> State:
@@ -93,35 +93,35 @@ class UpdateRule(ABC):
     ) -> None:
         """Updates plain weights in place."""
         for weight, update in zip(weights, self.update(grads, states, weights), strict=True):
-            if isinstance(update.keep, Tensor) or update.keep != 1.0:
-                weight.mul_(update.keep)
-            delta, alpha = update.delta.to(weight.dtype), update.alpha
+            if isinstance(update.decay_factor, Tensor) or update.decay_factor != 1.0:
+                weight.mul_(update.decay_factor)
+            direction, alpha = update.direction.to(weight.dtype), update.alpha
             if isinstance(alpha, Tensor):
-                weight.sub_(delta.mul_(alpha))
+                weight.sub_(direction.mul_(alpha))
             else:
-                weight.add_(delta, alpha=-alpha)
+                weight.add_(direction, alpha=-alpha)
 
     def first_moment(self, state: State) -> Tensor | None:
         """The first moment as it stands, in full precision; None if the rule keeps none."""
         moment: Tensor | None = state.get("exp_avg")
         return moment
 
-    def move(self, state: State, how: str, rotation: Rotation) -> None:
+    def transport_moments(self, state: State, how: str, rotation: Rotation) -> None:
         """In place: adapts the moments to a subspace that moved.
 
         Args:
             state: of a parameter that has taken `state["step"]` steps.
-            how: one of `moves` but "keep".
+            how: one of `transports` but "keep".
             rotation: from old coordinates to new ones.
 
         Raises:
-            NotImplementedError: a rule names this move in `moves` and doesn't define it; what
-                `moves` lacks was refused when the optimizer was made.
+            NotImplementedError: a rule names this move in `transports` and doesn't define it; what
+                `transports` lacks was refused when the optimizer was made.
         """
         raise NotImplementedError(f"{type(self).__name__} keeps its moments, not {how!r}")
 
 
-def taken(state: State, restarts: bool) -> int:
+def steps_done(state: State, restarts: bool) -> int:
     """Steps that the moments have seen: all, or with `restarts` those since the last refresh."""
     steps = int(state["step"])
     return steps - max(int(state.get("refreshed_at", 0)), 0) if restarts else steps

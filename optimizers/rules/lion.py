@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..engine.rotation import Rotation
-from .base import MOMENT_MOVES, State, Update, UpdateRule, numel, scalar
+from .base import MOMENT_TRANSPORTS, State, Update, UpdateRule, numel, scalar
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Lion(UpdateRule):
         capturable: `lr` is never read back (CUDA graphs).
     """
 
-    moves: ClassVar[tuple[str, ...]] = MOMENT_MOVES
+    transports: ClassVar[tuple[str, ...]] = MOMENT_TRANSPORTS
 
     lr: float | Tensor
     betas: tuple[float, float] = (0.9, 0.99)
@@ -55,19 +55,19 @@ class Lion(UpdateRule):
     ) -> list[Update]:
         """See `UpdateRule.update`."""
         lr: Any = self.lr if self.capturable else scalar(self.lr)
-        keep = 1.0 - lr * self.weight_decay if self.weight_decay else 1.0
-        alpha = lr if self.decay_first else lr * keep
+        decay_factor = 1.0 - lr * self.weight_decay if self.weight_decay else 1.0
+        alpha = lr if self.decay_first else lr * decay_factor
         updates = []
         for grad, state in zip(grads, states, strict=True):
             moment: Tensor = state["exp_avg"]
-            delta = moment.lerp(grad, 1 - self.betas[0])
+            direction = moment.lerp(grad, 1 - self.betas[0])
             if self.signed:
-                delta.sign_()
+                direction.sign_()
             moment.lerp_(grad, 1 - self.betas[1])
-            updates.append(Update(delta, alpha, keep))
+            updates.append(Update(direction, alpha, decay_factor))
         return updates
 
-    def move(self, state: State, how: str, rotation: Rotation) -> None:
-        """See `UpdateRule.move`; with one moment "restore" and "rotate" are the same."""
+    def transport_moments(self, state: State, how: str, rotation: Rotation) -> None:
+        """See `UpdateRule`; with one moment "restore" and "rotate" are the same."""
         moment: Tensor = state["exp_avg"]
         moment.copy_(torch.zeros_like(moment) if how == "reset" else rotation(moment))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..engine.rotation import Rotation
-from .base import MOMENT_MOVES, State, Update, UpdateRule, numel, scalar
+from .base import MOMENT_TRANSPORTS, State, Update, UpdateRule, numel, scalar
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Momentum(UpdateRule):
         capturable: `lr` is never read back (CUDA graphs).
     """
 
-    moves: ClassVar[tuple[str, ...]] = MOMENT_MOVES
+    transports: ClassVar[tuple[str, ...]] = MOMENT_TRANSPORTS
 
     lr: float | Tensor
     momentum: float = 0.9
@@ -55,18 +55,18 @@ class Momentum(UpdateRule):
     ) -> list[Update]:
         """See `UpdateRule.update`."""
         lr: Any = self.lr if self.capturable else scalar(self.lr)
-        keep = 1.0 - lr * self.weight_decay if self.weight_decay else 1.0
+        decay_factor = 1.0 - lr * self.weight_decay if self.weight_decay else 1.0
         updates = []
         for grad, state in zip(grads, states, strict=True):
-            delta = grad.clone()  # the caller may scale it in place
+            direction = grad.clone()  # the caller may scale it in place
             if self.momentum:
                 moment: Tensor = state["momentum_buffer"]
                 moment.mul_(self.momentum).add_(grad)
                 if self.nesterov:
-                    delta.add_(moment, alpha=self.momentum)
+                    direction.add_(moment, alpha=self.momentum)
                 else:
-                    delta.copy_(moment)
-            updates.append(Update(delta, lr, keep))
+                    direction.copy_(moment)
+            updates.append(Update(direction, lr, decay_factor))
         return updates
 
     def first_moment(self, state: State) -> Tensor | None:
@@ -74,8 +74,8 @@ class Momentum(UpdateRule):
         moment: Tensor | None = state.get("momentum_buffer")
         return moment
 
-    def move(self, state: State, how: str, rotation: Rotation) -> None:
-        """See `UpdateRule.move`; with one moment "restore" and "rotate" are the same."""
+    def transport_moments(self, state: State, how: str, rotation: Rotation) -> None:
+        """See `UpdateRule`; with one moment "restore" and "rotate" are the same."""
         if self.momentum:
             moment: Tensor = state["momentum_buffer"]
             moment.copy_(torch.zeros_like(moment) if how == "reset" else rotation(moment))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..engine.rotation import Rotation
-from .base import MOMENT_MOVES, State, Update, UpdateRule, numel, scalar
+from .base import MOMENT_TRANSPORTS, State, Update, UpdateRule, numel, scalar
 
 ADJUSTMENTS = ("original", "match_rms_adamw")
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -59,7 +59,7 @@ class Muon(UpdateRule):
     """
 
     matrices_only: ClassVar[bool] = True
-    moves: ClassVar[tuple[str, ...]] = MOMENT_MOVES
+    transports: ClassVar[tuple[str, ...]] = MOMENT_TRANSPORTS
 
     lr: float | Tensor
     momentum: float = 0.95
@@ -91,9 +91,11 @@ class Muon(UpdateRule):
             moment: Tensor = state["momentum_buffer"]
             moment.lerp_(grad, 1 - self.momentum)
             ahead = grad.lerp(moment, self.momentum) if self.nesterov else moment
-            delta = orthogonalize(ahead, self.ns_steps)
+            direction = orthogonalize(ahead, self.ns_steps)
             updates.append(
-                Update(delta, lr * self._size(*grad.shape), 1.0 - lr * self.weight_decay, rate=lr)
+                Update(
+                    direction, lr * self._size(*grad.shape), 1.0 - lr * self.weight_decay, rate=lr
+                )
             )
         return updates
 
@@ -102,7 +104,7 @@ class Muon(UpdateRule):
         moment: Tensor = state["momentum_buffer"]
         return moment
 
-    def move(self, state: State, how: str, rotation: Rotation) -> None:
-        """See `UpdateRule.move`; with one moment "restore" and "rotate" are the same."""
+    def transport_moments(self, state: State, how: str, rotation: Rotation) -> None:
+        """See `UpdateRule`; with one moment "restore" and "rotate" are the same."""
         moment: Tensor = state["momentum_buffer"]
         moment.copy_(torch.zeros_like(moment) if how == "reset" else rotation(moment))

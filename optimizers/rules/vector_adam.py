@@ -43,9 +43,9 @@ class VectorAdam(Adam):
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
     ) -> list[Update]:
         """See `UpdateRule.update`."""
-        keep, alpha = self._keep_and_alpha(scalar(self.lr))
+        decay_factor, alpha = self._decay_and_alpha(scalar(self.lr))
         return [
-            Update(self._delta(grad, state), alpha, keep)
+            Update(self._delta(grad, state), alpha, decay_factor)
             for grad, state in zip(grads, states, strict=True)
         ]
 
@@ -54,7 +54,9 @@ class VectorAdam(Adam):
     ) -> None:
         """Updates plain weights in place."""
         for weight, update in zip(weights, self.update(grads, states, weights), strict=True):
-            weight.mul_(update.keep).sub_(update.delta.to(weight.dtype), alpha=scalar(update.alpha))
+            weight.mul_(update.decay_factor).sub_(
+                update.direction.to(weight.dtype), alpha=scalar(update.alpha)
+            )
 
     def _delta(self, grad: Tensor, state: State) -> Tensor:
         beta1, beta2 = self.betas
@@ -68,5 +70,5 @@ class VectorAdam(Adam):
         state["exp_avg"].copy_(m)
         state["exp_avg_sq"].copy_(v)
         denominator = v.sqrt_().div_((1 - beta2**steps).sqrt_()).add_(self.eps)
-        delta: Tensor = m.div_(denominator).div_(1 - beta1**steps)
-        return delta
+        direction: Tensor = m.div_(denominator).div_(1 - beta1**steps)
+        return direction

@@ -40,26 +40,26 @@ class Schedule(ABC):
         return 0
 
     @abstractmethod
-    def due(self, state: Mapping[str, Any], taken: int, index: int, count: int) -> bool:
+    def due(self, state: Mapping[str, Any], steps_done: int, index: int, count: int) -> bool:
         """Whether matrix `index` of `count` refits its basis after `taken` steps."""
 
     def refreshed(
-        self, state: MutableMapping[str, Any], taken: int, bases: Sequence[Tensor]
+        self, state: MutableMapping[str, Any], steps_done: int, bases: Sequence[Tensor]
     ) -> None:
         """Records a refresh that succeeded and gave these bases."""
-        state["refreshed_at"] = taken
+        state["refreshed_at"] = steps_done
 
 
-def passed(gap: int, last: int, taken: int, phase: int = 0) -> bool:
+def passed(gap: int, last: int, steps_done: int, phase: int = 0) -> bool:
     """Whether a multiple of `gap` (less `phase`) lies in (last, taken]; True before the first."""
-    return last == NEVER or (taken + phase) // gap > (last + phase) // gap
+    return last == NEVER or (steps_done + phase) // gap > (last + phase) // gap
 
 
 @dataclass(frozen=True)
 class Once(Schedule):
     """A first fit and no refresh, for a projector that learns online; a failed fit is retried."""
 
-    def due(self, state: Mapping[str, Any], taken: int, index: int, count: int) -> bool:
+    def due(self, state: Mapping[str, Any], steps_done: int, index: int, count: int) -> bool:
         """Until there is a basis."""
         return int(state["refreshed_at"]) == NEVER
 
@@ -72,7 +72,7 @@ class EveryK(Schedule):
     again at each following step until it succeeds.
     """
 
-    def due(self, state: Mapping[str, Any], taken: int, index: int, count: int) -> bool:
+    def due(self, state: Mapping[str, Any], steps_done: int, index: int, count: int) -> bool:
         """At every multiple of the gap, shifted for each matrix when staggered."""
         phase = (index * self.gap // count) if self.stagger else 0
-        return passed(self.gap, int(state["refreshed_at"]), taken, phase)
+        return passed(self.gap, int(state["refreshed_at"]), steps_done, phase)

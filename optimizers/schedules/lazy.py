@@ -63,26 +63,26 @@ class LazyLayerwise(Schedule):
         """Queue and vector."""
         return 4 * (self.queue_size + _length(geometry))
 
-    def due(self, state: Mapping[str, Any], taken: int, index: int, count: int) -> bool:
+    def due(self, state: Mapping[str, Any], steps_done: int, index: int, count: int) -> bool:
         """At every multiple of the matrix's own gap, shifted for each matrix when staggered."""
         phase = (index * self.gap // count) if self.stagger else 0
-        return passed(int(state["gap"]), int(state["refreshed_at"]), taken, phase)
+        return passed(int(state["gap"]), int(state["refreshed_at"]), steps_done, phase)
 
     def refreshed(
-        self, state: MutableMapping[str, Any], taken: int, bases: Sequence[Tensor]
+        self, state: MutableMapping[str, Any], steps_done: int, bases: Sequence[Tensor]
     ) -> None:
         """Compares the leading vectors, and lengthens the gap if they have stayed alike."""
         leading = bases[0][:, 0].to(torch.float32)
         if state["refreshed_at"] != NEVER:
-            former, queue = state["leading"], state["similarities"]
-            cosine = torch.nn.functional.cosine_similarity(former, leading, dim=0)
+            previous, queue = state["leading"], state["similarities"]
+            cosine = torch.nn.functional.cosine_similarity(previous, leading, dim=0)
             queue.copy_(torch.cat((queue[1:], cosine.view(1))))
             state["similarity_count"] = min(state["similarity_count"] + 1, self.queue_size)
             full = state["similarity_count"] == self.queue_size
             if full and float(queue.mean()) >= self.cos_threshold:
                 state["gap"] = int(state["gap"] * self.gamma_proj)
         state["leading"].copy_(leading)
-        super().refreshed(state, taken, bases)
+        super().refreshed(state, steps_done, bases)
 
 
 def _length(geometry: Geometry) -> int:

@@ -45,29 +45,36 @@ class FusedChunk:
         return self.rows, self.weight.shape[1]
 
     def write(
-        self, delta: Tensor | None, factors: Tensor | None, *, keep: float, alpha: float
+        self, direction: Tensor | None, factors: Tensor | None, *, decay_factor: float, alpha: float
     ) -> None:
         """W <- keep W - alpha delta - factors o G, rounded.
 
         Args:
-            delta: of the chunk's shape, or None.
+            direction: of the chunk's shape, or None.
             factors: fp32 (1 or rows, 1 or n); given exactly where there is a `grad`.
-            keep: 1 less the weight decay.
+            decay_factor: 1 less the weight decay.
             alpha: step size.
         """
         span = slice(self.start, self.start + self.rows)
         grad = None if self.grad is None else self.grad[span]
         if not isinstance(self.weight, Int8Weight):
             torch.ops.lowrank.write_back(
-                self.weight[span], delta, grad, factors, keep, alpha, self.seed, self.first
+                self.weight[span],
+                direction,
+                grad,
+                factors,
+                decay_factor,
+                alpha,
+                self.seed,
+                self.first,
             )
             return
         columns = self.weight.shape[1]
         part = self.weight.entries(span.start * columns, span.stop * columns)
         codes = part.codes.view(self.shape)
         torch.ops.lowrank.write_back_int8(
-            *(codes, part.scales, part.zeros, delta, grad, factors),
-            *(part.group_size, keep, alpha, self.seed, self.first),
+            *(codes, part.scales, part.zeros, direction, grad, factors),
+            *(part.group_size, decay_factor, alpha, self.seed, self.first),
         )
 
 

@@ -51,19 +51,21 @@ def apply_rule(
 
 
 def _write(weight: Tensor, update: Update, seed: int, stochastic: bool) -> None:
-    plain = isinstance(update.keep, float | int) and isinstance(update.alpha, float | int)
+    plain = isinstance(update.decay_factor, float | int) and isinstance(update.alpha, float | int)
     chunks = None
     if plain and weight.dim() == 2:
         chunks = fused_rows(weight, None, seed, stochastic=stochastic)
     if chunks is not None:
         for part in chunks:
-            delta = update.delta[part.start : part.start + part.rows]
-            part.write(delta, None, keep=float(update.keep), alpha=float(update.alpha))
+            direction = update.direction[part.start : part.start + part.rows]
+            part.write(
+                direction, None, decay_factor=float(update.decay_factor), alpha=float(update.alpha)
+            )
         return
     whole = RowRange.whole(weight.shape[0] if weight.dim() else 1)
     for chunk, rows in editable_rows(weight, whole, seed, stochastic=stochastic):
-        delta = update.delta[rows.start : rows.stop] if weight.dim() else update.delta
-        chunk.mul_(update.keep).sub_(delta.to(chunk.dtype) * update.alpha)
+        direction = update.direction[rows.start : rows.stop] if weight.dim() else update.direction
+        chunk.mul_(update.decay_factor).sub_(direction.to(chunk.dtype) * update.alpha)
 
 
 def _by_rows(weight: Tensor, stochastic: bool) -> bool:

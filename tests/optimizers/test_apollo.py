@@ -114,8 +114,8 @@ def test_equals_the_written_out_rule(
     projector = composition.projection.projector
     draw = type(projector)._draw
 
-    def recorded(self: Any, slot: Any, refreshed: int) -> Any:
-        drawn.append((slot.taken, draw(self, slot, refreshed)[0]))
+    def recorded(self: Any, param: Any, refreshed: int) -> Any:
+        drawn.append((param.steps_done, draw(self, param, refreshed)[0]))
         return drawn[-1][1:]
 
     with pytest.MonkeyPatch.context() as patch:

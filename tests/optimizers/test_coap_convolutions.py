@@ -176,7 +176,7 @@ def test_chunks_are_the_whole(dtype: torch.dtype, layout: torch.memory_format) -
     torch.testing.assert_close(low.double(), core, **loose)
     back = torch.einsum("mncd,am,bn->abcd", low.double(), *(b.double() for b in bases))
     written = weight.clone(memory_format=torch.preserve_format).to(memory_format=layout)
-    tucker.write_back(written, low, bases, RowRange.whole(300), alpha=0.5, keep=0.9)
+    tucker.write_back(written, low, bases, RowRange.whole(300), alpha=0.5, decay_factor=0.9)
     torch.testing.assert_close(written.double(), 0.9 * weight.double() - 0.5 * back, **loose)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from lowrank import optimizers
 from lowrank.optimizers import LowRankOptimizer, state_bytes
 from lowrank.optimizers.engine.strategies import PROJECTORS, RESIDUALS, SCHEDULES, STORAGES
-from lowrank.optimizers.rules import MOMENT_MOVES
+from lowrank.optimizers.rules import MOMENT_TRANSPORTS
 
 RULES: tuple[tuple[type[LowRankOptimizer], dict[str, Any]], ...] = (
     (optimizers.GaLoreAdamW, {}),
@@ -31,12 +31,12 @@ Combination = tuple[Any, ...]
 
 
 def everything() -> list[Combination]:
-    return list(product(RULES, PROJECTORS, RESIDUALS, STORAGES, SCHEDULES, MOMENT_MOVES))
+    return list(product(RULES, PROJECTORS, RESIDUALS, STORAGES, SCHEDULES, MOMENT_TRANSPORTS))
 
 
 def covering_pairs() -> Iterator[Combination]:
     """Combinations such that any two strategies of two seams occur together."""
-    seams = (RULES, PROJECTORS, RESIDUALS, STORAGES, SCHEDULES, MOMENT_MOVES)
+    seams = (RULES, PROJECTORS, RESIDUALS, STORAGES, SCHEDULES, MOMENT_TRANSPORTS)
     missing = {
         (i, a, j, b)
         for i, first in enumerate(seams)

@@ -250,7 +250,7 @@ def test_switch_exchanges_vectors_and_keeps_the_old_ones() -> None:
     linear = nn.Linear(7, 6, dtype=torch.float64)
     layer = SwitchedLinear(linear, 3, rank=4)
     torch.testing.assert_close(layer.effective_weight(), linear.weight.detach())
-    old, slots = layer.rows_a.detach().clone(), layer.selected[0].clone()
+    old, params = layer.rows_a.detach().clone(), layer.selected[0].clone()
     with torch.no_grad():
         layer.rows_a.add_(1.0)  # as if trained
     before, candidates = layer.effective_weight(), layer.candidates_a.clone()
@@ -259,7 +259,7 @@ def test_switch_exchanges_vectors_and_keeps_the_old_ones() -> None:
     torch.testing.assert_close(layer.effective_weight(), before, rtol=1e-12, atol=1e-12)
     fresh = layer.selected[0][places]
     assert torch.equal(layer.rows_a[places], candidates[fresh])
-    assert torch.equal(layer.candidates_a[slots[places]], old[places] + 1.0)
+    assert torch.equal(layer.candidates_a[params[places]], old[places] + 1.0)
     assert sorted(set(layer.selected[0].tolist())) == sorted(layer.selected[0].tolist())
 
 

@@ -22,7 +22,7 @@ from lowrank.optimizers import (
     build,
 )
 from lowrank.optimizers.engine.geometry import Geometry, RowRange
-from lowrank.optimizers.projectors import CoordinateProjector, Slot
+from lowrank.optimizers.projectors import CoordinateProjector, ProjectedParam
 from lowrank.optimizers.projectors.coordinate import INDEX
 
 SHAPES = ((14, 9), (9, 14), (11, 11))
@@ -184,9 +184,9 @@ def test_coordinates_by_rows_equal_the_whole(side: str) -> None:
     grad, weight = matrix(11, 7, 1), matrix(11, 7, 2)
     projector = CoordinateProjector()
     state = projector.init(geometry, weight) | {"refreshed_at": -1}
-    slot = Slot(nn.Parameter(weight), grad, state, geometry, RowRange.whole(11), 0, 0)
-    projector.fit([slot])
-    low = projector.project(slot)
+    param = ProjectedParam(nn.Parameter(weight), grad, state, geometry, RowRange.whole(11), 0, 0)
+    projector.fit([param])
+    low = projector.project(param)
     left, right = (
         one_hot(state, "basis", 11 if side != "right" else 7),
         one_hot(state, "basis_right", 7),
@@ -194,22 +194,22 @@ def test_coordinates_by_rows_equal_the_whole(side: str) -> None:
     pair = (None, left) if side == "right" else (left, right)
     torch.testing.assert_close(low, references.down(grad, *pair))
     torch.testing.assert_close(
-        projector.bases(slot)[0], left if left is not None else right, check_dtype=False
+        projector.bases(param)[0], left if left is not None else right, check_dtype=False
     )
     back = references.up(low, *pair)
     result, outside = weight.clone(), []
     for start, stop in ((0, 1), (1, 4), (4, 11)):
         projector.write_back(
-            slot, result[start:stop], RowRange(start, stop), low, alpha=0.5, keep=0.9
+            param, result[start:stop], RowRange(start, stop), low, alpha=0.5, decay_factor=0.9
         )
-        outside.append(projector.outside(slot, low, slice(start, stop)))
+        outside.append(projector.outside(param, low, slice(start, stop)))
     torch.testing.assert_close(result, 0.9 * weight - 0.5 * back)
     assert torch.equal(torch.cat(outside), grad - back)
     if side == "left":  # each process's rows add up to the projection
         parts = []
         for start, stop in ((0, 4), (4, 11)):
             rows = RowRange(start, stop)
-            local = Slot(slot.param, grad[start:stop], state, geometry, rows, 0, 0)
+            local = ProjectedParam(param.weight, grad[start:stop], state, geometry, rows, 0, 0)
             parts.append(projector.project(local))
         torch.testing.assert_close(sum(parts), low)
 

@@ -15,7 +15,7 @@ from lowrank.optimizers import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, Lo
 from lowrank.optimizers.engine.composition import Composition
 from lowrank.optimizers.engine.options import Group
 from lowrank.optimizers.engine.strategies import projection_of
-from lowrank.optimizers.projectors import Bases, Projector, Slot
+from lowrank.optimizers.projectors import Bases, ProjectedParam, Projector
 from lowrank.optimizers.rules import Update, UpdateRule
 
 
@@ -23,11 +23,11 @@ from lowrank.optimizers.rules import Update, UpdateRule
 class Coordinates(Projector):
     """P = I: the subspace of the first r coordinates."""
 
-    def fit(self, slots: Sequence[Slot]) -> list[Bases | None]:
+    def fit(self, params: Sequence[ProjectedParam]) -> list[Bases | None]:
         fitted: list[Bases | None] = []
-        for slot in slots:
-            bases = tuple(torch.eye(*shape) for shape in slot.geometry.basis_shapes.values())
-            self.store(slot, bases)
+        for param in params:
+            bases = tuple(torch.eye(*shape) for shape in param.geometry.basis_shapes.values())
+            self.store(param, bases)
             fitted.append(bases)
         return fitted
 

@@ -154,7 +154,7 @@ def test_sizes_on_the_device_equal_numbers(correct_bias: bool, eps_corrected: bo
         states = [rule.init(g.shape, g) | {"step": torch.tensor(5.0)} for g in grads]
         with using_kernels("native"):
             updates = rule.update_with_norms(grads, states, grads, [0, 1, 0])
-        results.append([update.delta for update in updates])
+        results.append([update.direction for update in updates])
         assert all(update.norms is not None for update in updates)
         assert [float(u.factor) for u in updates] == pytest.approx([float(updates[0].factor)] * 3)
     for ours, theirs in zip(*results, strict=True):

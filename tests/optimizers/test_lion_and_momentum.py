@@ -16,7 +16,7 @@ from lowrank.optimizers.engine.options import Group
 from lowrank.optimizers.engine.projected import ProjectedLion
 from lowrank.optimizers.engine.rotation import Rotation
 from lowrank.optimizers.engine.strategies import projection_of
-from lowrank.optimizers.rules import MOMENT_MOVES, Lion, Momentum
+from lowrank.optimizers.rules import MOMENT_TRANSPORTS, Lion, Momentum
 
 SHAPE = (9, 14)
 
@@ -84,9 +84,9 @@ def test_lion_decays_first() -> None:
 
 
 @pytest.mark.parametrize("rule", [Lion(0.1), Momentum(0.1)])
-@pytest.mark.parametrize("how", MOMENT_MOVES)
+@pytest.mark.parametrize("how", MOMENT_TRANSPORTS)
 def test_moments_move_with_their_subspace(rule: Lion | Momentum, how: str) -> None:
-    assert how in rule.moves
+    assert how in rule.transports
     if how == "keep":
         return
     low, turn = matrix(4, 14, 1), torch.linalg.qr(matrix(4, 4, 2)).Q
@@ -95,7 +95,7 @@ def test_moments_move_with_their_subspace(rule: Lion | Momentum, how: str) -> No
     before = rule.first_moment(state)
     assert before is not None
     before = before.clone()
-    rule.move(state, how, Rotation(left=turn, right=None))
+    rule.transport_moments(state, how, Rotation(left=turn, right=None))
     expected = torch.zeros_like(before) if how == "reset" else turn @ before
     torch.testing.assert_close(rule.first_moment(state), expected)
     assert rule.state_bytes(low.shape, 8) == 8 * low.numel()

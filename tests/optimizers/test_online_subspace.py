@@ -23,7 +23,7 @@ from lowrank.optimizers import (
     OnlineSubspaceLion,
 )
 from lowrank.optimizers.engine.geometry import Geometry, RowRange
-from lowrank.optimizers.projectors import OnlineProjector, Slot
+from lowrank.optimizers.projectors import OnlineProjector, ProjectedParam
 
 SHAPES = ((14, 9), (9, 14), (11, 11))
 # As in `test_golden`: six steps of the released code.
@@ -68,16 +68,16 @@ def test_closed_form_gradient_is_autograds(
     size = shape[0] if side == "left" else shape[1]
     basis = torch.linalg.qr(matrix(size, 4, 2)).Q + 0.1 * matrix(size, 4, 3)
     weight = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
-    slot = Slot(
-        weight, grad, {"basis": basis}, geometry, RowRange.whole(shape[0]), index=0, taken=1
+    param = ProjectedParam(
+        weight, grad, {"basis": basis}, geometry, RowRange.whole(shape[0]), index=0, steps_done=1
     )
     projector = OnlineProjector(orthogonality=penalty)
-    result = projector.gradient(slot, projector.project(slot))
+    result = projector.gradient(param, projector.project(param))
     expected = references_beyond.pca_gradient(basis, grad, side == "left", penalty)
     torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-13)
     # scale-free, also where squares over- and underflow
     for factor in (1e-100, 1e100):
-        scaled = replace(slot, grad=grad * factor, read=None)
+        scaled = replace(param, grad=grad * factor, read=None)
         again = projector.gradient(scaled, projector.project(scaled))
         torch.testing.assert_close(again, expected, rtol=1e-9, atol=1e-10)
 

@@ -36,8 +36,8 @@ def test_rank_is_clamped_and_side_comes_from_the_original_shape() -> None:
     assert geometry.rank == 6
     assert geometry.side is Side.RIGHT
     assert geometry.basis_shapes == {"basis": (20, 6)}
-    assert geometry.low_shape() == (6, 6)
-    assert geometry.low_shape(local_rows=2) == (2, 6)
+    assert geometry.projected_shape() == (6, 6)
+    assert geometry.projected_shape(local_rows=2) == (2, 6)
 
 
 def bases_for(geometry: Geometry) -> list[Tensor]:
@@ -59,7 +59,7 @@ def test_sharded_rows_equal_the_whole(side: str, parts: int) -> None:
     low = apply.project(grad, bases, geometry, whole)
     left_sum = bases[0].T @ grad if side != "right" else low
     expected = weight.clone()
-    apply.write_back(expected, low, bases, geometry, whole, alpha=0.5, keep=0.9)
+    apply.write_back(expected, low, bases, geometry, whole, alpha=0.5, decay_factor=0.9)
 
     partial = [
         apply.project(grad[a:b], bases, geometry, RowRange(a, b))
@@ -72,7 +72,7 @@ def test_sharded_rows_equal_the_whole(side: str, parts: int) -> None:
         rows = RowRange(a, b, reduce=lambda _: left_sum)  # what the others' rows sum up to
         own = apply.project(grad[a:b], bases, geometry, rows)
         local = sharded[a:b]
-        apply.write_back(local, own, bases, geometry, rows, alpha=0.5, keep=0.9)
+        apply.write_back(local, own, bases, geometry, rows, alpha=0.5, decay_factor=0.9)
     torch.testing.assert_close(sharded, expected)
 
 
@@ -99,9 +99,9 @@ def test_low_precision_slabs(side: str, slab: int, monkeypatch: pytest.MonkeyPat
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, exact, rtol=0, atol=0.02 * exact.abs().max().item())
     expected, result = weight.clone(), weight.clone()
-    apply.write_back(expected, exact, bases, geometry, rows, alpha=0.1, keep=0.9)
+    apply.write_back(expected, exact, bases, geometry, rows, alpha=0.1, decay_factor=0.9)
     apply.write_back(
-        result, exact, bases, geometry, rows, alpha=0.1, keep=0.9, dtype=torch.bfloat16
+        result, exact, bases, geometry, rows, alpha=0.1, decay_factor=0.9, dtype=torch.bfloat16
     )
     torch.testing.assert_close(result, expected, rtol=0, atol=3e-3)
 
@@ -114,6 +114,6 @@ def test_write_back_makes_no_whole_temporary() -> None:
     rows = RowRange.whole(256)
     with torch.profiler.profile(profile_memory=True) as profile:
         low = apply.project(grad, bases, geometry, rows)
-        apply.write_back(weight, low, bases, geometry, rows, alpha=0.1, keep=0.9)
+        apply.write_back(weight, low, bases, geometry, rows, alpha=0.1, decay_factor=0.9)
     largest = max(event.cpu_memory_usage for event in profile.events())
     assert largest < 256 * 512 * 4 / 4
