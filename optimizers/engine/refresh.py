@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..projectors import ProjectedParam, RefreshEvent, telemetry
-from ..projectors.operand import compute_dtype
+from .chunks import wide_dtype
 from .composition import Composition, Projection
 from .moments import transport_moments
 
@@ -75,7 +75,7 @@ def _event(
 
 
 def _orthonormal(basis_dr: Tensor) -> Tensor:
-    factor: Tensor = torch.linalg.qr(basis_dr.to(compute_dtype(basis_dr.dtype))).Q
+    factor: Tensor = torch.linalg.qr(basis_dr.to(wide_dtype(basis_dr))).Q
     return factor
 
 

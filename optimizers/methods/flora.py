@@ -19,7 +19,7 @@ Unlike the released code there is no rule that decides which matrices are compre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Unpack
 
@@ -29,6 +29,7 @@ from torch.optim.optimizer import ParamsT
 
 from lowrank.cuda.noise import mix
 
+from ..engine.chunks import row_chunks
 from ..engine.composition import Composition
 from ..engine.geometry import Geometry, Side
 from ..engine.optimizer import LowRankOptimizer
@@ -39,7 +40,6 @@ from ..projectors.random import gaussian
 from ..rules import Adafactor, Update
 from ..rules.base import State, numel
 
-CHUNK_ELEMENTS = 1 << 18
 #: Options of `ProjectionKeywords` that mean nothing to a moment that is compressed at random.
 FIXED = ("projector", "schedule", "stagger", "basis", "residual", "moments", "projection_dtype")
 
@@ -95,7 +95,7 @@ class FloraRule(Adafactor):
         m, n = grad_mn.shape
         row_m, col_n = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
         row_sums, col_sums = torch.empty_like(row_m), torch.zeros_like(col_n)
-        for span in _spans(m, n):
+        for span in row_chunks(grad_mn):
             square = grad_mn[span].to(row_m.dtype).square()
             row_sums[span] = square.sum(1)
             col_sums += square.sum(0)
@@ -103,7 +103,7 @@ class FloraRule(Adafactor):
         col_n.lerp_(col_sums.div_(m).add_(self.eps[0]), 1 - decay)
         by_row, by_col = (row_m / row_m.mean()).rsqrt_(), col_n.rsqrt()
         total = torch.zeros((), dtype=row_m.dtype, device=row_m.device)
-        for span in _spans(m, n):
+        for span in row_chunks(grad_mn):
             chunk = (grad_mn[span].to(row_m.dtype) * by_row[span, None]).mul_(by_col)
             total += chunk.square_().sum()
         size = total.div_(m * n).sqrt_()
@@ -167,7 +167,7 @@ class FloraRule(Adafactor):
             direction = self._advance(grad, state, rate)
             if self.weight_decay:
                 weight.mul_(1.0 - rate * self.weight_decay)
-            for span in _spans(*weight.shape):
+            for span in row_chunks(weight):
                 weight[span].sub_(direction(span))
 
     def update(
@@ -180,12 +180,6 @@ class FloraRule(Adafactor):
             direction = self._advance(grad, state, rate)(slice(0, len(grad)))
             updates.append(Update(direction, 1.0, 1.0 - rate * self.weight_decay, rate, rate))
         return updates
-
-
-def _spans(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, CHUNK_ELEMENTS // max(1, columns))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
 
 
 class FloraAdafactor(LowRankOptimizer):

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..engine import checks
+from ..engine.chunks import wide_dtype
 from ..engine.composition import Composition
 from ..engine.options import CommonOptions, Group
 from ..engine.rule_factories import adam_rule
 from ..layers import FactoredLinear, LowRankLinear
-from ..layers.base import wide_dtype
 from ..layers.events import LayerEvent
 from ..layers.optimizer import FactoredAdamW
 from ..rules import UpdateRule

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..engine.chunks import wide_dtype
 from ..engine.geometry import Geometry, RowRange, Side
 from ..engine.rotation import Rotation
 from ..storage.base import BasisStorage, DenseBasis
 from . import apply
-from .operand import compute_dtype
 
 Bases = tuple[Tensor, ...]
 
@@ -181,7 +181,7 @@ class Projector(ABC):
 
     def rotation(self, param: ProjectedParam, previous: Bases) -> Rotation:
         """From coordinates in the former bases to those in the parameter's bases."""
-        wide = compute_dtype(param.weight.dtype)
+        wide = wide_dtype(param.weight)
         pairs = zip(self.bases(param), previous, strict=True)
         between = [new.to(wide).mT @ old.to(wide) for new, old in pairs]
         side = param.geometry.side
@@ -202,8 +202,7 @@ class Projector(ABC):
             share: how much of the reconstruction is taken off.
         """
         chunk = param.grad[span].clone()
-        held = param.rows
-        rows = RowRange(held.start + span.start, held.start + span.stop, held.reduce)
+        rows = param.rows.part(span)
         self.write_back(param, chunk, rows, projected, alpha=share, decay_factor=1.0)
         return chunk
 

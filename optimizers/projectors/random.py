@@ -23,10 +23,10 @@ from torch import Tensor
 from lowrank.cuda.noise import mix
 
 from ..engine import checks
+from ..engine.chunks import wide_dtype
 from ..engine.geometry import Geometry
 from ..storage.base import DenseBasis
 from .base import Bases, ProjectedParam, Projector
-from .operand import compute_dtype
 
 DISTRIBUTIONS = ("gaussian", "orthonormal")
 
@@ -43,7 +43,7 @@ def gaussian(shape: tuple[int, int], seed: int, like: Tensor) -> Tensor:
             "another projector, whose bases are stored"
         )
     generator = torch.Generator(like.device).manual_seed(seed >> 1)
-    dtype = compute_dtype(like.dtype)
+    dtype = wide_dtype(like)
     drawn = torch.randn(shape, generator=generator, dtype=dtype, device=like.device)
     return drawn.mul_(shape[1] ** -0.5)
 

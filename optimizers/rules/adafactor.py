@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..engine.chunks import wide_dtype
 from ..engine.rotation import Rotation
 from .base import State, Update, UpdateRule, numel, scalar, steps_done
 
@@ -55,10 +56,6 @@ class Adafactor(UpdateRule):
     warmup_init: bool = False
     restarts: bool = False
 
-    @staticmethod
-    def _dtype(like: torch.dtype) -> torch.dtype:
-        return torch.float64 if like == torch.float64 else torch.float32
-
     def _shapes(self, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
         shape = tuple(shape)
         if len(shape) < 2:
@@ -74,7 +71,7 @@ class Adafactor(UpdateRule):
 
     def init(self, shape: Sequence[int], like: Tensor) -> State:
         """Zero factors (and first moment) in fp32, or fp64 for fp64 parameters."""
-        dtype = self._dtype(like.dtype)
+        dtype = wide_dtype(like)
         return {
             key: torch.zeros(size, dtype=dtype, device=like.device)
             for key, size in self._shapes(shape).items()
@@ -97,7 +94,7 @@ class Adafactor(UpdateRule):
         return self._weight_rms(weight).clamp(min=self.eps[1]).mul(rate)
 
     def _weight_rms(self, weight: Tensor) -> Tensor:
-        return _rms(weight.to(self._dtype(weight.dtype)))
+        return _rms(weight.to(wide_dtype(weight)))
 
     def _normalise(self, grad: Tensor, state: State, decay: float) -> Tensor:
         """The gradient over its factored root mean square; advances the factors."""
@@ -120,7 +117,7 @@ class Adafactor(UpdateRule):
         for grad, state, weight in zip(grads, states, weights, strict=True):
             rate = self._rate(state["step"], weight)
             decay = 1.0 - float(steps_done(state, self.restarts)) ** self.decay_rate
-            direction = self._normalise(grad.to(self._dtype(grad.dtype)), state, decay)
+            direction = self._normalise(grad.to(wide_dtype(grad)), state, decay)
             direction.div_((_rms(direction) / self.clip_threshold).clamp_(min=1.0)).mul_(rate)
             if self.beta1 is not None:
                 direction = self._averaged(state, direction)

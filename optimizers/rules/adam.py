@@ -23,6 +23,7 @@ from torch.optim.adam import adam as torch_adam
 from lowrank.cuda.adam import Number, adam_step
 from lowrank.cuda.native_update import knows_adam
 
+from ..engine.chunks import wide_dtype
 from ..engine.rotation import Rotation
 from .base import MOMENT_TRANSPORTS, State, Update, UpdateRule, numel, scalar, steps_done
 
@@ -108,7 +109,7 @@ def transported_moments(
         return torch.zeros_like(m), torch.zeros_like(v)
     if how == "restore":
         return rotation(m), rotation(v.sqrt()).square_()
-    wide = m.dtype if m.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(m)
     correction1, correction2 = (1.0 - beta**steps for beta in betas)
     mean = m.to(wide) / correction1
     moved_mean = rotation(mean)

@@ -18,13 +18,13 @@ from torch import Tensor
 from lowrank.cuda import blockwise
 from lowrank.cuda.native_update import knows_adam
 
+from ..engine.chunks import row_chunks
 from ..engine.rotation import Rotation
 from .adam import Adam, transported_moments
 from .base import State, Update, numel
 from .quantizers import NATIVE, Native, Quantizer
 
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}
-CHUNK_ELEMENTS = 1 << 22  # fp32 copies of both moments are made for this many entries at a time
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,8 @@ class Adam8bit(Adam):
         """Updates plain weights in place, in pieces that bound the fp32 copies."""
         for grad, state, weight in zip(grads, states, weights, strict=True):
             pieces = [(grad, state, weight)]
-            if weight.numel() > CHUNK_ELEMENTS and weight.is_contiguous() and grad.is_contiguous():
-                pieces = list(_pieces(grad, state, weight))
+            if weight.is_contiguous() and grad.is_contiguous():
+                pieces = _pieces(grad, state, weight)
             for grad_part, state_part, weight_part in pieces:
                 (update,) = self.update([grad_part], [state_part], [weight_part])
                 if isinstance(update.decay_factor, Tensor) or update.decay_factor != 1.0:
@@ -155,9 +155,10 @@ def _pieces(grad: Tensor, state: State, weight: Tensor) -> list[tuple[Tensor, St
     """Views of whole blocks of one parameter, its gradient and its 8-bit state."""
     grad, weight = grad.view(-1), weight.view(-1)
     pieces = []
-    for start in range(0, weight.numel(), CHUNK_ELEMENTS):
-        span = slice(start, start + CHUNK_ELEMENTS)
-        blocks = slice(start // blockwise.DEFAULT_BLOCK, span.stop // blockwise.DEFAULT_BLOCK)
+    for span in row_chunks(weight, product=True, multiple=blockwise.DEFAULT_BLOCK):
+        blocks = slice(
+            span.start // blockwise.DEFAULT_BLOCK, -(-span.stop // blockwise.DEFAULT_BLOCK)
+        )
         part: State = {"step": state["step"], "refreshed_at": state.get("refreshed_at", 0)}
         for key in SIGNED:
             part[key] = state[key].view(-1)[span]

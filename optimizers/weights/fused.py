@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from lowrank.cuda.arguments import usable
-from lowrank.cuda.groups import chunk_elements
 from lowrank.cuda.noise import signed_seed
 
+from ..engine.chunks import row_chunks
 from .int8 import Int8Weight
-from .rows import aligned_rows, check_capture
+from .rows import check_capture, int8_chunks
 
 #: Where a plain weight with a residual is written in one pass too.
 DENSE_DEVICES = ("cuda",)
@@ -110,14 +110,10 @@ def fused_rows(
 def _chunks(
     weight: Tensor, grad: Tensor | None, seed: int | None, first_row: int
 ) -> Iterator[FusedChunk]:
-    rows, columns = weight.shape
-    if isinstance(weight, Int8Weight):
-        step = aligned_rows(weight)
-    else:
-        step = chunk_elements(weight.device, max(1, columns)) // max(1, columns)
-    for start in range(0, rows, step):
-        count = min(step, rows - start)
+    int8 = isinstance(weight, Int8Weight)
+    for span in int8_chunks(weight) if isinstance(weight, Int8Weight) else row_chunks(weight):
         yield FusedChunk(
-            weight.detach() if not isinstance(weight, Int8Weight) else weight,
-            *(grad, start, count, seed, (first_row + start) * columns),
+            weight if int8 else weight.detach(),
+            *(grad, span.start, span.stop - span.start, seed),
+            (first_row + span.start) * weight.shape[1],
         )

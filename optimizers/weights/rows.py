@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lowrank.cuda.groups import chunk_elements
 from lowrank.cuda.noise import mix, stochastic_bfloat16
 
+from ..engine.chunks import row_chunks, wide_dtype
 from ..engine.geometry import RowRange
 from .int8 import Int8Weight
 
@@ -21,7 +21,7 @@ def editable_rows(
     """Yields chunks of a weight's rows; what is done to them in place is in the weight afterwards.
 
     A plain weight is its own only chunk. An INT8 weight is dequantised in chunks of whole groups
-    and about 2^18 entries (2^22 beyond CPUs), in fp32 (fp64 for fp64); each group that was
+    and the size of `row_chunks`, in fp32 (fp64 for fp64); each group that was
     changed gets a new range and is rounded stochastically. With `stochastic` a bf16 weight is
     treated likewise.
 
@@ -56,15 +56,13 @@ def rounding_seed(seed: int, step: int, index: int) -> int:
 
 def _int8_rows(weight: Int8Weight, rows: RowRange, seed: int) -> Iterator[tuple[Tensor, RowRange]]:
     width = weight.shape[1]
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    step = aligned_rows(weight)
-    for start in range(0, weight.shape[0], step):
-        stop = min(start + step, weight.shape[0])
-        chunk = weight.entries(start * width, stop * width)
+    dtype = wide_dtype(weight)
+    for span in int8_chunks(weight):
+        chunk = weight.entries(span.start * width, span.stop * width)
         old = chunk.load(dtype)
         new = old.clone()
-        yield new.view(stop - start, width), _part(rows, start, stop)
-        chunk.store(new, old, seed, (rows.start + start) * width)
+        yield new.view(span.stop - span.start, width), rows.part(span)
+        chunk.store(new, old, seed, (rows.start + span.start) * width)
 
 
 def _bfloat16_rows(weight: Tensor, rows: RowRange, seed: int) -> Iterator[tuple[Tensor, RowRange]]:
@@ -74,24 +72,18 @@ def _bfloat16_rows(weight: Tensor, rows: RowRange, seed: int) -> Iterator[tuple[
         weight.copy_(stochastic_bfloat16(wide, seed))
         return
     width = math.prod(weight.shape[1:])
-    step = chunk_elements(weight.device, max(1, width)) // max(1, width)
-    for start in range(0, weight.shape[0], step):
-        chunk = weight[start : start + step]
+    for span in row_chunks(weight):
+        chunk = weight[span]
         # A copy in rows, whatever the strides of the weight.
         wide = chunk.to(torch.float32, memory_format=torch.contiguous_format)
-        yield wide, _part(rows, start, start + len(chunk))
-        chunk.copy_(stochastic_bfloat16(wide, seed, (rows.start + start) * width))
+        yield wide, rows.part(span)
+        chunk.copy_(stochastic_bfloat16(wide, seed, (rows.start + span.start) * width))
 
 
-def _part(rows: RowRange, start: int, stop: int) -> RowRange:
-    return RowRange(rows.start + start, rows.start + stop, rows.reduce)
-
-
-def aligned_rows(weight: Int8Weight) -> int:
-    """How many rows to work on at once: a bounded number, after which a group ends, too."""
-    width = weight.shape[1]
-    aligned = weight.group_size // math.gcd(weight.group_size, width)
-    return chunk_elements(weight.device, aligned * width) // width
+def int8_chunks(weight: Int8Weight) -> Iterator[slice]:
+    """`row_chunks` that end where a group ends, too."""
+    aligned = weight.group_size // math.gcd(weight.group_size, weight.shape[1])
+    return row_chunks(weight, multiple=aligned)
 
 
 def check_capture(what: str) -> None:

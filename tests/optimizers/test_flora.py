@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lowrank.cuda.noise import mix
 from lowrank.optimizers import Adafactor, FloraAdafactor, state_bytes
-from lowrank.optimizers.methods import flora as flora_module
+from lowrank.optimizers.engine import chunks
 from lowrank.optimizers.methods.flora import FloraRule
 from lowrank.optimizers.projectors.random import gaussian
 
@@ -49,7 +49,7 @@ def test_equals_the_written_out_rule(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Three moves of the moment, clipping, decay; row chunks of one row and of all."""
-    monkeypatch.setattr(flora_module, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(chunks, "CACHE_ELEMENTS", chunk)
     weight, grads = nn.Parameter(0.2 * matrix(*shape, 0)), gradients(shape)
     start = weight.detach().clone()
     group = {"params": [weight], "rank": 4, "kappa": 4, "proj_type": side, "seed": 7}
