@@ -60,9 +60,10 @@ def slack(metadata: dict[str, Any], dtype: torch.dtype) -> tuple[float, float]:
     """
     if metadata["kind"] == "rounded":
         # A unit of bf16, or a step of a group's INT8 range, up or down in each step.
-        return 2 * metadata["steps"] / 128, 2 * metadata["steps"] / 128
+        return metadata["steps"] / 128, metadata["steps"] / 400
     if dtype in (torch.bfloat16, torch.uint8):
-        return 2.0**-7, FLIPPED
+        # A flipped 8-bit code flips the roundings of all that lies near a tie.
+        return 2.0**-7, 1e-3 if "8bit" in metadata["name"] else FLIPPED
     if "8bit" in metadata["name"]:
         return 2e-3, FLIPPED
     # The SVD of a product of factors magnifies last bits by its condition.
