@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -21,18 +22,19 @@ def wide_dtype(like: Tensor | torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def row_chunks(tensor: Tensor, *, product: bool = False, multiple: int = 1) -> Iterator[slice]:
+def row_chunks(tensor: Tensor, *, product: bool = False, block: int = 1) -> Iterator[slice]:
     """Yields spans of a tensor's rows (entries of its first axis) to work on one after another.
 
     Args:
         tensor: of at least one dimension; only its shape and device are read. Its transpose gives
             spans of columns.
         product: the pieces go into matrix products, so larger ones pay on a CPU.
-        multiple: the number of rows of each piece but the last is divisible by it.
+        block: entries that belong together (those of a quantiser's scale): each piece but the last
+            ends where a block does.
 
     Yields:
-        Slices with both ends given, in order; all of `CACHE_ELEMENTS` or so entries, at least
-        `multiple` rows.
+        Slices with both ends given, in order, of at most the bound's entries if one row, or the
+        fewest that end with a block, are not more.
     """
     if tensor.device.type != "cpu":
         wanted = DEVICE_ELEMENTS
@@ -40,6 +42,7 @@ def row_chunks(tensor: Tensor, *, product: bool = False, multiple: int = 1) -> I
         wanted = PRODUCT_ELEMENTS if product else CACHE_ELEMENTS
     rows = tensor.shape[0]
     width = max(1, tensor.numel() // max(1, rows))
+    multiple = block // gcd(block, width)
     step = max(1, wanted // (width * multiple)) * multiple
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))

@@ -11,9 +11,8 @@ from torch import Tensor
 from lowrank.cuda.arguments import usable
 from lowrank.cuda.noise import signed_seed
 
-from ..engine.chunks import row_chunks
 from .int8 import Int8Weight
-from .rows import check_capture, int8_chunks
+from .rows import check_capture, weight_chunks
 
 #: Where a plain weight with a residual is written in one pass too.
 DENSE_DEVICES = ("cuda",)
@@ -111,7 +110,7 @@ def _chunks(
     weight: Tensor, grad: Tensor | None, seed: int | None, first_row: int
 ) -> Iterator[FusedChunk]:
     int8 = isinstance(weight, Int8Weight)
-    for span in int8_chunks(weight) if isinstance(weight, Int8Weight) else row_chunks(weight):
+    for span in weight_chunks(weight):
         yield FusedChunk(
             weight if int8 else weight.detach(),
             *(grad, span.start, span.stop - span.start, seed),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
+from math import lcm, prod
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from lowrank.cuda.noise import mix, stochastic_bfloat16
 
 from ..engine.chunks import row_chunks, wide_dtype
 from ..engine.geometry import RowRange
+from ..rules.rows import BLOCK
 from .int8 import Int8Weight
 
 
@@ -57,7 +58,7 @@ def rounding_seed(seed: int, step: int, index: int) -> int:
 def _int8_rows(weight: Int8Weight, rows: RowRange, seed: int) -> Iterator[tuple[Tensor, RowRange]]:
     width = weight.shape[1]
     dtype = wide_dtype(weight)
-    for span in int8_chunks(weight):
+    for span in weight_chunks(weight):
         chunk = weight.entries(span.start * width, span.stop * width)
         old = chunk.load(dtype)
         new = old.clone()
@@ -71,8 +72,8 @@ def _bfloat16_rows(weight: Tensor, rows: RowRange, seed: int) -> Iterator[tuple[
         yield wide, rows
         weight.copy_(stochastic_bfloat16(wide, seed))
         return
-    width = math.prod(weight.shape[1:])
-    for span in row_chunks(weight):
+    width = prod(weight.shape[1:])
+    for span in weight_chunks(weight):
         chunk = weight[span]
         # A copy in rows, whatever the strides of the weight.
         wide = chunk.to(torch.float32, memory_format=torch.contiguous_format)
@@ -80,10 +81,10 @@ def _bfloat16_rows(weight: Tensor, rows: RowRange, seed: int) -> Iterator[tuple[
         chunk.copy_(stochastic_bfloat16(wide, seed, (rows.start + span.start) * width))
 
 
-def int8_chunks(weight: Int8Weight) -> Iterator[slice]:
-    """`row_chunks` that end where a group ends, too."""
-    aligned = weight.group_size // math.gcd(weight.group_size, weight.shape[1])
-    return row_chunks(weight, multiple=aligned)
+def weight_chunks(weight: Tensor) -> Iterator[slice]:
+    """`row_chunks` that end where a block of 8-bit moments and a group of an INT8 weight end."""
+    block = lcm(BLOCK, weight.group_size) if isinstance(weight, Int8Weight) else BLOCK
+    return row_chunks(weight, block=block)
 
 
 def check_capture(what: str) -> None:

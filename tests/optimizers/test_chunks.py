@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import gcd
+
 import pytest
 import torch
 from hypothesis import given
@@ -15,24 +17,24 @@ from lowrank.optimizers.engine.geometry import RowRange
 @given(
     rows=st.integers(0, 5000),
     width=st.integers(0, 3000),
-    multiple=st.integers(1, 300),
+    block=st.integers(1, 300),
     product=st.booleans(),
 )
-def test_pieces_follow_each_other(rows: int, width: int, multiple: int, product: bool) -> None:
+def test_pieces_follow_each_other(rows: int, width: int, block: int, product: bool) -> None:
     # meta: nothing is allocated, and the size is a GPU's
     for device in ("cpu", "meta"):
         like = torch.empty(1, device=device).expand(rows, width)
-        spans = list(row_chunks(like, product=product, multiple=multiple))
+        spans = list(row_chunks(like, product=product, block=block))
         assert [row for span in spans for row in range(span.start, span.stop)] == [*range(rows)]
         sizes = [span.stop - span.start for span in spans]
-        assert all(size % multiple == 0 for size in sizes[:-1])
+        assert all(size * max(1, width) % block == 0 for size in sizes[:-1])
         bound = chunks.DEVICE_ELEMENTS
         if device == "cpu":
             bound = chunks.PRODUCT_ELEMENTS if product else chunks.CACHE_ELEMENTS
-        assert all(size * width <= bound or size == multiple for size in sizes[:-1])
-        # as few as the bound and the multiple allow
-        full = [size for size in sizes[:-1] if size != multiple]
-        assert all((size + multiple) * width > bound for size in full)
+        least = block // gcd(block, max(1, width))
+        assert all(size * width <= bound or size == least for size in sizes[:-1])
+        # as few pieces as the bound and the block allow
+        assert all((size + least) * width > bound for size in sizes[:-1])
 
 
 def test_a_matrix_of_7b_on_a_gpu_takes_two_pieces() -> None:
