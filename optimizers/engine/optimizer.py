@@ -30,6 +30,7 @@ from .options import (
     check_lr,
 )
 from .refresh import RefreshHook
+from .seeds import seed_names
 from .step import capturing, projected_params, refresh_due, step_projected
 from .strategies import check_strategy_options, strategy_option_owners, strategy_options
 
@@ -234,14 +235,13 @@ class LowRankOptimizer(Optimizer):
                 loss = closure()
         pairs = [(group, self.compose(group)) for group in self.param_groups]
         count = sum(len(group["params"]) for group, made in pairs if made.projection)
-        index = plain = 0
+        index, drawn = 0, seed_names(self.param_groups)
         with no_autocast():
-            for group, composition in pairs:
+            for (group, composition), own in zip(pairs, drawn, strict=True):
                 if composition.projection is None:
-                    self._step_plain(group, composition, plain)
-                    plain += len(group["params"])
+                    self._step_plain(group, composition, own)
                     continue
-                params = projected_params(group, composition, self.state, index)
+                params = projected_params(group, composition, self.state, index, own)
                 if not capturing():
                     refresh_due(params, composition, count, tuple(self._refresh_hooks.values()))
                 finite = partial(self._finite, group=group)
@@ -249,17 +249,15 @@ class LowRankOptimizer(Optimizer):
                 index += len(group["params"])
         return loss
 
-    def _step_plain(self, group: Group, composition: Composition, first: int) -> None:
-        params, grads, called, indices = [], [], [], []
-        for index, (param, name) in enumerate(
-            zip(group["params"], names(group), strict=True), start=first
-        ):
+    def _step_plain(self, group: Group, composition: Composition, drawn: Sequence[str]) -> None:
+        params, grads, called, own = [], [], [], []
+        for param, name, seed_name in zip(group["params"], names(group), drawn, strict=True):
             grad = descent_gradient(param, name, group)
             if grad is not None:
                 params.append(param)
                 grads.append(grad)
                 called.append(name)
-                indices.append(index)
+                own.append(seed_name)
         kept = self._finite(grads, lambda i: label(called[i], params[i]), group)
         for batch in update_batches([params[i] for i in kept], self.state, group):
             picked = [kept[i] for i in batch]
@@ -271,7 +269,7 @@ class LowRankOptimizer(Optimizer):
                 states,
                 [params[i] for i in picked],
                 group.get("seed", 0),
-                [indices[i] for i in picked],
+                [own[i] for i in picked],
                 stochastic=group.get("stochastic_rounding", False),
             )
 

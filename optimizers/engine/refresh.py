@@ -11,6 +11,7 @@ from torch import Tensor
 from ..projectors import ProjectedParam, RefreshEvent, telemetry
 from .chunks import wide_dtype
 from .composition import Composition, Projection
+from .fp32 import exact_fp32
 from .moments import transport_moments
 
 RefreshHook = Callable[[RefreshEvent], None]
@@ -26,19 +27,30 @@ def refresh(
         composition: their projection and rule.
         hooks: called once for each matrix that has a new basis.
     """
+    with exact_fp32():
+        events = _refresh(params, composition, measured=bool(hooks))
+    for event in events:
+        for hook in hooks:
+            hook(event)
+
+
+def _refresh(
+    params: Sequence[ProjectedParam], composition: Composition, *, measured: bool
+) -> list[RefreshEvent]:
     projection = composition.projection
     assert projection is not None
     projector = projection.projector
     moving = projection.options.moments != "keep"
     previous = [
         tuple(basis.clone() for basis in projector.bases(param))
-        if (hooks or moving) and param.fitted
+        if (measured or moving) and param.fitted
         else ()
         for param in params
     ]
-    start = _now(params[0].weight, hooks)
+    start = _now(params[0].weight, measured)
     fitted = projector.fit(params)
-    seconds = (_now(params[0].weight, hooks) - start) / len(params)
+    seconds = (_now(params[0].weight, measured) - start) / len(params)
+    events = []
     for param, old, bases in zip(params, previous, fitted, strict=True):
         if bases is None:
             continue
@@ -46,10 +58,9 @@ def refresh(
         param.read = None
         if moving and old:
             transport_moments(param, old, projection, composition.rule)
-        if hooks:
-            event = _event(param, projection, old, seconds)
-            for hook in hooks:
-                hook(event)
+        if measured:
+            events.append(_event(param, projection, old, seconds))
+    return events
 
 
 def _event(
@@ -79,7 +90,7 @@ def _orthonormal(basis_dr: Tensor) -> Tensor:
     return factor
 
 
-def _now(like: Tensor, hooks: Sequence[RefreshHook]) -> float:
-    if hooks and like.device.type == "cuda":
+def _now(like: Tensor, measured: bool) -> float:
+    if measured and like.device.type == "cuda":
         torch.cuda.synchronize(like.device)
     return time.perf_counter()

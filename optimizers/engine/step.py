@@ -30,7 +30,11 @@ def capturing() -> bool:
 
 
 def projected_params(
-    group: Group, composition: Composition, state: dict[Tensor, dict[str, Any]], first: int
+    group: Group,
+    composition: Composition,
+    state: dict[Tensor, dict[str, Any]],
+    first: int,
+    seed_names: Sequence[str],
 ) -> list[ProjectedParam]:
     """A `ProjectedParam` for each parameter that has a gradient.
 
@@ -39,6 +43,7 @@ def projected_params(
         composition: what its options mean.
         state: the optimizer's state.
         first: projected matrices before this group.
+        seed_names: what the parameters' draws are made from.
     """
     assert composition.projection is not None
     params = []
@@ -55,6 +60,7 @@ def projected_params(
                     rows=RowRange.whole(param.shape[0]),
                     index=first + offset,
                     steps_done=0 if capturing() else int(own["step"]),
+                    seed_name=seed_names[offset],
                     name=name,
                     first_moment=partial(composition.rule.first_moment, own),
                 )

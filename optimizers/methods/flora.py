@@ -30,10 +30,12 @@ from torch.optim.optimizer import ParamsT
 from lowrank.cuda.noise import mix
 
 from ..engine.composition import Composition
+from ..engine.fp32 import exact_fp32
 from ..engine.geometry import Geometry, Side
 from ..engine.optimizer import LowRankOptimizer
 from ..engine.options import PROJECTION_DEFAULTS, Group, ProjectionKeywords, ProjectionOptions
 from ..engine.rule_factories import adafactor_defaults, adafactor_rule
+from ..engine.seeds import name_number, seed_names
 from ..projectors.random import gaussian
 from ..rules import Adafactor, Update
 from ..rules.base import RowUpdates, State
@@ -71,7 +73,7 @@ class FloraRule(Adafactor):
         return shapes
 
     def init(self, shape: Sequence[int], like: Tensor) -> State:
-        """Zero factors and moment, and the matrix's number, which its seeds are made from."""
+        """Zero factors and moment, and the number of the matrix's name, for its seeds."""
         return super().init(shape, like) | {"matrix": 0}
 
     def basis(self, state: State, geometry: Geometry, period: int, like: Tensor) -> Tensor:
@@ -92,8 +94,9 @@ class FloraRule(Adafactor):
         left = geometry.side is Side.LEFT
         if step % kappa == 0:
             old = self.basis(state, geometry, step // kappa - 1, moment)
-            between = basis.mT @ old
-            moment.copy_(between @ moment if left else moment @ between.mT)
+            with exact_fp32():
+                between = basis.mT @ old
+                moment.copy_(between @ moment if left else moment @ between.mT)
         before = moment.clone()
         # In the gradient's precision, as every projection.
         if left:
@@ -174,14 +177,13 @@ class FloraAdafactor(LowRankOptimizer):
         super().__init__(params, defaults, options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, see `LowRankOptimizer`, and numbers its matrices."""
+        """Adds a group, see `LowRankOptimizer`; its matrices' states get their names' numbers."""
         super().add_param_group(param_group)
-        known = [s["matrix"] for s in self.state.values() if "matrix" in s]
-        number = max(known, default=0)
-        for param in self.param_groups[-1]["params"]:
+        own = zip(self.param_groups[-1]["params"], seed_names(self.param_groups)[-1], strict=True)
+        for param, name in own:
             if "matrix" in self.state.get(param, {}):
-                number += 1
-                self.state[param]["matrix"] = number
+                # 63 bits, which an int64 tensor holds. Checkpoints of 0.1.0 keep their 1, 2, 3.
+                self.state[param]["matrix"] = name_number(name) >> 1
 
     def compose(self, group: Group) -> Composition:
         """Flora's rule where the group has a rank, else Adafactor."""

@@ -36,6 +36,7 @@ class ProjectedParam:
         rows: the rows held here.
         index: position among the optimizer's projected matrices.
         steps_done: steps taken before this one.
+        seed_name: what its draws are made from, see `engine.seeds`.
         name: the parameter's recorded name, if any.
         first_moment: reads the rule's first moment as it stands, in the projected shape.
         read: the bases as read during this step; what changes them sets it to None.
@@ -48,6 +49,7 @@ class ProjectedParam:
     rows: RowRange
     index: int
     steps_done: int
+    seed_name: str
     name: str | None = None
     first_moment: Callable[[], Tensor | None] = no_moment
     read: Bases | None = None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..engine.chunks import wide_dtype
+from ..engine.fp32 import exact_fp32
 from ..engine.geometry import Side
 from .operand import Operand
 from .subspace import SCRATCH_BYTES, randomized, warm
@@ -55,6 +56,7 @@ def svd(grad_mn: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return left_md[:, :rank], right_dn[:rank].mT
 
 
+@exact_fp32()
 def bases(
     grads: Sequence[Tensor],
     scales: Sequence[float],

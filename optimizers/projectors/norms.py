@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..engine.chunks import row_chunks, wide_dtype
+from ..engine.fp32 import exact_fp32
 from ..engine.geometry import Side
 from .base import ProjectedParam, Projector
 
@@ -51,7 +52,8 @@ def reconstructed_squares(
         and (small or basis.dtype == wide_dtype(basis))
     ):
         return projected_squares
-    products = projector.rotation(param, (basis,))(projected)
+    with exact_fp32():
+        products = projector.rotation(param, (basis,))(projected)
     squares: Tensor = (products * projected).sum(axis, keepdim=True, dtype=projected_squares.dtype)
     return squares.clamp_(min=0)
 
@@ -81,6 +83,7 @@ def outside_norm(
     return norm
 
 
+@exact_fp32()
 def _direct_norm(
     param: ProjectedParam, projected: Tensor, projector: Projector, phi: Tensor, beta: float
 ) -> Tensor:

@@ -8,10 +8,11 @@ from math import lcm, prod
 import torch
 from torch import Tensor
 
-from lowrank.cuda.noise import mix, stochastic_bfloat16
+from lowrank.cuda.noise import stochastic_bfloat16
 
 from ..engine.chunks import row_chunks, wide_dtype
 from ..engine.geometry import RowRange
+from ..engine.seeds import draw_seed
 from ..rules.rows import BLOCK
 from .int8 import Int8Weight
 
@@ -50,9 +51,9 @@ def editable_rows(
         yield weight, rows
 
 
-def rounding_seed(seed: int, step: int, index: int) -> int:
-    """The seed of one weight's rounding in one step."""
-    return mix(seed, step, index)
+def rounding_seed(seed: int, name: str, steps_done: int) -> int:
+    """The seed of one weight's rounding in one step; see `engine.seeds`."""
+    return draw_seed(seed, name, steps_done, "rounding")
 
 
 def _int8_rows(weight: Int8Weight, rows: RowRange, seed: int) -> Iterator[tuple[Tensor, RowRange]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lowrank.cuda.noise import mix
 from lowrank.optimizers import Adafactor, FloraAdafactor, state_bytes
 from lowrank.optimizers.engine import chunks
+from lowrank.optimizers.engine.seeds import name_number
 from lowrank.optimizers.methods.flora import FloraRule
 from lowrank.optimizers.projectors.random import gaussian
 
@@ -130,7 +131,10 @@ def test_matrices_have_seeds_of_their_own_that_are_saved() -> None:
     made = FloraAdafactor([{"params": pair, "rank": 2}], lr=1e-3)
     third = nn.Parameter(torch.zeros(8, 12))
     made.add_param_group({"params": [third], "rank": 2})
-    assert [made.state[p]["matrix"] for p in (*pair, third)] == [1, 2, 3]
+    numbers = [made.state[p]["matrix"] for p in (*pair, third)]
+    assert numbers == [name_number(f"param.{i}") >> 1 for i in range(3)]
+    assert len(set(numbers)) == 3
+    assert max(numbers) < 1 << 63  # an int64 holds it
     for weight in (*pair, third):
         weight.grad = matrix(8, 12, 1).float()
     made.step()
@@ -138,7 +142,7 @@ def test_matrices_have_seeds_of_their_own_that_are_saved() -> None:
     assert not torch.equal(moments[0], moments[1])
     # another order of the same matrices, as in a resumed run: the saved numbers count
     saved = made.state_dict()
-    assert [saved["state"][i]["matrix"] for i in range(3)] == [1, 2, 3]
+    assert [saved["state"][i]["matrix"] for i in range(3)] == numbers
 
 
 def test_what_makes_no_sense_raises() -> None:
