@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..projectors import ProjectedParam, RefreshEvent, telemetry
 from ..projectors.operand import compute_dtype
+from .adapt import Former, transport_former
 from .composition import Composition, Projection
 from .moments import transport_moments
 
@@ -17,7 +18,10 @@ RefreshHook = Callable[[RefreshEvent], None]
 
 
 def refresh(
-    params: Sequence[ProjectedParam], composition: Composition, hooks: Sequence[RefreshHook]
+    params: Sequence[ProjectedParam],
+    composition: Composition,
+    hooks: Sequence[RefreshHook],
+    formers: MutableMapping[Tensor, Former],
 ) -> None:
     """Refits the bases of same-geometry matrices; measures what hooks are told only if any listen.
 
@@ -25,6 +29,7 @@ def refresh(
         params: matrices whose refresh is due.
         composition: their projection and rule.
         hooks: called once for each matrix that has a new basis.
+        formers: moments to carry over from before options were changed; what is done is taken out.
     """
     projection = composition.projection
     assert projection is not None
@@ -46,6 +51,9 @@ def refresh(
         param.read = None
         if moving and old:
             transport_moments(param, old, projection, composition.rule)
+        former = formers.pop(param.weight, None)
+        if former is not None:
+            transport_former(param, former, composition)
         if hooks:
             event = _event(param, projection, old, seconds)
             for hook in hooks:

@@ -13,9 +13,9 @@ from torch.optim.optimizer import ParamsT
 from torch.utils.hooks import RemovableHandle
 
 from ..engine.composition import Composition
-from ..engine.gradients import label, names
 from ..engine.optimizer import LowRankOptimizer, no_autocast
 from ..engine.options import CommonOptions, Group
+from ..engine.parameters import label, names
 from ..engine.rotation import Rotation
 from ..engine.rule_factories import adam_rule
 from ..rules import UpdateRule
@@ -52,6 +52,7 @@ class FactoredAdamW(LowRankOptimizer):
     """
 
     projects: ClassVar[bool] = False
+    fixed_options: ClassVar[tuple[str, ...]] = ("capturable", "factors")
     #: The layer that this optimizer trains.
     layer_type: ClassVar[type[FactoredLinear]]
 
@@ -190,6 +191,7 @@ class FactoredAdamW(LowRankOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._prepare()
         with no_autocast():
             self._before()
             super().step()

@@ -35,7 +35,7 @@ from ..engine.optimizer import LowRankOptimizer
 from ..engine.options import PROJECTION_DEFAULTS, Group, ProjectionKeywords, ProjectionOptions
 from ..engine.rule_factories import adafactor_defaults, adafactor_rule
 from ..projectors.random import gaussian
-from ..rules import Adafactor, Update
+from ..rules import Adafactor, Update, UpdateRule
 from ..rules.base import RowUpdates, State
 
 CHUNK_ELEMENTS = 1 << 18
@@ -78,6 +78,27 @@ class FloraRule(Adafactor):
         """A, d x r, of a matrix in its `period`-th run of kappa steps."""
         (shape,) = geometry.basis_shapes.values()
         return gaussian(shape, mix(self.options.seed, state["matrix"], period), like)
+
+    def carry(self, previous: UpdateRule, old: State, new: State) -> bool:
+        """See `UpdateRule.carry`: under other options the moment moves as at each kappa-th step."""
+        if not isinstance(previous, FloraRule):
+            return False
+        if "exp_avg" not in old or "exp_avg" not in new or self._draws_as(previous):
+            return super().carry(previous, old, new)
+        shape = (len(old["exp_avg_sq_row"]), len(old["exp_avg_sq_col"]))
+        moment, step, pair = old["exp_avg"], int(old["step"]), []
+        for rule in (previous, self):
+            geometry = rule._geometry(shape)
+            period = step // rule.options.update_proj_gap
+            pair.append((geometry.side, rule.basis(old, geometry, period, moment)))
+        new["exp_avg"].copy_(_between(moment, *pair[0], *pair[1]))
+        others = {key: value for key, value in old.items() if key != "exp_avg"}
+        return super().carry(previous, others, new)
+
+    def _draws_as(self, other: FloraRule) -> bool:
+        """Whether bases are the same under other options."""
+        names = ("rank", "rank_ratio_matrix", "proj_type", "seed", "update_proj_gap")
+        return all(getattr(self.options, n) == getattr(other.options, n) for n in names)
 
     def _moment(
         self, grad_mn: Tensor, state: State, by_row: Tensor, by_col: Tensor, size: Tensor
@@ -131,6 +152,13 @@ class FloraRule(Adafactor):
         return update
 
 
+def _between(moment: Tensor, side: Side, basis: Tensor, new_side: Side, new: Tensor) -> Tensor:
+    """What a compressed moment stands for, compressed by another basis."""
+    if side is Side.LEFT:
+        return (new.mT @ basis) @ moment if new_side is Side.LEFT else basis @ (moment @ new)
+    return (new.mT @ moment) @ basis.mT if new_side is Side.LEFT else moment @ (basis.mT @ new)
+
+
 class FloraAdafactor(LowRankOptimizer):
     """Flora with Adafactor.
 
@@ -173,15 +201,13 @@ class FloraAdafactor(LowRankOptimizer):
         )
         super().__init__(params, defaults, options)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, see `LowRankOptimizer`, and numbers its matrices."""
-        super().add_param_group(param_group)
-        known = [s["matrix"] for s in self.state.values() if "matrix" in s]
-        number = max(known, default=0)
-        for param in self.param_groups[-1]["params"]:
-            if "matrix" in self.state.get(param, {}):
-                number += 1
-                self.state[param]["matrix"] = number
+    def make_state(self, param: Tensor, composition: Composition, group: Group) -> State:
+        """A new state; a matrix gets the next number, which its seeds are made from."""
+        state = super().make_state(param, composition, group)
+        if "matrix" in state:
+            known = (own["matrix"] for own in self.state.values() if "matrix" in own)
+            state["matrix"] = 1 + max(known, default=0)
+        return state
 
     def compose(self, group: Group) -> Composition:
         """Flora's rule where the group has a rank, else Adafactor."""

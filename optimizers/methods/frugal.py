@@ -44,6 +44,8 @@ class FrugalAdamW(LowRankOptimizer):
     """
 
     supports_capturable: ClassVar[bool] = True
+    # As a default it says nothing of a group; one that is given becomes a rank ratio.
+    ungrouped: ClassVar[tuple[str, ...]] = ("density",)
     projection_defaults: ClassVar[Mapping[str, Any]] = {
         "projector": "coordinate",
         "residual": "sign",
@@ -98,7 +100,6 @@ class FrugalAdamW(LowRankOptimizer):
             if "density" in param_group:
                 param_group["rank_ratio_matrix"] = rank_ratio(param_group.pop("density"))
         super().add_param_group(param_group)
-        self.param_groups[-1].pop("density", None)  # the default, which says nothing of this group
 
     def compose(self, group: Group) -> Composition:
         """AdamW in torch's form and the group's projection."""
