@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from . import methods as methods  # fills the table
 from .engine import checks
-from .engine.methods import TABLE, Method
+from .engine.method import TABLE, Method
 from .engine.optimizer import LowRankOptimizer
 from .layers.convert import meta_copy
 from .layers.optimizer import FactoredAdamW
@@ -27,7 +28,7 @@ def describe(name: str) -> str:
     Raises:
         ValueError: the name is unknown.
     """
-    return _method(name).summary
+    return _method(name).description()
 
 
 def option_aliases(name: str) -> dict[str, str]:
@@ -59,7 +60,7 @@ def _sort_options(method: Method, options: dict[str, Any]) -> tuple[dict[str, An
     constructor, groups = method.constructor_options(), method.group_options()
     conversion = method.conversion.options if method.conversion else ()
     group_options: dict[str, Any] = {}
-    keywords: dict[str, Any] = {**method.defaults}
+    keywords: dict[str, Any] = {**method.build}
     for name, value in options.items():
         if name in conversion:
             if name in constructor:

@@ -19,28 +19,29 @@ Unlike the released code there is no rule that decides which matrices are compre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from lowrank.cuda.noise import mix
 
 from ..engine.composition import Composition
 from ..engine.geometry import Geometry, Side
+from ..engine.method import method
 from ..engine.optimizer import LowRankOptimizer
-from ..engine.options import PROJECTION_DEFAULTS, Group, ProjectionKeywords, ProjectionOptions
-from ..engine.rule_factories import adafactor_defaults, adafactor_rule
+from ..engine.options import PROJECTION_DEFAULTS, Group, ProjectionOptions
+from ..engine.rule_factories import adafactor_rule
+from ..engine.rule_families import ADAFACTOR
 from ..projectors.norms import axis_norms
 from ..projectors.random import gaussian
 from ..rules import Adafactor, Update
 from ..rules.base import State, numel
 
 CHUNK_ELEMENTS = 1 << 18
-#: Options of `ProjectionKeywords` that mean nothing to a moment that is compressed at random.
+#: Projection options that mean nothing to a moment that is compressed at random.
 FIXED = ("projector", "schedule", "stagger", "basis", "residual", "moments", "projection_dtype")
 
 
@@ -188,6 +189,12 @@ def _spans(rows: int, columns: int) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
+@method(
+    "flora_adafactor",
+    paper="2402.03293",
+    summary="Flora: Adafactor, first moment in a random projection",
+    state="n r + m + n",
+)
 class FloraAdafactor(LowRankOptimizer):
     """Flora with Adafactor.
 
@@ -195,40 +202,9 @@ class FloraAdafactor(LowRankOptimizer):
     paper's is 1000), `proj_type` ("std", "reverse_std", "left" or "right"), `scale` (1), `seed`.
     """
 
-    projection_defaults: ClassVar[Mapping[str, Any]] = {"projector": "random", "scale": 1.0}
-    aliases: ClassVar[Mapping[str, str]] = {"kappa": "update_proj_gap"}
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor | None = None,
-        eps: tuple[float, float] = (1e-30, 1e-3),
-        clip_threshold: float = 1.0,
-        decay_rate: float = -0.8,
-        beta1: float | None = 0.9,
-        weight_decay: float = 0.0,
-        scale_parameter: bool = True,
-        relative_step: bool | None = None,
-        warmup_init: bool = False,
-        **options: Unpack[ProjectionKeywords],
-    ) -> None:
-        """Makes the optimizer; arguments as in `GaLoreAdafactor`, but for `beta1` 0.9.
-
-        Raises:
-            ValueError: an option is unknown or out of range, or a parameter can't be optimized.
-        """
-        defaults = adafactor_defaults(
-            lr,
-            eps,
-            clip_threshold,
-            decay_rate,
-            beta1,
-            weight_decay,
-            scale_parameter,
-            relative_step,
-            warmup_init,
-        )
-        super().__init__(params, defaults, options)
+    rule = ADAFACTOR.but(beta1=0.9)
+    projection_defaults: ClassVar = {"projector": "random", "scale": 1.0}
+    aliases: ClassVar = {"kappa": "update_proj_gap"}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, see `LowRankOptimizer`, and numbers its matrices."""
