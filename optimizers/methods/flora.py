@@ -19,7 +19,7 @@ Unlike the released code there is no rule that decides which matrices are compre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -35,10 +35,9 @@ from ..engine.optimizer import LowRankOptimizer
 from ..engine.options import PROJECTION_DEFAULTS, Group, ProjectionOptions
 from ..engine.rule_factories import adafactor_rule
 from ..engine.rule_families import ADAFACTOR
-from ..projectors.norms import axis_norms
 from ..projectors.random import gaussian
 from ..rules import Adafactor, Update
-from ..rules.base import State, numel
+from ..rules.base import RowUpdates, State
 
 CHUNK_ELEMENTS = 1 << 18
 #: Projection options that mean nothing to a moment that is compressed at random.
@@ -76,39 +75,10 @@ class FloraRule(Adafactor):
         """Zero factors and moment, and the matrix's number, which its seeds are made from."""
         return super().init(shape, like) | {"matrix": 0}
 
-    def state_bytes(self, shape: Sequence[int], itemsize: int) -> int:
-        """Factors and compressed moment."""
-        return max(itemsize, 4) * sum(numel(size) for size in self._shapes(shape).values())
-
     def basis(self, state: State, geometry: Geometry, period: int, like: Tensor) -> Tensor:
         """A, d x r, of a matrix in its `period`-th run of kappa steps."""
         (shape,) = geometry.basis_shapes.values()
         return gaussian(shape, mix(self.options.seed, state["matrix"], period), like)
-
-    def _weight_rms(self, weight: Tensor) -> Tensor:
-        norm: Tensor = torch.linalg.vector_norm(axis_norms(weight, 1))
-        return norm.div(weight.numel() ** 0.5)
-
-    def _factors(
-        self, grad_mn: Tensor, state: State, decay: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Advances the second moment; the factors of rows and columns, and the clipping's."""
-        m, n = grad_mn.shape
-        row_m, col_n = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
-        row_sums, col_sums = torch.empty_like(row_m), torch.zeros_like(col_n)
-        for span in _spans(m, n):
-            square = grad_mn[span].to(row_m.dtype).square()
-            row_sums[span] = square.sum(1)
-            col_sums += square.sum(0)
-        row_m.lerp_(row_sums.div_(n).add_(self.eps[0]), 1 - decay)
-        col_n.lerp_(col_sums.div_(m).add_(self.eps[0]), 1 - decay)
-        by_row, by_col = (row_m / row_m.mean()).rsqrt_(), col_n.rsqrt()
-        total = torch.zeros((), dtype=row_m.dtype, device=row_m.device)
-        for span in _spans(m, n):
-            chunk = (grad_mn[span].to(row_m.dtype) * by_row[span, None]).mul_(by_col)
-            total += chunk.square_().sum()
-        size = total.div_(m * n).sqrt_()
-        return by_row, by_col, size.div_(self.clip_threshold).clamp_(min=1.0).reciprocal_()
 
     def _moment(
         self, grad_mn: Tensor, state: State, by_row: Tensor, by_col: Tensor, size: Tensor
@@ -116,7 +86,8 @@ class FloraRule(Adafactor):
         """Advances the compressed moment; gives it as it was before, its basis and geometry."""
         assert self.beta1 is not None
         geometry = self._geometry(grad_mn.shape)
-        moment: Tensor = state["exp_avg"]
+        stored: Tensor = state["exp_avg"]
+        moment = stored.to(grad_mn.dtype if grad_mn.dtype == torch.float64 else torch.float32)
         step, kappa = int(state["step"]), self.options.update_proj_gap
         basis = self.basis(state, geometry, step // kappa, moment)
         left = geometry.side is Side.LEFT
@@ -133,60 +104,32 @@ class FloraRule(Adafactor):
             scaled = (basis * by_col[:, None]).to(grad_mn.dtype)
             projected = (grad_mn @ scaled).to(moment.dtype).mul_(by_row[:, None])
         moment.lerp_(projected.mul_(size), 1 - self.beta1)
+        if moment is not stored:
+            stored.copy_(moment)
         return before, basis, geometry
 
-    def _advance(
-        self, grad_mn: Tensor, state: State, rate: float | Tensor
-    ) -> Callable[[slice], Tensor]:
-        """Advances the state; what it gives makes the update of some rows."""
-        decay = 1.0 - float(state["step"]) ** self.decay_rate
-        by_row, by_col, clip = self._factors(grad_mn, state, decay)
+    def by_rows(self, grad: Tensor, state: State, weight: Tensor) -> RowUpdates:
+        """See `UpdateRule.by_rows`: factors and moment first, then rows alone."""
+        rate = self._rate(state["step"], weight)
+        by_row, by_col, clip = self._factors(grad, state, self._decay(state))
         size = rate * clip
         moment = None
         if self.beta1 is not None:
-            moment = self._moment(grad_mn, state, by_row, by_col, size)
+            moment = self._moment(grad, state, by_row, by_col, size)
 
-        def direction(span: slice) -> Tensor:
-            chunk = grad_mn[span].to(by_row.dtype) * by_row[span, None]
+        def update(rows: slice) -> Update:
+            chunk = grad[rows].to(by_row.dtype) * by_row[rows, None]
             chunk.mul_(by_col).mul_(size)
             if moment is not None:
                 assert self.beta1 is not None
                 projected, basis, geometry = moment
                 left = geometry.side is Side.LEFT
-                pair = (basis[span], projected) if left else (projected[span], basis.mT)
+                pair = (basis[rows], projected) if left else (projected[rows], basis.mT)
                 chunk.addmm_(*pair, beta=1 - self.beta1, alpha=self.beta1)
-            return chunk.mul_(self.options.scale)
+            direction = chunk.mul_(self.options.scale)
+            return Update(direction, 1.0, 1.0 - rate * self.weight_decay, rate, rate)
 
-        return direction
-
-    def apply(
-        self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
-    ) -> None:
-        """Updates weights in place, in chunks of rows."""
-        for grad, state, weight in zip(grads, states, weights, strict=True):
-            rate = self._rate(state["step"], weight)
-            direction = self._advance(grad, state, rate)
-            if self.weight_decay:
-                weight.mul_(1.0 - rate * self.weight_decay)
-            for span in _spans(*weight.shape):
-                weight[span].sub_(direction(span))
-
-    def update(
-        self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
-    ) -> list[Update]:
-        """The whole update as a tensor of the gradient's size; `apply` needs none."""
-        updates = []
-        for grad, state, weight in zip(grads, states, weights, strict=True):
-            rate = self._rate(state["step"], weight)
-            direction = self._advance(grad, state, rate)(slice(0, len(grad)))
-            updates.append(Update(direction, 1.0, 1.0 - rate * self.weight_decay, rate, rate))
-        return updates
-
-
-def _spans(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, CHUNK_ELEMENTS // max(1, columns))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+        return update
 
 
 @method(

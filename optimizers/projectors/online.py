@@ -31,6 +31,7 @@ from torch import Tensor
 from ..engine import checks
 from ..engine.geometry import Geometry, RowRange, Side
 from ..rules import Adam, Adam8bit, Lion, Momentum, UpdateRule
+from ..rules.precision import MOMENT_DTYPES
 from . import apply
 from .base import Bases, ProjectedParam
 from .norms import axis_norms
@@ -60,6 +61,7 @@ class OnlineProjector(SingularProjector):
         online_lr: its learning rate before the group's schedule; None is 1 / update_proj_gap.
         orthogonality: lambda, weight of the penalty ||P^T P - I||^2.
         rate: P's learning rate at this step; `for_group` fills it in.
+        moments_dtype: precision of its optimizer's moments; `for_group` fills it in.
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = (
@@ -75,6 +77,7 @@ class OnlineProjector(SingularProjector):
     online_lr: float | None = None
     orthogonality: float = 0.0
     rate: float | Tensor = 0.0
+    moments_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         checks.choice("online_optimizer", self.online_optimizer, ONLINE_OPTIMIZERS)
@@ -97,7 +100,9 @@ class OnlineProjector(SingularProjector):
         if rate is None:
             rate = 1.0 / group.get("update_proj_gap", 200)
         lr, base = group.get("lr"), group.get("base_lr")
-        return replace(self, rate=rate * (lr / base) if lr is not None and base else rate)
+        if lr is not None and base:
+            rate *= lr / base
+        return replace(self, rate=rate, moments_dtype=MOMENT_DTYPES[group["moments_dtype"]])
 
     def geometry(self, shape: Sequence[int], rank: int, proj_type: str) -> Geometry:
         """Side, rank and shapes.
@@ -116,10 +121,16 @@ class OnlineProjector(SingularProjector):
         if self.online_optimizer == "sgd":
             return Momentum(self.rate, momentum=0.0, capturable=capturable)
         if self.online_optimizer == "lion":
-            return Lion(self.rate, capturable=capturable)
+            return Lion(self.rate, capturable=capturable, moments_dtype=self.moments_dtype)
         if self.online_optimizer == "adam8bit":
             return Adam8bit(self.rate, capturable=capturable, fused=fused)
-        return Adam(self.rate, weight_decay=0.01, capturable=capturable, fused=fused)
+        return Adam(
+            self.rate,
+            weight_decay=0.01,
+            capturable=capturable,
+            fused=fused,
+            moments_dtype=self.moments_dtype,
+        )
 
     def init(self, geometry: Geometry, like: Tensor) -> dict[str, Any]:
         """A zero basis and the state of its optimizer under keys that begin with "basis_"."""

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from lowrank.cuda.arguments import usable
-from lowrank.cuda.groups import chunk_elements
 from lowrank.cuda.noise import signed_seed
 
 from .int8 import Int8Weight
-from .rows import aligned_rows, check_capture
+from .rows import aligned_rows, block_rows, check_capture
 
 #: Where a plain weight with a residual is written in one pass too.
 DENSE_DEVICES = ("cuda",)
@@ -114,7 +113,7 @@ def _chunks(
     if isinstance(weight, Int8Weight):
         step = aligned_rows(weight)
     else:
-        step = chunk_elements(weight.device, max(1, columns)) // max(1, columns)
+        step = block_rows(weight.device, columns)
     for start in range(0, rows, step):
         count = min(step, rows - start)
         yield FusedChunk(

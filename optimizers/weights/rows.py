@@ -12,6 +12,7 @@ from lowrank.cuda.groups import chunk_elements
 from lowrank.cuda.noise import mix, stochastic_bfloat16
 
 from ..engine.geometry import RowRange
+from ..rules.rows import BLOCK
 from .int8 import Int8Weight
 
 
@@ -74,7 +75,7 @@ def _bfloat16_rows(weight: Tensor, rows: RowRange, seed: int) -> Iterator[tuple[
         weight.copy_(stochastic_bfloat16(wide, seed))
         return
     width = math.prod(weight.shape[1:])
-    step = chunk_elements(weight.device, max(1, width)) // max(1, width)
+    step = block_rows(weight.device, width)
     for start in range(0, weight.shape[0], step):
         chunk = weight[start : start + step]
         # A copy in rows, whatever the strides of the weight.
@@ -92,6 +93,13 @@ def aligned_rows(weight: Int8Weight) -> int:
     width = weight.shape[1]
     aligned = weight.group_size // math.gcd(weight.group_size, width)
     return chunk_elements(weight.device, aligned * width) // width
+
+
+def block_rows(device: torch.device, columns: int) -> int:
+    """How many rows to work on at once, such that chunks begin with a block of 8-bit moments."""
+    columns = max(1, columns)
+    aligned = BLOCK // math.gcd(BLOCK, columns) * columns
+    return chunk_elements(device, aligned) // columns
 
 
 def check_capture(what: str) -> None:

@@ -1,0 +1,59 @@
+"""No option, shape or dtype in a group or a loaded state reaches a kernel unchecked.
+
+Every option of every method is changed in the middle of training, and every part of a saved state;
+`mid_training.py` says how that may end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from table import TABLE, identifier
+
+NAMES = [identifier(row) for row in TABLE]
+every = pytest.mark.parametrize("name", NAMES)
+
+
+@cache
+def verdicts(kind: str) -> dict[str, Any]:
+    """By method, from one process that starts one for each batch of cases."""
+    script = Path(__file__).with_name("isolated.py")
+    folders = os.pathsep.join([str(script.parent), str(script.parent.parent)])
+    # `compile=True` goes its way without minutes of compilation.
+    wanted = {"PYTHONPATH": folders, "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
+    environment = {**os.environ, **wanted, "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, str(script), kind],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return {verdict["name"]: verdict for verdict in found}
+
+
+def assert_right(verdict: dict[str, Any], least: int) -> None:
+    assert verdict["cases"] >= least
+    lines = [f"{label}: {said}" for label, said in verdict["wrong"].items()]
+    assert not lines, f"{len(lines)} of {verdict['cases']} cases:\n" + "\n".join(lines)
+
+
+@every
+def test_common_changes(name: str) -> None:
+    assert_right(verdicts("quick")[name], least=4)
+
+
+@pytest.mark.slow
+@every
+def test_each_change(name: str) -> None:
+    assert_right(verdicts("all")[name], least=100)
