@@ -31,6 +31,21 @@ def describe(name: str) -> str:
     return _method(name).description()
 
 
+def method_table() -> str:
+    """All methods as a markdown table, from what stands on their pages.
+
+    The state's and the weights' sizes are those of an m x n matrix, m <= n, at rank r: entries in
+    the precision that the tensor has, or bytes where it says so; blocks' scales and step counts
+    are left out.
+    """
+    rows = ["| name | class | what it is | optimizer state | weights |", "|---|---|---|---|---|"]
+    for name in available():
+        row = TABLE[name]
+        cells = (f"`{name}`", f"`{row.optimizer.__name__}`", row.linked(), row.state)
+        rows.append(f"| {' | '.join(cells)} | {row.weights or 'm n'} |")
+    return "\n".join(rows)
+
+
 def option_aliases(name: str) -> dict[str, str]:
     """Other names of a method's options, as its official code has them, and ours: {alias: ours}.
 
@@ -136,7 +151,7 @@ def build(
     convert(name, model, **options)
     if lr is not None:
         keywords["lr"] = lr
-    optimizer = method.optimizer(method.groups(model, group_options), **keywords)
+    optimizer = method.optimizer(method.groups(model, **group_options), **keywords)
     if isinstance(optimizer, FactoredAdamW):
         optimizer.attach(model)
     return optimizer
@@ -157,7 +172,7 @@ def expected_state_bytes(name: str, model: nn.Module, **options: Any) -> int:
     group_options, keywords = _sort_options(method, options)
     if method.conversion is not None and method.conversion.replaces_layers:
         model = convert(name, meta_copy(model), **options)
-    groups = method.groups(model, group_options)
+    groups = method.groups(model, **group_options)
     # An optimizer of the same groups without their parameters knows defaults and composition.
     template = method.optimizer(
         [{**group, "params": [], "param_names": []} for group in groups], **keywords

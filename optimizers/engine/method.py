@@ -88,6 +88,12 @@ class Method:
         """The summary and the paper."""
         return f"{self.summary} (arXiv {self.paper})" if self.paper else self.summary
 
+    def linked(self) -> str:
+        """The summary and a link to the paper, in markdown."""
+        if self.paper is None:
+            return self.summary
+        return f"{self.summary} ([{self.paper}](https://arxiv.org/abs/{self.paper}))"
+
     def constructor_options(self) -> set[str]:
         """Names of the constructor's keywords."""
         return self.optimizer.keywords()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from ..rules import Adafactor, Adafactor8bit, Adam, Adam8bit, Lion, Muon, VectorAdam
+
+from ..rules import Adafactor, Adafactor8bit, Adam, Adam8bit, Lion, Momentum, Muon, VectorAdam
 from ..rules.muon import ADJUSTMENTS
 from ..rules.precision import MOMENT_DTYPES
 from ..rules.quantizers import quantizer
@@ -107,6 +108,18 @@ def lion_rule(group: Group, **form: Any) -> Lion:
         moments_dtype=_moments_dtype(group),
         **form,
     )
+
+
+def momentum_rule(group: Group) -> Momentum:
+    """SGD with momentum from `lr`, `momentum`, `nesterov`, `weight_decay`.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    checks.number("momentum", group["momentum"], low=0.0, high=1.0, high_open=True)
+    checks.choice("nesterov", group["nesterov"], (True, False))
+    names = ("lr", "momentum", "nesterov", "weight_decay", "capturable")
+    return Momentum(**{name: group[name] for name in names}, moments_dtype=_moments_dtype(group))
 
 
 def adafactor_rule(group: Group) -> Adafactor:

@@ -18,6 +18,7 @@ from .rule_factories import (
     adam8bit_rule,
     adam_rule,
     lion_rule,
+    momentum_rule,
     muon_rule,
 )
 
@@ -88,6 +89,10 @@ def _adafactor8bit(group: Group, *, projected: bool = False) -> UpdateRule:
 
 def _lion(group: Group, *, projected: bool = False, **form: Any) -> UpdateRule:
     return lion_rule(group, **form)
+
+
+def _momentum(group: Group, *, projected: bool = False) -> UpdateRule:
+    return momentum_rule(group)
 
 
 def _muon(group: Group, *, projected: bool = False) -> UpdateRule:
@@ -219,6 +224,18 @@ LION = RuleFamily(
         Keyword("weight_decay", 0.0, "decoupled, before the update."),
     ),
     _lion,
+    capturable=True,
+)
+
+#: SGD with momentum.
+SGD = RuleFamily(
+    (
+        _LR,
+        Keyword("momentum", 0.9, "decay of the momentum, 0 for none."),
+        Keyword("weight_decay", 0.0, "decoupled, before the update."),
+        Keyword("nesterov", False, "look ahead by one momentum step."),
+    ),
+    _momentum,
     capturable=True,
 )
 

@@ -162,7 +162,7 @@ class CoapAdafactor(Coap):
     state="m r + m + n, and n r bytes",
     build=BUILD,
 )
-class CoapAdafactor8bit(Coap):
+class CoapAdafactor8bit(CoapAdafactor):
     """COAP with Adafactor and an 8-bit first moment, for which `beta1` is 0.9 unless given."""
 
     rule = ADAFACTOR_8BIT.but(lr=1e-3, beta1=0.9)
