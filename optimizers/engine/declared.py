@@ -133,25 +133,21 @@ class DeclaredOptimizer(Optimizer):
 
     @classmethod
     def _check_names(cls, given: Mapping[str, Any]) -> None:
-        for name, value in given.items():
-            if name in cls.constructor.names():
-                continue
+        known = cls.constructor.names()
+        for name in given.keys() - known:
             if name in cls.group_keys():
+                shown = f"{name}={given[name]!r}"
                 raise ValueError(
-                    f"{name}={value!r} is not a keyword of {cls.__name__}; "
-                    + cls._place_of(name, value)
+                    f"{shown} is not a keyword of {cls.__name__}: {cls._place_of(name, shown)}"
                 )
-            raise checks.unknown_name("keyword", name, cls.constructor.names())
+            raise checks.unknown_name(f"keyword of {cls.__name__}", name, known)
 
     @classmethod
-    def _place_of(cls, name: str, value: Any) -> str:
-        """Where an option belongs that the constructor doesn't take."""
+    def _place_of(cls, name: str, shown: str) -> str:
+        """Where an option belongs that the constructor doesn't take; `shown` is "name=value"."""
         if not cls.projects:
-            return "it does not project"
-        return (
-            f"it belongs in parameter groups: accepted is param_groups(model, {name}={value!r}), "
-            f"or a group {{'params': ..., {name!r}: {value!r}}}"
-        )
+            return "it does not project (build accepts the option and ignores it)"
+        return f"it belongs in parameter groups, as param_groups(model, {shown}) makes them"
 
     @classmethod
     def _renamed(cls, options: Mapping[str, Any]) -> Group:
@@ -194,17 +190,16 @@ def _constructor_of(cls: type[DeclaredOptimizer]) -> Constructor:
     others: dict[str, str] = {}
     if cls.projects:
         defaults = {**PROJECTION_DEFAULTS, **cls.projection_defaults}
-        by_name += documented(defaults)
-        belonging = {name: " or ".join(at) for name, at in strategy_option_owners().items()}
+        others = {name: " or ".join(at) for name, at in strategy_option_owners().items()}
+        by_name += documented(defaults, others)
         chosen = strategy_options({"rank": 1, **defaults})
-        for name, where in belonging.items():
-            if name in chosen and name not in defaults:
-                by_name.append(Keyword(name, chosen[name], f"an option of {where}.", "given"))
-        others = {name: where for name, where in belonging.items() if name not in chosen}
+        by_name += [
+            Keyword(name, chosen[name], f"an option of {where}.", "given")
+            for name, where in others.items()
+            if name in chosen and name not in defaults
+        ]
     positional = {keyword.name for keyword in by_position}
-    return Constructor(
-        by_position,
-        tuple(keyword for keyword in by_name if keyword.name not in positional),
-        {name: where for name, where in others.items() if name not in positional},
-        cls.needs_params,
-    )
+    by_name = [keyword for keyword in by_name if keyword.name not in positional]
+    named = positional | {keyword.name for keyword in by_name}
+    others = {name: where for name, where in others.items() if name not in named}
+    return Constructor(by_position, tuple(by_name), others, cls.needs_params)

@@ -8,7 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..projectors import REFRESH_MODES
+from ..rules import MOMENT_TRANSPORTS
 from . import checks
+from .strategies import PROJECTORS, RESIDUALS, SCHEDULES, STORAGES
 
 Role = Literal["option", "given", "no effect"]
 
@@ -156,9 +159,21 @@ def ordered(keywords: Iterable[Keyword]) -> tuple[Keyword, ...]:
     return tuple(found)
 
 
-def documented(defaults: Mapping[str, Any]) -> tuple[Keyword, ...]:
-    """Keywords for the options of `engine.options`, with what `help` says about them."""
-    return tuple(Keyword(name, value, DOCS.get(name, "")) for name, value in defaults.items())
+def documented(
+    defaults: Mapping[str, Any], belonging: Mapping[str, str] | None = None
+) -> tuple[Keyword, ...]:
+    """Keywords for the options of `engine.options`, with what `help` says about them.
+
+    Args:
+        defaults: names and defaults.
+        belonging: which choice the options of single strategies belong to.
+    """
+    docs = {name: f"an option of {where}." for name, where in (belonging or {}).items()} | DOCS
+    return tuple(Keyword(name, value, docs.get(name, "")) for name, value in defaults.items())
+
+
+def _one_of(names: Iterable[Any]) -> str:
+    return ", ".join(repr(name) for name in names)
 
 
 DOCS: Mapping[str, str] = {
@@ -171,17 +186,17 @@ DOCS: Mapping[str, str] = {
     "compile": "`torch.compile` the update of the moments (Adam-based rules).",
     "skip_nonfinite": "leave a parameter as it is for a step in which its gradient holds NaN or "
     "infinity.",
-    "moments_dtype": 'precision of the moments, "float32" or "bfloat16"; None is fp32 under '
-    "half-precision weights, else the weights' own.",
-    "projector": "the subspace, one of `strategies.PROJECTORS`.",
-    "refresh": 'how singular vectors are computed: "eigh", "svd", "randomized" or "warm".',
-    "schedule": "when a matrix is refitted, one of `strategies.SCHEDULES`.",
+    "moments_dtype": "precision of the moments, 'float32' or 'bfloat16'; None is fp32 under "
+    "16-bit weights, else the weight's own.",
+    "projector": f"the subspace: {_one_of(PROJECTORS)}.",
+    "refresh": f"how singular vectors are computed: {_one_of(REFRESH_MODES)}.",
+    "schedule": f"when a matrix is refitted: {_one_of(SCHEDULES)}.",
     "stagger": "spread the matrices' refreshes over the steps of a gap.",
-    "basis": "how bases are stored, one of `strategies.STORAGES`; None is the weight's precision.",
-    "residual": "what becomes of the gradient outside the subspace, one of `strategies.RESIDUALS`.",
-    "moments": "what becomes of the moments when the subspace moves, one of "
-    "`rules.MOMENT_TRANSPORTS`.",
-    "projection_dtype": "precision of the projection GEMMs; None is the weight's.",
+    "basis": f"how bases are stored: {_one_of(STORAGES)}; None is the weight's precision.",
+    "residual": f"the gradient outside the subspace: {_one_of(RESIDUALS)}.",
+    "moments": f"the moments when the subspace moves: {_one_of(MOMENT_TRANSPORTS)}.",
+    "projection_dtype": "precision of the projection GEMMs ('bfloat16', ...); None is the "
+    "weight's.",
     "stochastic_rounding": "round bf16 weights up or down with probabilities that keep the mean.",
     "seed": "of everything random.",
     "update_proj_gap": "steps between refreshes of the subspace.",

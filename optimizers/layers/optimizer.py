@@ -65,6 +65,10 @@ class FactoredAdamW(LowRankOptimizer):
         """Group keys that `build` accepts and that mean nothing here."""
         return {"rank", "update_proj_gap"}
 
+    @classmethod
+    def _place_of(cls, name: str, shown: str) -> str:
+        return f"accepted is convert(name, model, {shown}) or build(name, model, {shown})"
+
     def compose(self, group: Group) -> Composition:
         """The rules of factors, whose state counts events, and of the rest."""
         if group.get("factors"):

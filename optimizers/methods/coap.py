@@ -146,7 +146,7 @@ class CoapAdamW8bit(Coap):
     "coap_adafactor",
     paper=PAPER,
     summary="COAP with Adafactor",
-    state="m r + m + n",
+    state="m r + n + r",
     build=BUILD,
 )
 class CoapAdafactor(Coap):
@@ -159,7 +159,7 @@ class CoapAdafactor(Coap):
     "coap_adafactor_8bit",
     paper=PAPER,
     summary="COAP with Adafactor, first moment in 8 bits",
-    state="m r + m + n, and n r bytes",
+    state="m r + n + r, and n r bytes",
     build=BUILD,
 )
 class CoapAdafactor8bit(CoapAdafactor):

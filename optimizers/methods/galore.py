@@ -48,7 +48,7 @@ class GaLoreAdamW8bit(LowRankOptimizer):
     rule = ADAMW_8BIT
 
 
-@method("galore_adafactor", paper=PAPER, summary="GaLore with Adafactor", state="m r + m + n")
+@method("galore_adafactor", paper=PAPER, summary="GaLore with Adafactor", state="m r + n + r")
 class GaLoreAdafactor(LowRankOptimizer):
     """GaLore with Adafactor; with `refresh="svd"` numerically the official class.
 

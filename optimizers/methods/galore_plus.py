@@ -75,7 +75,7 @@ def cross_head_groups(
 @method(
     "galore_plus_adamw",
     paper="2412.19820",
-    summary="GaLore+: attention heads share a basis",
+    summary="GaLore+: attention heads share a basis of m r / h^2 entries",
     state="m r + 2 n r",
     groups=cross_head_groups,
 )

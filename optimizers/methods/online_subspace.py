@@ -116,7 +116,7 @@ class OnlineSubspaceAdamW8bit(OnlineSubspace):
     "online_subspace_adafactor",
     paper=PAPER,
     summary="Online Subspace Descent with Adafactor",
-    state="3 m r + m + n",
+    state="3 m r + n + r",
 )
 class OnlineSubspaceAdafactor(OnlineSubspace):
     """Online Subspace Descent with Adafactor; keywords as `GaLoreAdafactor`'s."""

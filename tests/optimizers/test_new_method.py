@@ -113,7 +113,7 @@ def test_its_state_is_the_formula() -> None:
 
 
 def test_names_are_taken_once() -> None:
-    with pytest.raises(ValueError, match="signed_lion.*already"):
+    with pytest.raises(ValueError, match=r"signed_lion.*already"):
         declare()
     for name, spelling in (("other", "GaLoreAdamW"), ("galore_adamw", "Other")):
         with pytest.raises(ValueError, match="already"):
