@@ -168,7 +168,8 @@ def documented(
         defaults: names and defaults.
         belonging: which choice the options of single strategies belong to.
     """
-    docs = {name: f"an option of {where}." for name, where in (belonging or {}).items()} | DOCS
+    docs = {name: f"an option of {where}." for name, where in (belonging or {}).items()}
+    docs.update(DOCS)
     return tuple(Keyword(name, value, docs.get(name, "")) for name, value in defaults.items())
 
 
