@@ -86,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
 
     methods = commands.add_parser("methods", help="list the optimizers")
     methods.set_defaults(run=_methods)
+    methods.add_argument("--markdown", action="store_true", help="the table of docs/methods.md")
     methods.add_argument("--system", action="store_true", help="also print versions and the device")
     return main_parser
 
@@ -162,8 +163,11 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _methods(options: argparse.Namespace) -> None:
-    from .methods import print_methods, print_system
+    from .methods import methods_page, print_methods, print_system
 
+    if options.markdown:
+        sys.stdout.write(methods_page())
+        return
     print_methods()
     if options.system:
         print_system()

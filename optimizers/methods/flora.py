@@ -19,27 +19,28 @@ Unlike the released code there is no rule that decides which matrices are compre
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Unpack
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from lowrank.cuda.noise import mix
 
 from ..engine.composition import Composition
 from ..engine.geometry import Geometry, Side
+from ..engine.method import method
 from ..engine.optimizer import LowRankOptimizer
-from ..engine.options import PROJECTION_DEFAULTS, Group, ProjectionKeywords, ProjectionOptions
-from ..engine.rule_factories import adafactor_defaults, adafactor_rule
+from ..engine.options import PROJECTION_DEFAULTS, Group, ProjectionOptions
+from ..engine.rule_factories import adafactor_rule
+from ..engine.rule_families import ADAFACTOR
 from ..projectors.random import gaussian
 from ..rules import Adafactor, Update, UpdateRule
 from ..rules.base import RowUpdates, State
 
 CHUNK_ELEMENTS = 1 << 18
-#: Options of `ProjectionKeywords` that mean nothing to a moment that is compressed at random.
+#: Projection options that mean nothing to a moment that is compressed at random.
 FIXED = ("projector", "schedule", "stagger", "basis", "residual", "moments", "projection_dtype")
 
 
@@ -159,6 +160,12 @@ def _between(moment: Tensor, side: Side, basis: Tensor, new_side: Side, new: Ten
     return (new.mT @ moment) @ basis.mT if new_side is Side.LEFT else moment @ (basis.mT @ new)
 
 
+@method(
+    "flora_adafactor",
+    paper="2402.03293",
+    summary="Flora: Adafactor, first moment in a random projection",
+    state="n r + m + n",
+)
 class FloraAdafactor(LowRankOptimizer):
     """Flora with Adafactor.
 
@@ -166,40 +173,9 @@ class FloraAdafactor(LowRankOptimizer):
     paper's is 1000), `proj_type` ("std", "reverse_std", "left" or "right"), `scale` (1), `seed`.
     """
 
-    projection_defaults: ClassVar[Mapping[str, Any]] = {"projector": "random", "scale": 1.0}
-    aliases: ClassVar[Mapping[str, str]] = {"kappa": "update_proj_gap"}
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor | None = None,
-        eps: tuple[float, float] = (1e-30, 1e-3),
-        clip_threshold: float = 1.0,
-        decay_rate: float = -0.8,
-        beta1: float | None = 0.9,
-        weight_decay: float = 0.0,
-        scale_parameter: bool = True,
-        relative_step: bool | None = None,
-        warmup_init: bool = False,
-        **options: Unpack[ProjectionKeywords],
-    ) -> None:
-        """Makes the optimizer; arguments as in `GaLoreAdafactor`, but for `beta1` 0.9.
-
-        Raises:
-            ValueError: an option is unknown or out of range, or a parameter can't be optimized.
-        """
-        defaults = adafactor_defaults(
-            lr,
-            eps,
-            clip_threshold,
-            decay_rate,
-            beta1,
-            weight_decay,
-            scale_parameter,
-            relative_step,
-            warmup_init,
-        )
-        super().__init__(params, defaults, options)
+    rule = ADAFACTOR.but(beta1=0.9)
+    projection_defaults: ClassVar = {"projector": "random", "scale": 1.0}
+    aliases: ClassVar = {"kappa": "update_proj_gap"}
 
     def make_state(self, param: Tensor, composition: Composition, group: Group) -> State:
         """A new state; a matrix gets the next number, which its seeds are made from."""
