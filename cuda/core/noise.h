@@ -33,11 +33,14 @@ struct Words {
 };
 
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): 128 random
-// bits from a 64-bit key and a counter, of which the upper half is zero here.
-LR_HD Words philox(std::uint64_t key, std::uint64_t counter) {
+// bits from a 64-bit key and a 128-bit counter. Its lower half says where in a tensor the bits
+// belong, its upper half what they are for.
+enum Purpose : std::uint32_t { kForSigns = 0, kForNormals = 1 };
+
+LR_HD Words philox(std::uint64_t key, std::uint64_t counter, Purpose purpose) {
   std::uint32_t c0 = static_cast<std::uint32_t>(counter);
   std::uint32_t c1 = static_cast<std::uint32_t>(counter >> 32);
-  std::uint32_t c2 = 0, c3 = 0;
+  std::uint32_t c2 = purpose, c3 = 0;
   std::uint32_t k0 = static_cast<std::uint32_t>(key), k1 = static_cast<std::uint32_t>(key >> 32);
   for (int round = 0; round < 10; ++round) {
     const std::uint64_t first = static_cast<std::uint64_t>(c0) * 0xD2511F53u;

@@ -10,14 +10,14 @@ namespace {
 
 template <typename T>
 GroupParameters parameters_of(const T* x, std::int64_t length, int format, float levels,
-                              float largest, int scale_dtype) {
+                              float share, int scale_dtype) {
   std::int32_t low = 0, high = 0;  // keys of 0, which is in every range
   for (std::int64_t i = 0; i < length; ++i) {
     const std::int32_t key = order_key(to_float(x[i]));
     low = std::min(low, key);
     high = std::max(high, key);
   }
-  return group_parameters(from_order_key(low), from_order_key(high), format, levels, largest,
+  return group_parameters(from_order_key(low), from_order_key(high), format, levels, share,
                           scale_dtype);
 }
 
@@ -139,12 +139,12 @@ int lowrank_quantize_groups(const void* x, int dtype, std::uint8_t* codes, void*
                             void*) {
   return dispatch(dtype, [&]<typename T>(T*) {
     const T* values = static_cast<const T*>(x);
-    const float top = static_cast<float>(levels);
+    const float top = static_cast<float>(levels), share = 1.0f / top;
     parallel_for(ceil_divide(numel, group), group, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t g = begin; g < end; ++g) {
         const std::int64_t start = g * group, stop = std::min(start + group, numel);
         const GroupParameters own =
-            parameters_of(values + start, stop - start, kAffine, top, 1.0f, scale_dtype);
+            parameters_of(values + start, stop - start, kAffine, top, share, scale_dtype);
         store_parameters(scales, zeros, scale_dtype, g, own);
         if (stochastic) {
           stochastic_codes(values + start, stop - start, own, top, seed,
@@ -176,7 +176,7 @@ int lowrank_dequantize_groups(const std::uint8_t* codes, const void* scales, con
 
 int lowrank_quantize_int4(const void* x, int dtype, std::uint8_t* codes, void* scales, void* zeros,
                           int scale_dtype, std::int64_t numel, std::int64_t group, int format,
-                          float largest, const float* nf4, void*) {
+                          float share, const float* nf4, void*) {
   if (group % 2 != 0) return 1;
   return dispatch(dtype, [&]<typename T>(T*) {
     const T* values = static_cast<const T*>(x);
@@ -185,7 +185,7 @@ int lowrank_quantize_int4(const void* x, int dtype, std::uint8_t* codes, void* s
       for (std::int64_t g = begin; g < end; ++g) {
         const std::int64_t start = g * group, stop = std::min(start + group, numel);
         const GroupParameters own =
-            parameters_of(values + start, stop - start, format, 15.0f, largest, scale_dtype);
+            parameters_of(values + start, stop - start, format, 15.0f, share, scale_dtype);
         store_parameters(scales, zeros, scale_dtype, g, own);
         int4_codes(values + start, stop - start, own, format, nf4, fresh.data());
         pack(fresh.data(), stop - start, codes + start / 2);

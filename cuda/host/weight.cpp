@@ -98,7 +98,7 @@ GroupParameters range_of(const float* x, std::int64_t length, int scale_dtype) {
     low = std::min(low, order_key(x[i]));
     high = std::max(high, order_key(x[i]));
   }
-  return group_parameters(from_order_key(low), from_order_key(high), kAffine, 255.0f, 1.0f,
+  return group_parameters(from_order_key(low), from_order_key(high), kAffine, 255.0f, 1.0f / 255.0f,
                           scale_dtype);
 }
 
