@@ -9,8 +9,8 @@ with u = (k + 1/2) / 2^31 for 31 of the pair's bits and an angle a from 33. Loga
 cosine are polynomials of our own; nothing but additions, multiplications, divisions, square roots
 and integer operations is used, each rounded to the nearest fp32 number. So the entries are the same
 to the bit on every processor and for every launch, compiled or not, and a shard of rows draws its
-own part of the whole (`first`). They lie within 2e-6 of what exact arithmetic makes of the same
-bits, and reach 6.66 standard deviations.
+own part of the whole (`first`). They lie within 2e-6 of what exact arithmetic makes of the same u,
+rounded to fp32, and the same a, and reach 6.66 standard deviations.
 """
 
 from __future__ import annotations

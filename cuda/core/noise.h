@@ -55,9 +55,12 @@ LR_HD Words philox(std::uint64_t key, std::uint64_t counter, Purpose purpose) {
   return {{c0, c1, c2, c3}};
 }
 
-// +1 or -1 for bit `bit` (0 to 127) of 128 random ones.
+// 1 for 0 and -1 for 1.
+LR_HD float sign_of(std::uint32_t bit) { return float_of(0x3F800000u | (bit << 31)); }
+
+// The sign of bit `bit` (0 to 127) of 128 random ones.
 LR_HD float sign_of_bit(const Words& words, int bit) {
-  return ((words.word[bit >> 5] >> (bit & 31)) & 1u) ? -1.0f : 1.0f;
+  return sign_of((words.word[bit >> 5] >> (bit & 31)) & 1u);
 }
 
 }  // namespace lowrank

@@ -35,13 +35,18 @@ void normals(std::uint64_t key, std::uint64_t counter, float* __restrict__ out) 
 int lowrank_rademacher(void* out, int dtype, std::int64_t numel, std::uint64_t key, void*) {
   return dispatch(dtype, [&]<typename T>(T*) {
     T* signs = static_cast<T*>(out);
-    parallel_for(ceil_divide(numel, 128), 128, [&](std::int64_t begin, std::int64_t end) {
+    parallel_for(ceil_divide(numel, 128), 128, kCopied, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t counter = begin; counter < end; ++counter) {
         const Words words = philox(key, static_cast<std::uint64_t>(counter), kForSigns);
         const std::int64_t start = counter * 128;
         const int length = static_cast<int>(std::min<std::int64_t>(128, numel - start));
         T fresh[128];
-        for (int bit = 0; bit < 128; ++bit) fresh[bit] = from_float<T>(sign_of_bit(words, bit));
+        for (int word = 0; word < 4; ++word) {
+          const std::uint32_t bits = words.word[word];
+          for (int bit = 0; bit < 32; ++bit) {
+            fresh[32 * word + bit] = from_float<T>(sign_of((bits >> bit) & 1u));
+          }
+        }
         std::copy(fresh, fresh + length, signs + start);
       }
     });
@@ -56,24 +61,26 @@ int lowrank_gaussian(void* out, int dtype, std::int64_t numel, std::uint64_t key
   const std::int64_t skip = static_cast<std::int64_t>(first % kNormals);
   return dispatch(dtype, [&]<typename T>(T*) {
     T* numbers = static_cast<T*>(out);
-    parallel_for(
-        ceil_divide(numel + skip, kPart), kPart, [&](std::int64_t begin, std::int64_t end) {
-          for (std::int64_t part = begin; part < end; ++part) {
-            float fresh[kPart];
-            normals(key, first / kNormals + static_cast<std::uint64_t>(part * kCounters), fresh);
-            const std::int64_t start = part * kPart - skip;
-            const std::int64_t from = std::max<std::int64_t>(0, -start);
-            const std::int64_t to = std::min(kPart, numel - start);
-            for (std::int64_t i = from; i < to; ++i) numbers[start + i] = from_float<T>(fresh[i]);
-          }
-        });
+    parallel_for(ceil_divide(numel + skip, kPart), kPart, kComputed,
+                 [&](std::int64_t begin, std::int64_t end) {
+                   for (std::int64_t part = begin; part < end; ++part) {
+                     float fresh[kPart];
+                     normals(key, first / kNormals + static_cast<std::uint64_t>(part * kCounters),
+                             fresh);
+                     const std::int64_t start = part * kPart - skip;
+                     const std::int64_t from = std::max<std::int64_t>(0, -start);
+                     const std::int64_t to = std::min(kPart, numel - start);
+                     for (std::int64_t i = from; i < to; ++i)
+                       numbers[start + i] = from_float<T>(fresh[i]);
+                   }
+                 });
     return 0;
   });
 }
 
 int lowrank_stochastic_bfloat16(const float* x, std::uint16_t* out, std::int64_t numel,
                                 std::uint64_t seed, std::uint64_t first, void*) {
-  parallel_for(numel, 1, [&](std::int64_t begin, std::int64_t end) {
+  parallel_for(numel, 1, kRounded, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
       out[i] = stochastic_bfloat16(x[i], seed, first + static_cast<std::uint64_t>(i)).bits;
     }
