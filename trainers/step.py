@@ -91,7 +91,8 @@ def _loss_factor(own: int, world: World, packed: bool) -> Tensor:
     """
     tokens = torch.tensor(float(own), dtype=torch.float64).to(_accumulator_device(world))
     tokens = tokens * world.size if packed else world.sum(tokens)
-    return world.size / tokens.clamp(min=1)
+    factor: Tensor = world.size / tokens.clamp(min=1)
+    return factor
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
