@@ -91,8 +91,7 @@ def _loss_factor(own: int, world: World, packed: bool) -> Tensor:
     """
     tokens = torch.tensor(float(own), dtype=torch.float64).to(_accumulator_device(world))
     tokens = tokens * world.size if packed else world.sum(tokens)
-    factor: Tensor = world.size / tokens.clamp(min=1)
-    return factor
+    return world.size / tokens.clamp(min=1)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -102,7 +101,8 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
         return torch.zeros(())
     # Not `torch.nn.utils.get_total_norm`: it rounds the norms to the gradients' dtype.
     norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
-    return torch.linalg.vector_norm(torch.stack(list(norms)))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(list(norms)))
+    return norm
 
 
 def clip(parameters: Iterable[nn.Parameter], norm: float, limit: float) -> None:
