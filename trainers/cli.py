@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (ValueError, ImportError) as error:
             return _fail(str(error), EXIT_WRONG)
         except OSError as error:
-            return _fail(str(error), EXIT_FAILED)
+            return _fail(_system_text(error), EXIT_FAILED)
         except RuntimeError as error:
             return _fail_at_work(error)
     return 0
@@ -180,6 +180,13 @@ def _fail_at_work(error: RuntimeError) -> int:
     if isinstance(error, TrainingError):
         return _fail(str(error), EXIT_FAILED)
     raise error
+
+
+def _system_text(error: OSError) -> str:
+    """The file and the reason, without the number that only a programmer knows."""
+    if error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error.strerror or error)
 
 
 def _fail(message: str, status: int) -> int:
