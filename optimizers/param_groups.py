@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from .layers.base import FactoredLinear
 
@@ -17,6 +18,8 @@ PATTERNS = ("attn", "attention", "mlp")
 DEFAULT_RANK = 128
 #: Convolution weights with no more entries are not worth projecting (COAP, released code).
 SMALL_CONVOLUTION = 32 * 32 * 9
+#: What says how far a group is projected.
+SIZES = ("rank", "rank_ratio_matrix", "rank_ratio_cnn")
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
@@ -31,11 +34,11 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module
 
 def _tied(model: nn.Module) -> set[nn.Parameter]:
     """Parameters that more than one module owns."""
-    strategy_option_owners: dict[nn.Parameter, int] = {}
+    owners: dict[nn.Parameter, int] = {}
     for module in model.modules():
         for param in module.parameters(recurse=False):
-            strategy_option_owners[param] = strategy_option_owners.get(param, 0) + 1
-    return {param for param, count in strategy_option_owners.items() if count > 1}
+            owners[param] = owners.get(param, 0) + 1
+    return {param for param, count in owners.items() if count > 1}
 
 
 def param_groups(
@@ -222,3 +225,68 @@ def _group(named: Sequence[tuple[str, torch.Tensor]], options: Group) -> Group:
         "param_names": [name for name, _ in named],
         **options,
     }
+
+
+def is_sized(group: Mapping[str, Any]) -> bool:
+    """Whether a group says how far it is projected."""
+    return any(group.get(name) is not None for name in SIZES)
+
+
+def sorted_groups(params: ParamsT, **sizes: Any) -> ParamsT:
+    """Parameters sorted as the released code does where a rank is given beside plain `params`.
+
+    Matrices whose shorter side exceeds the rank are projected, embeddings included; 4-D weights
+    with more than 9216 entries too where `rank_ratio_cnn` is given; all others are plain. Groups
+    stay together; those with `proj_method` take what they lack.
+
+    Args:
+        params: parameters, named parameters or groups.
+        **sizes: each of `SIZES`, None where it isn't given.
+
+    Raises:
+        ValueError: a rank or ratio is given beside groups, none of which is projected.
+    """
+    given: list[Any] = list(params)
+    if any(isinstance(entry, dict) for entry in given):
+        return _completed(given, {k: v for k, v in sizes.items() if v is not None})
+    if not is_sized(sizes):
+        return given
+    kinds: dict[str, list[Any]] = {"plain": [], "matrix": [], "convolution": []}
+    for entry in given:
+        kinds[_kind(entry[1] if isinstance(entry, tuple) else entry, sizes)].append(entry)
+    own: dict[str, Group] = {
+        "plain": {},
+        "matrix": {name: sizes[name] for name in SIZES[:2]},
+        "convolution": {"rank_ratio_cnn": sizes["rank_ratio_cnn"]},
+    }
+    return [{"params": members, **own[kind]} for kind, members in kinds.items() if members]
+
+
+def _kind(param: Tensor, sizes: Group) -> str:
+    rank, ratio = sizes["rank"], sizes["rank_ratio_matrix"]
+    if param.dim() == 2 and (ratio is not None or rank is not None):
+        return "matrix" if ratio is not None or min(param.shape) > rank else "plain"
+    if param.dim() == 4 and sizes["rank_ratio_cnn"] is not None:
+        return "convolution" if param.numel() > SMALL_CONVOLUTION else "plain"
+    return "plain"
+
+
+def _completed(groups: list[Any], sizes: Group) -> list[Any]:
+    """Groups that are to be projected, with the constructor's rank and ratios where they lack."""
+    made = []
+    for group in groups:
+        if isinstance(group, dict) and is_sized(group):
+            # A rank of its own stands; convolutions beside the matrices still need their ratio.
+            ratio = sizes.get("rank_ratio_cnn")
+            if ratio is not None and group.get("rank_ratio_cnn") is None:
+                group = {**group, "rank_ratio_cnn": ratio}
+        elif isinstance(group, dict) and "proj_method" in group:
+            group = {**group, **sizes}
+        made.append(group)
+    if sizes and not any(isinstance(group, dict) and is_sized(group) for group in made):
+        name, value = next(iter(sizes.items()))
+        raise ValueError(
+            f"{name}={value!r} beside groups none of which is projected: accepted with "
+            "proj_method='coap' in those to project, or with plain parameters"
+        )
+    return made

@@ -149,7 +149,8 @@ class ScheduleConfig:
         min_ratio: learning rate at the end, as a share of the peak (unused by "constant").
         decay_ratio: share of the steps that "wsd" spends falling at the end.
         cycle: steps from one restart of "cosine_restarts" to the next; as many as between the
-            method's merges or draws.
+            method's merges or draws, which it is by itself where `optimizer.update_proj_gap` is
+            given.
         restart_warmup: steps of the rise after each restart.
     """
 
@@ -166,7 +167,13 @@ class ScheduleConfig:
             value = getattr(self, key)
             _require(0 <= value <= 1, f"schedule.{key}", value, "a number from 0 to 1")
         if self.name == "cosine_restarts":
-            _require(self.cycle >= 1, "schedule.cycle", self.cycle, "a number of steps, at least 1")
+            _require(
+                self.cycle >= 1,
+                "schedule.cycle",
+                self.cycle,
+                "a number of steps, at least 1 (or optimizer.update_proj_gap, whose cycle it then"
+                " follows)",
+            )
             _require(
                 0 <= self.restart_warmup < self.cycle,
                 "schedule.restart_warmup",

@@ -18,16 +18,17 @@ from lowrank.optimizers import accepts, build, describe
 
 from .checkpoint import CheckpointStore
 from .config import RunConfig
-from .config_io import Layer, from_mapping, merge, read_layer, write_config
+from .config_io import Layer, from_mapping, read_layer, write_config
 from .data import Tokenizer, TrainingStream, ValidationSet, build_tokenizer
 from .distributed import World, join
 from .loop import Loop
 from .metrics import cut_after
 from .models import build_model, parameter_count
 from .parts import Parts, load_initial, read_parts
-from .preset import canonical, preset_layer
+from .preset import canonical, preset_layer, with_cycle
 from .recorder import Recorder
 from .report import write_report
+from .resume import check_unchanged, resumed_config
 from .run_folder import Place, find_place, hold, store_of
 from .state import TrainState, seed_everything
 from .summary import device_name, summarise, write_summary
@@ -61,7 +62,7 @@ def resolve(settings: Layer) -> RunConfig:
     optimizer = _named(settings, "optimizer", default.optimizer.name)
     describe(optimizer)  # raises with the nearest name before anything is made
     preset = canonical(preset_layer(model, optimizer), optimizer)
-    return from_mapping(merge(preset, canonical(settings, optimizer)))
+    return from_mapping(with_cycle(preset, canonical(settings, optimizer)))
 
 
 def pretrain(request: Request, console: Console) -> Path:
@@ -180,7 +181,11 @@ def _decide(request: Request, console: Console) -> tuple[Place, RunConfig]:
     if place.checkpoint is not None and saved.is_file():
         content = read_layer(saved)
         named = _named(content, "optimizer", RunConfig().optimizer.name)
-        config = from_mapping(merge(content, canonical(request.settings, named)))
+        config = resumed_config(content, canonical(request.settings, named))
+        # Before anything is built: options of another optimizer would fail there with other words.
+        check_unchanged(
+            from_mapping(content), config, place.checkpoint.folder, place.checkpoint.step
+        )
     elif config is None:
         config = resolve(request.settings)
     return place, config
@@ -241,6 +246,8 @@ def _build(config: RunConfig, world: World) -> Iterator[Parts]:
                 tokens=config.eval.tokens,
                 rank=world.rank,
                 world_size=world.size,
+                # Every process reads the whole set, and one of them is enough to tell.
+                on_warning=None if world.leads else lambda _: None,
             ),
             counts=torch.zeros(config.model.vocab_size, dtype=torch.int64),
             state=TrainState(),

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..projectors import ProjectedParam
@@ -15,28 +16,53 @@ from .options import Group
 SCRATCH_BYTES = 256 << 20
 
 
+def read_steps(states: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Steps done with each state; one synchronisation for all counts of a device."""
+    counts = [state["step"] for state in states]
+    found = [0] * len(counts)
+    by_device: dict[torch.device, list[int]] = defaultdict(list)
+    for position, count in enumerate(counts):
+        by_device[count.device].append(position)
+    for positions in by_device.values():
+        steps = torch.stack([counts[i] for i in positions]).tolist()
+        for position, steps_done in zip(positions, steps, strict=True):
+            found[position] = int(steps_done)
+    return found
+
+
 def update_batches(
-    params: Sequence[Tensor], state: Mapping[Tensor, dict[str, Any]], group: Group
+    params: Sequence[Tensor],
+    states: Sequence[Mapping[str, Any]],
+    steps_done: Sequence[int],
+    entries: Sequence[int],
+    group: Group,
 ) -> Iterator[list[int]]:
     """Positions of parameters to advance together: one device, dtype and step count.
 
     On a CPU one matrix at a time keeps its scratch in the cache; elsewhere lists save launches.
+
+    Args:
+        params: the parameters.
+        states: their states.
+        steps_done: by each of them.
+        entries: of each one's (projected) gradient, which bound the scratch.
+        group: their options.
     """
     single = group["foreach"] is False
     kinds: dict[Hashable, list[int]] = defaultdict(list)
-    for i, param in enumerate(params):
+    # Bias corrections that start anew at a refresh differ between staggered matrices.
+    renewed = group.get("moments") == "reset" or group.get("factors")
+    for i, (param, state) in enumerate(zip(params, states, strict=True)):
         cached = param.device.type == "cpu" and group["foreach"] is None and param.dim() > 1
         alone = i if single or cached else -1
-        step = 0 if group["capturable"] else int(state[param]["step"])
-        # Bias corrections that start anew at a refresh differ between staggered matrices.
-        renewed = group.get("moments") == "reset" or group.get("factors")
-        since = state[param].get("refreshed_at") if renewed else None
+        step = 0 if group["capturable"] else steps_done[i]
+        since = state.get("refreshed_at") if renewed else None
         kinds[(param.device, param.dtype, step, since, alone)].append(i)
     for indices in kinds.values():
         batch: list[int] = []
         used = 0
         for i in indices:
-            size = params[i].numel() * max(4, params[i].element_size())
+            size = entries[i] * max(4, params[i].element_size())
             if batch and used + size > SCRATCH_BYTES:
                 yield batch
                 batch, used = [], 0
@@ -46,7 +72,7 @@ def update_batches(
 
 
 def refresh_batches(params: Sequence[ProjectedParam]) -> Iterator[list[ProjectedParam]]:
-    """Slots of one geometry together, as many as have bounded Gram matrices."""
+    """Matrices of one geometry together, as many as have bounded Gram matrices."""
     kinds: dict[Hashable, list[ProjectedParam]] = defaultdict(list)
     for param in params:
         kinds[(param.geometry, param.weight.dtype, param.weight.device)].append(param)

@@ -7,6 +7,28 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
+
+_PLAIN = (float, int, bool, str, type(None))
+
+
+def plain(value: Any) -> Any:
+    """A number of NumPy or torch (no dimensions) as a Python number; what is none stays as it is.
+
+    Tuples and lists are taken entry by entry. A tensor on a device is read back.
+    """
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
+    if kind in (tuple, list):
+        return value if all(type(v) in _PLAIN for v in value) else kind(map(plain, value))
+    if isinstance(value, Tensor):
+        return value.item() if value.dim() == 0 and not value.is_meta else value
+    if kind.__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        number = value.item()
+        return number if type(number) in _PLAIN else float(number)
+    return value
+
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Returns the known name closest to `name`, or None when none is close."""
@@ -32,6 +54,7 @@ def number(
     high_open: bool = False,
 ) -> None:
     """Raises `ValueError` unless `value` is a finite number in the given range."""
+    value = plain(value)
     opening, closing = "(" if low_open else "[", ")" if high_open else "]"
     valid = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if valid:
@@ -46,6 +69,7 @@ def number(
 
 def integer(name: str, value: Any, *, low: int) -> None:
     """Raises `ValueError` unless `value` is an integer of at least `low`."""
+    value = plain(value)
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
         raise ValueError(f"{name}={value!r}: accepted is an integer of at least {low}")
 

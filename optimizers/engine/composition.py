@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from ..projectors import Projector
 from ..residuals import Residual
 from ..rules import UpdateRule
 from ..schedules import Schedule
-from .geometry import Geometry, RowRange
+from .geometry import Geometry
 from .options import ProjectionOptions
 
 STEP_BYTES = 4  # a 0-d fp32 tensor
@@ -63,6 +63,22 @@ class Composition:
                     f"{', '.join(map(repr, self.rule.transports))}"
                 )
 
+    def at_rate(self, group: Mapping[str, Any]) -> Composition:
+        """The same with the learning rate that the group has now; nothing is checked."""
+        rule: Any = self.rule
+        made = replace(self, rule=replace(rule, lr=group["lr"]) if hasattr(rule, "lr") else rule)
+        if self.projection is None:
+            return made
+        if not self.reads_rate:
+            return made
+        projector = self.projection.projector.for_group(group)
+        return replace(made, projection=replace(self.projection, projector=projector))
+
+    @property
+    def reads_rate(self) -> bool:
+        """Whether the projector has a rate that was computed from the learning rate."""
+        return self.projection is not None and hasattr(self.projection.projector, "rate")
+
     def init_state(self, param: Tensor, *, capturable: bool) -> dict[str, Any]:
         """A parameter's whole state: `step`, and the entries of each seam."""
         device = param.device if capturable else torch.device("cpu")
@@ -70,16 +86,21 @@ class Composition:
             device = param.device
         state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device=device)}
         state |= dict.fromkeys(self.counters, 0)
+        if self.projection is not None:
+            projection = self.projection
+            geometry = projection.geometry(param.shape)
+            state["side"] = int(geometry.side)
+            state |= projection.schedule.init(geometry, param)
+            state |= projection.projector.init(geometry, param)
+            state |= projection.residual.init(geometry, param)
+        return state | self.moments(param)
+
+    def moments(self, param: Tensor) -> dict[str, Any]:
+        """The rule's part of a parameter's state."""
         if self.projection is None:
-            return state | self.rule.init(param.shape, param)
-        projection = self.projection
-        geometry = projection.geometry(param.shape)
-        rows = RowRange.whole(param.shape[0])
-        state["side"] = int(geometry.side)
-        state |= projection.schedule.init(geometry, param)
-        state |= projection.projector.init(geometry, param)
-        state |= projection.residual.init(geometry, param)
-        return state | self.rule.init(geometry.projected_shape(rows.stop - rows.start), param)
+            return self.rule.init(param.shape, param)
+        geometry = self.projection.geometry(param.shape)
+        return self.rule.init(geometry.projected_shape(), param)
 
     def state_bytes(self, shape: Sequence[int], itemsize: int) -> int:
         """Bytes of a parameter's state by formula: the step count and what each seam states."""

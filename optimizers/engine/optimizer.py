@@ -3,150 +3,96 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
-from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from functools import partial
-from typing import Any, ClassVar, overload
+from collections.abc import Callable, Iterator, Set
+from typing import Any, overload
 
 import torch
-from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
 from torch.utils.hooks import RemovableHandle
 
-from ..weights import apply_rule
 from . import checks
-from . import state_dict as policy
-from .batching import update_batches
 from .composition import Composition
-from .gradients import check_param, descent_gradient, finite, label, names
-from .options import (
-    COMMON_DEFAULTS,
-    PROJECTION_DEFAULTS,
-    Group,
-    ProjectionOptions,
-    check_common,
-    check_lr,
-)
+from .declared import DeclaredOptimizer
+from .gradients import check_gradients
+from .managed import ManagedOptimizer
+from .options import Group, ProjectionOptions, check_common, check_lr, make_plain
+from .parameters import check_names, check_param, name_alike, names
+from .plan import Snapshot
 from .refresh import RefreshHook
-from .seeds import seed_names
-from .step import capturing, projected_params, refresh_due, step_projected
-from .strategies import check_strategy_options, strategy_option_owners, strategy_options
+from .step import Usable, step_plain, step_projected
+from .strategies import (
+    check_strategy_options,
+    drop_left_over,
+    projection_of,
+    strategy_option_owners,
+    strategy_options,
+)
 
 
-class LowRankOptimizer(Optimizer):
+class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
     """Base of all methods: a `torch.optim.Optimizer` whose groups may be projected.
 
-    A subclass says with `compose` what a group's options mean. State is made at construction and in
-    `add_param_group` and holds tensors and integers only.
+    A subclass declares its parts (`DeclaredOptimizer`), or says with `compose` what a group's
+    options mean. State is made at construction and in `add_param_group` and holds tensors and
+    integers only.
     """
 
-    #: Whether a group with `rank` is projected; baselines ignore the key.
-    projects: ClassVar[bool] = True
-    #: Whether step counts may stay on the device.
-    supports_capturable: ClassVar[bool] = False
-    #: A method's own choice among the keywords of `ProjectionKeywords`.
-    projection_defaults: ClassVar[Mapping[str, Any]] = {}
-    #: Other names of group keys, as the method's official code calls them.
-    aliases: ClassVar[Mapping[str, str]] = {}
-
-    def __init__(
-        self, params: ParamsT, defaults: dict[str, Any], options: Mapping[str, Any] | None = None
-    ) -> None:
-        """Checks the groups and makes their state.
-
-        Args:
-            params: parameters, named parameters or groups, as for `torch.optim`.
-            defaults: the method's own options.
-            options: common (and projection) keywords of the constructor.
-
-        Raises:
-            ValueError: an option is unknown or out of range, or a parameter can't be optimized.
-        """
-        accepted: dict[str, Any] = {**COMMON_DEFAULTS}
-        if self.projects:
-            accepted |= {**PROJECTION_DEFAULTS, **self.projection_defaults}
-        for name in options or {}:
-            if name not in self.keywords():
-                raise checks.unknown_name("keyword", name, [*self.keywords(), *defaults])
-        accepted |= options or {}
-        if self.projects:
-            check_strategy_options(options or {}, strategy_options({"rank": 1, **accepted}))
-        self._refresh_hooks: dict[int, RefreshHook] = OrderedDict()
-        super().__init__(params, {**defaults, **accepted})
-        if self.projects and not any(ProjectionOptions.of(group) for group in self.param_groups):
-            warnings.warn(
-                f"{type(self).__name__}: no parameter group has a rank, so nothing is projected; "
-                "param_groups(model) makes groups that are",
-                stacklevel=3,
-            )
-
-    @classmethod
-    def keywords(cls) -> set[str]:
-        """Names of the keywords that every constructor of this class takes as `**options`."""
-        if not cls.projects:
-            return set(COMMON_DEFAULTS)
-        return {
-            *COMMON_DEFAULTS,
-            *PROJECTION_DEFAULTS,
-            *cls.projection_defaults,
-            *strategy_option_owners(),
-        }
-
-    @classmethod
-    def group_keys(cls) -> set[str]:
-        """Names of the group keys about projection; baselines ignore `ProjectionOptions`'."""
-        if not cls.projects:
-            return set(ProjectionOptions.names())
-        return {*ProjectionOptions.names(), *strategy_option_owners(), *cls.aliases}
-
-    @abstractmethod
     def compose(self, group: Group) -> Composition:
         """What a group's options mean: pure, cheap, and raising `ValueError` for bad values."""
+        projection = projection_of(group) if self.projects else None
+        return Composition(self.rule.make(group, projected=projection is not None), projection)
+
+    def _make_attributes(self) -> None:
+        self._refresh_hooks: dict[int, RefreshHook] = OrderedDict()
 
     # Groups and state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group and makes its parameters' state; on an error nothing is added.
 
+        A group without names beside such with names gets some ("group2.0"), and the other way
+        round.
+
         Raises:
             ValueError: as in the constructor.
         """
+        before, named = len(self.param_groups), []
         if isinstance(param_group, dict):
+            make_plain(param_group, self._known())
             self._rename_aliases(param_group)
             given = param_group.keys() - {"params"}
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+            named = name_alike(param_group, self.param_groups)
         try:
-            composition = self._checked(group, given)
-            for param, name in zip(group["params"], names(group), strict=True):
-                check_param(param, name, composition)
-            for param in group["params"]:
-                if param.numel():
-                    self.state[param] = composition.init_state(
-                        param, capturable=group["capturable"]
-                    )
+            super().add_param_group(param_group)
+            self._make_group(self.param_groups[-1], given)
         except Exception:
-            self.param_groups.pop()
-            for param in group["params"]:
-                self.state.pop(param, None)
+            for group in self.param_groups[before:]:
+                for param in group["params"]:
+                    self.state.pop(param, None)
+            del self.param_groups[before:]
+            for group in named:
+                del group["param_names"]
             raise
 
-    def _rename_aliases(self, group: Group) -> None:
-        for alias, name in self.aliases.items():
-            if alias not in group:
-                continue
-            if name in group:
-                raise ValueError(
-                    f"{alias}={group[alias]!r} with {name}={group[name]!r}: these are two names of "
-                    "one thing, accepted is one of them"
-                )
-            group[name] = group.pop(alias)
+    def _make_group(self, group: Group, given: Set[str]) -> None:
+        for name in self.ungrouped:
+            group.pop(name, None)
+        check_names(group)
+        composition = self._checked(group, given)
+        for param, called in zip(group["params"], names(group), strict=True):
+            check_param(param, called, composition)
+        for param in group["params"]:
+            if param.numel():
+                self.state[param] = self.make_state(param, composition, group)
+        self._record(group, composition)
+
+    def _known(self) -> set[str]:
+        """Names of options that a group may have."""
+        return self.defaults.keys() | (self.group_keys() if self.projects else set())
 
     def _checked(self, group: Group, given: Set[str]) -> Composition:
         """Checks a group, completes it, and says what it means; `given` was not by default."""
-        known = self.defaults.keys() | (self.group_keys() if self.projects else set())
+        known = self._known()
         for name in given - known - {"param_names", "initial_lr"}:
             guess = checks.nearest(name, known, cutoff=0.85)
             if guess is not None and guess not in given:
@@ -160,47 +106,51 @@ class LowRankOptimizer(Optimizer):
         options = ProjectionOptions.of(group) if self.projects else None
         if options is not None:
             own = strategy_options(group)
-            check_strategy_options({name: group[name] for name in given}, own)
+            # What is as it would be without being given is in copies of groups.
+            chosen = {
+                name: group[name]
+                for name in given
+                if name not in self.defaults or group[name] != self.defaults[name]
+            }
+            check_strategy_options(chosen, own)
             for name in ProjectionOptions.names():
                 group.setdefault(name, getattr(options, name))
             for name, value in own.items():
                 group.setdefault(name, value)
         return self.compose(group)
 
+    def _complete(self, group: Group, before: Snapshot | None) -> Composition:
+        """Checks and completes a group that was changed since a snapshot."""
+        spellings = {*self.aliases, *self.ungrouped}
+        if self.projects:
+            spellings |= (
+                self.group_keys()
+                - self.defaults.keys()
+                - {
+                    *ProjectionOptions.names(),
+                    *strategy_option_owners(),
+                }
+            )
+        for name in group.keys() & spellings:
+            raise ValueError(
+                f"{name}={group[name]!r} in a group after construction: accepted is "
+                f"{self.aliases.get(name, 'what it stands for among ' + str(sorted(group)))!r}"
+            )
+        make_plain(group, self._known())
+        if before is not None and self.projects and ProjectionOptions.of(group) is not None:
+            drop_left_over(group, before.options, self.defaults)
+        return self._checked(group, group.keys() - {"params"})
+
+    def _meaning(self, saved_group: Group) -> Composition:
+        given = saved_group.keys() - {"params"}
+        group = {**self.defaults, **saved_group}
+        make_plain(group, self._known())
+        return self._checked(group, given)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restores a pickle or copy, and fills in options that an older version lacked."""
+        """Restores a pickle or copy, without hooks."""
         super().__setstate__(state)
         self.__dict__.setdefault("_refresh_hooks", OrderedDict())
-        for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict()` gave; every tensor keeps the dtype it was saved with.
-
-        Raises:
-            ValueError: the state doesn't fit these parameters; nothing is changed then.
-        """
-        found: dict[str, Any] = {}
-
-        def inspect(_: Optimizer, loaded: dict[str, Any]) -> None:
-            policy.check(self.param_groups, loaded, self._template)
-            found.update(loaded)
-
-        def restore(_: Optimizer) -> None:
-            policy.restore_dtypes(self.param_groups, self.state, found)
-
-        before = self.register_load_state_dict_pre_hook(inspect)
-        after = self.register_load_state_dict_post_hook(restore, prepend=True)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            before.remove()
-            after.remove()
-
-    def _template(self, param: Tensor, saved_group: Group) -> dict[str, Any]:
-        group = {**self.defaults, **saved_group}
-        return self.compose(group).init_state(param, capturable=False)
 
     def register_refresh_hook(self, hook: RefreshHook) -> RemovableHandle:
         """Calls `hook(event)` after each refresh of a matrix; measuring costs one projection.
@@ -227,69 +177,31 @@ class LowRankOptimizer(Optimizer):
             closure: evaluates the model with gradients and returns the loss.
 
         Raises:
-            ValueError: a gradient is sparse.
+            ValueError: an option, a parameter, its state or gradient is not accepted; nothing is
+                changed then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        pairs = [(group, self.compose(group)) for group in self.param_groups]
-        count = sum(len(group["params"]) for group, made in pairs if made.projection)
-        index, drawn = 0, seed_names(self.param_groups)
+        check_gradients(self.param_groups)
+        plans = self._prepare()
+        count = sum(len(plan.params) for plan in plans if plan.core.projection is not None)
+        hooks, index = tuple(self._refresh_hooks.values()), 0
         with no_autocast():
-            for (group, composition), own in zip(pairs, drawn, strict=True):
-                if composition.projection is None:
-                    self._step_plain(group, composition, own)
-                    continue
-                params = projected_params(group, composition, self.state, index, own)
-                if not capturing():
-                    refresh_due(params, composition, count, tuple(self._refresh_hooks.values()))
-                finite = partial(self._finite, group=group)
-                step_projected(group, composition, params, finite)
-                index += len(group["params"])
+            for plan in plans:
+                usable = self._usable(plan.group)
+                if plan.core.projection is None:
+                    step_plain(plan, usable)
+                else:
+                    step_projected(plan, index, count, hooks, self._formers, usable)
+                    index += len(plan.params)
         return loss
 
-    def _step_plain(self, group: Group, composition: Composition, drawn: Sequence[str]) -> None:
-        params, grads, called, own = [], [], [], []
-        for param, name, seed_name in zip(group["params"], names(group), drawn, strict=True):
-            grad = descent_gradient(param, name, group)
-            if grad is not None:
-                params.append(param)
-                grads.append(grad)
-                called.append(name)
-                own.append(seed_name)
-        kept = self._finite(grads, lambda i: label(called[i], params[i]), group)
-        for batch in update_batches([params[i] for i in kept], self.state, group):
-            picked = [kept[i] for i in batch]
-            states = [self.state[params[i]] for i in picked]
-            torch._foreach_add_([state["step"] for state in states], 1)
-            apply_rule(
-                composition.rule,
-                [grads[i] for i in picked],
-                states,
-                [params[i] for i in picked],
-                group.get("seed", 0),
-                [own[i] for i in picked],
-                stochastic=group.get("stochastic_rounding", False),
-            )
-
-    def _finite(
-        self, tensors: Sequence[Tensor], called: Callable[[int], str], group: Group
-    ) -> list[int]:
-        """Positions of the tensors to go on with; warns once about the first that is left out."""
-        if not group["skip_nonfinite"] or group["capturable"]:
-            return list(range(len(tensors)))
-
-        def complain(position: int) -> None:
-            if not self.__dict__.get("_warned_nonfinite"):
-                self._warned_nonfinite = True
-                warnings.warn(
-                    f"non-finite gradient of {called(position)}: this step leaves it as it is "
-                    "(said once; skip_nonfinite=False turns the check off)",
-                    stacklevel=5,
-                )
-
-        return [i for i, good in enumerate(finite(tensors, complain)) if good]
+    def _usable(self, group: Group) -> Usable:
+        if group["skip_nonfinite"] and not group["capturable"]:
+            return self._skipped.usable
+        return lambda tensors, params, called: range(len(tensors))
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ group to group.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict
 
@@ -202,12 +202,36 @@ class ProjectionOptions:
         return PROJECTION_DTYPES[self.projection_dtype] if self.projection_dtype else None
 
 
+#: Keys of a group that are no options: what is trained, and what a scheduler may keep as a tensor.
+NO_OPTIONS = ("params", "param_names", "lr", "initial_lr")
+
+
+def make_plain(options: MutableMapping[str, Any], known: Collection[str] | None = None) -> None:
+    """In place: numbers of NumPy, and of torch where `known` has the name, as Python numbers.
+
+    A learning rate may be a tensor. What a group holds is saved, and a file with NumPy's numbers
+    in it does not load under `weights_only`.
+    """
+    for name, value in options.items():
+        if name in ("params", "param_names"):
+            continue
+        if isinstance(value, Tensor) and (
+            name in NO_OPTIONS or (known is not None and name not in known)
+        ):
+            continue
+        made = checks.plain(value)
+        if made is not value:
+            options[name] = made
+
+
 def check_lr(lr: Any) -> None:
     """Raises `ValueError` unless `lr` is a number >= 0 or a tensor with one such entry."""
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"lr is a tensor of shape {tuple(lr.shape)}: accepted is one entry")
-        return  # reading a device tensor here would synchronise
+        if lr.device.type != "cpu":
+            return  # reading it would synchronise
+        lr = lr.item()
     checks.number("lr", lr, low=0.0, high=math.inf)
 
 

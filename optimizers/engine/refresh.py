@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..projectors import ProjectedParam, RefreshEvent, telemetry
+from .adapt import Former, transport_former
 from .chunks import wide_dtype
 from .composition import Composition, Projection
 from .fp32 import exact_fp32
@@ -18,7 +19,10 @@ RefreshHook = Callable[[RefreshEvent], None]
 
 
 def refresh(
-    params: Sequence[ProjectedParam], composition: Composition, hooks: Sequence[RefreshHook]
+    params: Sequence[ProjectedParam],
+    composition: Composition,
+    hooks: Sequence[RefreshHook],
+    formers: MutableMapping[Tensor, Former],
 ) -> None:
     """Refits the bases of same-geometry matrices; measures what hooks are told only if any listen.
 
@@ -26,16 +30,21 @@ def refresh(
         params: matrices whose refresh is due.
         composition: their projection and rule.
         hooks: called once for each matrix that has a new basis.
+        formers: moments to carry over from before options were changed; what is done is taken out.
     """
     with exact_fp32():
-        events = _refresh(params, composition, measured=bool(hooks))
+        events = _refresh(params, composition, formers, measured=bool(hooks))
     for event in events:
         for hook in hooks:
             hook(event)
 
 
 def _refresh(
-    params: Sequence[ProjectedParam], composition: Composition, *, measured: bool
+    params: Sequence[ProjectedParam],
+    composition: Composition,
+    formers: MutableMapping[Tensor, Former],
+    *,
+    measured: bool,
 ) -> list[RefreshEvent]:
     projection = composition.projection
     assert projection is not None
@@ -58,6 +67,9 @@ def _refresh(
         param.read = None
         if moving and old:
             transport_moments(param, old, projection, composition.rule)
+        former = formers.pop(param.weight, None)
+        if former is not None:
+            transport_former(param, former, composition)
         if measured:
             events.append(_event(param, projection, old, seconds))
     return events

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..rules import Adafactor, Adafactor8bit, Adam, Adam8bit, Lion, Muon, VectorAdam
+from ..rules import Adafactor, Adafactor8bit, Adam, Adam8bit, Lion, Momentum, Muon, VectorAdam
 from ..rules.muon import ADJUSTMENTS
 from ..rules.precision import MOMENT_DTYPES
 from ..rules.quantizers import quantizer
@@ -111,29 +110,16 @@ def lion_rule(group: Group, **form: Any) -> Lion:
     )
 
 
-def adafactor_defaults(
-    lr: float | Tensor | None,
-    eps: tuple[float, float],
-    clip_threshold: float,
-    decay_rate: float,
-    beta1: float | None,
-    weight_decay: float,
-    scale_parameter: bool,
-    relative_step: bool | None,
-    warmup_init: bool,
-) -> Group:
-    """Adafactor's constructor arguments as group defaults, `relative_step` decided."""
-    return {
-        "lr": lr,
-        "eps": eps,
-        "clip_threshold": clip_threshold,
-        "decay_rate": decay_rate,
-        "beta1": beta1 or None,
-        "weight_decay": weight_decay,
-        "scale_parameter": scale_parameter,
-        "relative_step": lr is None if relative_step is None else relative_step,
-        "warmup_init": warmup_init,
-    }
+def momentum_rule(group: Group) -> Momentum:
+    """SGD with momentum from `lr`, `momentum`, `nesterov`, `weight_decay`.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    checks.number("momentum", group["momentum"], low=0.0, high=1.0, high_open=True)
+    checks.choice("nesterov", group["nesterov"], (True, False))
+    names = ("lr", "momentum", "nesterov", "weight_decay", "capturable")
+    return Momentum(**{name: group[name] for name in names}, moments_dtype=_moments_dtype(group))
 
 
 def adafactor_rule(group: Group) -> Adafactor:

@@ -7,7 +7,7 @@ added shifts no other's), in every process, on every device, and in a resumed ru
 
 from __future__ import annotations
 
-import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -19,6 +19,8 @@ from lowrank.cuda.noise import mix, random_bits
 
 #: Names under which wrappers keep what they wrap: torch.compile, FSDP1, activation checkpointing.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+#: What `parameters.name_alike` calls a parameter without a name, for the sake of other groups.
+_PLACE = re.compile(r"group\d+\.\d+_*")
 
 
 @lru_cache(maxsize=1 << 16)
@@ -41,21 +43,16 @@ def seed_names(groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     seen: dict[str, int] = {}
     position = 0
     for group in groups:
-        recorded = group.get("param_names") or [None] * len(group["params"])
+        recorded = group.get("param_names") or [""] * len(group["params"])
         own = []
         for name in recorded:
-            called = unwrapped_name(name) if name else f"param.{position}"
+            unnamed = not name or _PLACE.fullmatch(name)
+            called = f"param.{position}" if unnamed else unwrapped_name(name)
             seen[called] = seen.get(called, 0) + 1
             own.append(called if seen[called] == 1 else f"{called}#{seen[called]}")
             position += 1
         made.append(own)
     return made
-
-
-@lru_cache(maxsize=1 << 16)
-def name_number(name: str) -> int:
-    """64 bits of a name, the same in every process (Python's own hash is not)."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
 
 
 def draw_seed(seed: int, name: str, count: int, use: str) -> int:
@@ -67,7 +64,7 @@ def draw_seed(seed: int, name: str, count: int, use: str) -> int:
         count: steps done, or another number that tells this draw from earlier ones.
         use: what is drawn ("basis", "rounding").
     """
-    return mix(seed, name_number(name), count, name_number(use))
+    return mix(seed, name, count, use)
 
 
 def choose(count: int, size: int, seed: int, device: torch.device) -> Tensor:

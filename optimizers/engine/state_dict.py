@@ -3,45 +3,135 @@
 `Optimizer.load_state_dict` casts every tensor but `step` to the parameter's dtype: uint8 codes
 become bf16 and fp32 bases lose bits. Here each tensor keeps the dtype it was saved with and only
 moves to its parameter's device, after the whole file was checked against the parameters.
+
+A group whose options were changed since the last step has a key more in the file, `STATE_OPTIONS`:
+the options that the state was made under, where they are others. Loading takes it out again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..rules.precision import HALF
+from .composition import Composition
+from .parameters import check_names, unique_names
+from .plan import Snapshot
+from .state import count_difference, difference, template
+
 Group = dict[str, Any]
+
+STATE_OPTIONS = "options_of_state"
 
 
 def saved_pairs(
     groups: list[Group], state_dict: Mapping[str, Any]
-) -> Iterator[tuple[Any, Tensor, Group, str]]:
-    """Yields (saved id, parameter, saved group, label) of each parameter, in order."""
+) -> Iterator[tuple[Any, Tensor, Group]]:
+    """Yields (saved id, parameter, saved group) of each parameter, in order."""
     for group, saved in zip(groups, state_dict["param_groups"], strict=True):
-        names = group.get("param_names") or [
-            f"parameter of shape {tuple(p.shape)}" for p in group["params"]
-        ]
-        for key, param, name in zip(saved["params"], group["params"], names, strict=True):
-            yield key, param, saved, name
+        for key, param in zip(saved["params"], group["params"], strict=True):
+            yield key, param, saved
 
 
 def check(
     groups: list[Group],
     state_dict: Mapping[str, Any],
-    template: Callable[[Tensor, Group], dict[str, Any]],
+    compose: Callable[[Group], Composition],
 ) -> None:
     """Raises `ValueError` if the saved state doesn't fit, before anything is changed.
 
     Args:
         groups: the optimizer's groups.
         state_dict: what is to be loaded.
-        template: makes the state that a (meta) parameter has under a saved group's options.
+        compose: says what a saved group's options mean, or raises `ValueError`.
     """
-    saved_groups = state_dict["param_groups"]
+    saved_groups = _checked_groups(groups, state_dict)
+    compositions = [compose(options_of_state(group)) for group in saved_groups]
+    for group in saved_groups:
+        if STATE_OPTIONS in group:
+            compose({key: value for key, value in group.items() if key != STATE_OPTIONS})
+    state, called = state_dict["state"], iter(unique_names(groups))
+    known = {key for saved in saved_groups for key in saved["params"]}
+    unknown = [key for key in state if key not in known]
+    if unknown:
+        raise ValueError(
+            f"the saved state has entries for {unknown[:3]}, which are in no group: accepted are "
+            "those of its groups' params"
+        )
+    for group, saved, composition in zip(groups, saved_groups, compositions, strict=True):
+        for key, param in zip(saved["params"], group["params"], strict=True):
+            name = next(called)
+            expected = template(param, composition) if param.numel() else {}
+            found = difference(state.get(key, {}), expected)
+            if found is None and expected:
+                found = count_difference(state[key])
+            if found is not None:
+                raise ValueError(f"the saved state of {name} {found}")
+
+
+def upgrade(
+    groups: list[Group],
+    state_dict: dict[str, Any],
+    compose: Callable[[Group], Composition],
+) -> dict[str, Any]:
+    """A saved state with moments in the precision that they have today.
+
+    Up to version 0.1.0, whose groups have no `moments_dtype`, moments had the weights' precision;
+    half-precision ones are cast. Arguments are as in `check`, which finds what doesn't fit.
+    """
+    old = [g for g in state_dict.get("param_groups", ()) if "moments_dtype" not in g]
+    if not old:
+        return state_dict
+    state = dict(state_dict["state"])
+    for group, saved in zip(groups, _checked_groups(groups, state_dict), strict=True):
+        if "moments_dtype" in saved:
+            continue
+        composition = compose(options_of_state(saved))
+        for key, param in zip(saved["params"], group["params"], strict=True):
+            if param.dtype in HALF and isinstance(state.get(key), Mapping):
+                state[key] = _in_precision(state[key], template(param, composition))
+    return {**state_dict, "state": state}
+
+
+def _in_precision(state: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
+    made = dict(state)
+    for key in made.keys() & expected.keys():
+        value = made[key]
+        moment = key.removeprefix("basis_").startswith(("exp_avg", "momentum_buffer"))
+        if moment and isinstance(value, Tensor) and value.dtype in HALF:
+            made[key] = value.to(expected[key].dtype)
+    return made
+
+
+def former_options(group: Group, snapshot: Snapshot) -> dict[str, tuple[Any, ...]]:
+    """Options that a group's state was made under, where they are others now."""
+    options = snapshot.options
+    return {
+        key: (options[key],) if key in options else () for key in sorted(snapshot.changed(group))
+    }
+
+
+def options_of_state(saved: Group) -> Group:
+    """A saved group with the options that its state was made under."""
+    former: Mapping[str, Any] = saved.get(STATE_OPTIONS) or {}
+    made = {key: value for key, value in saved.items() if key not in (STATE_OPTIONS, *former)}
+    # An option that the state was made without has an empty tuple.
+    return made | {key: value[0] for key, value in former.items() if value}
+
+
+def _checked_groups(groups: Sequence[Group], state_dict: Mapping[str, Any]) -> list[Group]:
+    for key, kind in (("state", Mapping), ("param_groups", list)):
+        if not isinstance(state_dict.get(key), kind):
+            raise ValueError(f"the saved state has no {key}: accepted is what state_dict() gave")
+    saved_groups: list[Group] = state_dict["param_groups"]
+    for saved in saved_groups:
+        if not isinstance(saved, Mapping) or not isinstance(saved.get("params"), list | tuple):
+            raise ValueError("a saved group has no params: accepted is what state_dict() gave")
+        check_names(saved)
     sizes = [len(group["params"]) for group in groups]
     saved_sizes = [len(group["params"]) for group in saved_groups]
     if sizes != saved_sizes:
@@ -49,21 +139,7 @@ def check(
             f"the saved state has parameter groups of {saved_sizes} parameters; "
             f"accepted are {sizes}, this optimizer's"
         )
-    for key, param, saved_group, name in saved_pairs(groups, state_dict):
-        expected = template(param.to("meta"), saved_group) if param.numel() else {}
-        saved = state_dict["state"].get(key, {})
-        missing, unknown = sorted(expected.keys() - saved.keys()), sorted(saved.keys() - expected)
-        if missing or unknown:
-            raise ValueError(
-                f"the saved state of {name} lacks {missing} and has unknown {unknown}; "
-                f"accepted are exactly {sorted(expected)}"
-            )
-        for entry, value in expected.items():
-            if isinstance(value, Tensor) and tuple(saved[entry].shape) != tuple(value.shape):
-                raise ValueError(
-                    f"the saved state of {name} has {entry} of shape {tuple(saved[entry].shape)}; "
-                    f"accepted is {tuple(value.shape)}"
-                )
+    return saved_groups
 
 
 def restore_dtypes(
@@ -75,7 +151,7 @@ def restore_dtypes(
         for group in groups
         for param in chain(group["params"])
     }
-    for key, param, _, _ in saved_pairs(groups, state_dict):
+    for key, param, _ in saved_pairs(groups, state_dict):
         for entry, value in state_dict["state"].get(key, {}).items():
             if isinstance(value, Tensor):
                 on_host = entry == "step" and not capturable[id(param)]

@@ -1,27 +1,29 @@
-"""One step of a group's projected matrices: refresh what is due, project, update, write back."""
+"""One step of a group: refresh what is due, project, update, write back; or update alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..projectors import ProjectedParam
 from ..rules import UpdateRule
-from .batching import refresh_batches, update_batches
+from ..weights import apply_rule
+from .adapt import Former
+from .batching import read_steps, refresh_batches, update_batches
 from .composition import Composition, Projection
 from .geometry import RowRange, Side
-from .gradients import descent_gradient, label, names
+from .gradients import descent_gradient
 from .moments import transport_moments
-from .options import Group
+from .plan import Plan
 from .refresh import RefreshHook, refresh
 from .write import apply_update
 
-#: Positions of the tensors to go on with, given tensors and what to call each.
-Finite = Callable[[Sequence[Tensor], Callable[[int], str]], list[int]]
+#: Positions of the tensors to go on with, given tensors, whose they are, and names.
+Usable = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[str | None]], Iterable[int]]
 
 
 def capturing() -> bool:
@@ -29,42 +31,90 @@ def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def projected_params(
-    group: Group,
-    composition: Composition,
-    state: dict[Tensor, dict[str, Any]],
-    first: int,
-    seed_names: Sequence[str],
-) -> list[ProjectedParam]:
-    """A `ProjectedParam` for each parameter that has a gradient.
+def step_plain(plan: Plan, usable: Usable) -> None:
+    """Takes the step of a group without projection.
 
     Args:
-        group: a group with a projection.
-        composition: what its options mean.
-        state: the optimizer's state.
-        first: projected matrices before this group.
-        seed_names: what the parameters' draws are made from.
+        plan: the group.
+        usable: leaves out gradients that are not finite.
     """
-    assert composition.projection is not None
+    group = plan.group
+    grads = [descent_gradient(param, group) for param in plan.params]
+    found = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
+    called = [plan.names[i] for i, _ in found]
+    kept = usable([grad for _, grad in found], [plan.params[i] for i, _ in found], called)
+    chosen = [found[position] for position in kept]
+    params = [plan.params[i] for i, _ in chosen]
+    states = [plan.states[i] for i, _ in chosen]
+    # Captured steps are not told apart by their counts, which would have to be read back.
+    steps = [0] * len(states) if group["capturable"] else read_steps(states)
+    entries = [param.numel() for param in params]
+    for batch in update_batches(params, states, steps, entries, group):
+        own = [states[position] for position in batch]
+        torch._foreach_add_([state["step"] for state in own], 1)
+        apply_rule(
+            plan.composition.rule,
+            [chosen[position][1] for position in batch],
+            own,
+            [params[position] for position in batch],
+            group.get("seed", 0),
+            [plan.seed_names[chosen[position][0]] for position in batch],
+            stochastic=group.get("stochastic_rounding", False),
+        )
+
+
+def step_projected(
+    plan: Plan,
+    first: int,
+    count: int,
+    hooks: Sequence[RefreshHook],
+    formers: MutableMapping[Tensor, Former],
+    usable: Usable,
+) -> None:
+    """Takes the step of a projected group, refreshes first.
+
+    Args:
+        plan: the group.
+        first: projected matrices before this group.
+        count: projected matrices of all groups.
+        hooks: called after each refresh.
+        formers: moments to carry over from before options were changed; none are left of these
+            matrices.
+        usable: leaves out gradients that are not finite.
+    """
+    params = projected_params(plan, first)
+    if not capturing():
+        refresh_due(params, plan.composition, count, hooks, formers)
+        if formers:
+            _start_anew(plan, params, formers)
+    _update(plan, params, usable)
+
+
+def projected_params(plan: Plan, first: int) -> list[ProjectedParam]:
+    """A `ProjectedParam` for each parameter that has a gradient."""
+    group, rule = plan.group, plan.composition.rule
+    grads = [descent_gradient(param, group) for param in plan.params]
+    held = [i for i, grad in enumerate(grads) if grad is not None]
+    steps = [0] * len(held) if capturing() else read_steps([plan.states[i] for i in held])
     params = []
-    for offset, (param, name) in enumerate(zip(group["params"], names(group), strict=True)):
-        grad = descent_gradient(param, name, group)
-        if grad is not None:
-            own = state[param]
-            params.append(
-                ProjectedParam(
-                    weight=param,
-                    grad=grad,
-                    state=own,
-                    geometry=composition.projection.geometry(param.shape),
-                    rows=RowRange.whole(param.shape[0]),
-                    index=first + offset,
-                    steps_done=0 if capturing() else int(own["step"]),
-                    seed_name=seed_names[offset],
-                    name=name,
-                    first_moment=partial(composition.rule.first_moment, own),
-                )
+    for i, steps_done in zip(held, steps, strict=True):
+        param, grad, geometry, own = plan.params[i], grads[i], plan.geometries[i], plan.states[i]
+        assert grad is not None
+        assert geometry is not None
+        params.append(
+            ProjectedParam(
+                weight=param,
+                grad=grad,
+                state=own,
+                geometry=geometry,
+                rows=RowRange.whole(param.shape[0]),
+                index=first + i,
+                steps_done=steps_done,
+                seed_name=plan.seed_names[i],
+                name=plan.names[i],
+                first_moment=partial(rule.first_moment, own),
             )
+        )
     return params
 
 
@@ -73,6 +123,7 @@ def refresh_due(
     composition: Composition,
     count: int,
     hooks: Sequence[RefreshHook],
+    formers: MutableMapping[Tensor, Former],
 ) -> None:
     """Refits the bases of the matrices whose turn it is, of `count` in all."""
     projection = composition.projection
@@ -83,41 +134,57 @@ def refresh_due(
         if projection.schedule.due(param.state, param.steps_done, param.index, count)
     ]
     for batch in refresh_batches(due):
-        refresh(batch, composition, hooks)
+        refresh(batch, composition, hooks, formers)
 
 
-def step_projected(
-    group: Group, composition: Composition, params: Sequence[ProjectedParam], finite: Finite
+def _start_anew(
+    plan: Plan, params: Sequence[ProjectedParam], formers: MutableMapping[Tensor, Former]
 ) -> None:
-    """Takes the step of these matrices, in batches of bounded scratch."""
-    projection = composition.projection
+    """Moments that found no new basis in this step, for want of a gradient, are given up."""
+    for param, state in zip(plan.params, plan.states, strict=True):
+        if formers.pop(param, None) is not None:
+            state["step"].zero_()
+    for held in params:
+        if int(held.state["step"]) == 0:
+            held.steps_done = 0
+
+
+def _update(plan: Plan, params: Sequence[ProjectedParam], usable: Usable) -> None:
+    """Advances the moments and writes, in batches of bounded scratch."""
+    projection, rule = plan.composition.projection, plan.composition.rule
     assert projection is not None
-    states = {param.weight: param.state for param in params}
-    for indices in update_batches([param.weight for param in params], states, group):
+    weights, states = [param.weight for param in params], [param.state for param in params]
+    steps = [param.steps_done for param in params]
+    entries = [math.prod(param.geometry.projected_shape()) for param in params]
+    for indices in update_batches(weights, states, steps, entries, plan.group):
         batch = [params[i] for i in indices]
         gradients = [projection.projector.project(param) for param in batch]
         # A non-finite gradient always shows in its projection, which is smaller to read.
-        called = [label(param.name, param.weight) for param in batch]
-        kept = finite(gradients, called.__getitem__)
-        batch, gradients = [batch[i] for i in kept], [gradients[i] for i in kept]
-        if not batch:
-            continue
-        torch._foreach_add_([param.state["step"] for param in batch], 1)
-        states_of_batch = [param.state for param in batch]
-        weights = [param.weight for param in batch]
-        if projection.residual.NORMS:
-            axes = [0 if param.geometry.side is Side.LEFT else 1 for param in batch]
-            updates = composition.rule.update_with_norms(gradients, states_of_batch, weights, axes)
-        else:
-            updates = composition.rule.update(gradients, states_of_batch, weights)
-        for param, projected, update in zip(batch, gradients, updates, strict=True):
-            write = projection.residual.compute_update(
-                param, projected, update, projection.projector
-            )
-            apply_update(write, param, projection)
-            if projection.projector.TRACKS:
-                _track(param, projected, projection, composition.rule)
-            param.read = None
+        kept = usable(gradients, [p.weight for p in batch], [p.name for p in batch])
+        pairs = [(batch[i], gradients[i]) for i in kept]
+        if pairs:
+            _update_batch([p for p, _ in pairs], [g for _, g in pairs], projection, rule)
+
+
+def _update_batch(
+    batch: Sequence[ProjectedParam],
+    gradients: Sequence[Tensor],
+    projection: Projection,
+    rule: UpdateRule,
+) -> None:
+    torch._foreach_add_([param.state["step"] for param in batch], 1)
+    states, weights = [param.state for param in batch], [param.weight for param in batch]
+    if projection.residual.NORMS:
+        axes = [0 if param.geometry.side is Side.LEFT else 1 for param in batch]
+        updates = rule.update_with_norms(gradients, states, weights, axes)
+    else:
+        updates = rule.update(gradients, states, weights)
+    for param, projected, update in zip(batch, gradients, updates, strict=True):
+        write = projection.residual.compute_update(param, projected, update, projection.projector)
+        apply_update(write, param, projection)
+        if projection.projector.TRACKS:
+            _track(param, projected, projection, rule)
+        param.read = None
 
 
 def _track(

@@ -84,6 +84,18 @@ def strategy_option_owners() -> dict[str, list[str]]:
     return found
 
 
+@cache
+def strategy_defaults() -> dict[str, Any]:
+    """Options that belong to single strategies, with their defaults."""
+    found: dict[str, Any] = {}
+    for table in (PROJECTORS, SCHEDULES, {k: v[0] for k, v in STORAGES.items()}, RESIDUALS):
+        for strategy in table.values():
+            found |= {
+                f.name: f.default for f in fields(strategy) if f.name in strategy_option_owners()
+            }
+    return found
+
+
 def _strategies_of(options: ProjectionOptions) -> Strategies:
     checks.choice("projector", options.projector, PROJECTORS)
     checks.choice("schedule", options.schedule, SCHEDULES)
@@ -123,6 +135,23 @@ def check_strategy_options(given: Mapping[str, Any], own: Mapping[str, Any]) -> 
     for name, where in strategy_option_owners().items():
         if name in given and name not in own:
             raise ValueError(f"{name}={given[name]!r}: accepted with {' or '.join(where)}")
+
+
+def drop_left_over(
+    group: dict[str, Any], options: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> None:
+    """In place: options that a strategy chosen before was completed with, and the new one lacks.
+
+    Args:
+        group: options now.
+        options: options when the group was completed.
+        defaults: of the optimizer; what is another value than by default is a person's, and stays.
+    """
+    own = strategy_options(group)
+    for name, value in strategy_defaults().items():
+        left_over = name in group and name not in own and group[name] == options.get(name)
+        if left_over and group[name] == defaults.get(name, value):
+            del group[name]
 
 
 def projection_of(group: Mapping[str, Any]) -> Projection | None:

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, Unpack, overload
+from typing import Any, ClassVar, Self, overload
 
 import torch
-from torch import Tensor, nn
-from torch.optim.optimizer import ParamsT
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..engine.composition import Composition
-from ..engine.gradients import label, names
 from ..engine.optimizer import LowRankOptimizer, no_autocast
-from ..engine.options import CommonOptions, Group
+from ..engine.options import Group
+from ..engine.parameters import label, names
 from ..engine.rotation import Rotation
-from ..engine.rule_factories import adam_rule
+from ..engine.rule_families import TORCH_ADAMW
 from ..rules import UpdateRule
 from . import FactoredLinear
 from .convert import factored_layers
@@ -52,42 +51,24 @@ class FactoredAdamW(LowRankOptimizer):
     """
 
     projects: ClassVar[bool] = False
+    fixed_options: ClassVar[tuple[str, ...]] = ("capturable", "factors")
+    rule = TORCH_ADAMW.but(weight_decay=0.0, capturable=False)
     #: The layer that this optimizer trains.
     layer_type: ClassVar[type[FactoredLinear]]
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        own: dict[str, Any] | None = None,
-        **options: Unpack[CommonOptions],
-    ) -> None:
-        """Makes the optimizer.
-
-        Args:
-            params: `param_groups(model)` of a converted model.
-            lr: learning rate, float or 0-d tensor, read at each step.
-            betas: decay rates of the moments.
-            eps: added to sqrt(V) after bias correction.
-            weight_decay: decoupled, before the update.
-            own: the method's own options, set by subclasses.
-            **options: see `CommonOptions`.
-
-        Raises:
-            ValueError: an option is unknown or out of range, or a parameter can't be optimized.
-        """
+    def _make_attributes(self) -> None:
+        super()._make_attributes()
         self._links: list[Link] = []
         self._event_hooks: dict[int, EventHook] = OrderedDict()
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, **(own or {})}, options)
 
     @classmethod
     def group_keys(cls) -> set[str]:
         """Group keys that `build` accepts and that mean nothing here."""
         return {"rank", "update_proj_gap"}
+
+    @classmethod
+    def _place_of(cls, name: str, shown: str) -> str:
+        return f"accepted is convert(name, model, {shown}) or build(name, model, {shown})"
 
     def compose(self, group: Group) -> Composition:
         """The rules of factors, whose state counts events, and of the rest."""
@@ -101,7 +82,7 @@ class FactoredAdamW(LowRankOptimizer):
 
     def plain_rule(self, group: Group) -> UpdateRule:
         """The rule of everything else."""
-        return adam_rule(group)
+        return self.rule.make(group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores a pickle or copy, without layers."""
@@ -190,6 +171,7 @@ class FactoredAdamW(LowRankOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._prepare()
         with no_autocast():
             self._before()
             super().step()

@@ -19,29 +19,29 @@ Unlike the released code there is no rule that decides which matrices are compre
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Unpack
+from typing import ClassVar
 
-import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from lowrank.cuda.noise import mix
 
+from ..engine.chunks import wide_dtype
 from ..engine.composition import Composition
 from ..engine.fp32 import exact_fp32
 from ..engine.geometry import Geometry, Side
+from ..engine.method import method
 from ..engine.optimizer import LowRankOptimizer
-from ..engine.options import PROJECTION_DEFAULTS, Group, ProjectionKeywords, ProjectionOptions
-from ..engine.rule_factories import adafactor_defaults, adafactor_rule
-from ..engine.seeds import name_number, seed_names
+from ..engine.options import PROJECTION_DEFAULTS, Group, ProjectionOptions
+from ..engine.rule_factories import adafactor_rule
+from ..engine.rule_families import ADAFACTOR
+from ..engine.seeds import seed_names
 from ..projectors.random import gaussian
-from ..rules import Adafactor, Update
+from ..rules import Adafactor, Update, UpdateRule
 from ..rules.base import RowUpdates, State
 
-CHUNK_ELEMENTS = 1 << 18
-#: Options of `ProjectionKeywords` that mean nothing to a moment that is compressed at random.
+#: Projection options that mean nothing to a moment that is compressed at random.
 FIXED = ("projector", "schedule", "stagger", "basis", "residual", "moments", "projection_dtype")
 
 
@@ -81,6 +81,27 @@ class FloraRule(Adafactor):
         (shape,) = geometry.basis_shapes.values()
         return gaussian(shape, mix(self.options.seed, state["matrix"], period), like)
 
+    def carry(self, previous: UpdateRule, old: State, new: State) -> bool:
+        """See `UpdateRule.carry`: under other options the moment moves as at each kappa-th step."""
+        if not isinstance(previous, FloraRule):
+            return False
+        if "exp_avg" not in old or "exp_avg" not in new or self._draws_as(previous):
+            return super().carry(previous, old, new)
+        shape = (len(old["exp_avg_sq_row"]), len(old["exp_avg_sq_col"]))
+        moment, step, pair = old["exp_avg"], int(old["step"]), []
+        for rule in (previous, self):
+            geometry = rule._geometry(shape)
+            period = step // rule.options.update_proj_gap
+            pair.append((geometry.side, rule.basis(old, geometry, period, moment)))
+        new["exp_avg"].copy_(_between(moment, *pair[0], *pair[1]))
+        others = {key: value for key, value in old.items() if key != "exp_avg"}
+        return super().carry(previous, others, new)
+
+    def _draws_as(self, other: FloraRule) -> bool:
+        """Whether bases are the same under other options."""
+        names = ("rank", "rank_ratio_matrix", "proj_type", "seed", "update_proj_gap")
+        return all(getattr(self.options, n) == getattr(other.options, n) for n in names)
+
     def _moment(
         self, grad_mn: Tensor, state: State, by_row: Tensor, by_col: Tensor, size: Tensor
     ) -> tuple[Tensor, Tensor, Geometry]:
@@ -88,7 +109,7 @@ class FloraRule(Adafactor):
         assert self.beta1 is not None
         geometry = self._geometry(grad_mn.shape)
         stored: Tensor = state["exp_avg"]
-        moment = stored.to(grad_mn.dtype if grad_mn.dtype == torch.float64 else torch.float32)
+        moment = stored.to(wide_dtype(grad_mn))
         step, kappa = int(state["step"]), self.options.update_proj_gap
         basis = self.basis(state, geometry, step // kappa, moment)
         left = geometry.side is Side.LEFT
@@ -134,6 +155,20 @@ class FloraRule(Adafactor):
         return update
 
 
+@exact_fp32()
+def _between(moment: Tensor, side: Side, basis: Tensor, new_side: Side, new: Tensor) -> Tensor:
+    """What a compressed moment stands for, compressed by another basis."""
+    if side is Side.LEFT:
+        return (new.mT @ basis) @ moment if new_side is Side.LEFT else basis @ (moment @ new)
+    return (new.mT @ moment) @ basis.mT if new_side is Side.LEFT else moment @ (basis.mT @ new)
+
+
+@method(
+    "flora_adafactor",
+    paper="2402.03293",
+    summary="Flora: Adafactor, first moment in a random projection",
+    state="n r + m + n",
+)
 class FloraAdafactor(LowRankOptimizer):
     """Flora with Adafactor.
 
@@ -141,49 +176,19 @@ class FloraAdafactor(LowRankOptimizer):
     paper's is 1000), `proj_type` ("std", "reverse_std", "left" or "right"), `scale` (1), `seed`.
     """
 
-    projection_defaults: ClassVar[Mapping[str, Any]] = {"projector": "random", "scale": 1.0}
-    aliases: ClassVar[Mapping[str, str]] = {"kappa": "update_proj_gap"}
+    rule = ADAFACTOR.but(beta1=0.9)
+    projection_defaults: ClassVar = {"projector": "random", "scale": 1.0}
+    aliases: ClassVar = {"kappa": "update_proj_gap"}
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor | None = None,
-        eps: tuple[float, float] = (1e-30, 1e-3),
-        clip_threshold: float = 1.0,
-        decay_rate: float = -0.8,
-        beta1: float | None = 0.9,
-        weight_decay: float = 0.0,
-        scale_parameter: bool = True,
-        relative_step: bool | None = None,
-        warmup_init: bool = False,
-        **options: Unpack[ProjectionKeywords],
-    ) -> None:
-        """Makes the optimizer; arguments as in `GaLoreAdafactor`, but for `beta1` 0.9.
-
-        Raises:
-            ValueError: an option is unknown or out of range, or a parameter can't be optimized.
-        """
-        defaults = adafactor_defaults(
-            lr,
-            eps,
-            clip_threshold,
-            decay_rate,
-            beta1,
-            weight_decay,
-            scale_parameter,
-            relative_step,
-            warmup_init,
-        )
-        super().__init__(params, defaults, options)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, see `LowRankOptimizer`; its matrices' states get their names' numbers."""
-        super().add_param_group(param_group)
-        own = zip(self.param_groups[-1]["params"], seed_names(self.param_groups)[-1], strict=True)
-        for param, name in own:
-            if "matrix" in self.state.get(param, {}):
-                # 63 bits, which an int64 tensor holds. Checkpoints of 0.1.0 keep their 1, 2, 3.
-                self.state[param]["matrix"] = name_number(name) >> 1
+    def make_state(self, param: Tensor, composition: Composition, group: Group) -> State:
+        """A new state; a matrix's has the number of its name, which its seeds are made from."""
+        state = super().make_state(param, composition, group)
+        if "matrix" in state:
+            index = next(i for i, own in enumerate(group["params"]) if own is param)
+            name = seed_names(self.param_groups)[self._index_of(group)][index]
+            # 63 bits, which an int64 holds. States of 0.1.0 keep their 1, 2, 3.
+            state["matrix"] = mix(0, name) >> 1
+        return state
 
     def compose(self, group: Group) -> Composition:
         """Flora's rule where the group has a rank, else Adafactor."""

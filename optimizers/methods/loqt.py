@@ -19,18 +19,18 @@ Ours: the released code keeps B's moments (`reset="none"`).
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self, Unpack
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, distributed, nn
-from torch.optim.optimizer import ParamsT
 
 from lowrank.cuda.noise import mix
 
 from ..engine import checks
 from ..engine.composition import Composition
 from ..engine.geometry import Side
-from ..engine.options import CommonOptions, Group
-from ..engine.rule_factories import adam_rule
+from ..engine.keywords import Keyword
+from ..engine.method import Conversion, method
+from ..engine.options import Group
 from ..layers import FactoredLinear, QuantizedLowRankLinear
 from ..layers.events import LayerEvent
 from ..layers.optimizer import FactoredAdamW, Link
@@ -42,6 +42,16 @@ from ..rules import UpdateRule
 RESETS = ("zero", "none")
 
 
+@method(
+    "loqt_adamw",
+    paper="2405.16528",
+    summary="LoQT: a factor beside an NF4 weight, on a basis of its gradient",
+    state="2 n r",
+    weights="n r, and m (n + r) / 2 bytes",
+    conversion=Conversion.to_layers(
+        QuantizedLowRankLinear, "scale", "weight_format", "basis_format"
+    ),
+)
 class LoQTAdamW(FactoredAdamW):
     """LoQT with AdamW; all other parameters get plain AdamW.
 
@@ -49,51 +59,27 @@ class LoQTAdamW(FactoredAdamW):
     """
 
     layer_type: ClassVar[type[FactoredLinear]] = QuantizedLowRankLinear
+    rule = FactoredAdamW.rule.but(lr=1e-2)
+    own_keywords = (
+        Keyword("update_proj_gap", 100, "steps between bases, at first."),
+        Keyword(
+            "gap_growth",
+            1.2,
+            "each gap is longer by this to the power of the bases before; 0 for none.",
+        ),
+        Keyword(
+            "compensation_steps",
+            5,
+            "turns in which B takes over what rounding W loses; 0 for none.",
+        ),
+        Keyword("reset", "zero", 'what becomes of B\'s moments: "zero" or "none".'),
+        Keyword("refresh", "eigh", "how the basis is computed, as in GaLore."),
+        Keyword("seed", 0, 'of `refresh="randomized"`.'),
+    )
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-2,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        update_proj_gap: int = 100,
-        gap_growth: float = 1.2,
-        compensation_steps: int = 5,
-        reset: str = "zero",
-        refresh: str = "eigh",
-        seed: int = 0,
-        **options: Unpack[CommonOptions],
-    ) -> None:
-        """Makes the optimizer.
-
-        Args:
-            params: `param_groups(model)` of a converted model.
-            lr: learning rate, float or 0-d tensor, read at each step.
-            betas: decay rates of the moments.
-            eps: added to sqrt(V) after bias correction.
-            weight_decay: decoupled, before the update.
-            update_proj_gap: steps between bases.
-            gap_growth: each gap is longer by this to the power of the bases before; 0 for none.
-            compensation_steps: turns in which B takes over what rounding W loses; 0 for none.
-            reset: what becomes of B's moments: "zero" or "none".
-            refresh: how the basis is computed, as in GaLore.
-            seed: of `refresh="randomized"`.
-            **options: see `CommonOptions`.
-
-        Raises:
-            ValueError: an option is unknown or out of range, or a parameter can't be optimized.
-        """
-        own = {
-            "update_proj_gap": update_proj_gap,
-            "gap_growth": gap_growth,
-            "compensation_steps": compensation_steps,
-            "reset": reset,
-            "refresh": refresh,
-            "seed": seed,
-        }
+    def _make_attributes(self) -> None:
+        super()._make_attributes()
         self._renewed: list[tuple[Link, float]] = []
-        super().__init__(params, lr, betas, eps, weight_decay, own, **options)
 
     def compose(self, group: Group) -> Composition:
         """The rules, and the checked schedule."""
@@ -107,7 +93,7 @@ class LoQTAdamW(FactoredAdamW):
 
     def factor_rule(self, group: Group) -> UpdateRule:
         """Adam whose bias corrections start anew with each basis, if its moments do."""
-        return adam_rule(group, restarts=group["reset"] == "zero")
+        return self.rule.make(group, restarts=group["reset"] == "zero")
 
     def attach(self, model: nn.Module) -> Self:
         """See `FactoredAdamW.attach`."""

@@ -23,17 +23,18 @@ in the mean (`LowRankLinear.merge`). A is drawn from (seed, layer, merge), equal
 
 from __future__ import annotations
 
-from typing import ClassVar, Unpack
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from lowrank.cuda.noise import mix
 
 from ..engine import checks
 from ..engine.composition import Composition
-from ..engine.options import CommonOptions, Group
+from ..engine.keywords import Keyword
+from ..engine.method import Conversion, method
+from ..engine.options import Group
 from ..layers import FactoredLinear, LowRankLinear
 from ..layers.events import LayerEvent
 from ..layers.optimizer import FactoredAdamW, Link
@@ -42,54 +43,35 @@ from ..layers.optimizer import FactoredAdamW, Link
 RESETS = ("zero", "random", "magnitude", "none")
 
 
+@method(
+    "relora_adamw",
+    paper="2307.05695",
+    summary="ReLoRA: low-rank factors merged into a frozen weight",
+    state="2 r (m + n)",
+    weights="m n + r (m + n)",
+    conversion=Conversion.to_layers(LowRankLinear, "alpha", "heads", alpha=32.0),
+)
 class ReLoRAAdamW(FactoredAdamW):
     """ReLoRA with AdamW; all other parameters get plain AdamW.
 
-    Group key `update_proj_gap` (official name `relora`): steps between merges.
+    Group key `update_proj_gap` (official name `relora`): steps between merges. The learning rate is
+    about twice a full-rank one (the paper's rule of thumb).
     """
 
     layer_type: ClassVar[type[FactoredLinear]] = LowRankLinear
-    aliases = {"relora": "update_proj_gap"}  # noqa: RUF012
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        update_proj_gap: int = 1000,
-        reset: str = "random",
-        prune_ratio: float = 0.999,
-        seed: int = 0,
-        **options: Unpack[CommonOptions],
-    ) -> None:
-        """Makes the optimizer.
-
-        Args:
-            params: `param_groups(model)` of a converted model.
-            lr: learning rate; about twice a full-rank one (the paper's rule of thumb).
-            betas: decay rates of the moments.
-            eps: added to sqrt(V) after bias correction.
-            weight_decay: decoupled, before the update.
-            update_proj_gap: steps between merges.
-            reset: what becomes of the factors' moments at a merge: "zero", "random" (each entry is
-                kept with probability 1 - prune_ratio), "magnitude" (the largest 1 - prune_ratio of
-                each moment are kept) or "none". Step counts go on.
-            prune_ratio: share of entries that are set to zero.
-            seed: of the factors and of random pruning.
-            **options: see `CommonOptions`.
-
-        Raises:
-            ValueError: an option is unknown or out of range, or a parameter can't be optimized.
-        """
-        own = {
-            "update_proj_gap": update_proj_gap,
-            "reset": reset,
-            "prune_ratio": prune_ratio,
-            "seed": seed,
-        }
-        super().__init__(params, lr, betas, eps, weight_decay, own, **options)
+    aliases: ClassVar = {"relora": "update_proj_gap"}
+    own_keywords = (
+        Keyword("update_proj_gap", 1000, "steps between merges."),
+        Keyword(
+            "reset",
+            "random",
+            'what becomes of the factors\' moments at a merge: "zero", "random" (each entry is '
+            'kept with probability 1 - prune_ratio), "magnitude" (the largest 1 - prune_ratio of '
+            'each moment are kept) or "none". Step counts go on.',
+        ),
+        Keyword("prune_ratio", 0.999, "share of entries that are set to zero."),
+        Keyword("seed", 0, "of the factors and of random pruning."),
+    )
 
     def compose(self, group: Group) -> Composition:
         """AdamW, and the checked schedule."""

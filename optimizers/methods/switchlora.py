@@ -19,18 +19,18 @@ construction. Draws come from (seed, layer, step), equal on every process.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from lowrank.cuda.noise import mix
 
 from ..engine import checks
 from ..engine.composition import Composition
 from ..engine.gradients import finite
-from ..engine.options import CommonOptions, Group
+from ..engine.keywords import Keyword
+from ..engine.method import Conversion, method
+from ..engine.options import Group
 from ..engine.rule_factories import vector_adam_rule
 from ..layers import FactoredLinear
 from ..layers.events import LayerEvent
@@ -41,52 +41,40 @@ from ..rules import UpdateRule
 _FALL = 0.3  # of the frequency, over descent_rate * total_steps steps
 
 
+@method(
+    "switchlora_adamw",
+    paper="2406.06564",
+    summary="SwitchLoRA: low-rank factors that trade vectors with candidates",
+    state="2 r (m + n)",
+    weights="m n + (r + m) (m + n)",
+    conversion=Conversion.to_layers(SwitchedLinear, "offload"),
+)
 class SwitchLoRAAdamW(FactoredAdamW):
-    """SwitchLoRA with AdamW; all other parameters get plain AdamW."""
+    """SwitchLoRA with AdamW; all other parameters get plain AdamW.
+
+    The paper's learning rate is about 20 times a full-rank one.
+    """
 
     layer_type: ClassVar[type[FactoredLinear]] = SwitchedLinear
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        switch_interval: float = 40.0,
-        descent_rate: float = 0.1,
-        freeze_steps: int = 5,
-        total_steps: int = 10_000,
-        seed: int = 0,
-        **options: Unpack[CommonOptions],
-    ) -> None:
-        """Makes the optimizer.
-
-        Args:
-            params: `param_groups(model)` of a converted model.
-            lr: learning rate; the paper's is about 20 times a full-rank one.
-            betas: decay rates of the moments.
-            eps: added to sqrt(V) after bias correction.
-            weight_decay: decoupled, before the update.
-            switch_interval: i_0, steps in which a layer exchanges r vectors at first, at least
-                2 freeze_steps.
-            descent_rate: rho, after which share of the run the frequency has fallen to 0.3.
-            freeze_steps: steps for which the counterpart of an exchanged vector is held.
-            total_steps: T, steps of the run.
-            seed: of the draws.
-            **options: see `CommonOptions`.
-
-        Raises:
-            ValueError: an option is unknown or out of range, or a parameter can't be optimized.
-        """
-        own = {
-            "switch_interval": switch_interval,
-            "descent_rate": descent_rate,
-            "freeze_steps": freeze_steps,
-            "total_steps": total_steps,
-            "seed": seed,
-        }
-        super().__init__(params, lr, betas, eps, weight_decay, own, **options)
+    own_keywords = (
+        Keyword(
+            "switch_interval",
+            40.0,
+            "i_0, steps in which a layer exchanges r vectors at first, at least 2 freeze_steps.",
+        ),
+        Keyword(
+            "descent_rate",
+            0.1,
+            "rho, after which share of the run the frequency has fallen to 0.3.",
+        ),
+        Keyword(
+            "freeze_steps",
+            5,
+            "steps for which the counterpart of an exchanged vector is held.",
+        ),
+        Keyword("total_steps", 10_000, "T, steps of the run."),
+        Keyword("seed", 0, "of the draws."),
+    )
 
     def compose(self, group: Group) -> Composition:
         """AdamW, for factors with a step count a vector, and the checked schedule."""

@@ -187,10 +187,32 @@ class Adafactor(UpdateRule):
         moment.copy_(averaged)
         return averaged
 
-    def transport_moments(self, state: State, how: str, rotation: Rotation) -> None:
-        """See `UpdateRule`: the first moment is transported, the factors of the second stay."""
+    def transport_moments(
+        self, state: State, how: str, rotation: Rotation, into: State | None = None
+    ) -> None:
+        """See `UpdateRule`: the first moment is transported, the factors of the second stay.
+
+        A factor of another length is moved as variances are (`_moved_factor`).
+        """
         if how == "reset":
             for key in state.keys() & {"exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"}:
                 state[key].zero_()
-        elif "exp_avg" in state:
-            state["exp_avg"].copy_(rotation(state["exp_avg"]))
+            return
+        target = into or state
+        if "exp_avg" in state:
+            target["exp_avg"].copy_(rotation(state["exp_avg"]))
+        for key in target.keys() & state.keys() & {"exp_avg_sq_row", "exp_avg_sq_col"}:
+            if target is not state:
+                target[key].copy_(_moved_factor(key, state[key], target[key].shape, rotation))
+
+
+def _moved_factor(key: str, factor: Tensor, shape: torch.Size, rotation: Rotation) -> Tensor:
+    """A factor of the second moment in other coordinates; new directions get its mean."""
+    if factor.shape == shape:
+        return factor
+    if factor.dim() == 1:
+        row = key.endswith("_row")
+        rotation = Rotation(rotation.left if row else None, None if row else rotation.right)
+    squared = rotation.squared()
+    unseen = (1.0 - squared(torch.ones_like(factor))).clamp_(min=0.0)
+    return squared(factor) + unseen * factor.mean()

@@ -68,13 +68,23 @@ class Adafactor8bit(Adafactor):
     def _save(self, state: State, moment: Tensor) -> None:
         self.quantizer.quantize(moment.contiguous(), True, (state[KEY], state[SCALES]))
 
-    def transport_moments(self, state: State, how: str, rotation: Rotation) -> None:
+    def transport_moments(
+        self, state: State, how: str, rotation: Rotation, into: State | None = None
+    ) -> None:
         """See `Adafactor.move`, on the dequantised moment."""
-        if SCALES not in state:
-            super().transport_moments(state, how, rotation)
+        target = into or state
+        if SCALES not in state and SCALES not in target:
+            super().transport_moments(state, how, rotation, into)
             return
         moment = self.first_moment(state)
         assert moment is not None
-        dense = {**state, KEY: moment}
-        super().transport_moments(dense, how, rotation)
-        self._save(state, moment)
+        shape = target[KEY].shape
+        moved = moment if into is None else moment.new_empty(shape)
+        dense = {**target, KEY: moved}
+        super().transport_moments(
+            {**state, KEY: moment}, how, rotation, None if into is None else dense
+        )
+        if SCALES in target:
+            self._save(target, moved)
+        else:
+            target[KEY].copy_(moved)

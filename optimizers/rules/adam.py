@@ -276,12 +276,14 @@ class Adam(ElementwiseRule):
                 old.copy_(new)
         return updates
 
-    def transport_moments(self, state: State, how: str, rotation: Rotation) -> None:
+    def transport_moments(
+        self, state: State, how: str, rotation: Rotation, into: State | None = None
+    ) -> None:
         """See `UpdateRule`: M -> C M, and V -> (C sqrt(V))^2 or LDAdam's estimate."""
         m, v = self._moments(state)
         moved_m, moved_v = transported_moments(m, v, how, rotation, self.betas, int(state["step"]))
-        m.copy_(moved_m)
-        v.copy_(moved_v)
+        for target, moved in zip(self._moments(into or state), (moved_m, moved_v), strict=True):
+            target.copy_(moved)
 
     def apply(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]

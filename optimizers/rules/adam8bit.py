@@ -118,14 +118,14 @@ class Adam8bit(Adam):
         """The first moment, dequantised to fp32."""
         return self._load(state, "exp_avg")
 
-    def transport_moments(self, state: State, how: str, rotation: Rotation) -> None:
+    def transport_moments(
+        self, state: State, how: str, rotation: Rotation, into: State | None = None
+    ) -> None:
         """See `Adam.move`, on dequantised moments."""
         moments = {key: self._load(state, key) for key in SIGNED}
         m, v = moments.values()
         moved = transported_moments(m, v, how, rotation, self.betas, int(state["step"]))
-        for moment, new in zip((m, v), moved, strict=True):
-            moment.copy_(new)
-        self._save(state, moments)
+        self._save(into or state, dict(zip(SIGNED, moved, strict=True)))
 
     def _load(self, state: State, key: str) -> Tensor:
         if f"{key}_absmax" not in state:
@@ -137,4 +137,6 @@ class Adam8bit(Adam):
         for key, signed in SIGNED.items():
             if f"{key}_absmax" in state:
                 out = state[key], state[f"{key}_absmax"]
-                self.quantizer.quantize(moments[key], signed, out)
+                self.quantizer.quantize(moments[key].contiguous(), signed, out)
+            elif moments[key] is not state[key]:
+                state[key].copy_(moments[key])

@@ -123,19 +123,49 @@ class UpdateRule(ABC):
         moment: Tensor | None = state.get("exp_avg")
         return moment
 
-    def transport_moments(self, state: State, how: str, rotation: Rotation) -> None:
-        """In place: adapts the moments to a subspace that moved.
+    def transport_moments(
+        self, state: State, how: str, rotation: Rotation, into: State | None = None
+    ) -> None:
+        """Adapts the moments to a subspace that moved.
 
         Args:
             state: of a parameter that has taken `state["step"]` steps.
             how: one of `transports` but "keep".
             rotation: from old coordinates to new ones.
+            into: where the new moments are written, whose shapes are those of the new subspace;
+                `state` itself when None.
 
         Raises:
             NotImplementedError: a rule names this move in `transports` and doesn't define it; what
                 `transports` lacks was refused when the optimizer was made.
         """
         raise NotImplementedError(f"{type(self).__name__} keeps its moments, not {how!r}")
+
+    def carry(self, previous: UpdateRule, old: State, new: State) -> bool:
+        """Takes moments into a new state after options changed, where they mean the same there.
+
+        Args:
+            previous: the rule that made the old state.
+            old: a parameter's state; it is not needed any more.
+            new: what `init` made for the same parameter; changed in place.
+
+        Returns:
+            False if the moments must start anew, the step count too; `new` is of no use then.
+        """
+        if type(previous) is not type(self):
+            return False
+        known = new.keys() & old.keys()
+        for key in known:
+            value, former = new[key], old[key]
+            if isinstance(value, Tensor):
+                if value.shape != former.shape:
+                    return False
+                if value.dtype != former.dtype:
+                    if not (value.is_floating_point() and former.is_floating_point()):
+                        return False
+                    former = value.copy_(former)
+            new[key] = former
+        return bool(known) or not new
 
 
 #: Gives the update of some rows of a matrix.

@@ -78,7 +78,10 @@ class Lion(ElementwiseRule):
             updates.append(Update(direction, alpha, decay_factor))
         return updates
 
-    def transport_moments(self, state: State, how: str, rotation: Rotation) -> None:
+    def transport_moments(
+        self, state: State, how: str, rotation: Rotation, into: State | None = None
+    ) -> None:
         """See `UpdateRule`; with one moment "restore" and "rotate" are the same."""
         moment: Tensor = state["exp_avg"]
-        moment.copy_(torch.zeros_like(moment) if how == "reset" else rotation(moment))
+        moved = torch.zeros_like(moment) if how == "reset" else rotation(moment)
+        (into or state)["exp_avg"].copy_(moved)

@@ -115,7 +115,10 @@ class Muon(UpdateRule):
         moment: Tensor = state["momentum_buffer"]
         return moment
 
-    def transport_moments(self, state: State, how: str, rotation: Rotation) -> None:
+    def transport_moments(
+        self, state: State, how: str, rotation: Rotation, into: State | None = None
+    ) -> None:
         """See `UpdateRule`; with one moment "restore" and "rotate" are the same."""
         moment: Tensor = state["momentum_buffer"]
-        moment.copy_(torch.zeros_like(moment) if how == "reset" else rotation(moment))
+        moved = torch.zeros_like(moment) if how == "reset" else rotation(moment)
+        (into or state)["momentum_buffer"].copy_(moved)

@@ -39,6 +39,16 @@ class Schedule(ABC):
         """Bytes of the tensors among these entries."""
         return 0
 
+    def carry(self, previous: Schedule, old: Mapping[str, Any], new: dict[str, Any]) -> None:
+        """Takes over what is remembered of a basis that stays when the schedule was changed.
+
+        Args:
+            previous: the schedule before.
+            old: the parameter's state.
+            new: what `init` made; changed in place.
+        """
+        new["refreshed_at"] = old["refreshed_at"]
+
     @abstractmethod
     def due(self, state: Mapping[str, Any], steps_done: int, index: int, count: int) -> bool:
         """Whether matrix `index` of `count` refits its basis after `taken` steps."""

@@ -63,6 +63,16 @@ class LazyLayerwise(Schedule):
         """Queue and vector."""
         return 4 * (self.queue_size + _length(geometry))
 
+    def carry(self, previous: Schedule, old: Mapping[str, Any], new: dict[str, Any]) -> None:
+        """See `Schedule.carry`: another gap multiplies each matrix's own."""
+        super().carry(previous, old, new)
+        if isinstance(previous, LazyLayerwise):
+            new["leading"] = old["leading"]
+            new["gap"] = max(1, round(old["gap"] * self.gap / previous.gap))
+            if self.queue_size == previous.queue_size:
+                for key in ("similarities", "similarity_count"):
+                    new[key] = old[key]
+
     def due(self, state: Mapping[str, Any], steps_done: int, index: int, count: int) -> bool:
         """At every multiple of the matrix's own gap, shifted for each matrix when staggered."""
         phase = (index * self.gap // count) if self.stagger else 0

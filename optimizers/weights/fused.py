@@ -75,6 +75,8 @@ class FusedChunk:
             *(codes, part.scales, part.zeros, direction, grad, factors),
             *(part.group_size, decay_factor, alpha, self.seed, self.first),
         )
+        # The operation knows of its parts alone.
+        torch.autograd.graph.increment_version(self.weight)
 
 
 def fused_rows(

@@ -4,6 +4,7 @@ Runs in `./scripts/gpu-check`. Inputs are drawn anew in each run.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import exact_cases
 import kernel_cases as cases
@@ -12,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lowrank.cuda import rademacher, status, using_kernels
+from lowrank.cuda import gaussian, ops, rademacher, status, using_kernels
 from lowrank.optimizers.engine.geometry import Side
 from lowrank.optimizers.projectors import decompositions, orthonormal
 from lowrank.optimizers.projectors.operand import half_product
@@ -53,6 +54,60 @@ def test_the_library_sees_the_device() -> None:
 def test_signs_are_those_of_the_cpu(dtype: torch.dtype) -> None:
     ours = rademacher((517, 33), 12345678901234567, dtype, "cuda").cpu()
     assert torch.equal(ours, rademacher((517, 33), 12345678901234567, dtype))
+
+
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_normal_numbers_are_those_of_the_cpu(dtype: torch.dtype, kernels: str) -> None:
+    expected = gaussian((3001, 517), 123, dtype, first=5)
+    with using_kernels(kernels):
+        assert torch.equal(gaussian((3001, 517), 123, dtype, "cuda", first=5).cpu(), expected)
+
+
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_captured_normal_numbers_follow_the_seed(kernels: str) -> None:
+    seed = torch.tensor(1, device="cuda")
+    with using_kernels(kernels):
+        gaussian((1000,), seed)  # warms up
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            made = gaussian((1000,), seed)
+        for number in (7, 8):
+            seed.fill_(number)
+            graph.replay()
+            assert torch.equal(made.cpu(), gaussian((1000,), number))
+
+
+@pytest.mark.parametrize("case", cases.EXACT, ids=lambda case: case.__name__)
+def test_plain_torch_has_the_bits_of_the_cpu(
+    case: Callable[[cases.Draw], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """References on both devices, from the same inputs."""
+
+    def run(
+        d: cases.Draw, name: str, arguments: list[Any], written: list[int], keeps: bool = False
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        here = [t.cpu() if isinstance(t, torch.Tensor) else t for t in arguments]
+        there = [t.cuda() if isinstance(t, torch.Tensor) else t for t in here]
+        here = [t.clone() if isinstance(t, torch.Tensor) else t for t in here]
+        reference = ops.OPERATIONS[name][1]
+        reference(*here)
+        reference(*there)
+        return [(there[at].cpu(), here[at]) for at in written if here[at] is not None]
+
+    monkeypatch.setattr(cases, "run", run)
+
+    @settings(
+        max_examples=40,
+        deadline=None,
+        database=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )
+    @given(data=st.data())
+    def compare(data: st.DataObject) -> None:
+        case(cases.Draw(data.draw, torch.device("cuda")))
+
+    compare()
 
 
 def test_results_do_not_depend_on_the_launch() -> None:

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from lowrank.optimizers import LowRankOptimizer
 
-#: Steps before a change, of which the last but one ends with a refresh, and after it.
-BEFORE, AFTER = 4, 5
+#: Steps before a change, two of them with a refresh; after a change of options, and of a state,
+#: with at least one.
+BEFORE, AFTER, LOADED = 4, 5, 3
 REFUSALS = (ValueError, TypeError)
 #: Options that act when a basis is fitted, of which a schedule of "once" has none left.
 FITTING = ("refresh", "seed", "rotate", "stagger", "fit_on", "schedule")
@@ -39,6 +40,8 @@ MECHANICAL = ("foreach", "fused", "compile", "capturable", "skip_nonfinite")
 SEAMS = ("projector", "schedule", "basis", "residual")
 GIVEN = ("params", "param_names", "rank", "rank_ratio_matrix", "update_proj_gap", "scale")
 GIVEN += ("proj_type", "factors", "use_muon")
+#: A strategy's option that a class has a default for.
+OWNED = ("scale_type",)
 #: In these a step count is exact for as long as anyone trains.
 COUNTING = (torch.float32, torch.float64, torch.int64)
 
@@ -144,25 +147,39 @@ def _prepared(name: str) -> tuple[nn.Module, LowRankOptimizer]:
 
 
 @cache
-def reference(name: str) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights before a change would be made, and after all steps without one."""
+def reference(name: str, steps: int = AFTER) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights before a change would be made, and after further steps without one."""
     model, optimizer = copy.deepcopy(_prepared(name))
     row_of(name).link(optimizer, model)
     before = weights_of(model)
-    advance(model, optimizer, range(BEFORE, BEFORE + AFTER))
+    advance(model, optimizer, range(BEFORE, BEFORE + steps))
     return before, weights_of(model)
 
 
 def fresh(
-    optimizer: LowRankOptimizer, case: Case, model: nn.Module | None = None
+    row: Row, optimizer: LowRankOptimizer, case: Case, model: nn.Module | None = None
 ) -> LowRankOptimizer | Exception:
     """A new optimizer with the groups' options, or what its constructor raises."""
     groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
-    if not set(SEAMS).isdisjoint(case.undo):
-        # Options that the former strategy was completed with are not a person's.
-        group = groups[case.group]
-        known = {*optimizer.defaults, *case.undo, *GIVEN}
-        groups[case.group] = {key: group[key] for key in group if key in known}
+    for group in groups:
+        if "density" not in case.undo:
+            group.pop("density", None)  # a copy has it in groups that were given none
+    if set(SEAMS).isdisjoint(case.undo):
+        return _made(optimizer, groups, model)
+    # Options that the former strategy was completed with are not a person's; nor need those be
+    # that the row gave it.
+    for own in (tuple(row.options), ()):
+        known = {*optimizer.defaults, *GIVEN, *own} - {*OWNED} | {*case.undo}
+        first = {key: value for key, value in groups[case.group].items() if key in known}
+        made = _made(optimizer, [*groups[: case.group], first, *groups[case.group + 1 :]], model)
+        if not isinstance(made, Exception):
+            break
+    return made
+
+
+def _made(
+    optimizer: LowRankOptimizer, groups: list[dict[str, Any]], model: nn.Module | None
+) -> LowRankOptimizer | Exception:
     try:
         made = type(optimizer)(groups)
         if model is not None and hasattr(made, "attach"):
@@ -213,12 +230,15 @@ def _short(error: Exception) -> str:
 def _check_groups(name: str, case: Case, model: nn.Module, optimizer: LowRankOptimizer) -> str:
     group = optimizer.param_groups[case.group] if case.undo else {}
     kept = {key: group[key] for key in case.undo if key in group}
-    case.edit(optimizer)
-    new = fresh(optimizer, case)
+    try:
+        case.edit(optimizer)
+    except REFUSALS:
+        return ""  # a weight in eight bits refuses another dtype by itself
+    new = fresh(row_of(name), optimizer, case)
     before = snapshot(model, optimizer)
     for count, step in enumerate(range(BEFORE, BEFORE + AFTER)):
-        give_gradients(model, optimizer, step)
         try:
+            give_gradients(model, optimizer, step)
             optimizer.step()
         except REFUSALS as error:
             if count:
@@ -258,10 +278,13 @@ def _effect(name: str, case: Case, model: nn.Module) -> str:
         return ""
     other, optimizer = build(row_of(name))
     once = optimizer.param_groups[case.group].get("schedule") == "once"
-    if all(key in MECHANICAL or (once and key in FITTING) for key in case.undo):
+    exempt = (*MECHANICAL, *(FITTING if once else ()))
+    if row_of(name).int8:
+        exempt += ("refresh", "quantizer")  # whose last bits a step of INT8 hides
+    if all(key in exempt for key in case.undo):
         return ""
     case.edit(optimizer)
-    new = fresh(optimizer, case, other)
+    new = fresh(row_of(name), optimizer, case, other)
     if isinstance(new, Exception):
         return ""
     advance(other, new, range(BEFORE + AFTER))
@@ -286,13 +309,13 @@ def _check_load(name: str, case: Case, model: nn.Module, optimizer: LowRankOptim
     except Exception as error:
         return f"load: {_short(error)}"
     try:
-        advance(model, optimizer, range(BEFORE, BEFORE + AFTER))
+        advance(model, optimizer, range(BEFORE, BEFORE + LOADED))
     except Exception as error:
         return f"loaded, then {_short(error)}"
     now = weights_of(model)
     if not finite(now):
         return "loaded, then weights are not finite"
-    new = fresh(optimizer, case)
+    new = fresh(row_of(name), optimizer, case)
     if isinstance(new, Exception):
         return f"loaded, though a constructor says {_short(new)}"
     return unlike(optimizer, new) or (_strayed(name, now) if case.same else "")
@@ -300,7 +323,7 @@ def _check_load(name: str, case: Case, model: nn.Module, optimizer: LowRankOptim
 
 def _strayed(name: str, now: list[Tensor]) -> str:
     """Whether weights went elsewhere than they would have, by a fifth of their way."""
-    for start, end, own in zip(*reference(name), now, strict=True):
+    for start, end, own in zip(*reference(name, LOADED), now, strict=True):
         if not start.is_floating_point():
             continue
         way, off = float((end - start).norm()), float((own - end).norm())

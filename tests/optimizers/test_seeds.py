@@ -126,6 +126,16 @@ def test_parameters_without_names_have_draws_of_their_own() -> None:
     assert not torch.equal(*indices)
 
 
+def test_names_that_come_later_change_no_draw() -> None:
+    """Unnamed parameters are called by their places once another group has names."""
+    first, second = (nn.Parameter(torch.zeros(8, 8)) for _ in range(2))
+    made = GaLoreAdamW([{"params": [first], "rank": 2}], lr=1e-2)
+    before = seed_names(made.param_groups)
+    made.add_param_group({"params": [("named", second)], "rank": 2})
+    assert made.param_groups[0]["param_names"] == ["group0.0"]
+    assert seed_names(made.param_groups) == [*before, ["named"]]
+
+
 def test_each_part_of_a_seed_counts() -> None:
     seeds = [
         draw_seed(seed, name, count, use)

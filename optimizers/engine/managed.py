@@ -1,0 +1,219 @@
+"""An optimizer whose groups, parameters and state are known to fit before each step."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from . import state_dict as policy
+from .adapt import Former
+from .composition import Composition
+from .gradients import SkippedUpdates
+from .options import Group, make_plain
+from .plan import Plan, Snapshot
+from .prepare import Maker, drop_unused, follow, revise
+from .seeds import seed_names
+from .step import capturing
+
+
+class ManagedOptimizer(Optimizer):
+    """Options that are changed, parameters that are exchanged, and state that is saved and loaded.
+
+    What a group means is composed once and kept for as long as its options stay. A subclass says
+    what groups mean and makes their state.
+    """
+
+    #: Options that can't be changed after construction.
+    fixed_options: ClassVar[tuple[str, ...]] = ("capturable",)
+    #: Keywords of the constructor that no group has.
+    ungrouped: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        """As `torch.optim.Optimizer`."""
+        self._forget()
+        super().__init__(params, defaults)
+
+    @abstractmethod
+    def compose(self, group: Group) -> Composition:
+        """What a group's options mean."""
+
+    @abstractmethod
+    def _known(self) -> set[str]:
+        """Names of options that a group may have."""
+
+    @abstractmethod
+    def _complete(self, group: Group, before: Snapshot | None) -> Composition:
+        """Checks and completes a group that was changed since a snapshot."""
+
+    @abstractmethod
+    def _meaning(self, saved_group: Group) -> Composition:
+        """Checks a saved group; what it means."""
+
+    def make_state(self, param: Tensor, composition: Composition, group: Group) -> dict[str, Any]:
+        """A new state for a parameter of a group."""
+        return composition.init_state(param, capturable=group["capturable"])
+
+    def _forget(self) -> None:
+        """Nothing is known of the groups, nor of updates left out."""
+        self._plans: dict[int, Plan] = {}
+        self._snapshots: dict[int, tuple[Group, Snapshot]] = {}
+        self._formers: dict[Tensor, Former] = {}
+        self._skipped = SkippedUpdates()
+
+    def _record(self, group: Group, composition: Composition) -> None:
+        drawn = seed_names(self.param_groups)[self._index_of(group)]
+        self._plans[id(group)] = Plan(group, composition, self.state, Snapshot(group), drawn)
+
+    def _index_of(self, group: Group) -> int:
+        return next(i for i, own in enumerate(self.param_groups) if own is group)
+
+    def _maker(self) -> Maker:
+        return Maker(self._complete, self.make_state, self.fixed_options)
+
+    def _plan_of(self, group: Group) -> Plan | None:
+        plan = self._plans.get(id(group))
+        return plan if plan is not None and plan.group is group else None
+
+    def _snapshot_of(self, group: Group) -> Snapshot | None:
+        """Options that a group's state was made under, where that is known."""
+        plan = self._plan_of(group)
+        if plan is not None:
+            return plan.snapshot
+        found = self._snapshots.get(id(group))
+        return found[1] if found is not None and found[0] is group else None
+
+    def _made_by(self, snapshots: Sequence[Snapshot | None]) -> dict[int, Composition]:
+        """By a parameter's id, what made its state, where that is known."""
+        found = {id(param): plan.core for plan in self._plans.values() for param in plan.params}
+        for group, snapshot in zip(self.param_groups, snapshots, strict=True):
+            if snapshot is None or self._plan_of(group) is not None or snapshot.holds(group):
+                continue
+            core = self.compose({**snapshot.options, "lr": group["lr"]})
+            found |= {id(param): core for param in group["params"]}
+        return found
+
+    def _prepare(self) -> list[Plan]:
+        """Plans of all groups, once options, parameters and state are known to fit.
+
+        Raises:
+            ValueError: they don't; nothing is changed then.
+        """
+        plans = [self._plan_of(group) for group in self.param_groups]
+        ready = [p for p in plans if p is not None and p.current() and p.settled(self.state)]
+        if len(ready) == len(plans):
+            for ready_plan in ready:
+                ready_plan.read_rate()
+            return ready
+        if capturing():
+            raise ValueError(
+                "options, parameters or state were changed since the last step, while a CUDA graph "
+                "is captured: accepted is a step before the capture"
+            )
+        snapshots = [self._snapshot_of(group) for group in self.param_groups]
+        revised, formers = revise(
+            self.param_groups,
+            plans,
+            self.state,
+            self._made_by(snapshots),
+            snapshots,
+            self._maker(),
+        )
+        self._plans = {id(plan.group): plan for plan in revised}
+        self._snapshots = {}
+        self._formers |= formers
+        return revised
+
+    # Saving and loading
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle or copy has; no hooks, and counts of what was left out start anew."""
+        groups = [self._marked(group) or group for group in self.param_groups]
+        return {**super().__getstate__(), "param_groups": groups}
+
+    def _marked(self, group: Group, packed: Group | None = None) -> Group | None:
+        """A copy that says which options the state was made under, if they are others now."""
+        snapshot = self._snapshot_of(group)
+        former = policy.former_options(group, snapshot) if snapshot is not None else {}
+        return {**(packed or group), policy.STATE_OPTIONS: former} if former else None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores a pickle or copy, and fills in options that an older version lacked."""
+        super().__setstate__(state)
+        skipped = self.__dict__.get("_skipped")
+        self._forget()
+        self._skipped = skipped or self._skipped
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                if name not in self.ungrouped:
+                    group.setdefault(name, value)
+            made_under = Snapshot(policy.options_of_state(group))
+            group.pop(policy.STATE_OPTIONS, None)
+            self._snapshots[id(group)] = (group, made_under)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`; plain numbers and tensors, for `weights_only`.
+
+        Raises:
+            ValueError: there is a trained state of a parameter that no group has.
+        """
+        for group in self.param_groups:
+            make_plain(group, self._known())
+        plans = [self._plan_of(group) for group in self.param_groups]
+        follow(self.param_groups, plans, self.state, self._maker())
+        for param in drop_unused(self.param_groups, self.state):
+            raise ValueError(
+                f"optimizer.state has an entry of a parameter of shape {tuple(param.shape)} that "
+                "is in no group: accepted is optimizer.state.pop(parameter) first"
+            )
+
+        def mark(_: Optimizer, saved: dict[str, Any]) -> None:
+            groups = saved["param_groups"]
+            pairs = zip(self.param_groups, groups, strict=True)
+            groups[:] = [self._marked(group, packed) or packed for group, packed in pairs]
+
+        hook = self.register_state_dict_post_hook(mark, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict()` gave; every tensor keeps the dtype it was saved with.
+
+        Raises:
+            ValueError: the state doesn't fit these parameters; nothing is changed then.
+        """
+        found: dict[str, Any] = {}
+
+        def inspect(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            loaded = policy.upgrade(self.param_groups, loaded, self._meaning)
+            policy.check(self.param_groups, loaded, self._meaning)
+            found.update(loaded)
+            return loaded
+
+        def restore(_: Optimizer) -> None:
+            policy.restore_dtypes(self.param_groups, self.state, found)
+
+        before = self.register_load_state_dict_pre_hook(inspect)
+        after = self.register_load_state_dict_post_hook(restore, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    @property
+    def skipped(self) -> int:
+        """Updates of parameters that were left out for a gradient that is not finite.
+
+        Counted since construction or unpickling, by this process; not part of the state.
+        """
+        return self._skipped.total
+
+    def skipped_by_name(self) -> dict[str, int]:
+        """The same for each parameter that has any, most first; {name or "group0.3": count}."""
+        return self._skipped.by_name(self.param_groups)

@@ -1,0 +1,153 @@
+"""Which parameters a group may hold, and what messages call them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from .composition import Composition
+from .options import Group
+
+_ACCEPTED = (
+    "accepted are plain tensors, as under DistributedDataParallel or DeepSpeed's ZeRO stage 0; "
+    "sharded parameters are not supported"
+)
+
+
+def names(group: Group) -> Sequence[str | None]:
+    """The recorded name of each of a group's parameters, or None for each."""
+    return group.get("param_names") or [None] * len(group["params"])
+
+
+def label(name: str | None, param: Tensor) -> str:
+    """How a message calls a parameter."""
+    return name or f"the parameter of shape {tuple(param.shape)}"
+
+
+def unique_names(groups: Sequence[Group]) -> list[str]:
+    """A name for each parameter, group by group: the recorded one, or its place ("group0.3")."""
+    return [
+        name or f"group{index}.{position}"
+        for index, group in enumerate(groups)
+        for position, name in enumerate(names(group))
+    ]
+
+
+def name_alike(group: Group, others: Sequence[Group]) -> list[Group]:
+    """In place: gives names ("group2.0") to a new group where others have some, or to the others.
+
+    Args:
+        group: a group as a person gave it.
+        others: the groups before it, all with or all without names.
+
+    Returns:
+        The others, where they have names since.
+    """
+    if not isinstance(group["params"], Tensor | set):
+        group["params"] = list(group["params"])
+    params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
+    named = "param_names" in group or any(isinstance(param, tuple) for param in params)
+    if not others or named == ("param_names" in others[-1]):
+        return []
+    if not named:
+        taken = {name for other in others for name in other["param_names"]}
+        group["param_names"] = _placed(len(others), len(params), taken)
+        return []
+    taken = {param[0] for param in params if isinstance(param, tuple)}
+    taken.update(group.get("param_names", ()))
+    for index, other in enumerate(others):
+        other["param_names"] = _placed(index, len(other["params"]), taken)
+    return list(others)
+
+
+def _placed(index: int, count: int, taken: Iterable[str]) -> list[str]:
+    taken, made = set(taken), []
+    for position in range(count):
+        name = f"group{index}.{position}"
+        while name in taken:
+            name += "_"
+        made.append(name)
+    return made
+
+
+def check_names(group: Group) -> None:
+    """Raises `ValueError` unless a group has as many names as parameters, if it has any."""
+    given = group.get("param_names")
+    if given is not None and len(given) != len(group["params"]):
+        raise ValueError(
+            f"a group has {len(group['params'])} parameters and {len(given)} param_names: accepted "
+            "is a name for each (a wrapper that flattens or shards parameters is not supported)"
+        )
+
+
+def check_unsharded(param: Tensor, called: str) -> None:
+    """Raises `ValueError` for a parameter of which this process holds a part, or a flat one."""
+    kind = None
+    if hasattr(param, "placements") and hasattr(param, "device_mesh"):
+        kind = "a DTensor (FSDP2, tensor parallelism)"
+    elif getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
+        kind = "flattened by FSDP1 (FullyShardedDataParallel)"
+    elif hasattr(param, "ds_id"):
+        kind = "partitioned by DeepSpeed's ZeRO stage 3"
+    if kind is not None:
+        raise ValueError(f"{called} is {kind}: {_ACCEPTED}")
+
+
+def check_exchanged(group: Group, before: Sequence[Tensor]) -> None:
+    """Raises `ValueError` if a parameter's place in a group was taken by one of another shape.
+
+    Wrappers put flat partitions (ZeRO stages 1 and 2) into groups that were made for matrices.
+
+    Args:
+        group: its parameters now.
+        before: its parameters when they were last looked at.
+    """
+    params = group["params"]
+    known, kept = set(map(id, before)), set(map(id, params))
+    shapes = [tuple(param.shape) for param in before if id(param) not in kept]
+    left = list(shapes)
+    called = names(group) if len(names(group)) == len(params) else [None] * len(params)
+    for param, name in zip(params, called, strict=True):
+        if id(param) in known or not shapes:
+            continue
+        check_unsharded(param, label(name, param))
+        shape = tuple(param.shape)
+        if shape not in left:
+            kind = "a flat partition" if len(shape) == 1 else "a tensor"
+            raise ValueError(
+                f"{kind} of shape {shape} took the place of parameters of shapes "
+                f"{sorted(set(shapes))} in a group: {_ACCEPTED}"
+            )
+        left.remove(shape)
+
+
+def check_param(param: Tensor, name: str | None, composition: Composition) -> None:
+    """Raises `ValueError` for a parameter that can't be optimized by this composition."""
+    called = label(name, param)
+    check_unsharded(param, called)
+    if not param.is_floating_point():
+        raise ValueError(f"{called} has dtype {param.dtype}: accepted are real floating dtypes")
+    if composition.projection is None:
+        if composition.rule.matrices_only and param.dim() != 2:
+            raise ValueError(
+                f"{called} is {param.dim()}-dimensional: accepted are matrices, by "
+                f"{type(composition.rule).__name__}"
+            )
+        return
+    projector = composition.projection.projector
+    if param.dim() not in projector.DIMENSIONS:
+        raise ValueError(
+            f"{called} is {param.dim()}-dimensional in a group with rank: accepted are matrices. "
+            "ZeRO and FSDP1 flatten parameters to one dimension, use DDP or ZeRO stage 0; biases, "
+            "norms and convolutions belong in a group without rank (param_groups(model) sorts them)"
+        )
+    if param.numel():
+        geometry = composition.projection.geometry(param.shape)
+        residual = type(composition.projection.residual)
+        if param.dim() not in residual.DIMENSIONS:
+            raise ValueError(
+                f"{called} is {param.dim()}-dimensional: accepted with {residual.__name__} are "
+                "matrices, with residual='dropped' convolutions too"
+            )
+        composition.projection.residual.check(geometry, projector)

@@ -1,0 +1,105 @@
+"""A parameter's state beside what its composition makes: what must agree, and what is made anew."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .composition import Composition
+
+State = Mapping[str, Any]
+
+#: Smallest value of an integer entry; of others it is 0.
+_LEAST = {"refreshed_at": -1, "gap": 1}
+_LARGEST = 1 << 62
+
+
+def template(param: Tensor, composition: Composition) -> dict[str, Any]:
+    """What a parameter's state must look like, without memory."""
+    made: dict[str, Any] = composition.init_state(param.detach().to("meta"), capturable=False)
+    return made
+
+
+def difference(state: Any, expected: State) -> str | None:
+    """How a state differs from a template in entries, shapes, dtypes or integers, if it does."""
+    if not isinstance(state, Mapping):
+        return f"is a {type(state).__name__}; accepted is a dict with {sorted(expected)}"
+    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected)
+    if missing or unknown:
+        return f"lacks {missing} and has unknown {unknown}; accepted are exactly {sorted(expected)}"
+    for entry, wanted in expected.items():
+        check = _tensor_difference if isinstance(wanted, Tensor) else _integer_difference
+        found = check(entry, state[entry], wanted)
+        if found is not None:
+            return found
+    return None
+
+
+def _tensor_difference(entry: str, value: Any, wanted: Tensor) -> str | None:
+    if not isinstance(value, Tensor):
+        kind = type(value).__name__
+        return f"has {entry} as a {kind}; accepted is a tensor of shape {tuple(wanted.shape)}"
+    if tuple(value.shape) != tuple(wanted.shape):
+        return f"has {entry} of shape {tuple(value.shape)}; accepted is {tuple(wanted.shape)}"
+    if value.dtype != wanted.dtype:
+        return f"has {entry} of dtype {value.dtype}; accepted is {wanted.dtype}"
+    if hasattr(value, "placements"):
+        return f"has {entry} as a {type(value).__name__}; accepted is a plain tensor"
+    return None
+
+
+def _integer_difference(entry: str, value: Any, wanted: int) -> str | None:
+    if type(value) is not int:
+        return f"has {entry}={value!r}; accepted is an integer"
+    if entry == "side" or entry.endswith(("_rows", "_columns")):
+        return None if value == wanted else f"has {entry}={value}; accepted is {wanted}"
+    low = _LEAST.get(entry, 0)
+    if not low <= value < _LARGEST:
+        return f"has {entry}={value}; accepted is an integer of at least {low}"
+    return None
+
+
+def count_difference(state: State) -> str | None:
+    """What is wrong with the step count of a state that is loaded, if anything is; reads it."""
+    if state["step"].is_meta:
+        return None
+    count = float(state["step"])
+    if not (math.isfinite(count) and count >= 0 and count == int(count)):
+        return f"has step={count}; accepted is a whole number of at least 0"
+    refreshed = state.get("refreshed_at", -1)
+    if refreshed > count:
+        return f"has refreshed_at={refreshed} after {count:.0f} steps; accepted is at most that"
+    return None
+
+
+def untouched(state: State) -> bool:
+    """Whether no step was taken with a state, so that it may be made anew."""
+    step = state.get("step") if isinstance(state, Mapping) else None
+    if not isinstance(step, Tensor) or step.numel() != 1:
+        return False
+    return step.is_meta or float(step) == 0
+
+
+def misplaced(state: State, param: Tensor, *, capturable: bool) -> bool:
+    """Whether any tensor of a state lies on another device than it should."""
+    return any(
+        isinstance(value, Tensor) and value.device != _device(entry, param, capturable)
+        for entry, value in state.items()
+    )
+
+
+def place(state: dict[str, Any], param: Tensor, *, capturable: bool) -> None:
+    """In place: moves tensors of a state to the devices where they should be."""
+    for entry, value in state.items():
+        if isinstance(value, Tensor):
+            state[entry] = value.to(_device(entry, param, capturable))
+
+
+def _device(entry: str, param: Tensor, capturable: bool) -> torch.device:
+    """Beside the parameter; the step count on the host unless it is to be captured."""
+    on_host = entry == "step" and not capturable and not param.is_meta
+    return torch.device("cpu") if on_host else param.device
