@@ -32,8 +32,6 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lowrank.cuda.noise import mix
-
 from ..engine import checks
 from ..engine.composition import Composition
 from ..engine.options import CommonOptions, Group
@@ -129,7 +127,7 @@ class SSTAdamW(FactoredAdamW):
         layer, group = link.layer, link.group
         assert isinstance(layer, SpectralLinear)
         count = self._passed(link, "update_proj_gap")
-        generator = torch.Generator().manual_seed(mix(group["seed"], link.index, count))
+        generator = torch.Generator().manual_seed(link.seed(count))
         values = layer.singular_values.detach()
         selected = sample(values, layer.rank, generator, group["sampling"])
         self._permute(layer.singular_values, layer.resample(selected))
