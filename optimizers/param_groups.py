@@ -212,7 +212,7 @@ def projected_layers(model: nn.Module, patterns: Sequence[str]) -> list[nn.Linea
     return layers
 
 
-def _matches(name: str, param: nn.Parameter, module: nn.Module, patterns: Sequence[str]) -> bool:
+def _matches(name: str, param: torch.Tensor, module: nn.Module, patterns: Sequence[str]) -> bool:
     is_weight = isinstance(module, nn.Linear) and param is module.weight
     return is_weight and any(pattern in name for pattern in patterns)
 

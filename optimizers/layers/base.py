@@ -130,7 +130,7 @@ class FactoredLinear(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self.host_tensors():
             destination[prefix + name] = getattr(self, name)
         if self.SETTINGS:
@@ -151,6 +151,7 @@ class FactoredLinear(nn.Module):
         others = self._other_settings(state_dict.pop(prefix + _EXTRA, None))
         if others:
             error_msgs.append(f"{prefix[:-1]}: {others}")
+            state_dict.update(self.state_dict(prefix=prefix))  # for the modules within
             return
         for name in self.host_tensors():
             self._load_host(

@@ -46,8 +46,8 @@ class Rewarmed(UpdateRule):
         """See `UpdateRule.update`."""
         updates: dict[int, Update] = {}
         for rule, picked in self._by_rate(states):
-            lists = ([items[i] for i in picked] for items in (grads, states, weights))
-            updates.update(zip(picked, rule.update(*lists), strict=True))
+            made = rule.update(*_picked(picked, grads, states, weights))
+            updates.update(zip(picked, made, strict=True))
         return [updates[i] for i in range(len(grads))]
 
     def apply(
@@ -55,7 +55,7 @@ class Rewarmed(UpdateRule):
     ) -> None:
         """See `UpdateRule.apply`."""
         for rule, picked in self._by_rate(states):
-            rule.apply(*([items[i] for i in picked] for items in (grads, states, weights)))
+            rule.apply(*_picked(picked, grads, states, weights))
 
     def transport_moments(self, state: State, how: str, rotation: Rotation) -> None:
         """See `UpdateRule.transport_moments`."""
@@ -70,3 +70,17 @@ class Rewarmed(UpdateRule):
             (self.inner if share == 1.0 else replace(self.inner, lr=self.inner.lr * share), picked)
             for share, picked in shares.items()
         ]
+
+
+def _picked(
+    positions: Sequence[int],
+    grads: Sequence[Tensor],
+    states: Sequence[State],
+    weights: Sequence[Tensor],
+) -> tuple[list[Tensor], list[State], list[Tensor]]:
+    """Those of the three at `positions`."""
+    return (
+        [grads[i] for i in positions],
+        [states[i] for i in positions],
+        [weights[i] for i in positions],
+    )

@@ -173,9 +173,7 @@ class LoQTAdamW(FactoredAdamW):
         layer, group = link.layer, link.group
         assert isinstance(layer, QuantizedLowRankLinear)
         factor = layer.factor
-        # Both ends rather than the largest magnitude, which would take a second matrix.
-        low, high = gradient.aminmax()
-        largest = float(torch.maximum(high, -low))
+        largest = largest_entry(gradient)
         if not 0.0 < largest < float("inf"):
             return None
         count = bases_by(group, self._steps(link))
@@ -201,6 +199,12 @@ def bases_by(group: Group, step: int) -> int:
     return count
 
 
+def largest_entry(matrix_mn: Tensor) -> float:
+    """The largest magnitude, NaN if there is one, without a matrix of magnitudes."""
+    low, high = matrix_mn.aminmax()
+    return float(torch.maximum(high, -low))
+
+
 def mean_gradients(own: Sequence[Tensor | None], links: Sequence[Link]) -> list[Tensor | None]:
     """The means over processes, which all must find the same basis.
 
@@ -218,15 +222,14 @@ def mean_gradients(own: Sequence[Tensor | None], links: Sequence[Link]) -> list[
     size = distributed.get_world_size()
     if size == 1:
         return list(own)
-    device = links[0].layer.factor.device
     there = torch.tensor([gradient is not None for gradient in own], dtype=torch.int32)
-    there = there.to(device)
+    there = there.to(links[0].factors()[0].device)
     distributed.all_reduce(there)
     means: list[Tensor | None] = []
     for gradient, link, count in zip(own, links, there.tolist(), strict=True):
         if count and gradient is None:
             layer = link.layer
-            gradient = layer.factor.new_zeros(layer.out_features, layer.in_features)
+            gradient = link.factors()[0].new_zeros(layer.out_features, layer.in_features)
         if count and gradient is not None:
             distributed.all_reduce(gradient)
             gradient.div_(size)

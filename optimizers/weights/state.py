@@ -88,7 +88,7 @@ def join_weight(
         if size != own.group_size:
             state_dict[name] = own.detach()
             error_msgs.append(
-                f"{name}: saved with weight_group_size={size}, and the layer has "
+                f"{name} is saved in groups of {size}, and the layer has groups of "
                 f"{own.group_size}: accepted is a model converted with weight_group_size={size}"
             )
             return

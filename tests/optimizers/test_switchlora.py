@@ -77,3 +77,39 @@ def test_offloaded_candidates_stay_on_the_cpu_and_are_saved() -> None:
     assert layer.candidates_a.dtype == torch.bfloat16
     assert layer.selected.dtype == torch.int64
     assert {"candidates_a", "candidates_b", "selected", "frozen"} <= layer.state_dict().keys()
+
+
+def test_gradients_are_never_written_to() -> None:
+    """What is held is left out of the update, and stays in the user's gradient."""
+    model, optimizer = made(switch_interval=10.0, freeze_steps=5)
+    held = 0
+    for step in range(30):
+        set_gradients(model, step)
+        grads = [(param, param.grad, param.grad.clone()) for param in model.parameters()]
+        optimizer.step()
+        held += sum(
+            int(state["held"].sum()) for state in optimizer.state.values() if "held" in state
+        )
+        for param, grad, value in grads:
+            assert param.grad is grad
+            assert torch.equal(grad, value)
+    assert held
+
+
+def test_held_vectors_stay_with_one_factor_that_is_not_finite() -> None:
+    """The other one's step is taken: its held vectors have no gradient there, either."""
+    model, optimizer = made(switch_interval=10.0, freeze_steps=5)
+    layer = model.self_attn["q_proj"]
+    for step in range(40):
+        set_gradients(model, step)
+        held = optimizer.state[layer.rows_b]["held"] > 0
+        if held.any():
+            layer.rows_a.grad.fill_(torch.inf)
+            before = layer.rows_b.detach().clone()
+            with pytest.warns(UserWarning, match="non-finite gradient"):
+                optimizer.step()
+            assert torch.equal(layer.rows_b[held], before[held])
+            assert not torch.equal(layer.rows_b[~held], before[~held])
+            return
+        optimizer.step()
+    raise AssertionError("nothing was held")
