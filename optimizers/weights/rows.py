@@ -66,6 +66,7 @@ def _int8_rows(weight: Int8Weight, rows: RowRange, seed: int) -> Iterator[tuple[
         new = old.clone()
         yield new.view(stop - start, width), _part(rows, start, stop)
         chunk.store(new, old, seed, (rows.start + start) * width)
+        torch.autograd.graph.increment_version(weight)
 
 
 def _bfloat16_rows(weight: Tensor, rows: RowRange, seed: int) -> Iterator[tuple[Tensor, RowRange]]:
