@@ -93,6 +93,7 @@ class QuantizedLowRankLinear(FactoredLinear):
     """
 
     FACTORS: ClassVar[tuple[str, ...]] = ("factor",)
+    SETTINGS: ClassVar[tuple[str, ...]] = ("scale",)
 
     def __init__(
         self,

@@ -218,6 +218,14 @@ class SpectralLinear(FactoredLinear):
         u, v = (part.to(wide) for part in self._vectors())
         return (u * self.singular_values.to(wide)) @ v.mT
 
+    def differentiable_weight(self) -> Tensor | None:
+        """U diag(s) V^T; its gradients are not the enhanced ones."""
+        if self.enhanced:
+            return None
+        u = torch.cat([self.left, self.frozen_left], 1)
+        v = torch.cat([self.right, self.frozen_right], 1)
+        return (u * self.singular_values) @ v.mT
+
     @torch.no_grad()
     def clamp_singular_values(self) -> None:
         """In place: s <- max(s, 0), which changes W."""

@@ -62,6 +62,9 @@ class LowRankAdamW(FactoredAdamW):
     def _needs_layers(self, group: Group) -> bool:
         return group["refactor_gap"] is not None
 
+    def _patience(self, group: Group) -> float:
+        return float(group["refactor_gap"])
+
     def _after(self) -> None:
         due = [link for link in self._links if link.group["refactor_gap"] is not None]
         due = [link for link in due if self._passed(link, "refactor_gap") > self._events(link)]

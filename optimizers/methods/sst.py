@@ -31,8 +31,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowrank.cuda.noise import mix
-
 from ..engine import checks
 from ..engine.composition import Composition
 from ..engine.keywords import Keyword
@@ -111,7 +109,7 @@ class SSTAdamW(FactoredAdamW):
         layer, group = link.layer, link.group
         assert isinstance(layer, SpectralLinear)
         count = self._passed(link, "update_proj_gap")
-        generator = torch.Generator().manual_seed(mix(group["seed"], link.index, count))
+        generator = torch.Generator().manual_seed(link.seed(count))
         values = layer.singular_values.detach()
         selected = sample(values, layer.rank, generator, group["sampling"])
         self._permute(layer.singular_values, layer.resample(selected))

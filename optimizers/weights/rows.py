@@ -65,6 +65,7 @@ def _int8_rows(weight: Int8Weight, rows: RowRange, seed: int) -> Iterator[tuple[
         new = old.clone()
         yield new.view(span.stop - span.start, width), rows.part(span)
         chunk.store(new, old, seed, (rows.start + span.start) * width)
+        torch.autograd.graph.increment_version(weight)
 
 
 def _bfloat16_rows(weight: Tensor, rows: RowRange, seed: int) -> Iterator[tuple[Tensor, RowRange]]:

@@ -48,6 +48,7 @@ def test_the_library_sees_the_device() -> None:
     library = status("cuda").library
     assert library is not None, status("cuda").detail
     assert library.devices >= 1
+    assert status("cuda").runs_on(torch.device("cuda", 0)), status("cuda").detail
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
