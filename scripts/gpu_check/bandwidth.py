@@ -58,8 +58,9 @@ def kernels(numel: int, device: torch.device) -> dict[str, Kernel]:
 
     def adam(dtype: torch.dtype, axis: int = -1) -> Call:
         grad, m, v, out = matrix(), zeros(dtype), zeros(dtype), zeros()
-        norms = [[torch.empty((rows, 1024)[1 - axis], device=device)] for _ in range(2)]
-        norms = norms if axis >= 0 else [[], []]
+        norms: list[list[Tensor]] = [[], []]
+        if axis >= 0:
+            norms = [[torch.empty((rows, 1024)[1 - axis], device=device)] for _ in range(2)]
         return lambda: ops.adam([grad], [m], [v], [out], *norms, axis, *numbers)
 
     def adam_8bit() -> Call:
@@ -147,7 +148,7 @@ def run(record: Record, context: Context) -> None:
             record.add("bytes", name, timing.median, "ms", note=note, details=details)
             return
         share = kernel.size * numel / timing.median / context.rates.copy
-        aim = SHARE if kernel.held else None
+        aim = context.aim(SHARE if kernel.held else None)
         record.add(
             "bytes", name, share, "of copy", aim=aim, at_least=True, note=note, details=details
         )

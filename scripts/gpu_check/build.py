@@ -56,11 +56,11 @@ def compile_libraries(record: Record, context: Context) -> None:
     nvcc = native.find_nvcc()
     record.facts["nvcc"] = nvcc
     record.facts["architectures"] = target_architectures(context)
-    if nvcc is not None:
-        record.facts["host_compiler"] = choose_host_compiler(nvcc)
-    output: list[tuple[str, float, str]] = []
     folder = context.root / "cuda" / "_lib"
     begin = time.monotonic()
+    if nvcc is not None and native.read_report(folder).get("digest") != native.digest():
+        record.facts["host_compiler"] = choose_host_compiler(nvcc)
+    output: list[tuple[str, float, str]] = []
     with recorded(output):
         report = native.build(folder)
     seconds = time.monotonic() - begin

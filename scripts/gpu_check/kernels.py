@@ -83,14 +83,15 @@ def draw_cases(case: Callable[[Any], None], draw: Any, context: Context) -> Json
             return {"draws": seed}
         problem = _problem(case, draw(seed, context.device))
         if problem:
-            found = {"draws": seed + 1, "seed": seed, "detail": f"seed {seed}: {problem}"}
+            detail = f"seed {seed}: {problem}"
+            found: Json = {"draws": seed + 1, "seed": seed}
             if context.on_gpu:
                 elsewhere = draw(seed, context.device)
                 elsewhere.reference = torch.device("cpu")
                 said = _problem(case, elsewhere)
                 found["with_a_reference_on_the_cpu"] = said or "equal"
-                found["detail"] += f"; with a reference on the CPU: {said or 'equal'}"[:400]
-            return found
+                detail += f"; with a reference on the CPU: {said or 'equal'}"[:400]
+            return found | {"detail": detail}
     return {"draws": context.size.draws}
 
 

@@ -1,4 +1,4 @@
-"""What a section finds: checks, rows with aims, what was skipped and what failed; a file of JSON."""
+"""What a section finds: checks, rows with aims, what was skipped and what failed, as JSON."""
 
 from __future__ import annotations
 
@@ -196,12 +196,12 @@ class Record:
 def release() -> None:
     """Gives back what a piece of work left behind."""
     gc.collect()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if _uses_cuda():
         torch.cuda.empty_cache()
 
 
 def _check_device() -> None:
-    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+    if not _uses_cuda():
         return
     try:
         torch.cuda.synchronize()
@@ -209,3 +209,8 @@ def _check_device() -> None:
             raise DeviceLost("the device computes nonsense")
     except RuntimeError as error:
         raise DeviceLost(str(error)) from error
+
+
+def _uses_cuda() -> bool:
+    begun = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.cuda.is_available() and bool(begun)

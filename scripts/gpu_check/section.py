@@ -66,6 +66,10 @@ class Context:
         """Whether that is a GPU."""
         return self.device.type == "cuda"
 
+    def aim(self, value: float | None) -> float | None:
+        """The aim on a GPU; on a CPU sizes are too small to say anything."""
+        return value if self.on_gpu else None
+
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """The command line."""

@@ -118,10 +118,9 @@ def _changed(path: Path) -> float:
 
 def _finish(job: Job, content: Json, state: str, error: str | None) -> Json:
     """Says in the file how the section ended."""
-    empty = {name: [] for name in ("checks", "rows", "skipped", "errors", "done")}
-    content = (
-        {"section": job.section, "seconds": 0.0, "facts": {}, "current": None} | empty | content
-    )
+    empty: Json = {name: [] for name in ("checks", "rows", "skipped", "errors", "done")}
+    empty |= {"section": job.section, "seconds": 0.0, "facts": {}, "current": None}
+    content = empty | content
     content["state"] = state
     if error is not None:
         found = {"where": content["current"] or job.section, "message": error, "traceback": ""}

@@ -137,29 +137,31 @@ class Matrices(nn.Module):
 
 
 def made(
-    model: Model,
-    device: torch.device,
-    *,
-    gradients: bool = True,
-    ends: bool = True,
-    copies: int | None = None,
+    model: Model, device: torch.device | str, *, ends: bool = True, copies: int | None = None
 ) -> Matrices:
-    """bf16 parameters on a device, by default with gradients, see `Matrices`."""
+    """bf16 parameters on a device, without gradients; see `Matrices`."""
     former = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
-            matrices = Matrices(model, ends=ends, copies=copies)
+            return Matrices(model, ends=ends, copies=copies)
     finally:
         torch.set_default_dtype(former)
-    if gradients:
-        projected = {id(weight) for weight in matrices.projected()}
-        for seed, weight in enumerate(matrices.parameters()):
-            if id(weight) in projected:
-                weight.grad = gradient((weight.shape[0], weight.shape[1]), seed, weight)
-            else:
-                weight.grad = torch.randn_like(weight) * 1e-3
-    return matrices
+
+
+def fill(matrices: Matrices, seed: int = 0) -> None:
+    """Gives every parameter a gradient.
+
+    An optimizer may replace parameters when it is built, so gradients come after it: a step would
+    pass over parameters without one.
+    """
+    projected = {id(weight) for weight in matrices.projected()}
+    for offset, weight in enumerate(matrices.parameters()):
+        if id(weight) in projected:
+            shape = (weight.shape[0], weight.shape[1])
+            weight.grad = gradient(shape, seed + offset, weight)
+        else:
+            weight.grad = torch.randn_like(weight) * 1e-3
 
 
 def gradient(shape: tuple[int, int], seed: int, like: Tensor) -> Tensor:
