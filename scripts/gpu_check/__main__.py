@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from . import summary
-from .files import Json
+from .files import Json, read
+from .summary import INTERRUPTED
 from .supervisor import NO_DEVICE, Job, run
 
 #: Seconds of each section of the six minutes, the most telling section first.
@@ -20,6 +21,8 @@ BUDGETS = {"build": 70.0, "kernels": 65.0, "steps": 95.0, "refresh": 60.0, "memo
 MINUTES = 6.0
 #: Seconds of those for the rates and for starting processes.
 RATES, RESERVE = 20.0, 5.0
+#: Most seconds of the rates: the first import of torch on a machine reads gigabytes.
+COLD = 60.0
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -103,17 +106,21 @@ def check(options: argparse.Namespace) -> int:
 
     def section(name: str, path: Path, seconds: float, *more: str) -> int:
         print(f"== {name} (at most {seconds:.0f} s)", flush=True)
-        given = [*common, "--file", str(path), *more]
-        results[name] = {"state": "interrupted", "file": path.name}
-        found, status = run(Job(name, path, seconds, given, stalls=name != "build"))
-        results[name] = found | {"file": path.name, "limit": round(seconds, 1)}
+        module = [sys.executable, "-m", "gpu_check.section", name]
+        command = [*module, *common, "--file", str(path), *more]
+        status = INTERRUPTED
+        try:
+            _, status = run(Job(name, path, seconds, command, stalls=name != "build"))
+        finally:
+            about = {"file": path.name, "limit": round(seconds, 1)}
+            results[name] = {"state": "interrupted"} | read(path) | about
         return status
 
     prefix = "gpu-check"
     try:
         rates = options.output / f"{prefix}-rates.json"
         scale = options.minutes / MINUTES
-        if section("rates", rates, RATES * scale) == NO_DEVICE:
+        if section("rates", rates, COLD * scale) == NO_DEVICE:
             return NO_DEVICE
         prefix = f"{prefix}-{slug(results['rates'].get('facts', {}).get('device', 'unknown'))}"
         rates = rates.replace(options.output / f"{prefix}-rates.json")

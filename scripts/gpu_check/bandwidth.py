@@ -160,6 +160,7 @@ def run(record: Record, context: Context) -> None:
         ratio = timing.median / own.details["ms"]
         record.add("torch", name, ratio, "x compiled", details={"ms": timing.median})
 
+    record.attempt("host", lambda: _host(record, context), clean=False)
     for kind, work in (("compiled", compiled), ("plain torch", plain)):
         for name, kernel in found.items():
             label = f"{kind}: {name}"
@@ -167,3 +168,25 @@ def run(record: Record, context: Context) -> None:
                 record.skip(label, NO_TIME)
             elif kind == "compiled" or record.value("bytes", name) is not None:
                 record.attempt(label, functools.partial(work, name, kernel), clean=False)
+
+
+def _host(record: Record, context: Context) -> None:
+    """What a call costs the host, whose arguments walk through Python and ctypes."""
+    for count in (1, 168):
+        tensors = [
+            [torch.zeros(8, 8, device=context.device) for _ in range(count)] for _ in range(4)
+        ]
+        grads, m, v, out = tensors
+
+        def call(
+            grads: list[Tensor] = grads,
+            m: list[Tensor] = m,
+            v: list[Tensor] = v,
+            out: list[Tensor] = out,
+        ) -> None:
+            for _ in range(10):
+                torch.ops.lowrank.adam(grads, m, v, out, [], [], -1, 0.9, 0.999, 1e-8, 1e-3, None)
+
+        with using_kernels("native"):
+            timing = context.clock.measure(call, most=10, seconds=0.2)
+        record.add("host", f"adam on {count} small tensors", timing.median * 100, "us")

@@ -45,7 +45,6 @@ def run(record: Record, context: Context) -> None:
     """Builds, loads and smokes; a library that fails is a failed check, and stops nothing."""
     record.attempt("compile", lambda: compile_libraries(record, context))
     names = ("cuda", "host") if context.on_gpu else ("host",)
-    library.status.cache_clear()
     for name in names:
         record.attempt(f"load {name}", lambda name=name: _load(record, name))  # type: ignore[misc]
     record.attempt("smoke", lambda: _smoke(record, context))

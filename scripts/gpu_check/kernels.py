@@ -26,20 +26,21 @@ COMPARING = 0.6
 def run(record: Record, context: Context) -> None:
     """Compares first, then measures."""
     for folder in ("tests", "tests/cuda", "tests/optimizers"):
-        sys.path.insert(0, str(context.root / folder))
+        sys.path.append(str(context.root / folder))
     name = "cuda" if context.on_gpu else "host"
     found = status(name)
     record.facts["library"] = found.detail
     comparisons: dict[str, Callable[[], Json]] = {}
     if found.library is not None:
-        record.attempt("kernel cases", lambda: comparisons.update(kernel_cases(context)))
+        add = functools.partial(_add_kernels, comparisons, context)
+        record.attempt("kernel cases", add, again=True)
     else:
         # A failed check of `build`, too; what runs then is plain torch, and is measured.
         detail = f"no {name} library: {found.detail}; plain torch is measured"
         record.check("the kernels are there", False, detail)
     for module in ("device_cases", "device_optimizer_cases"):
         add = functools.partial(_add_cases, comparisons, module, context)
-        record.attempt(module.replace("_", " "), add)
+        record.attempt(module.replace("_", " "), add, again=True)
     record.facts["to_compare"] = list(comparisons)
     record.save()
     end = context.clock.left() * (1 - COMPARING)
@@ -59,15 +60,13 @@ def _compared(record: Record, label: str, compare: Callable[[], Json]) -> None:
     record.check(label, passed, **found, seconds=round(time.monotonic() - begin, 3))
 
 
-def kernel_cases(context: Context) -> dict[str, Callable[[], Json]]:
+def _add_kernels(found: dict[str, Callable[[], Json]], context: Context) -> None:
     """The tests' cases of kernels, on inputs drawn from seeds."""
     draws: Any = importlib.import_module("draws")
-    found: dict[str, Callable[[], Json]] = {}
     for module in ("kernel_cases", "exact_cases"):
         for case in importlib.import_module(module).CASES:
             label = f"{module.partition('_')[0]}: {case.__name__}"
             found[label] = functools.partial(draw_cases, case, draws.SeededDraw, context)
-    return found
 
 
 def draw_cases(case: Callable[[Any], None], draw: Any, context: Context) -> Json:

@@ -68,6 +68,7 @@ class Meter:
         self.peaks: dict[str, int] = {}
         self.ends: dict[str, int] = {}
         self._now = 0
+        self._base = torch.cuda.memory_allocated() if device.type == "cuda" else 0
 
     def phase(self, name: str, work: Callable[[], Any]) -> Any:
         """Does some work; its peak and what remains go under its name.
@@ -80,8 +81,8 @@ class Meter:
             torch.cuda.reset_peak_memory_stats()
             result = work()
             torch.cuda.synchronize()
-            self.peaks[name] = torch.cuda.max_memory_allocated()
-            self.ends[name] = torch.cuda.memory_allocated()
+            self.peaks[name] = torch.cuda.max_memory_allocated() - self._base
+            self.ends[name] = torch.cuda.memory_allocated() - self._base
             return result
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
             result = work()

@@ -133,13 +133,16 @@ class Record:
         print(f"  skipped {what}: {why}", flush=True)
         self.save()
 
-    def attempt(self, label: str, work: Callable[[], None], *, clean: bool = True) -> bool:
+    def attempt(
+        self, label: str, work: Callable[[], None], *, clean: bool = True, again: bool = False
+    ) -> bool:
         """Does a piece of work, once; what it raises is recorded and stops nothing else.
 
         Args:
             label: name of the piece within its section.
             work: adds findings.
             clean: give memory back afterwards.
+            again: also where it was done before the section was taken up again.
 
         Returns:
             Whether it was done without an error.
@@ -147,7 +150,7 @@ class Record:
         Raises:
             DeviceLost: nothing more can be done in this process.
         """
-        if label in self.done:
+        if label in self.done and not again:
             return False
         self.current = label
         self.save()
@@ -160,7 +163,8 @@ class Record:
         except Exception as error:
             self.error(label, f"{type(error).__name__}: {error}", traceback.format_exc())
         self.current = None
-        self.done.append(label)
+        if label not in self.done:
+            self.done.append(label)
         self.save()
         if not good:
             _check_device()

@@ -155,7 +155,7 @@ class Refresh:
         if not before:
             return 0.0
         small = self._context.size.models[smaller]
-        one: float = max(before[-1].details["seconds"]) / len(small.projected())
+        one: float = min(before[-1].details["seconds"]) / len(small.projected())
         # Cubic in the shorter side; there are at least two refits.
         growth = (model.hidden / small.hidden) ** 3
         return 2 * one * growth * COPIES * len(model.shapes())
@@ -201,33 +201,28 @@ class Refresh:
         for (m, n), count in model.shapes().items():
             counts[min(m, n), max(m, n)] += count  # a transposed matrix takes as long
         for shape, count in sorted(counts.items()):
-            expected = self._predicted(shape, single)
+            known = self._singles() | single
+            expected = predicted(shape, known)
             if not self._affords(f"{label} of {shape}", expected):
                 return
             like = torch.empty(0, dtype=torch.bfloat16, device=context.device)
             grad = gradient(shape, 1, like).float()
+            # The first call also loads the solver; a second one of a large matrix is too dear.
+            warm = int(not known)
             timing = context.clock.measure(
-                functools.partial(torch.linalg.svd, grad, full_matrices=False), most=1, warm=0
+                functools.partial(torch.linalg.svd, grad, full_matrices=False), most=1, warm=warm
             )
             single["x".join(map(str, shape))] = timing.median / 1e3
             total += count * timing.median / 1e3
         note = f"scaled from {len(single)} of {len(model.projected())} matrices, one of each shape"
         record.add(model.name, name, total, "s", note=note, details={"single": single})
 
-    def _predicted(self, shape: tuple[int, int], known: dict[str, float]) -> float:
-        """Seconds of an SVD, from the largest that was measured; 0 if there is none."""
-        found = {**known}
+    def _singles(self) -> dict[str, float]:
+        """Seconds of single SVDs that were measured, by shape."""
+        found: dict[str, float] = {}
         for row in self._record.rows:
             found |= row.details.get("single", {})
-        if not found:
-            return 0.0
-
-        def work(key: str) -> float:
-            m, n = sorted(map(int, key.split("x")))
-            return float(m * m * n)
-
-        largest = max(found, key=work)
-        return found[largest] * work(f"{shape[0]}x{shape[1]}") / work(largest)
+        return found
 
     def ratios(self) -> None:
         """Every mode beside torch.linalg.svd."""
@@ -315,3 +310,16 @@ def best_share(grad: Tensor, rank: int) -> float:
     wide = wide if wide.shape[0] <= wide.shape[1] else wide.mT
     values = torch.linalg.eigvalsh(wide @ wide.mT)
     return float(values[-rank:].sum() / values.sum())
+
+
+def predicted(shape: tuple[int, int], known: dict[str, float]) -> float:
+    """Seconds of an SVD, from the largest of those that are known; 0 if there is none."""
+    if not known:
+        return 0.0
+
+    def work(m: int, n: int) -> float:
+        return float(min(m, n) ** 2 * max(m, n))
+
+    sizes = {key: work(*map(int, key.split("x"))) for key in known}
+    largest = max(sizes, key=lambda key: sizes[key])
+    return known[largest] * work(*shape) / sizes[largest]

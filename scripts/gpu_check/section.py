@@ -88,10 +88,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 def read_rates(path: Path | None) -> Rates | None:
     """The rates of the section that measured them."""
     facts = read(path).get("facts", {}) if path is not None else {}
-    try:
-        return Rates(**facts["rates"])
-    except (KeyError, TypeError):
-        return None
+    rates = facts.get("rates", {})
+    known = {name: rates.get(name) for name in Rates.__dataclass_fields__}
+    return Rates(**known) if all(known.values()) else None
 
 
 def main(given: list[str] | None = None) -> int:
@@ -115,8 +114,8 @@ def main(given: list[str] | None = None) -> int:
         record.state = "device lost"
         record.facts["device_lost"] = str(error)[:2000]
     except torch.OutOfMemoryError as error:
-        record.state = "complete"
-        record.skip(options.section, f"out of memory: {str(error).splitlines()[0]}")
+        record.state = "broken"
+        record.error(options.section, f"out of memory: {str(error).splitlines()[0]}")
     else:
         cut = any(entry["why"] == NO_TIME for entry in record.skipped)
         record.state = "out of time" if cut else "complete"

@@ -146,7 +146,11 @@ class Steps:
         if not self._affords(model, method, label):
             return
         context = self._context
-        optimizer, _ = self._ready(model, method, capturable=True)
+        try:
+            optimizer, _ = self._ready(model, method, capturable=True)
+        except ValueError as error:  # what can't be captured says so
+            self._record.skip(f"{model.name} {label}", str(error))
+            return
         call = tracing.graphed(optimizer.step)
         timing = context.clock.measure(call, most=context.size.samples, seconds=0.5)
         state = state_bytes_by_category(optimizer)

@@ -13,6 +13,8 @@ from .files import Json, write
 INTERRUPTED = 130
 #: Most lines of a kind in the table: a terminal's, and a log's, last lines are what is read.
 MOST = 40
+#: Sections without checks show nothing.
+COMPARING = ("build", "kernels")
 
 
 def report(
@@ -69,6 +71,8 @@ def failures(results: dict[str, Json]) -> list[str]:
         known = {check["name"] for check in checks} | {e["where"] for e in result.get("errors", ())}
         wanted = result.get("facts", {}).get("to_compare", [])
         found += [f"{name}: {case}: not compared" for case in wanted if case not in known]
+        if name in COMPARING and not checks:
+            found.append(f"{name}: nothing was checked")
     return [entry[:400] for entry in found]
 
 

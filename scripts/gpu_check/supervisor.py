@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,14 +31,14 @@ class Job:
         section: name.
         path: of the file it writes.
         limit: seconds until it is ended.
-        arguments: of `gpu_check.section`, without `--seconds` and `--resume`.
+        command: with its arguments; `--seconds` and, where it goes on, `--resume` are added.
         stalls: whether it has to write its file at least every `STALL` seconds.
     """
 
     section: str
     path: Path
     limit: float
-    arguments: Sequence[str]
+    command: Sequence[str]
     stalls: bool = True
 
 
@@ -74,8 +73,7 @@ def run(job: Job) -> tuple[Json, int]:
 
 def _process(job: Job, seconds: float, *, resume: bool) -> tuple[int, str]:
     """One process; returns its exit status, and why it was ended if it was."""
-    command = [sys.executable, "-m", "gpu_check.section", job.section, *job.arguments]
-    command += ["--seconds", f"{max(seconds - GRACE, 1.0):.1f}"]
+    command = [*job.command, "--seconds", f"{max(seconds - GRACE, 1.0):.1f}"]
     if resume:
         command.append("--resume")
     begin = time.time()
