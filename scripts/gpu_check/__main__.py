@@ -19,6 +19,9 @@ from .supervisor import NO_DEVICE, Job, run
 #: Seconds of each section of the six minutes, the most telling section first.
 BUDGETS = {"build": 70.0, "kernels": 65.0, "steps": 95.0, "refresh": 60.0, "memory": 45.0}
 MINUTES = 6.0
+#: Seconds that a section has at least, others than half its budget: without the libraries the later
+#: ones measure plain torch, so a slow compiler may take of their time.
+LEAST = {"build": 150.0}
 #: Seconds of those for the rates and for starting processes.
 RATES, RESERVE = 20.0, 5.0
 #: Most seconds of the rates: the first import of torch on a machine reads gigabytes.
@@ -77,7 +80,8 @@ def limit(name: str, chosen: list[str], left: float, scale: float) -> float:
         scale: the whole check's time over the usual one.
     """
     later = sum(BUDGETS[other] for other in chosen[chosen.index(name) + 1 :]) * scale
-    return max(left - later, min(left, 0.5 * BUDGETS[name] * scale))
+    least = LEAST.get(name, 0.5 * BUDGETS[name]) * scale
+    return max(left - later, min(left, least))
 
 
 def main() -> int:

@@ -132,7 +132,10 @@ def _tries(nvcc: str, flags: str) -> str | None:
 
 @contextlib.contextmanager
 def recorded(output: list[tuple[str, float, str]]) -> Iterator[None]:
-    """Makes nvcc tell what ptxas finds, and keeps (file, seconds, what is said) of each command."""
+    """Makes nvcc tell what ptxas finds, and keeps (file, seconds, what is said) of each command.
+
+    nvcc compiles for several targets at once meanwhile.
+    """
     original: Callable[..., str] = native.run
     flags = os.environ.get("NVCC_APPEND_FLAGS")
 
@@ -144,7 +147,7 @@ def recorded(output: list[tuple[str, float, str]]) -> Iterator[None]:
             output.append((name, round(time.monotonic() - begin, 2), said))
         return said
 
-    os.environ["NVCC_APPEND_FLAGS"] = f"{flags or ''} -Xptxas=-v".strip()
+    os.environ["NVCC_APPEND_FLAGS"] = f"{flags or ''} -Xptxas=-v --threads=4".strip()
     setattr(native, "run", kept)  # noqa: B010 (a name that mypy takes for constant)
     try:
         yield

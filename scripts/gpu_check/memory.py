@@ -84,7 +84,9 @@ class Meter:
             self.peaks[name] = torch.cuda.max_memory_allocated() - self._base
             self.ends[name] = torch.cuda.memory_allocated() - self._base
             return result
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        with profile(
+            activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        ) as record:
             result = work()
         assert record.profiler is not None
         peak = self._now

@@ -43,7 +43,7 @@ def run(record: Record, context: Context) -> None:
     record.attempt("fp64", lambda: gemm("fp64", torch.float64, side // 4))
     rows = {"copy": "copy", "bf16": "bf16 GEMM", "fp32": "fp32 GEMM"}
     record.facts["rates"] = {
-        key: (record.value("rate", name) or 0) * 1e9 for key, name in rows.items()
+        key: (record.value("rate", name) or 0.0) * 1e9 for key, name in rows.items()
     }
     record.attempt("launch", lambda: _launch(record, context))
 

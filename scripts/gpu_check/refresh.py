@@ -267,7 +267,7 @@ class Fits:
         self._steps += 1
         self._events.clear()
         with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # a basis that was kept instead
+            warnings.filterwarnings("error", message=".*former basis is kept")
             self._optimizer.step()
         context.clock.synchronize()
         count = len(self._matrices.projected())

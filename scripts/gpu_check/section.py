@@ -103,6 +103,8 @@ def main(given: list[str] | None = None) -> int:
         return NO_DEVICE
     record = Record(options.section, options.file, {}, resume=options.resume)
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    if not on_gpu:
+        torch.set_num_threads(1)  # sizes are small: threads would only wait for each other
     try:
         clock = Clock(device, options.seconds)
         context = Context(options.root, clock, SIZES[options.size], read_rates(options.rates))

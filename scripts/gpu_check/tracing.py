@@ -51,7 +51,7 @@ def operations(call: Call) -> Json:
 def device_work(call: Call) -> Json:
     """Launches, waits, time and longest kernels of a call on a GPU, as the profiler sees them."""
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as record:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as record:
         call()
         torch.cuda.synchronize()
     assert record.profiler is not None

@@ -262,11 +262,11 @@ def test_limits_leave_the_later_sections_their_time() -> None:
     names = list(main.BUDGETS)
     assert sum(main.BUDGETS.values()) + main.RATES + main.RESERVE <= 60 * main.MINUTES == 360
     left = 60 * main.MINUTES - main.RATES - main.RESERVE
-    assert main.limit("build", names, left, 1.0) == main.BUDGETS["build"]
+    assert main.limit("build", names, left, 1.0) == 150.0
     # What earlier sections did not use goes on, and what they took too much is taken off.
-    assert (
-        main.limit("kernels", names, left, 1.0) == main.BUDGETS["kernels"] + main.BUDGETS["build"]
-    )
+    both = main.BUDGETS["kernels"] + main.BUDGETS["build"]
+    assert main.limit("kernels", names, left, 1.0) == both
+    assert main.limit("steps", names, left - both, 1.0) == main.BUDGETS["steps"]
     for spent in (0.0, 50.0, 200.0, 330.0):
         assert 0 < main.limit("steps", names, left - spent, 1.0) <= left - spent
     assert main.limit("memory", ["memory"], 300.0, 1.0) == 300.0
