@@ -57,8 +57,11 @@ def compile_libraries(record: Record, context: Context) -> None:
     record.facts["architectures"] = target_architectures(context)
     folder = context.root / "cuda" / "_lib"
     begin = time.monotonic()
-    if nvcc is not None and native.read_report(folder).get("digest") != native.digest():
-        record.facts["host_compiler"] = choose_host_compiler(nvcc)
+    if native.read_report(folder).get("digest") != native.digest():
+        if not context.on_gpu:
+            os.environ.setdefault("LOWRANK_CUDA", "0")  # a CPU needs the host's library alone
+        elif nvcc is not None:
+            record.facts["host_compiler"] = choose_host_compiler(nvcc)
     output: list[tuple[str, float, str]] = []
     with recorded(output):
         report = native.build(folder)
