@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from lowrank.optimizers import build, expected_state_bytes, state_bytes
 
@@ -18,8 +18,10 @@ from .files import Json
 from .llama import llama
 from .record import NO_TIME, Record
 from .section import Context
+from .tracing import events_of
 from .workload import Model
 
+_PHASE = "phase: "
 #: Bytes that a step without a refresh may add to what is there: two lists of bounded scratch.
 STEP_SCRATCH = 600e6
 #: Bytes of activations beside 34 h a token and layer, of the largest model.
@@ -61,41 +63,67 @@ TRIALS = (
 
 
 class Meter:
-    """Bytes that are allocated, and their peak, phase by phase."""
+    """Bytes that are allocated, and their peak, phase by phase, of what is done inside of it.
+
+    On a GPU the bytes are those of torch's allocator, above what there was before; on a CPU those
+    of the profiler's record of allocations, known at the end.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._on_gpu = device.type == "cuda"
+        self._base = torch.cuda.memory_allocated() if self._on_gpu else 0
+        self._profile: profile | None = None
         self.peaks: dict[str, int] = {}
         self.ends: dict[str, int] = {}
-        self._now = 0
-        self._base = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+
+    def __enter__(self) -> Meter:
+        if not self._on_gpu:
+            self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+            self._profile.__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._profile is not None:
+            self._profile.__exit__(*error)  # type: ignore[no-untyped-call]
+            if error[0] is None:
+                self._read(events_of(self._profile))
+            self._profile = None
 
     def phase(self, name: str, work: Callable[[], Any]) -> Any:
-        """Does some work; its peak and what remains go under its name.
-
-        On a GPU the bytes are those of torch's allocator; on a CPU those of the profiler's record
-        of allocations.
-        """
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            result = work()
-            torch.cuda.synchronize()
-            self.peaks[name] = torch.cuda.max_memory_allocated() - self._base
-            self.ends[name] = torch.cuda.memory_allocated() - self._base
-            return result
-        with profile(
-            activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
-        ) as record:
-            result = work()
-        assert record.profiler is not None
-        peak = self._now
-        for event in record.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                self._now += event.nbytes()
-                peak = max(peak, self._now)
-        self.peaks[name], self.ends[name] = peak, self._now
+        """Does some work; its peak and what remains go under its name."""
+        if not self._on_gpu:
+            with record_function(_PHASE + name):
+                return work()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        result = work()
+        torch.cuda.synchronize()
+        self.peaks[name] = torch.cuda.max_memory_allocated() - self._base
+        self.ends[name] = torch.cuda.memory_allocated() - self._base
         return result
+
+    def _read(self, events: list[Any]) -> None:
+        """Peaks from allocations in the order of time."""
+        phases = sorted(
+            (event.start_ns(), event.start_ns() + event.duration_ns(), event.name())
+            for event in events
+            if event.name().startswith(_PHASE)
+        )
+        changes = sorted(
+            (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
+        )
+        now = at = 0
+        for begin, end, name in phases:
+            while at < len(changes) and changes[at][0] < begin:
+                now += changes[at][1]
+                at += 1
+            peak = now
+            while at < len(changes) and changes[at][0] <= end:
+                now += changes[at][1]
+                peak = max(peak, now)
+                at += 1
+            self.peaks[name.removeprefix(_PHASE)] = peak
+            self.ends[name.removeprefix(_PHASE)] = now
 
     def scratch(self, name: str, before: str) -> int:
         """Bytes at the peak of a phase above what there was before."""
@@ -125,21 +153,21 @@ def _trial(record: Record, context: Context, model: Model, trial: Trial) -> None
             return
     length = context.size.sequence
     torch.manual_seed(0)
-    meter = Meter(context.device)
-    network, kind = meter.phase("model", lambda: llama(model, context.device, length))
-    expected = expected_state_bytes(trial.name, network, **trial.keywords(model))
-    optimizer = meter.phase(
-        "optimizer", lambda: build(trial.name, network, lr=1e-4, **trial.keywords(model))
-    )
     tokens = torch.randint(model.vocabulary, (1, length), device=context.device)
-    losses = []
-    for step in range(2):  # the first one fits the bases
-        loss = meter.phase(f"forward {step}", lambda: network(tokens))
-        meter.phase(f"backward {step}", loss.backward)
-        losses.append(float(loss.detach()))
-        del loss
-        meter.phase(f"step {step}", optimizer.step)
-        meter.phase(f"zero_grad {step}", optimizer.zero_grad)
+    losses: list[float] = []
+    with Meter(context.device) as meter:
+        network, kind = meter.phase("model", lambda: llama(model, context.device, length))
+        expected = expected_state_bytes(trial.name, network, **trial.keywords(model))
+        optimizer = meter.phase(
+            "optimizer", lambda: build(trial.name, network, lr=1e-4, **trial.keywords(model))
+        )
+        for step in range(2):  # the first one fits the bases
+            loss = meter.phase(f"forward {step}", lambda: network(tokens))
+            meter.phase(f"backward {step}", loss.backward)
+            losses.append(float(loss.detach()))
+            del loss
+            meter.phase(f"step {step}", optimizer.step)
+            meter.phase(f"zero_grad {step}", optimizer.zero_grad)
     measured = state_bytes(optimizer)
     record.check(
         f"{label}: state bytes", measured == expected, f"{measured} measured, {expected} expected"

@@ -154,7 +154,7 @@ class Record:
             return False
         self.current = label
         self.save()
-        good = False
+        good, before = False, len(self.rows) + len(self.checks)
         try:
             work()
             good = True
@@ -168,7 +168,7 @@ class Record:
         self.save()
         if not good:
             _check_device()
-        if clean or not good:
+        if not good or (clean and len(self.rows) + len(self.checks) > before):
             release()
         return good
 

@@ -82,7 +82,7 @@ class Refresh:
 
     def __init__(self, record: Record, context: Context) -> None:
         self._record, self._context = record, context
-        self._best: dict[tuple[str, tuple[int, int]], float] = {}
+        self._best: dict[tuple[str, tuple[int, int], bool], float] = {}
 
     def plan(self) -> list[tuple[str, Callable[[], None]]]:
         """Labels and what to do, in the order of their worth."""
@@ -182,7 +182,7 @@ class Refresh:
             if fits.mode.drifts:  # another gradient than that of the other modes
                 best = best_share(weight.grad, model.rank)
             else:
-                known = (model.name, shape)
+                known = (model.name, shape, fits.mode.whole)  # fewer matrices are others
                 if known not in self._best:
                     self._best[known] = best_share(weight.grad, model.rank)
                 best = self._best[known]

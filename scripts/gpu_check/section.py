@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import gc
 import importlib
 import signal
 import sys
 import traceback
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,8 @@ def read_rates(path: Path | None) -> Rates | None:
 def main(given: list[str] | None = None) -> int:
     """Runs a section; its file says what came of it."""
     options = arguments(given)
+    for message in (".*Failed to initialize NumPy", ".*Profiler clears events"):
+        warnings.filterwarnings("ignore", message=message)  # neither is used
     _die_with_parent()
     on_gpu = options.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
@@ -109,6 +113,8 @@ def main(given: list[str] | None = None) -> int:
         clock = Clock(device, options.seconds)
         context = Context(options.root, clock, SIZES[options.size], read_rates(options.rates))
         torch.manual_seed(0)
+        gc.collect()
+        gc.freeze()  # what is imported stays; collecting after each measurement is quick then
         run(options.section, record, context)
     except KeyboardInterrupt:
         record.state = "interrupted"

@@ -51,11 +51,17 @@ def operations(call: Call) -> Json:
 def device_work(call: Call) -> Json:
     """Launches, waits, time and longest kernels of a call on a GPU, as the profiler sees them."""
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as record:
+    with profile(activities=[ProfilerActivity.CUDA]) as record:
         call()
         torch.cuda.synchronize()
+    return summarised(events_of(record))
+
+
+def events_of(record: profile) -> list[Any]:
+    """Kineto's own events: torch's, made from them, take seconds where there are thousands."""
     assert record.profiler is not None
-    return summarised(record.profiler.kineto_results.events())
+    results: Any = record.profiler.kineto_results
+    return list(results.events())
 
 
 def summarised(events: list[Any]) -> Json:

@@ -1,8 +1,10 @@
 """gpu-check is a package of the scripts."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from stand_ins import fake_cuda
 from support import ROOT
 
 
@@ -14,3 +16,8 @@ def _scripts_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     return tmp_path / "section.json"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    return fake_cuda(monkeypatch)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 import textwrap
@@ -14,11 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from stand_ins import part
 from support import ROOT
-
-
-def part(name: str) -> Any:
-    return importlib.import_module(f"gpu_check.{name}")
 
 
 def begun(file: Path, **options: Any) -> Any:
