@@ -1,4 +1,4 @@
-"""gpu-check: what only a GPU's run does, with stand-ins for the GPU, nvcc and Pythons."""
+"""gpu-check: what only a GPU's run does, with a stand-in for torch.cuda."""
 
 from __future__ import annotations
 
@@ -11,11 +11,6 @@ import pytest
 import torch
 from stand_ins import on_gpu, part
 from support import ROOT
-
-from lowrank.cuda import build as native
-
-SCRIPT = ROOT / "scripts/gpu-check"
-needs_nvcc = pytest.mark.skipif(native.find_nvcc() is None, reason="there is no nvcc")
 
 
 def record(file: Path, section: str = "some") -> Any:
