@@ -20,7 +20,7 @@ from .record import NO_TIME, Record
 from .section import Context
 
 #: Share of the section's time for comparing; bandwidths have the rest.
-COMPARING = 0.6
+COMPARING = 0.8
 
 
 def run(record: Record, context: Context) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,10 +27,12 @@ GROWTH = 20.0
 #: Share of the time left that a first step may be expected to take.
 SHARE = 0.25
 _TORCH = CORE[0].label
+#: Of those at 7b, what is timed first.
+LARGE = (CORE[0].label, "galore_adamw", "fira_adamw", "qgalore_adamw_8bit, INT8 weights")
 #: Of kernels beside plain torch.
 PLAIN = ("galore_adamw", "galore_adamw_8bit", "qgalore_adamw_8bit, INT8 weights", "fira_adamw")
 
-Step = tuple[str, Method, Callable[[], None]]
+Step = tuple[str, Callable[[], None]]
 
 
 def run(record: Record, context: Context) -> None:
@@ -67,29 +69,31 @@ class Steps:
             if "first_step_s" in row.details
         }
 
-    def plan(self) -> Iterator[tuple[str, Callable[[], None]]]:
+    def plan(self) -> Iterator[Step]:
         """Labels and what to do, in the order of their worth."""
         models = self._context.size.models
-        for methods, names in (
-            (CORE, ("60m", "1b")),
-            (OTHERS, ("60m", "1b")),
-            (CORE, ("7b",)),
-        ):
-            for name in names:
-                yield from self._methods(methods, models[name])
+        for name in ("60m", "1b"):
+            for method in CORE:
+                yield from self._both(method, models[name])
+        for method in CORE:
+            if method.label in LARGE:
+                yield next(iter(self._both(method, models["7b"])))
+        for method in OTHERS:
+            for name in ("60m", "1b"):
+                yield from self._both(method, models[name])
+        for method in CORE:  # what was measured is not measured again
+            yield from self._both(method, models["7b"])
         for method in CORE:
             if method.label in PLAIN and self._compiled:
                 label = f"1b {method.label}, plain torch"
                 yield label, functools.partial(self._plain, models["1b"], method)
 
-    def _methods(
-        self, methods: Sequence[Method], model: Model
-    ) -> Iterator[tuple[str, Callable[[], None]]]:
-        for method in methods:
-            label = f"{model.name} {method.label}"
-            yield label, functools.partial(self._eager, model, method)
-            if method.capturable and self._context.on_gpu:
-                yield f"{label}, graph", functools.partial(self._graph, model, method)
+    def _both(self, method: Method, model: Model) -> Iterator[Step]:
+        """A step as it is called and, where that can be, captured."""
+        label = f"{model.name} {method.label}"
+        yield label, functools.partial(self._eager, model, method)
+        if method.capturable and self._context.on_gpu:
+            yield f"{label}, graph", functools.partial(self._graph, model, method)
 
     def _affords(self, model: Model, method: Method, what: str) -> bool:
         """Whether there is time and memory; says so if not."""
@@ -132,7 +136,7 @@ class Steps:
         context = self._context
         optimizer, first = self._ready(model, method)
         self._first[model.name, method.label] = first
-        timing = context.clock.measure(optimizer.step, most=context.size.samples, seconds=1.0)
+        timing = context.clock.measure(optimizer.step, most=context.size.samples, seconds=0.5)
         details: Json = timing.as_dict() | {"first_step_s": first}
         details |= tracing.operations(optimizer.step)
         if context.on_gpu:
@@ -152,7 +156,7 @@ class Steps:
             self._record.skip(f"{model.name} {label}", str(error))
             return
         call = tracing.graphed(optimizer.step)
-        timing = context.clock.measure(call, most=context.size.samples, seconds=0.5)
+        timing = context.clock.measure(call, most=context.size.samples, seconds=0.3)
         state = state_bytes_by_category(optimizer)
         details: Json = timing.as_dict() | {"state_bytes": state}
         self._add(model, method, label, timing.median, details)

@@ -94,7 +94,7 @@ def summarised(events: list[Any]) -> Json:
         for name, spent in times.most_common(TOP)
     ]
     return {
-        "launches": launches,
+        "launches": launches or sum(calls.values()),
         "kernels": sum(calls.values()),
         "waits": max(waits - 1, 0),
         "device_ms": sum(times.values()) / 1e6,
