@@ -55,7 +55,7 @@ def run(record: Record, context: Context) -> None:
 
 def copy_rate(clock: Clock, numel: int) -> float:
     """Bytes a millisecond of a copy, read and written."""
-    source = torch.ones(numel, dtype=torch.bfloat16, device=clock.device)
+    source = torch.randn(numel, dtype=torch.bfloat16, device=clock.device)
     target = torch.empty_like(source)
     return 4.0 * numel / clock.measure(lambda: target.copy_(source)).median
 
