@@ -69,6 +69,8 @@ class FusedChunk:
             *(codes, part.scales, part.zeros, delta, grad, factors),
             *(part.group_size, keep, alpha, self.seed, self.first),
         )
+        # The operation knows of its parts alone.
+        torch.autograd.graph.increment_version(self.weight)
 
 
 def fused_rows(

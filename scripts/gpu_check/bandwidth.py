@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank.cuda import blockwise, groups, int4, rademacher, using_kernels
+from lowrank.cuda import blockwise, gaussian, groups, int4, rademacher, using_kernels
 
 from .record import NO_TIME, Record
 from .section import Context
@@ -131,6 +131,7 @@ def kernels(numel: int, device: torch.device) -> dict[str, Kernel]:
         "NF4 pack, groups of 64": Kernel(2.53, lambda: pack("nf4", 64)),
         "fp32 to stochastic bf16": Kernel(6.0, stochastic),
         "signs": Kernel(2.0, lambda: lambda: rademacher((numel,), 7, bf16, device)),
+        "normal numbers": Kernel(2.0, lambda: lambda: gaussian((numel,), 7, bf16, device)),
     }
 
 

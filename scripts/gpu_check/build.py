@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -46,7 +47,8 @@ def run(record: Record, context: Context) -> None:
     record.attempt("compile", lambda: compile_libraries(record, context))
     names = ("cuda", "host") if context.on_gpu else ("host",)
     for name in names:
-        record.attempt(f"load {name}", lambda name=name: _load(record, name))  # type: ignore[misc]
+        device = context.device if name == "cuda" else torch.device("cpu")
+        record.attempt(f"load {name}", functools.partial(_load, record, name, device))
     record.attempt("smoke", lambda: _smoke(record, context))
 
 
@@ -179,14 +181,11 @@ def registers(text: str) -> list[Json]:
     return [kernel for kernel in found if kernel["registers"]]
 
 
-def _load(record: Record, name: str) -> None:
+def _load(record: Record, name: str, device: torch.device) -> None:
     found = library.status(name)
+    good = found.runs_on(device)
     record.facts[f"{name} library"] = found.detail
-    made = found.library
-    devices = made.devices if made is not None else 0
-    good = made is not None and (name == "host" or devices > 0)
-    detail = found.detail if made is None else f"{found.detail}; it sees {devices} devices"
-    record.check(f"the {name} library is compiled and loads", good, detail)
+    record.check(f"the {name} library is compiled and runs", good, found.detail)
 
 
 def _smoke(record: Record, context: Context) -> None:

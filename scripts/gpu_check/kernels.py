@@ -29,14 +29,15 @@ def run(record: Record, context: Context) -> None:
         sys.path.append(str(context.root / folder))
     name = "cuda" if context.on_gpu else "host"
     found = status(name)
+    usable = found.runs_on(context.device)
     record.facts["library"] = found.detail
     comparisons: dict[str, Callable[[], Json]] = {}
-    if found.library is not None:
+    if usable:
         add = functools.partial(_add_kernels, comparisons, context)
         record.attempt("kernel cases", add, again=True)
     else:
         # A failed check of `build`, too; what runs then is plain torch, and is measured.
-        detail = f"no {name} library: {found.detail}; plain torch is measured"
+        detail = f"the {name} library is not used: {found.detail}; plain torch is measured"
         record.check("the kernels are there", False, detail)
     for module in ("device_cases", "device_optimizer_cases"):
         add = functools.partial(_add_cases, comparisons, module, context)
@@ -67,6 +68,18 @@ def _add_kernels(found: dict[str, Callable[[], Json]], context: Context) -> None
         for case in importlib.import_module(module).CASES:
             label = f"{module.partition('_')[0]}: {case.__name__}"
             found[label] = functools.partial(draw_cases, case, draws.SeededDraw, context)
+    if context.on_gpu:
+        for case in importlib.import_module("kernel_cases").EXACT:
+            draw = functools.partial(_on_both, draws.SeededDraw)
+            label = f"plain torch on the GPU and the CPU: {case.__name__}"
+            found[label] = functools.partial(draw_cases, case, draw, context)
+
+
+def _on_both(draw: Any, seed: int, device: torch.device) -> Any:
+    """Plain torch on the device beside plain torch on the CPU."""
+    made = draw(seed, device)
+    made.reference, made.plain = torch.device("cpu"), True
+    return made
 
 
 def draw_cases(case: Callable[[Any], None], draw: Any, context: Context) -> Json:
@@ -84,7 +97,7 @@ def draw_cases(case: Callable[[Any], None], draw: Any, context: Context) -> Json
         if problem:
             detail = f"seed {seed}: {problem}"
             found: Json = {"draws": seed + 1, "seed": seed}
-            if context.on_gpu:
+            if context.on_gpu and not draw(seed, context.device).plain:
                 elsewhere = draw(seed, context.device)
                 elsewhere.reference = torch.device("cpu")
                 said = _problem(case, elsewhere)

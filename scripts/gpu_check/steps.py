@@ -38,7 +38,7 @@ Step = tuple[str, Callable[[], None]]
 def run(record: Record, context: Context) -> None:
     """Times steps, the main methods and the middle sizes first."""
     found = status("cuda" if context.on_gpu else "host")
-    kind = "compiled" if found.library is not None else "plain torch"
+    kind = "compiled" if found.runs_on(context.device) else "plain torch"
     record.facts["kernels"] = f"{kind}: {found.detail}"
     steps = Steps(record, context)
     for label, work in steps.plan():

@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from lowrank.cuda import rademacher, status
+from lowrank.cuda import gaussian, rademacher, status, using_kernels
 from lowrank.optimizers.projectors import Side, decompositions, orthonormal
 from lowrank.optimizers.projectors.operand import half_product
 
@@ -43,6 +43,29 @@ def signs_are_those_of_the_cpu(device: torch.device) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         ours = rademacher((517, 33), 12345678901234567, dtype, device).cpu()
         assert torch.equal(ours, rademacher((517, 33), 12345678901234567, dtype))
+
+
+def normal_numbers_are_those_of_the_cpu(device: torch.device) -> None:
+    for kernels in ("native", "torch"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            expected = gaussian((3001, 517), 123, dtype, first=5)
+            with using_kernels(kernels):
+                made = gaussian((3001, 517), 123, dtype, device, first=5)
+            assert torch.equal(made.cpu(), expected), (kernels, dtype)
+
+
+def captured_normal_numbers_follow_the_seed(device: torch.device) -> None:
+    seed = torch.tensor(1, device=device)
+    for kernels in ("native", "torch"):
+        with using_kernels(kernels):
+            gaussian((1000,), seed)  # warms up
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                made = gaussian((1000,), seed)
+            for number in (7, 8):
+                seed.fill_(number)
+                graph.replay()
+                assert torch.equal(made.cpu(), gaussian((1000,), number)), kernels
 
 
 def results_do_not_depend_on_the_launch(device: torch.device) -> None:
@@ -144,6 +167,12 @@ def _bases() -> list[Case]:
 CASES = (
     Case("the library sees the device", the_library_sees_the_device, cuda=True),
     Case("signs are those of the CPU", signs_are_those_of_the_cpu),
+    Case("normal numbers are those of the CPU", normal_numbers_are_those_of_the_cpu),
+    Case(
+        "captured normal numbers follow the seed",
+        captured_normal_numbers_follow_the_seed,
+        cuda=True,
+    ),
     Case("results do not depend on the launch", results_do_not_depend_on_the_launch),
     Case(
         "kernels run on the current stream and in graphs",

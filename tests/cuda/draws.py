@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,16 +19,22 @@ class Draw:
 
     Attributes:
         device: where kernels compute.
+        around: the references run in it.
         reference: where references compute, on copies of the same numbers; None is the same device.
+        plain: the reference takes the kernel's place, too: it is compared with itself elsewhere.
     """
 
     def __init__(
-        self, draw: Callable[[st.SearchStrategy[Any]], Any] | None, device: torch.device
+        self,
+        draw: Callable[[st.SearchStrategy[Any]], Any] | None,
+        device: torch.device,
+        around: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         """With hypothesis' function, or None in a subclass that chooses by itself."""
         self._draw = draw
-        self.device = device
+        self.device, self.around = device, around
         self.reference: torch.device | None = None
+        self.plain = False
 
     def integer(self, low: int, high: int) -> int:
         """In [low, high]."""

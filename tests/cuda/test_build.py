@@ -130,6 +130,11 @@ def test_without_a_device_a_call_says_so() -> None:
     assert library is not None
     if library.devices:
         pytest.skip("there is a device")
+    count, problem = library.count_devices()
+    assert count == 0
+    assert "(error" in problem
+    assert problem in status("cuda").detail
+    assert library.capability(0) == 0
     code = library._functions["rademacher"](None, 0, 1000, 1, None)
     assert code != 0
     message = library._loaded.lowrank_error(code).decode()

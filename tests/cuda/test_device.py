@@ -45,6 +45,17 @@ def test_equals_the_reference(case: Callable[[Draw], None]) -> None:
         run()
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("case", cases.EXACT, ids=lambda case: case.__name__)
+def test_plain_torch_has_the_bits_of_the_cpu(case: Callable[[Draw], None]) -> None:
+    """References on both devices, from the same inputs."""
+    for seed in range(40):
+        d = SeededDraw(seed, torch.device("cuda"))
+        d.reference, d.plain = torch.device("cpu"), True
+        case(d)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", device_cases.CASES, ids=lambda case: case.name)
 def test_holds(case: device_cases.Case, device: str) -> None:
@@ -89,3 +100,5 @@ def test_a_reference_may_compute_on_a_device_of_its_own(monkeypatch: pytest.Monk
         with pytest.raises(AssertionError, match="not equal"):
             cases.exactly(cases.run(d, "made_up", [torch.zeros(7), torch.empty(7)], [1]))
     assert moved == [torch.device("cpu")] * 2
+    d.plain = True
+    cases.exactly(cases.run(d, "made_up", [torch.zeros(7), torch.empty(7)], [1]))
