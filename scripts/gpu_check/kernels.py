@@ -42,6 +42,9 @@ def run(record: Record, context: Context) -> None:
     for module in ("device_cases", "device_optimizer_cases"):
         add = functools.partial(_add_cases, comparisons, module, context)
         record.attempt(module.replace("_", " "), add, again=True)
+    if context.on_gpu:
+        add = functools.partial(_add_plain, comparisons, context)
+        record.attempt("plain torch", add, again=True)
     record.facts["to_compare"] = list(comparisons)
     record.save()
     end = context.clock.left() * (1 - COMPARING)
@@ -68,11 +71,15 @@ def _add_kernels(found: dict[str, Callable[[], Json]], context: Context) -> None
         for case in importlib.import_module(module).CASES:
             label = f"{module.partition('_')[0]}: {case.__name__}"
             found[label] = functools.partial(draw_cases, case, draws.SeededDraw, context)
-    if context.on_gpu:
-        for case in importlib.import_module("kernel_cases").EXACT:
-            draw = functools.partial(_on_both, draws.SeededDraw)
-            label = f"plain torch on the GPU and the CPU: {case.__name__}"
-            found[label] = functools.partial(draw_cases, case, draw, context)
+
+
+def _add_plain(found: dict[str, Callable[[], Json]], context: Context) -> None:
+    """Cases of plain torch that has the same bits everywhere."""
+    draws: Any = importlib.import_module("draws")
+    for case in importlib.import_module("kernel_cases").EXACT:
+        draw = functools.partial(_on_both, draws.SeededDraw)
+        label = f"plain torch on the GPU and the CPU: {case.__name__}"
+        found[label] = functools.partial(draw_cases, case, draw, context)
 
 
 def _on_both(draw: Any, seed: int, device: torch.device) -> Any:

@@ -135,12 +135,25 @@ def main(given: list[str] | None = None) -> int:
 def run(section: str, record: Record, context: Context) -> None:
     """Runs a section's module; what escapes its own care is recorded."""
     try:
+        check_origin(context.root)
         module: Any = importlib.import_module(f"gpu_check.{MODULES[section]}")
         module.run(record, context)
     except (DeviceLost, torch.OutOfMemoryError):
         raise
     except Exception as error:
         record.error(section, f"{type(error).__name__}: {error}", traceback.format_exc())
+
+
+def check_origin(root: Path) -> None:
+    """Raises where another checkout or an installation would be measured.
+
+    Raises:
+        RuntimeError: `lowrank` lies elsewhere.
+    """
+    for name in ("optimizers", "cuda"):
+        file = importlib.import_module(f"lowrank.{name}").__file__
+        if file is None or Path(file).resolve().parent != root.resolve() / name:
+            raise RuntimeError(f"lowrank.{name} is {file}, not that of {root}")
 
 
 def no_device() -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from stand_ins import part
+from stand_ins import on_gpu, part
 from support import ROOT
 from torch import nn
 
@@ -158,6 +158,57 @@ def test_a_wrong_kernel_is_found_with_its_seed(monkeypatch: pytest.MonkeyPatch) 
     found = part("kernels").draw_cases(cases.rademacher, draws.SeededDraw, context())
     assert (found["draws"], found["seed"]) == (1, 0)
     assert "seed 0: Tensor-likes are not equal! Mismatched elements: 1 /" in found["detail"]
+
+
+def test_what_fails_on_a_gpu_meets_a_reference_on_the_cpu_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tests/cuda"))
+    draws, cases = importlib.import_module("draws"), importlib.import_module("kernel_cases")
+    schema, plain, _ = ops.OPERATIONS["rademacher"]
+    calls: list[int] = []
+
+    def wrong_once(out: torch.Tensor, seed: int) -> bool:
+        plain(out, seed)
+        calls.append(seed)
+        if len(calls) == 1:
+            out[-1] *= -1
+        return True
+
+    monkeypatch.setitem(ops.OPERATIONS, "rademacher", (schema, plain, wrong_once))
+    found = part("kernels").draw_cases(cases.rademacher, draws.SeededDraw, on_gpu())
+    assert calls[0] == calls[1]  # the same input
+    assert found["with_a_reference_on_the_cpu"] == "equal"
+    assert found["detail"].endswith("with a reference on the CPU: equal")
+
+
+def test_plain_torch_is_compared_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("tests/cuda", "tests"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
+    found: dict[str, Any] = {}
+    part("kernels")._add_plain(found, on_gpu())
+    compare = found["plain torch on the GPU and the CPU: int4_quantize"]
+    assert compare() == {"draws": 1}
+    schema, plain, kernel = ops.OPERATIONS["quantize_int4"]
+    calls: list[int] = []
+
+    def differs(x: torch.Tensor, codes: torch.Tensor, *others: Any) -> None:
+        plain(x, codes, *others)
+        calls.append(1)
+        codes += len(calls)
+
+    monkeypatch.setitem(ops.OPERATIONS, "quantize_int4", (schema, differs, kernel))
+    assert "seed 0" in compare()["detail"]
+
+
+def test_another_checkout_is_not_measured(file: Path, tmp_path: Path) -> None:
+    section = part("section")
+    about = context()
+    elsewhere = section.Context(tmp_path, about.clock, about.size, about.rates)
+    record = part("record").Record("steps", file, {})
+    section.run("steps", record, elsewhere)
+    assert f"not that of {tmp_path}" in record.errors[0]["message"]
+    assert record.rows == []
 
 
 def test_assertions_without_words_are_named_by_their_line() -> None:
