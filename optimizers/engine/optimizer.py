@@ -187,13 +187,12 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
         check_gradients(self.param_groups)
         plans = self._prepare()
         count = sum(len(plan.params) for plan in plans if plan.core.projection is not None)
-        hooks, index, plain = tuple(self._refresh_hooks.values()), 0, 0
+        hooks, index = tuple(self._refresh_hooks.values()), 0
         with no_autocast():
             for plan in plans:
                 usable = self._usable(plan.group)
                 if plan.core.projection is None:
-                    step_plain(plan, plain, usable)
-                    plain += len(plan.params)
+                    step_plain(plan, usable)
                 else:
                     step_projected(plan, index, count, hooks, self._formers, usable)
                     index += len(plan.params)

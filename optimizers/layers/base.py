@@ -19,8 +19,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lowrank.cuda.groups import chunk_elements
 from lowrank.cuda.noise import mix, stochastic_bfloat16
+
+from ..engine.chunks import row_chunks, wide_dtype
 
 _EXTRA = "_extra_state"
 
@@ -221,11 +222,6 @@ class _RefusesGradients(torch.autograd.Function):
         )
 
 
-def wide_dtype(tensor: Tensor) -> torch.dtype:
-    """The precision in which weights are put together."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 def uniform(shape: tuple[int, ...], bound: float, like: Tensor, *seed: int) -> Tensor:
     """U(-bound, bound), equal on every device and process for equal seeds.
 
@@ -264,10 +260,9 @@ def add_product(
     """
     wide, n = wide_dtype(weight_mn), weight_mn.shape[1]
     right_kn = right_kn.to(wide)
-    rows = chunk_elements(weight_mn.device, n) // n
-    for start in range(0, weight_mn.shape[0], rows):
-        part = weight_mn[start : start + rows]
-        total = part.to(wide).addmm(left_mk[start : start + rows].to(wide), right_kn, alpha=scale)
+    for span in row_chunks(weight_mn):
+        part = weight_mn[span]
+        total = part.to(wide).addmm(left_mk[span].to(wide), right_kn, alpha=scale)
         if part.dtype == torch.bfloat16:
-            total = stochastic_bfloat16(total, seed, start * n)
+            total = stochastic_bfloat16(total, seed, span.start * n)
         part.copy_(total)

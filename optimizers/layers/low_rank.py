@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..engine import checks
-from .base import FactoredLinear, add_product, kaiming_bound, uniform, wide_dtype
+from ..engine.chunks import wide_dtype
+from .base import FactoredLinear, add_product, kaiming_bound, uniform
 
 
 class LowRankLinear(FactoredLinear):

@@ -5,7 +5,6 @@ A layer that is frozen or left out then doesn't change what the others draw.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 
 from torch import nn
@@ -13,8 +12,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lowrank.cuda.noise import mix
 
-#: Names under which wrappers keep what they wrap: torch.compile, FSDP1, activation checkpointing.
-_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+from ..engine.seeds import WRAPPERS
 
 
 def layer_seed(seed: int, name: str, *parts: int) -> int:
@@ -25,8 +23,7 @@ def layer_seed(seed: int, name: str, *parts: int) -> int:
         name: of the layer in its model, without wrappers (`named_layers`).
         *parts: what else tells draws apart, such as a step.
     """
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-    return mix(seed, int.from_bytes(digest, "little"), *parts)
+    return mix(seed, name, *parts)
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -40,6 +37,6 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             parallel = isinstance(owner, DataParallel | DistributedDataParallel)
             # DeepSpeed's and other engines, too, keep the whole model as `module`.
             wraps = part == "module" and (parallel or not kept)
-            if part not in _WRAPPED and not wraps:
+            if part not in WRAPPERS and not wraps:
                 kept.append(part)
         yield ".".join(kept), module

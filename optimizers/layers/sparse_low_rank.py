@@ -22,8 +22,9 @@ from lowrank.cuda.noise import mix
 from lowrank.cuda.noise import uniform as uniform_noise
 
 from ..engine import checks
+from ..engine.chunks import wide_dtype
 from .autocast import compute_dtype, on_rows
-from .base import FactoredLinear, kaiming_bound, uniform, wide_dtype
+from .base import FactoredLinear, kaiming_bound, uniform
 
 SUPPORTS = ("seeded", "stored")
 INITS = ("official", "model")

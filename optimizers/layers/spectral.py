@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..engine import checks
+from ..engine.chunks import wide_dtype
 from .autocast import compute_dtype, on_rows
-from .base import FactoredLinear, wide_dtype
+from .base import FactoredLinear
 
 SAMPLING = ("mixed", "singular", "uniform")
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..engine import checks
-from .base import FactoredLinear, add_product, uniform, wide_dtype
+from ..engine.chunks import wide_dtype
+from .base import FactoredLinear, add_product, uniform
 
 _GAIN = math.sqrt(1 / 3)  # of leaky_relu with slope sqrt(5)
 

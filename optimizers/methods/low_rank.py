@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from ..engine import checks
+from ..engine.chunks import wide_dtype
 from ..engine.composition import Composition
 from ..engine.keywords import Keyword
 from ..engine.method import Conversion, method
 from ..engine.options import Group
 from ..layers import FactoredLinear, LowRankLinear
-from ..layers.base import wide_dtype
 from ..layers.events import LayerEvent
 from ..layers.optimizer import FactoredAdamW
 from ..rules import UpdateRule

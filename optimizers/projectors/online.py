@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..engine import checks
+from ..engine.fp32 import exact_fp32
 from ..engine.geometry import Geometry, RowRange, Side
 from ..rules import Adam, Adam8bit, Lion, Momentum, UpdateRule
 from ..rules.precision import MOMENT_DTYPES
@@ -195,6 +196,7 @@ class OnlineProjector(SingularProjector):
             result.addmm_(basis_dr, gram_rr, alpha=4.0 * self.orthogonality)
         return result
 
+    @exact_fp32()
     def track(self, param: ProjectedParam, projected: Tensor) -> None:
         """One step of P's optimizer; none at the step that fitted it."""
         captured = projected.is_cuda and torch.cuda.is_current_stream_capturing()
