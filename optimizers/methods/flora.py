@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from lowrank.cuda.noise import mix
@@ -37,6 +38,7 @@ from ..engine.options import PROJECTION_DEFAULTS, Group, ProjectionOptions
 from ..engine.rule_factories import adafactor_rule
 from ..engine.rule_families import ADAFACTOR
 from ..engine.seeds import seed_names
+from ..projectors.operand import cast_product
 from ..projectors.random import gaussian
 from ..rules import Adafactor, Update, UpdateRule
 from ..rules.base import RowUpdates, State
@@ -119,13 +121,13 @@ class FloraRule(Adafactor):
                 between = basis.mT @ old
                 moment.copy_(between @ moment if left else moment @ between.mT)
         before = moment.clone()
-        # In the gradient's precision, as every projection.
-        if left:
-            scaled = (basis * by_row[:, None]).to(grad_mn.dtype)
-            projected = (scaled.mT @ grad_mn).to(moment.dtype).mul_(by_col)
-        else:
-            scaled = (basis * by_col[:, None]).to(grad_mn.dtype)
-            projected = (grad_mn @ scaled).to(moment.dtype).mul_(by_row[:, None])
+        scaled = basis * (by_row if left else by_col)[:, None]
+        # In the gradient's precision, as every projection; fp16 doesn't hold the factors of small
+        # gradients, 1e15 for those that are zero.
+        if grad_mn.dtype != torch.float16:
+            scaled = scaled.to(grad_mn.dtype)
+        product = cast_product(grad_mn, scaled, left).to(moment.dtype)
+        projected = product.mT * by_col if left else product * by_row[:, None]
         moment.lerp_(projected.mul_(size), 1 - self.beta1)
         if moment is not stored:
             stored.copy_(moment)
