@@ -86,7 +86,10 @@ def train(
 def test_weights_stay_finite_and_move_little(
     kind: str, dtype: torch.dtype, recwarn: pytest.WarningsRecorder
 ) -> None:
-    for index, (name, grads) in enumerate(cases(dtype).items()):
+    named = cases(dtype)
+    if dtype != torch.float16:  # whose range these have
+        named = {name: named[name] for name in ("zero after", "tinier", "huge after tiny")}
+    for index, (name, grads) in enumerate(named.items()):
         # Both sides where they differ; the others take turns.
         both = "columns" in name or "rows" in name
         for side in ("left", "right") if both else (("left", "right")[index % 2],):
