@@ -85,14 +85,13 @@ def _same_bases(before: Projection, after: Projection, basis: State, old: State)
     if type(projector) is not type(former) or projector.storage != former.storage:
         return False
     if not basis:  # drawn from a seed whenever they are read
-        same: bool = replace(former, dtype=projector.dtype) == projector
-        return same
+        return replace(former, dtype=projector.dtype) == projector
     return all(key in old and _alike(value, old[key]) for key, value in basis.items())
 
 
 def _alike(value: Any, other: Any) -> bool:
     if isinstance(value, Tensor):
-        return value.shape == other.shape and value.dtype == other.dtype
+        return bool(value.shape == other.shape and value.dtype == other.dtype)
     return bool(value == other)
 
 

@@ -194,7 +194,10 @@ class LowRankOptimizer(ManagedOptimizer):
                 group.setdefault(name, getattr(options, name))
             for name, value in own.items():
                 group.setdefault(name, value)
-        return self.compose(group)
+        composition = self.compose(group)
+        if group["lr"] is None and not getattr(composition.rule, "relative_step", False):
+            raise ValueError("lr=None: accepted is a number of at least 0 or a tensor with one")
+        return composition
 
     def _complete(self, group: Group, before: Snapshot | None) -> Composition:
         """Checks and completes a group that was changed since a snapshot."""
