@@ -42,6 +42,8 @@ MECHANICAL = ("foreach", "fused", "compile", "capturable", "skip_nonfinite")
 SEAMS = ("projector", "schedule", "basis", "residual")
 GIVEN = ("params", "param_names", "rank", "rank_ratio_matrix", "update_proj_gap", "scale")
 GIVEN += ("proj_type", "factors", "use_muon")
+#: A strategy's option that a class has a default for.
+OWNED = ("scale_type",)
 #: In these a step count is exact for as long as anyone trains.
 COUNTING = (torch.float32, torch.float64, torch.int64)
 
@@ -164,11 +166,22 @@ def fresh(
     for group in groups:
         if "density" not in case.undo:
             group.pop("density", None)  # a copy has it in groups that were given none
-    if not set(SEAMS).isdisjoint(case.undo):
-        # Options that the former strategy was completed with are not a person's.
-        group = groups[case.group]
-        known = {*optimizer.defaults, *case.undo, *GIVEN, *row.options}
-        groups[case.group] = {key: group[key] for key in group if key in known}
+    if set(SEAMS).isdisjoint(case.undo):
+        return _made(optimizer, groups, model)
+    # Options that the former strategy was completed with are not a person's; nor need those be
+    # that the row gave it.
+    for own in (tuple(row.options), ()):
+        known = {*optimizer.defaults, *GIVEN, *own} - {*OWNED} | {*case.undo}
+        first = {key: value for key, value in groups[case.group].items() if key in known}
+        made = _made(optimizer, [*groups[: case.group], first, *groups[case.group + 1 :]], model)
+        if not isinstance(made, Exception):
+            break
+    return made
+
+
+def _made(
+    optimizer: LowRankOptimizer, groups: list[dict[str, Any]], model: nn.Module | None
+) -> LowRankOptimizer | Exception:
     try:
         made = type(optimizer)(groups)
         if model is not None and hasattr(made, "attach"):
@@ -267,7 +280,10 @@ def _effect(name: str, case: Case, model: nn.Module, changed: LowRankOptimizer) 
         return ""
     other, optimizer = build(row_of(name))
     once = optimizer.param_groups[case.group].get("schedule") == "once"
-    if all(key in MECHANICAL or (once and key in FITTING) for key in case.undo):
+    exempt = (*MECHANICAL, *(FITTING if once else ()))
+    if row_of(name).int8:
+        exempt += ("refresh", "quantizer")  # whose last bits a step of INT8 hides
+    if all(key in exempt for key in case.undo):
         return ""
     case.edit(optimizer)
     new = fresh(row_of(name), optimizer, case, other)

@@ -54,6 +54,8 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "sampling": ("mixed", "singular", "uniform", "greedy", None),
     "quant_format": ("asymmetric", "symmetric", "nf4", "odd", None),
     "distribution": ("gaussian", "orthonormal", "uniform", None),
+    "switch_interval": (1e3, 5.0, -1.0, NAN, None, "10"),
+    "freeze_steps": (0, -1, 2.5, None, "3"),
     "min_8bit_size": (1 << 20, 0, -1, 2.5, None, "x"),
 }
 #: In the group of plain matrices, where they may be new.
@@ -187,8 +189,9 @@ def _entry_cases(position: int, key: str, value: Any) -> Iterator[Case]:
         yield case("is negative", lambda v: v - 100)
         yield case("is not a number", lambda v: v * NAN)
     for dtype in (torch.float64, torch.bfloat16, torch.int64):
-        kept = dtype is torch.float64 or (dtype is torch.int64 and not value.is_floating_point())
-        kept = kept or (dtype is torch.int64 and key == "step")
+        if dtype is torch.int64 and value.is_floating_point() and key != "step":
+            continue
+        kept = dtype is not torch.bfloat16
         yield case(f"is {dtype}", lambda v, to=dtype: v.to(to), same=kept)
 
 
