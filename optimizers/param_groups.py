@@ -31,11 +31,11 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module
 
 def _tied(model: nn.Module) -> set[nn.Parameter]:
     """Parameters that more than one module owns."""
-    strategy_option_owners: dict[nn.Parameter, int] = {}
+    owners: dict[nn.Parameter, int] = {}
     for module in model.modules():
         for param in module.parameters(recurse=False):
-            strategy_option_owners[param] = strategy_option_owners.get(param, 0) + 1
-    return {param for param, count in strategy_option_owners.items() if count > 1}
+            owners[param] = owners.get(param, 0) + 1
+    return {param for param, count in owners.items() if count > 1}
 
 
 def param_groups(

@@ -216,7 +216,11 @@ class LowRankOptimizer(ManagedOptimizer):
                 f"{name}={group[name]!r} in a group after construction: accepted is "
                 f"{self.aliases.get(name, 'what it stands for among ' + str(sorted(group)))!r}"
             )
-        make_plain(group, self._known())
+        known = self._known()
+        make_plain(group, known)
+        for name in group.keys() - known - (before.options.keys() if before else set()):
+            if before is not None and checks.nearest(name, known, cutoff=0.85) is not None:
+                raise checks.unknown_name("group key", name, known)
         if before is not None and self.projects and ProjectionOptions.of(group) is not None:
             drop_left_over(group, before.options, self.defaults)
         return self._checked(group, group.keys() - {"params"})

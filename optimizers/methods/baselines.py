@@ -11,6 +11,7 @@ from typing import ClassVar, Unpack
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ..engine import checks
 from ..engine.composition import Composition
 from ..engine.optimizer import LowRankOptimizer
 from ..engine.options import CommonOptions, Group
@@ -160,5 +161,6 @@ class Muon(LowRankOptimizer):
 
     def compose(self, group: Group) -> Composition:
         """Muon or AdamW, by the group's `use_muon`."""
+        checks.choice("use_muon", group["use_muon"], (True, False))
         rule = muon_rule(group)
         return Composition(rule if group["use_muon"] else adam_rule(group))

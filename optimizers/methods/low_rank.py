@@ -34,6 +34,7 @@ class LowRankAdamW(FactoredAdamW):
     """AdamW on plain low-rank factors; all other parameters get plain AdamW."""
 
     layer_type: ClassVar[type[FactoredLinear]] = LowRankLinear
+    event_options: ClassVar[tuple[str, ...]] = ("refactor_gap",)
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ class LowRankAdamW(FactoredAdamW):
 
     def factor_rule(self, group: Group) -> UpdateRule:
         """Adam whose bias corrections start anew at each refactorisation."""
-        return adam_rule(group, restarts=group["refactor_gap"] is not None)
+        return adam_rule(group, restarts=True)
 
     def _needs_layers(self, group: Group) -> bool:
         return group["refactor_gap"] is not None

@@ -49,6 +49,7 @@ class ReLoRAAdamW(FactoredAdamW):
     """
 
     layer_type: ClassVar[type[FactoredLinear]] = LowRankLinear
+    event_options: ClassVar[tuple[str, ...]] = ("update_proj_gap",)
     aliases = {"relora": "update_proj_gap"}  # noqa: RUF012
 
     def __init__(

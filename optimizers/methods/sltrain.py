@@ -59,7 +59,7 @@ class SLTrainAdamW8bit(SLTrainAdamW):
 
     def factor_rule(self, group: Group) -> UpdateRule:
         """8-bit Adam whose bias corrections start anew at each refactorisation."""
-        return adam8bit_rule(group, restarts=group["refactor_gap"] is not None)
+        return adam8bit_rule(group, restarts=True)
 
     def plain_rule(self, group: Group) -> UpdateRule:
         """8-bit Adam in torch's form."""

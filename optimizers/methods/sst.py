@@ -54,6 +54,7 @@ class SSTAdamW(FactoredAdamW):
     """
 
     layer_type: ClassVar[type[FactoredLinear]] = SpectralLinear
+    event_options: ClassVar[tuple[str, ...]] = ("update_proj_gap",)
 
     def __init__(
         self,

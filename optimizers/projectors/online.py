@@ -97,6 +97,8 @@ class OnlineProjector(SingularProjector):
         if rate is None:
             rate = 1.0 / group.get("update_proj_gap", 200)
         lr, base = group.get("lr"), group.get("base_lr")
+        if base is not None:
+            checks.number("base_lr", base, low=0.0)
         return replace(self, rate=rate * (lr / base) if lr is not None and base else rate)
 
     def geometry(self, shape: Sequence[int], rank: int, proj_type: str) -> Geometry:
