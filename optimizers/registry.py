@@ -10,6 +10,7 @@ from . import methods as methods  # fills the table
 from .engine import checks
 from .engine.method import TABLE, Method
 from .engine.optimizer import LowRankOptimizer
+from .engine.options import make_plain
 from .layers.convert import meta_copy
 from .layers.optimizer import FactoredAdamW
 
@@ -115,6 +116,7 @@ def convert(name: str, model: nn.Module, **options: Any) -> nn.Module:
         ValueError: the name or an option is unknown or out of range, or no layer matches.
     """
     method = _method(name)
+    make_plain(options)
     _sort_options(method, options)
     if method.conversion is not None:
         accepted = {*method.conversion.options, "patterns"}
@@ -147,6 +149,7 @@ def build(
         ValueError: the name or an option is unknown (the nearest one is named) or out of range.
     """
     method = _method(name)
+    make_plain(options)
     group_options, keywords = _sort_options(method, options)
     convert(name, model, **options)
     if lr is not None:
@@ -169,6 +172,7 @@ def expected_state_bytes(name: str, model: nn.Module, **options: Any) -> int:
         ValueError: as `build`.
     """
     method = _method(name)
+    make_plain(options)
     group_options, keywords = _sort_options(method, options)
     if method.conversion is not None and method.conversion.replaces_layers:
         model = convert(name, meta_copy(model), **options)

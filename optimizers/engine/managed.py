@@ -57,6 +57,9 @@ class ManagedOptimizer(Optimizer):
         """A new state for a parameter of a group."""
         return composition.init_state(param, capturable=group["capturable"])
 
+    def _options_changed(self, group: Group, before: Group) -> None:
+        """Called when a group's options were changed in the middle of training, and taken."""
+
     def _forget(self) -> None:
         """Nothing is known of the groups, nor of updates left out."""
         self._plans: dict[int, Plan] = {}
@@ -72,7 +75,7 @@ class ManagedOptimizer(Optimizer):
         return next(i for i, own in enumerate(self.param_groups) if own is group)
 
     def _maker(self) -> Maker:
-        return Maker(self._complete, self.make_state, self.fixed_options)
+        return Maker(self._complete, self.make_state, self._options_changed, self.fixed_options)
 
     def _plan_of(self, group: Group) -> Plan | None:
         plan = self._plans.get(id(group))

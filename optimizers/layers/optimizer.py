@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..engine.composition import Composition
+from ..engine.gradients import check_gradients
 from ..engine.optimizer import LowRankOptimizer, no_autocast
 from ..engine.options import Group
 from ..engine.parameters import label, names
@@ -56,6 +57,8 @@ class FactoredAdamW(LowRankOptimizer):
     projects: ClassVar[bool] = False
     fixed_options: ClassVar[tuple[str, ...]] = ("capturable", "factors")
     rule = TORCH_ADAMW.but(weight_decay=0.0, capturable=False)
+    #: Options that say after which steps there are events.
+    event_options: ClassVar[tuple[str, ...]] = ()
     #: The layer that this optimizer trains.
     layer_type: ClassVar[type[FactoredLinear]]
 
@@ -199,6 +202,7 @@ class FactoredAdamW(LowRankOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        check_gradients(self.param_groups)
         self._prepare()
         with no_autocast():
             try:
@@ -261,6 +265,20 @@ class FactoredAdamW(LowRankOptimizer):
     def _passed(self, link: Link, gap: str) -> int:
         """Multiples of group[gap] that a layer's steps have passed."""
         return self._steps(link) // int(link.group[gap])
+
+    def _events_after(self, group: Group, steps: int) -> int:
+        """How many events this many steps have behind them; 0 where none are counted."""
+        gap = group[self.event_options[0]] if self.event_options else None
+        return 0 if gap is None else steps // int(gap)
+
+    def _options_changed(self, group: Group, before: Group) -> None:
+        """With another gap the next event is at the next of its multiples."""
+        if not group.get("factors") or all(group[k] == before.get(k) for k in self.event_options):
+            return
+        for param in group["params"]:
+            state = self.state.get(param, {})
+            if "events" in state:
+                state["events"] = self._events_after(group, int(state["step"]))
 
     def _events(self, link: Link) -> int:
         return max(int(self.state[param]["events"]) for param in link.factors())

@@ -101,6 +101,8 @@ class OnlineProjector(SingularProjector):
         if rate is None:
             rate = 1.0 / group.get("update_proj_gap", 200)
         lr, base = group.get("lr"), group.get("base_lr")
+        if base is not None:
+            checks.number("base_lr", base, low=0.0)
         if lr is not None and base:
             rate *= lr / base
         return replace(self, rate=rate, moments_dtype=MOMENT_DTYPES[group["moments_dtype"]])
