@@ -101,6 +101,7 @@ def test_data_of_no_use_leave_no_folder_and_one_line(
     data.mkdir()
     (data / "val.txt").write_text("some words to validate on")
     (data / "train.jsonl").write_text('{"body": "a"}\n')
+    settings = ("eval.tokens=8", *settings)
     status, output, errors = run(tiny(tmp_path / "run", 2, f"--data={data}", *settings))
     assert (status, output) == (2, "")
     assert errors.count("\n") == 1
