@@ -102,6 +102,8 @@ def convert(name: str, model: nn.Module, **options: Any) -> nn.Module:
     converted model's state dict, or moved between the two. Methods without a parametrisation of
     their own, and what is converted already, leave the model as it is; `merge` undoes it. Processes
     that train together need equal models here: DDP's broadcast of INT8 weights is rounded anew.
+    What is frozen in factored layers DDP leaves alone, under the model that is given here and any
+    part of it; where DDP wraps a module around that model, give that module here as well.
 
     Args:
         name: one of `available()`.

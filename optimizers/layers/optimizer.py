@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self, overload
 
 import torch
@@ -61,6 +61,8 @@ class FactoredAdamW(LowRankOptimizer):
     event_options: ClassVar[tuple[str, ...]] = ()
     #: The layer that this optimizer trains.
     layer_type: ClassVar[type[FactoredLinear]]
+    #: Which factors have to be trained for a layer's events, in words.
+    awaited: ClassVar[str] = "one of its factors is"
 
     def _make_attributes(self) -> None:
         super()._make_attributes()
@@ -109,6 +111,13 @@ class FactoredAdamW(LowRankOptimizer):
         self.__dict__.setdefault("_event_hooks", OrderedDict())
         super().__setstate__(state)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `LowRankOptimizer.load_state_dict`; links keep their layers."""
+        super().load_state_dict(state_dict)
+        # Torch has made new groups.
+        groups = {param: group for group in self.param_groups for param in group["params"]}
+        self._links = [replace(link, group=groups[link.factors()[0]]) for link in self._links]
+
     # Layers
 
     def attach(self, model: nn.Module) -> Self:
@@ -131,7 +140,8 @@ class FactoredAdamW(LowRankOptimizer):
                 continue
             own = [getattr(layer, factor) for factor in layer.FACTORS]
             for factor, param in zip(layer.FACTORS, own, strict=True):
-                if param in groups and not groups[param].get("factors"):
+                group = groups.get(param)
+                if group is not None and not group.get("factors") and self._needs_layers(group):
                     raise ValueError(
                         f"{name}.{factor} is in a parameter group without factors=True, in which "
                         "nothing would happen to its layer: accepted are the groups that "
@@ -252,8 +262,8 @@ class FactoredAdamW(LowRankOptimizer):
                 return
             warnings.warn(
                 f"{type(self).__name__} has taken {steps} steps without a finite gradient for "
-                f"{', '.join(idle)}: what is scheduled for a layer waits until one of its factors "
-                "is trained (convert(..., patterns=...) leaves layers out)",
+                f"{', '.join(idle)}: what is scheduled for a layer waits until {self.awaited} "
+                "trained (convert(..., patterns=...) leaves layers out)",
                 stacklevel=3,
             )
         self._all_stepped = True
