@@ -376,6 +376,7 @@ def test_a_transformers_that_does_not_work_is_passed_over(monkeypatch: pytest.Mo
         def __init__(self, *given: Any) -> None:
             raise TypeError("another version")
 
+    monkeypatch.setattr(llama.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(llama, "_Hugging", Broken)
     model = part("workload").SIZES["tiny"].models["60m"]
     found, kind = llama.llama(model, torch.device("cpu"), 16)
