@@ -188,7 +188,7 @@ class TrainingStream:
         self.close()
         self._states, self._next = loaded, turn
         self._rotated = bool(state.get("rotated", False))
-        if version == _OLDEST:
+        if version == _OLDEST and self._config.source != "stdlib":
             self._on_warning(
                 "the run was begun by an earlier version, which trained on documents with NUL "
                 "characters and skipped accented ones in gzip files; now it is the other way "
