@@ -11,6 +11,7 @@ from .engine import checks
 from .engine.method import TABLE, Method
 from .engine.optimizer import LowRankOptimizer
 from .engine.options import make_plain
+from .engine.parameters import check_unsharded
 from .layers.convert import meta_copy
 from .layers.optimizer import FactoredAdamW
 
@@ -120,6 +121,8 @@ def convert(name: str, model: nn.Module, **options: Any) -> nn.Module:
     method = _method(name)
     make_plain(options)
     _sort_options(method, options)
+    for called, param in model.named_parameters():
+        check_unsharded(param, called)
     if method.conversion is not None:
         accepted = {*method.conversion.options, "patterns"}
         method.conversion.apply(model, **{key: options[key] for key in options if key in accepted})

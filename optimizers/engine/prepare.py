@@ -177,7 +177,7 @@ def _examine_group(
     maker: Maker,
 ) -> _Revision:
     if plan is not None:
-        check_exchanged(group, plan.params)
+        check_exchanged(group, plan.params, plan.names)
     check_names(group)
     if plan is not None and plan.current():
         plan.read_rate()
