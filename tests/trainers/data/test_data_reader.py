@@ -52,7 +52,9 @@ def test_truncated_gzip_gives_what_it_holds_and_says_where_it_ends(
     assert "rest of the file can't be read (EOFError" in last.problem
 
 
-@pytest.mark.parametrize("content", [b"this is no gzip", gzip.compress(b"x" * 99, mtime=0)[:-6] + b"\0" * 6])
+@pytest.mark.parametrize(
+    "content", [b"this is no gzip", gzip.compress(b"x" * 99, mtime=0)[:-6] + b"\0" * 6]
+)
 def test_broken_gzip_is_one_problem(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.json.gz"
     path.write_bytes(content)
@@ -70,7 +72,9 @@ def test_characters_and_broken_bytes_in_gzip_files_stay_what_they_are(tmp_path: 
     ]
     for name in ("a.json.gz", "a.jsonl"):
         content = b"\n".join(lines)
-        (tmp_path / name).write_bytes(gzip.compress(content, mtime=0) if name.endswith("gz") else content)
+        (tmp_path / name).write_bytes(
+            gzip.compress(content, mtime=0) if name.endswith("gz") else content
+        )
         assert [str(record.payload).encode("latin-1") for record in read(tmp_path / name)] == lines
 
 
