@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from .engine.parameters import check_unsharded
 from .layers.base import FactoredLinear
 
 Group = dict[str, Any]
@@ -16,6 +17,11 @@ Group = dict[str, Any]
 #: A linear layer is projected when one of these occurs in its name (GaLore's targets).
 PATTERNS = ("attn", "attention", "mlp")
 DEFAULT_RANK = 128
+#: Options of `param_groups` that factored layers have no use for.
+_PROJECTION = (
+    *("rank", "rank_ratio_matrix", "rank_ratio_cnn", "scale", "proj_type", "projector", "basis"),
+    "residual",
+)
 #: Convolution weights with no more entries are not worth projecting (COAP, released code).
 SMALL_CONVOLUTION = 32 * 32 * 9
 #: What says how far a group is projected.
@@ -23,13 +29,19 @@ SIZES = ("rank", "rank_ratio_matrix", "rank_ratio_cnn")
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
-    """Every trainable parameter once, under its first name, with the module that owns it."""
+    """Every trainable parameter once, under its first name, with the module that owns it.
+
+    Raises:
+        ValueError: one is sharded.
+    """
     seen: set[nn.Parameter] = set()
     for prefix, module in model.named_modules():
         for name, param in module.named_parameters(recurse=False):
             if param.requires_grad and param not in seen:
                 seen.add(param)
-                yield (f"{prefix}.{name}" if prefix else name), param, module
+                whole = f"{prefix}.{name}" if prefix else name
+                check_unsharded(param, whole)
+                yield whole, param, module
 
 
 def _tied(model: nn.Module) -> set[nn.Parameter]:
@@ -73,15 +85,18 @@ def param_groups(
         Groups, projected ones first; empty ones are left out.
 
     Raises:
-        ValueError: no linear layer matches the patterns.
+        ValueError: no linear layer that is trained matches the patterns, or the model has factored
+            layers and options of a projection are given.
     """
-    if rank is None and method_options.get("rank_ratio_matrix") is None:
-        rank = DEFAULT_RANK
-    options = {"rank": rank, **method_options}
     if any(isinstance(module, FactoredLinear) for module in model.modules()):
+        given = {"patterns": None if tuple(patterns) == PATTERNS else patterns, "rank": rank}
+        _refuse_projection(model, {**method_options, **given})
         return factored_groups(
             model, weight_decay=weight_decay, plain_lr=plain_lr, **method_options
         )
+    if rank is None and method_options.get("rank_ratio_matrix") is None:
+        rank = DEFAULT_RANK
+    options = {"rank": rank, **method_options}
     projected, decayed, undecayed = split(model, patterns)
     convolutions: list[tuple[str, nn.Parameter]] = []
     if method_options.get("rank_ratio_cnn") is not None:
@@ -192,7 +207,7 @@ def projected_layers(model: nn.Module, patterns: Sequence[str]) -> list[nn.Linea
     """The layers whose weights `param_groups` projects.
 
     Raises:
-        ValueError: no linear layer matches the patterns.
+        ValueError: no linear layer that is trained matches the patterns.
     """
     tied = _tied(model)
     layers = [
@@ -207,16 +222,41 @@ def projected_layers(model: nn.Module, patterns: Sequence[str]) -> list[nn.Linea
     return layers
 
 
-def _matches(name: str, param: nn.Parameter, module: nn.Module, patterns: Sequence[str]) -> bool:
+def _matches(name: str, param: torch.Tensor, module: nn.Module, patterns: Sequence[str]) -> bool:
     is_weight = isinstance(module, nn.Linear) and param is module.weight
     return is_weight and any(pattern in name for pattern in patterns)
 
 
 def _no_match(model: nn.Module, patterns: Sequence[str]) -> ValueError:
+    frozen = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and not module.weight.requires_grad
+        and _matches(f"{name}.weight", module.weight, module, patterns)
+    ]
+    if frozen:
+        return ValueError(
+            f"each nn.Linear of {type(model).__name__} that has one of {tuple(patterns)} in its "
+            f"name is frozen, {len(frozen)} of them, such as {frozen[0]}: accepted are layers "
+            "whose weight has requires_grad=True, or patterns that match such"
+        )
     return ValueError(
         f"no nn.Linear of {type(model).__name__} has one of {tuple(patterns)} in its name; "
         "accepted are patterns that match one"
     )
+
+
+def _refuse_projection(model: nn.Module, options: Group) -> None:
+    """Raises `ValueError` for options that groups of factors would drop."""
+    given = [name for name in ("patterns", *_PROJECTION) if options.get(name) is not None]
+    if given:
+        said = ", ".join(f"{name}={options[name]!r}" for name in given)
+        raise ValueError(
+            f"{said} for a {type(model).__name__} with factored layers, of which nothing is "
+            f"projected: accepted are param_groups(model) without {', '.join(given)}, or "
+            "merge(model) before, which makes all layers dense"
+        )
 
 
 def _group(named: Sequence[tuple[str, torch.Tensor]], options: Group) -> Group:

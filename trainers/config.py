@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from .data.config import DataConfig
 
 DTYPES = ("float32", "bfloat16")
+# Beyond any machine's cores; with very many the thread library ends the process without a word.
+MOST_THREADS = 1024
 SCHEDULES = ("cosine", "cosine_restarts", "linear", "wsd", "constant")
 
 
@@ -132,7 +134,12 @@ class TrainConfig:
             value = getattr(self, key)
             _require(value >= 1, f"train.{key}", value, "a whole number of at least 1")
         _require(0 <= self.seed < 2**32, "train.seed", self.seed, "a whole number from 0 to 2^32-1")
-        _require(self.threads >= 0, "train.threads", self.threads, "0 or a number of threads")
+        _require(
+            0 <= self.threads <= MOST_THREADS,
+            "train.threads",
+            self.threads,
+            f"0 or a number of threads up to {MOST_THREADS:,}",
+        )
         _require(self.clip >= 0, "train.clip", self.clip, "0 (off) or a positive norm")
         _require(self.spike >= 0, "train.spike", self.spike, "0 (off) or a positive number of nats")
         _require(bool(self.device), "train.device", self.device, "auto, cpu, cuda or cuda:N")

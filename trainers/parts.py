@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lowrank.optimizers import dense_state_dict
 
-from .checkpoint import verify
+from .checkpoint import DamagedCheckpointError, verify
 from .config import RunConfig
 from .config_io import from_mapping, to_mapping
 from .data import Tokenizer, TrainingStream, ValidationSet
@@ -162,6 +162,22 @@ def load_initial(network: nn.Module, folder: Path) -> None:
         network.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"model.initial={str(folder)!r} is of another shape: {error}") from None
+
+
+def saved_config(folder: Path) -> dict[str, Any]:
+    """The configuration that a checkpoint holds, as `from_mapping` takes it.
+
+    Raises:
+        DamagedCheckpointError: the file can't be read.
+    """
+    try:
+        content = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        found: dict[str, Any] = content["config"]
+    except Exception as error:  # Torch raises many types for a file that is none of its own.
+        raise DamagedCheckpointError(
+            f"checkpoint {folder} is damaged: trainer.pt can't be read ({type(error).__name__})"
+        ) from None
+    return found
 
 
 def read_parts(folder: Path, parts: Parts) -> None:

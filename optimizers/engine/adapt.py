@@ -85,8 +85,7 @@ def _same_bases(before: Projection, after: Projection, basis: State, old: State)
     if type(projector) is not type(former) or projector.storage != former.storage:
         return False
     if not basis:  # drawn from a seed whenever they are read
-        same: bool = replace(former, dtype=projector.dtype) == projector
-        return same
+        return replace(former, dtype=projector.dtype) == projector
     return all(key in old and _alike(value, old[key]) for key, value in basis.items())
 
 

@@ -80,11 +80,15 @@ class DeclaredOptimizer(Optimizer):
             defaults = self.rule.complete(defaults)
         self._make_attributes()
         super().__init__(_own_groups(collected), defaults)
+        self._warn_of_groups()
+
+    def _warn_of_groups(self) -> None:
+        """Warns where groups lack what makes the method one."""
         if self.projects and not any(ProjectionOptions.of(group) for group in self.param_groups):
             warnings.warn(
-                f"{name}: no parameter group has a rank, so nothing is projected; "
+                f"{type(self).__name__}: no parameter group has a rank, so nothing is projected; "
                 "param_groups(model) makes groups that are",
-                stacklevel=2,
+                stacklevel=3,
             )
 
     def _make_attributes(self) -> None:

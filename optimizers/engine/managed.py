@@ -16,6 +16,7 @@ from .gradients import SkippedUpdates
 from .options import Group, make_plain
 from .plan import Plan, Snapshot
 from .prepare import Maker, drop_unused, follow, revise
+from .seeds import seed_names
 from .step import capturing
 
 
@@ -56,6 +57,9 @@ class ManagedOptimizer(Optimizer):
         """A new state for a parameter of a group."""
         return composition.init_state(param, capturable=group["capturable"])
 
+    def _options_changed(self, group: Group, before: Group) -> None:
+        """Called when a group's options were changed in the middle of training, and taken."""
+
     def _forget(self) -> None:
         """Nothing is known of the groups, nor of updates left out."""
         self._plans: dict[int, Plan] = {}
@@ -64,10 +68,14 @@ class ManagedOptimizer(Optimizer):
         self._skipped = SkippedUpdates()
 
     def _record(self, group: Group, composition: Composition) -> None:
-        self._plans[id(group)] = Plan(group, composition, self.state, Snapshot(group))
+        drawn = seed_names(self.param_groups)[self._index_of(group)]
+        self._plans[id(group)] = Plan(group, composition, self.state, Snapshot(group), drawn)
+
+    def _index_of(self, group: Group) -> int:
+        return next(i for i, own in enumerate(self.param_groups) if own is group)
 
     def _maker(self) -> Maker:
-        return Maker(self._complete, self.make_state, self.fixed_options)
+        return Maker(self._complete, self.make_state, self._options_changed, self.fixed_options)
 
     def _plan_of(self, group: Group) -> Plan | None:
         plan = self._plans.get(id(group))

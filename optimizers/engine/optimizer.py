@@ -117,7 +117,10 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
                 group.setdefault(name, getattr(options, name))
             for name, value in own.items():
                 group.setdefault(name, value)
-        return self.compose(group)
+        composition = self.compose(group)
+        if group["lr"] is None and not getattr(composition.rule, "relative_step", False):
+            raise ValueError("lr=None: accepted is a number of at least 0 or a tensor with one")
+        return composition
 
     def _complete(self, group: Group, before: Snapshot | None) -> Composition:
         """Checks and completes a group that was changed since a snapshot."""
@@ -136,7 +139,11 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
                 f"{name}={group[name]!r} in a group after construction: accepted is "
                 f"{self.aliases.get(name, 'what it stands for among ' + str(sorted(group)))!r}"
             )
-        make_plain(group, self._known())
+        known = self._known()
+        make_plain(group, known)
+        for name in group.keys() - known - (before.options.keys() if before else set()):
+            if before is not None and checks.nearest(name, known, cutoff=0.85) is not None:
+                raise checks.unknown_name("group key", name, known)
         if before is not None and self.projects and ProjectionOptions.of(group) is not None:
             drop_left_over(group, before.options, self.defaults)
         return self._checked(group, group.keys() - {"params"})
@@ -187,13 +194,12 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
         check_gradients(self.param_groups)
         plans = self._prepare()
         count = sum(len(plan.params) for plan in plans if plan.core.projection is not None)
-        hooks, index, plain = tuple(self._refresh_hooks.values()), 0, 0
+        hooks, index = tuple(self._refresh_hooks.values()), 0
         with no_autocast():
             for plan in plans:
                 usable = self._usable(plan.group)
                 if plan.core.projection is None:
-                    step_plain(plan, plain, usable)
-                    plain += len(plan.params)
+                    step_plain(plan, usable)
                 else:
                     step_projected(plan, index, count, hooks, self._formers, usable)
                     index += len(plan.params)

@@ -94,7 +94,7 @@ def check_unsharded(param: Tensor, called: str) -> None:
         raise ValueError(f"{called} is {kind}: {_ACCEPTED}")
 
 
-def check_exchanged(group: Group, before: Sequence[Tensor]) -> None:
+def check_exchanged(group: Group, before: Sequence[Tensor], called: Sequence[str | None]) -> None:
     """Raises `ValueError` if a parameter's place in a group was taken by one of another shape.
 
     Wrappers put flat partitions (ZeRO stages 1 and 2) into groups that were made for matrices.
@@ -102,22 +102,22 @@ def check_exchanged(group: Group, before: Sequence[Tensor]) -> None:
     Args:
         group: its parameters now.
         before: its parameters when they were last looked at.
+        called: their names.
     """
     params = group["params"]
     known, kept = set(map(id, before)), set(map(id, params))
-    shapes = [tuple(param.shape) for param in before if id(param) not in kept]
-    left = list(shapes)
-    called = names(group) if len(names(group)) == len(params) else [None] * len(params)
-    for param, name in zip(params, called, strict=True):
-        if id(param) in known or not shapes:
-            continue
-        check_unsharded(param, label(name, param))
+    gone = [(p, name) for p, name in zip(before, called, strict=True) if id(p) not in kept]
+    left = [tuple(param.shape) for param, _ in gone]
+    new = [param for param in params if id(param) not in known]
+    for param in new if gone else ():
         shape = tuple(param.shape)
+        first = label(gone[0][1], gone[0][0])
+        others = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
+        check_unsharded(param, f"what took the place of {first}{others}")
         if shape not in left:
             kind = "a flat partition" if len(shape) == 1 else "a tensor"
             raise ValueError(
-                f"{kind} of shape {shape} took the place of parameters of shapes "
-                f"{sorted(set(shapes))} in a group: {_ACCEPTED}"
+                f"{kind} of shape {shape} took the place of {first}{others} in a group: {_ACCEPTED}"
             )
         left.remove(shape)
 

@@ -16,6 +16,7 @@ from .composition import Composition
 from .options import Group
 from .parameters import check_exchanged, check_names, check_param, label, names
 from .plan import SCALARS, Plan, Snapshot
+from .seeds import seed_names
 from .state import difference, misplaced, place, template, untouched
 
 State = dict[str, Any]
@@ -30,11 +31,13 @@ class Maker:
         complete: checks a group whose options were changed since a snapshot, completes it in place,
             and says what it means.
         make: a new state for a parameter.
+        changed: called with a group, and with its options before, after these were changed.
         fixed: options that can't be changed.
     """
 
     complete: Callable[[Group, Snapshot | None], Composition]
     make: Callable[[Tensor, Composition, Group], State]
+    changed: Callable[[Group, Group], None]
     fixed: Sequence[str]
 
 
@@ -55,13 +58,23 @@ class _Remake:
 
 @dataclass(frozen=True)
 class _Revision:
-    """What was found out about a group, nothing of which is done yet."""
+    """What was found out about a group, nothing of which is done yet.
+
+    Attributes:
+        group: the group.
+        completed: its keys and values as they are to be.
+        core: what they mean.
+        snapshot: of these options.
+        remakes: what is to be done to parameters' state.
+        before: options that were changed since, if any were.
+    """
 
     group: Group
     completed: Group
     core: Composition
     snapshot: Snapshot
     remakes: list[_Remake]
+    before: Group | None = None
 
 
 def revise(
@@ -99,8 +112,11 @@ def revise(
             former = _carry_out(remake, revision, state, maker)
             if former is not None:
                 formers[remake.param] = former
+        if revision.before is not None:
+            maker.changed(revision.group, revision.before)
     drop_unused(groups, state)
-    return [Plan(r.group, r.core, state, r.snapshot) for r in revisions], formers
+    revised = zip(revisions, seed_names(groups), strict=True)
+    return [Plan(r.group, r.core, state, r.snapshot, drawn) for r, drawn in revised], formers
 
 
 def _complete(group: Group, completed: Group) -> None:
@@ -161,13 +177,13 @@ def _examine_group(
     maker: Maker,
 ) -> _Revision:
     if plan is not None:
-        check_exchanged(group, plan.params)
+        check_exchanged(group, plan.params, plan.names)
     check_names(group)
     if plan is not None and plan.current():
         plan.read_rate()
         if plan.settled(state):
             return _Revision(group, group, plan.core, plan.snapshot, [])
-        core, completed, snapshot = plan.core, group, plan.snapshot
+        core, completed, before, snapshot = plan.core, group, None, plan.snapshot
     else:
         changed = None if snapshot is None else snapshot.changed(group)
         for name in (changed or set()) & {*maker.fixed}:
@@ -180,14 +196,15 @@ def _examine_group(
         core = maker.complete(completed, snapshot)
         if plan is not None and core == plan.core:
             core = plan.core  # what was changed is no option of it
-        snapshot = Snapshot(completed)
+        before, snapshot = snapshot.options if changed and snapshot else None, Snapshot(completed)
         if plan is not None and changed is not None and changed <= SCALARS and plan.settled(state):
-            return _Revision(group, completed, core, snapshot, [])
+            return _Revision(group, completed, core, snapshot, [], before)
     found = [
         _examine(param, name, state.get(param), previous.get(id(param)), core, completed)
         for param, name in zip(group["params"], names(group), strict=True)
     ]
-    return _Revision(group, completed, core, snapshot, [remake for remake in found if remake])
+    remakes = [remake for remake in found if remake is not None]
+    return _Revision(group, completed, core, snapshot, remakes, before)
 
 
 def _examine(

@@ -23,23 +23,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from lowrank.cuda.noise import mix
 
+from ..engine.chunks import wide_dtype
 from ..engine.composition import Composition
+from ..engine.fp32 import exact_fp32
 from ..engine.geometry import Geometry, Side
 from ..engine.method import method
 from ..engine.optimizer import LowRankOptimizer
 from ..engine.options import PROJECTION_DEFAULTS, Group, ProjectionOptions
 from ..engine.rule_factories import adafactor_rule
 from ..engine.rule_families import ADAFACTOR
+from ..engine.seeds import seed_names
 from ..projectors.random import gaussian
 from ..rules import Adafactor, Update, UpdateRule
 from ..rules.base import RowUpdates, State
 
-CHUNK_ELEMENTS = 1 << 18
 #: Projection options that mean nothing to a moment that is compressed at random.
 FIXED = ("projector", "schedule", "stagger", "basis", "residual", "moments", "projection_dtype")
 
@@ -72,7 +73,7 @@ class FloraRule(Adafactor):
         return shapes
 
     def init(self, shape: Sequence[int], like: Tensor) -> State:
-        """Zero factors and moment, and the matrix's number, which its seeds are made from."""
+        """Zero factors and moment, and the number of the matrix's name, for its seeds."""
         return super().init(shape, like) | {"matrix": 0}
 
     def basis(self, state: State, geometry: Geometry, period: int, like: Tensor) -> Tensor:
@@ -108,14 +109,15 @@ class FloraRule(Adafactor):
         assert self.beta1 is not None
         geometry = self._geometry(grad_mn.shape)
         stored: Tensor = state["exp_avg"]
-        moment = stored.to(grad_mn.dtype if grad_mn.dtype == torch.float64 else torch.float32)
+        moment = stored.to(wide_dtype(grad_mn))
         step, kappa = int(state["step"]), self.options.update_proj_gap
         basis = self.basis(state, geometry, step // kappa, moment)
         left = geometry.side is Side.LEFT
         if step % kappa == 0:
             old = self.basis(state, geometry, step // kappa - 1, moment)
-            between = basis.mT @ old
-            moment.copy_(between @ moment if left else moment @ between.mT)
+            with exact_fp32():
+                between = basis.mT @ old
+                moment.copy_(between @ moment if left else moment @ between.mT)
         before = moment.clone()
         # In the gradient's precision, as every projection.
         if left:
@@ -153,6 +155,7 @@ class FloraRule(Adafactor):
         return update
 
 
+@exact_fp32()
 def _between(moment: Tensor, side: Side, basis: Tensor, new_side: Side, new: Tensor) -> Tensor:
     """What a compressed moment stands for, compressed by another basis."""
     if side is Side.LEFT:
@@ -178,11 +181,13 @@ class FloraAdafactor(LowRankOptimizer):
     aliases: ClassVar = {"kappa": "update_proj_gap"}
 
     def make_state(self, param: Tensor, composition: Composition, group: Group) -> State:
-        """A new state; a matrix gets the next number, which its seeds are made from."""
+        """A new state; a matrix's has the number of its name, which its seeds are made from."""
         state = super().make_state(param, composition, group)
         if "matrix" in state:
-            known = (own["matrix"] for own in self.state.values() if "matrix" in own)
-            state["matrix"] = 1 + max(known, default=0)
+            index = next(i for i, own in enumerate(group["params"]) if own is param)
+            name = seed_names(self.param_groups)[self._index_of(group)][index]
+            # 63 bits, which an int64 holds. States of 0.1.0 keep their 1, 2, 3.
+            state["matrix"] = mix(0, name) >> 1
         return state
 
     def compose(self, group: Group) -> Composition:

@@ -13,17 +13,18 @@ Memory per m x n matrix in NF4, with b-byte parameters and d = min(m, n), l = ma
 (m n + d r) (1 / 2 + b / 64) + b l r for weights, 2 b l r for moments, b l r for gradients; at
 the steps T_i b m n for the gradient of W.
 
-G is summed over micro-batches and, where `torch.distributed` is on, averaged over all processes.
+G is summed over micro-batches and, where `torch.distributed` is on, averaged over all processes;
+one whose micro-batches didn't run through a layer counts as zero there.
 Ours: the released code keeps B's moments (`reset="none"`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, distributed, nn
-
-from lowrank.cuda.noise import mix
 
 from ..engine import checks
 from ..engine.composition import Composition
@@ -59,6 +60,7 @@ class LoQTAdamW(FactoredAdamW):
     """
 
     layer_type: ClassVar[type[FactoredLinear]] = QuantizedLowRankLinear
+    event_options: ClassVar[tuple[str, ...]] = ("update_proj_gap", "gap_growth")
     rule = FactoredAdamW.rule.but(lr=1e-2)
     own_keywords = (
         Keyword("update_proj_gap", 100, "steps between bases, at first."),
@@ -92,8 +94,8 @@ class LoQTAdamW(FactoredAdamW):
         return super().compose(group)
 
     def factor_rule(self, group: Group) -> UpdateRule:
-        """Adam whose bias corrections start anew with each basis, if its moments do."""
-        return self.rule.make(group, restarts=group["reset"] == "zero")
+        """Adam whose bias corrections count from when its moments last started anew."""
+        return self.rule.make(group, restarts=True)
 
     def attach(self, model: nn.Module) -> Self:
         """See `FactoredAdamW.attach`."""
@@ -113,7 +115,12 @@ class LoQTAdamW(FactoredAdamW):
 
     def _before(self) -> None:
         due = [link for link in self._links if self._is_due(link)]
-        renewed = [(link, self._renew_basis(link)) for link in due]
+        gradients = mean_gradients([self._gradient(link) for link in due], due)
+        renewed = [
+            (link, self._renew_basis(link, gradient))
+            for link, gradient in zip(due, gradients, strict=True)
+            if gradient is not None
+        ]
         self._renewed = [(link, change) for link, change in renewed if change is not None]
         self._restart()
 
@@ -125,6 +132,10 @@ class LoQTAdamW(FactoredAdamW):
             self._call_event_hooks(LayerEvent("requantize", step, len(self._renewed), change))
         self._renewed = []
         self._watch()
+
+    def _events_after(self, group: Group, steps: int) -> int:
+        # A basis that is due now is found in the step to come.
+        return bases_by(group, steps - 1) if steps else 0
 
     def _restart(self) -> None:
         for link, _ in self._renewed:
@@ -143,25 +154,28 @@ class LoQTAdamW(FactoredAdamW):
             return False
         return bases_by(link.group, self._steps(link)) > self._events(link)
 
-    def _renew_basis(self, link: Link) -> float | None:
-        """How much the weight changed; None where there is no gradient to find a basis in."""
+    def _gradient(self, link: Link) -> Tensor | None:
+        """This process's gradient of a weight, if it has one and the factor has one, too."""
+        assert isinstance(link.layer, QuantizedLowRankLinear)
+        return link.layer.weight_gradient if link.layer.factor.grad is not None else None
+
+    def _renew_basis(self, link: Link, gradient: Tensor) -> float | None:
+        """How much the weight changed; None where no basis is to be found in the gradient."""
         layer, group = link.layer, link.group
         assert isinstance(layer, QuantizedLowRankLinear)
-        gradient, factor = layer.weight_gradient, layer.factor
-        if gradient is None or factor.grad is None:
-            return None
-        gradient = _averaged(gradient)
-        largest = float(gradient.abs().max())
+        factor = layer.factor
+        largest = largest_entry(gradient)
         if not 0.0 < largest < float("inf"):
             return None
         count = bases_by(group, self._steps(link))
         side = Side.LEFT if layer.out_features <= layer.in_features else Side.RIGHT
         mode = "randomized" if group["refresh"] == "warm" and count == 1 else group["refresh"]
         previous = [layer.basis.dense(factor.dtype)] if mode == "warm" else [None]
-        seed = mix(group["seed"], link.index, count)
+        seed = link.seed(count)
         ((basis,),) = bases([gradient], [largest], layer.rank, side, mode, previous, seed)
         change = layer.renew(basis, group["compensation_steps"])
-        factor.grad.zero_()
+        if factor.grad is not None:
+            self._replace_gradient(factor, torch.zeros_like(factor.grad))
         self.state[factor]["events"] = count
         return change
 
@@ -176,12 +190,39 @@ def bases_by(group: Group, step: int) -> int:
     return count
 
 
-def _averaged(gradient: Tensor) -> Tensor:
-    """The mean over processes, which all must find the same basis."""
-    if not distributed.is_available() or not distributed.is_initialized():
-        return gradient
+def largest_entry(matrix_mn: Tensor) -> float:
+    """The largest magnitude, NaN if there is one, without a matrix of magnitudes."""
+    low, high = matrix_mn.aminmax()
+    return float(torch.maximum(high, -low))
+
+
+def mean_gradients(own: Sequence[Tensor | None], links: Sequence[Link]) -> list[Tensor | None]:
+    """The means over processes, which all must find the same basis.
+
+    Processes first tell each other which gradients there are, so that all reduce the same ones.
+
+    Args:
+        own: this process's gradients, m x n; overwritten.
+        links: the layers that they are of, the same ones on each process.
+
+    Returns:
+        For each layer the mean, or None where no process has a gradient.
+    """
+    if not own or not distributed.is_available() or not distributed.is_initialized():
+        return list(own)
     size = distributed.get_world_size()
-    if size > 1:
-        distributed.all_reduce(gradient)
-        gradient.div_(size)
-    return gradient
+    if size == 1:
+        return list(own)
+    there = torch.tensor([gradient is not None for gradient in own], dtype=torch.int32)
+    there = there.to(links[0].factors()[0].device)
+    distributed.all_reduce(there)
+    means: list[Tensor | None] = []
+    for gradient, link, count in zip(own, links, there.tolist(), strict=True):
+        if count and gradient is None:
+            layer = link.layer
+            gradient = link.factors()[0].new_zeros(layer.out_features, layer.in_features)
+        if count and gradient is not None:
+            distributed.all_reduce(gradient)
+            gradient.div_(size)
+        means.append(gradient if count else None)
+    return means

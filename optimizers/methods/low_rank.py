@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from ..engine import checks
+from ..engine.chunks import wide_dtype
 from ..engine.composition import Composition
 from ..engine.keywords import Keyword
 from ..engine.method import Conversion, method
 from ..engine.options import Group
 from ..layers import FactoredLinear, LowRankLinear
-from ..layers.base import wide_dtype
 from ..layers.events import LayerEvent
 from ..layers.optimizer import FactoredAdamW
 from ..rules import UpdateRule
@@ -41,6 +41,7 @@ class LowRankAdamW(FactoredAdamW):
     """AdamW on plain low-rank factors; all other parameters get plain AdamW."""
 
     layer_type: ClassVar[type[FactoredLinear]] = LowRankLinear
+    event_options: ClassVar[tuple[str, ...]] = ("refactor_gap",)
     own_keywords: ClassVar[tuple[Keyword, ...]] = (
         Keyword(
             "refactor_gap",
@@ -57,10 +58,13 @@ class LowRankAdamW(FactoredAdamW):
 
     def factor_rule(self, group: Group) -> UpdateRule:
         """Adam whose bias corrections start anew at each refactorisation."""
-        return self.rule.make(group, restarts=group["refactor_gap"] is not None)
+        return self.rule.make(group, restarts=True)
 
     def _needs_layers(self, group: Group) -> bool:
         return group["refactor_gap"] is not None
+
+    def _patience(self, group: Group) -> float:
+        return float(group["refactor_gap"])
 
     def _after(self) -> None:
         due = [link for link in self._links if link.group["refactor_gap"] is not None]

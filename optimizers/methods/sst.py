@@ -31,8 +31,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowrank.cuda.noise import mix
-
 from ..engine import checks
 from ..engine.composition import Composition
 from ..engine.keywords import Keyword
@@ -62,6 +60,7 @@ class SSTAdamW(FactoredAdamW):
     """
 
     layer_type: ClassVar[type[FactoredLinear]] = SpectralLinear
+    event_options: ClassVar[tuple[str, ...]] = ("update_proj_gap",)
     own_keywords = (
         Keyword("update_proj_gap", 200, "steps between draws of the active vectors."),
         Keyword("sampling", "mixed", '"mixed", "singular" (by singular value alone) or "uniform".'),
@@ -111,7 +110,7 @@ class SSTAdamW(FactoredAdamW):
         layer, group = link.layer, link.group
         assert isinstance(layer, SpectralLinear)
         count = self._passed(link, "update_proj_gap")
-        generator = torch.Generator().manual_seed(mix(group["seed"], link.index, count))
+        generator = torch.Generator().manual_seed(link.seed(count))
         values = layer.singular_values.detach()
         selected = sample(values, layer.rank, generator, group["sampling"])
         self._permute(layer.singular_values, layer.resample(selected))

@@ -76,6 +76,10 @@ class SwitchLoRAAdamW(FactoredAdamW):
         Keyword("seed", 0, "of the draws."),
     )
 
+    def _make_attributes(self) -> None:
+        super()._make_attributes()
+        self._counted: list[Link] = []
+
     def compose(self, group: Group) -> Composition:
         """AdamW, for factors with a step count a vector, and the checked schedule."""
         checks.integer("freeze_steps", group["freeze_steps"], low=0)
@@ -90,19 +94,26 @@ class SwitchLoRAAdamW(FactoredAdamW):
         """Adam with a step count a vector."""
         return vector_adam_rule(group)
 
-    def _before(self) -> None:
-        switched = step = 0
-        for link in self._links:
-            state = self.state[link.factors()[0]]
-            step = int(state["step"])
-            if state["events"] <= step and self._sound(link):
-                switched += self._switch(link, step)
-                self._hold(link)
-        if switched:
-            self._call_event_hooks(LayerEvent("switch", step, switched))
+    def _patience(self, group: Group) -> float:
+        return float(group["switch_interval"])
 
-    def _sound(self, link: Link) -> bool:
-        """Whether both factors have gradients that a step will be taken with."""
+    def _before(self) -> None:
+        self._counted = [link for link in self._links if self._is_due(link)]
+        switched = sum(self._switch(link, self._steps(link)) for link in self._counted)
+        if switched:
+            self._call_event_hooks(LayerEvent("switch", self._steps(self._counted[0]), switched))
+
+    def _after(self) -> None:
+        for link in self._counted:
+            for param in link.factors():
+                self.state[param]["held"].sub_(1).clamp_(min=0)
+        self._counted = []
+
+    def _is_due(self, link: Link) -> bool:
+        """Whether this step is the layer's next, and will be taken by both factors."""
+        if self._events(link) > self._steps(link):
+            return False
+        # A parameter without a gradient stays as it is, so its rows aren't exchanged.
         grads = [param.grad for param in link.factors() if param.grad is not None]
         if len(grads) < 2 or not link.group["skip_nonfinite"]:
             return len(grads) == 2
@@ -112,7 +123,7 @@ class SwitchLoRAAdamW(FactoredAdamW):
         layer, group = link.layer, link.group
         assert isinstance(layer, SwitchedLinear)
         states = [self.state[param] for param in link.factors()]
-        seed = mix(group["seed"], link.index, step)
+        seed = link.seed(step)
         count = min(_draw(layer.rank / interval(group, step), seed), layer.spare)
         starts = (states[0]["switched"], states[0]["switched"] + layer.rank // 2)
         for side in (0, 1):
@@ -129,14 +140,6 @@ class SwitchLoRAAdamW(FactoredAdamW):
                     other[key][places] = 0
                 other["held"][places] = group["freeze_steps"]
         return count > 0
-
-    def _hold(self, link: Link) -> None:
-        """Takes the gradients of the vectors that are held away, for this step."""
-        for param in link.factors():
-            held = self.state[param]["held"]
-            if param.grad is not None:
-                param.grad.mul_((held == 0).to(param.grad.dtype).unsqueeze(1))
-            held.sub_(1).clamp_(min=0)
 
 
 def interval(group: dict[str, Any], step: int) -> float:

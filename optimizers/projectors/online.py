@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..engine import checks
+from ..engine.fp32 import exact_fp32
 from ..engine.geometry import Geometry, RowRange, Side
 from ..rules import Adam, Adam8bit, Lion, Momentum, UpdateRule
 from ..rules.precision import MOMENT_DTYPES
@@ -100,6 +101,8 @@ class OnlineProjector(SingularProjector):
         if rate is None:
             rate = 1.0 / group.get("update_proj_gap", 200)
         lr, base = group.get("lr"), group.get("base_lr")
+        if base is not None:
+            checks.number("base_lr", base, low=0.0)
         if lr is not None and base:
             rate *= lr / base
         return replace(self, rate=rate, moments_dtype=MOMENT_DTYPES[group["moments_dtype"]])
@@ -195,6 +198,7 @@ class OnlineProjector(SingularProjector):
             result.addmm_(basis_dr, gram_rr, alpha=4.0 * self.orthogonality)
         return result
 
+    @exact_fp32()
     def track(self, param: ProjectedParam, projected: Tensor) -> None:
         """One step of P's optimizer; none at the step that fitted it."""
         captured = projected.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -20,10 +20,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..engine.chunks import row_chunks, wide_dtype
 from ..engine.rotation import Rotation
 from .base import RowUpdates, State, Update, UpdateRule, numel, scalar, steps_done
-from .precision import moments_itemsize, wide_dtype
-from .rows import row_chunks, state_rows, sum_of_squares
+from .precision import moments_itemsize
+from .rows import state_rows, sum_of_squares
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Adafactor(UpdateRule):
 
     def init(self, shape: Sequence[int], like: Tensor) -> State:
         """Zero factors (and first moment) in fp32, or fp64 for fp64 parameters."""
-        wide = wide_dtype(like.dtype)
+        wide = wide_dtype(like)
         own = {"exp_avg": self.moments_dtype or wide}
         return {
             key: torch.zeros(size, dtype=own.get(key, wide), device=like.device)
@@ -167,7 +168,7 @@ class Adafactor(UpdateRule):
                 updates.append(self.by_rows(grad, state, weight)(slice(0, len(grad))))
                 continue
             rate = self._rate(state["step"], weight)
-            wide = grad.to(wide_dtype(grad.dtype))
+            wide = grad.to(wide_dtype(grad))
             direction = self._normalise(wide, state, self._decay(state)).mul_(rate)
             updates.append(self._finished(state, direction, rate))
         return updates

@@ -22,6 +22,7 @@ from torch import Tensor
 from lowrank.cuda.adam import Number, adam_step
 from lowrank.cuda.native_update import knows_adam
 
+from ..engine.chunks import DEVICE_ELEMENTS, wide_dtype
 from ..engine.rotation import Rotation
 from .base import (
     MOMENT_TRANSPORTS,
@@ -34,8 +35,7 @@ from .base import (
     steps_done,
 )
 from .fused_adam import FUSED_DTYPES, bias_corrections, fused_step
-from .precision import moments_dtype, moments_itemsize, wide_dtype
-from .rows import CHUNK_ELEMENTS
+from .precision import moments_dtype, moments_itemsize
 from .transport import transported_moments
 
 #: Where our kernel is used. On a CPU torch's own fused one is as fast.
@@ -268,7 +268,7 @@ class Adam(ElementwiseRule):
         state: State,
     ) -> list[Update]:
         """`_advance` in fp32 (fp64 for fp64) of moments in another precision than the gradients."""
-        wide = wide_dtype(grads[0].dtype)
+        wide = wide_dtype(grads[0])
         m, v = ([t.to(wide) for t in tensors] for tensors in (exp_avgs, exp_avg_sqs))
         updates = self._advance([grad.to(wide) for grad in grads], m, v, state)
         for old, new in zip([*exp_avgs, *exp_avg_sqs], [*m, *v], strict=True):
@@ -314,8 +314,7 @@ class Adam(ElementwiseRule):
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
     ) -> None:
         """Small weights of a GPU in one list, to save launches; others in chunks of rows."""
-        size = CHUNK_ELEMENTS["other"]
-        listed = [self.compiled or (w.is_cuda and w.numel() <= size) for w in weights]
+        listed = [self.compiled or (w.is_cuda and w.numel() <= DEVICE_ELEMENTS) for w in weights]
         rows = list(zip(listed, grads, states, weights, strict=True))
         picked = [own for own in rows if own[0]]
         if picked:

@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..engine.chunks import row_chunks
 from ..engine.rotation import Rotation
-from .rows import row_chunks, state_rows
+from .rows import BLOCK, state_rows
 
 State = dict[str, Any]
 
@@ -114,7 +115,7 @@ class UpdateRule(ABC):
                 add_update_(weight, update)
                 continue
             updates = self.by_rows(grad, state, weight)
-            for rows in row_chunks(weight):
+            for rows in row_chunks(weight, block=BLOCK):
                 add_update_(weight[rows], updates(rows))
 
     def first_moment(self, state: State) -> Tensor | None:

@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..engine.chunks import wide_dtype
 from ..engine.rotation import Rotation
 from .base import MOMENT_TRANSPORTS, ElementwiseRule, State, Update, numel, scalar
-from .precision import moments_dtype, moments_itemsize, wide_dtype
+from .precision import moments_dtype, moments_itemsize
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Lion(ElementwiseRule):
             stored: Tensor = state["exp_avg"]
             moment = stored
             if stored.dtype != grad.dtype:
-                wide = wide_dtype(grad.dtype)
+                wide = wide_dtype(grad)
                 moment, grad = stored.to(wide), grad.to(wide)
             direction = moment.lerp(grad, 1 - self.betas[0])
             if self.signed:

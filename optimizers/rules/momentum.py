@@ -16,9 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..engine.chunks import wide_dtype
 from ..engine.rotation import Rotation
 from .base import MOMENT_TRANSPORTS, ElementwiseRule, State, Update, numel, scalar
-from .precision import moments_dtype, moments_itemsize, wide_dtype
+from .precision import moments_dtype, moments_itemsize
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Momentum(ElementwiseRule):
                 updates.append(Update(grad.clone(), lr, decay_factor))
                 continue
             stored: Tensor = state["momentum_buffer"]
-            wide = grad.dtype if stored.dtype == grad.dtype else wide_dtype(grad.dtype)
+            wide = grad.dtype if stored.dtype == grad.dtype else wide_dtype(grad)
             moment = stored.to(wide)
             direction = grad.to(wide, copy=True)
             moment.mul_(self.momentum).add_(direction)

@@ -18,9 +18,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..engine.chunks import wide_dtype
 from ..engine.rotation import Rotation
 from .base import MOMENT_TRANSPORTS, State, Update, UpdateRule, numel, scalar
-from .precision import moments_dtype, moments_itemsize, wide_dtype
+from .precision import moments_dtype, moments_itemsize
 
 ADJUSTMENTS = ("original", "match_rms_adamw")
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -95,7 +96,7 @@ class Muon(UpdateRule):
             stored: Tensor = state["momentum_buffer"]
             moment = stored
             if stored.dtype != grad.dtype:
-                wide = wide_dtype(grad.dtype)
+                wide = wide_dtype(grad)
                 moment, grad = stored.to(wide), grad.to(wide)
             moment.lerp_(grad, 1 - self.momentum)
             if moment is not stored:

@@ -23,8 +23,3 @@ def moments_dtype(choice: torch.dtype | None, like: torch.dtype) -> torch.dtype:
 def moments_itemsize(choice: torch.dtype | None, itemsize: int) -> int:
     """Bytes of an entry of a moment under weights of `itemsize` bytes an entry."""
     return max(itemsize, 4) if choice is None else choice.itemsize
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp64 for fp64, else fp32: the precision in which moments advance."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

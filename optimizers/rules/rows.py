@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .precision import wide_dtype
+from ..engine.chunks import row_chunks, wide_dtype
 
-#: Entries of a scale of 8-bit moments; chunks of rows begin at a multiple of it.
+#: Entries of a scale of 8-bit moments; pieces of a weight end where one does.
 BLOCK = 256
-CHUNK_ELEMENTS = {"cpu": 1 << 18, "other": 1 << 25}
-
-
-def row_chunks(matrix: Tensor) -> Iterator[slice]:
-    """Spans of rows with a bounded number of entries that begin at a multiple of `BLOCK`."""
-    rows, columns = matrix.shape
-    kind = "cpu" if matrix.device.type in ("cpu", "meta") else "other"
-    aligned = BLOCK // math.gcd(BLOCK, columns) if columns else 1
-    step = max(1, CHUNK_ELEMENTS[kind] // max(1, columns * aligned)) * aligned
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
 
 
 def state_rows(state: dict[str, Any], rows: slice, grad: Tensor) -> dict[str, Any]:
@@ -43,7 +30,7 @@ def state_rows(state: dict[str, Any], rows: slice, grad: Tensor) -> dict[str, An
 
 def sum_of_squares(tensor: Tensor) -> Tensor:
     """||tensor||^2 in fp32 (fp64 for fp64), 0-d; a matrix in half precision is read in chunks."""
-    wide = wide_dtype(tensor.dtype)
+    wide = wide_dtype(tensor)
     if tensor.dtype == wide or tensor.dim() != 2:
         norm: Tensor = torch.linalg.vector_norm(tensor, dtype=wide)
         return norm.square()

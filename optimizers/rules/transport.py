@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..engine.chunks import wide_dtype
 from ..engine.rotation import Rotation
 
 
@@ -29,7 +30,7 @@ def transported_moments(
         return torch.zeros_like(m), torch.zeros_like(v)
     if how == "restore":
         return rotation(m), rotation(v.sqrt()).square_()
-    wide = m.dtype if m.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(m)
     correction1, correction2 = (1.0 - beta**steps for beta in betas)
     mean = m.to(wide) / correction1
     moved_mean = rotation(mean)

@@ -12,7 +12,7 @@ from lowrank.cuda.arguments import usable
 from lowrank.cuda.noise import signed_seed
 
 from .int8 import Int8Weight
-from .rows import aligned_rows, block_rows, check_capture
+from .rows import check_capture, weight_chunks
 
 #: Where a plain weight with a residual is written in one pass too.
 DENSE_DEVICES = ("cuda",)
@@ -111,14 +111,10 @@ def fused_rows(
 def _chunks(
     weight: Tensor, grad: Tensor | None, seed: int | None, first_row: int
 ) -> Iterator[FusedChunk]:
-    rows, columns = weight.shape
-    if isinstance(weight, Int8Weight):
-        step = aligned_rows(weight)
-    else:
-        step = block_rows(weight.device, columns)
-    for start in range(0, rows, step):
-        count = min(step, rows - start)
+    int8 = isinstance(weight, Int8Weight)
+    for span in weight_chunks(weight):
         yield FusedChunk(
-            weight.detach() if not isinstance(weight, Int8Weight) else weight,
-            *(grad, start, count, seed, (first_row + start) * columns),
+            weight if int8 else weight.detach(),
+            *(grad, span.start, span.stop - span.start, seed),
+            (first_row + span.start) * weight.shape[1],
         )

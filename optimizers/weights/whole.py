@@ -22,7 +22,7 @@ def apply_rule(
     states: Sequence[State],
     weights: Sequence[Tensor],
     seed: int,
-    indices: Sequence[int],
+    names: Sequence[str],
     *,
     stochastic: bool = False,
 ) -> None:
@@ -34,7 +34,7 @@ def apply_rule(
         states: the parameters' states; `step` already counts this step.
         weights: the parameters.
         seed: of the rounding.
-        indices: positions among the parameters that are updated whole.
+        names: what the parameters' draws are made from, see `engine.seeds`.
         stochastic: as in `editable_rows`.
     """
     by_rows = [_by_rows(weight, stochastic) for weight in weights]
@@ -45,8 +45,7 @@ def apply_rule(
         )
     for i, weight in enumerate(weights):
         if by_rows[i]:
-            # Indices of projected matrices are not negative.
-            own = rounding_seed(seed, int(states[i]["step"]), ~indices[i])
+            own = rounding_seed(seed, names[i], int(states[i]["step"]) - 1)
             _write(rule, grads[i], states[i], weight, own, stochastic)
 
 

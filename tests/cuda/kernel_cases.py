@@ -6,58 +6,16 @@ entries around them are checked afterwards, so that nothing is left out or writt
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
+from draws import Draw
 from torch import Tensor
 
 from lowrank.cuda import ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MARGIN = 64  # entries around an output that must stay
-
-
-@dataclass
-class Draw:
-    """Random choices, and the tensors that go with them.
-
-    Attributes:
-        draw: of hypothesis.
-        device: where kernels compute.
-        around: the references run in it.
-    """
-
-    draw: Callable[[st.SearchStrategy[Any]], Any]
-    device: torch.device
-    around: Callable[[], AbstractContextManager[object]] = nullcontext
-
-    def integer(self, low: int, high: int) -> int:
-        """In [low, high]."""
-        return int(self.draw(st.integers(low, high)))
-
-    def one(self, *values: Any) -> Any:
-        """One of them."""
-        return self.draw(st.sampled_from(values))
-
-    def seed(self) -> int:
-        """64 signed bits."""
-        return int(self.draw(st.integers(-(1 << 63), (1 << 63) - 1)))
-
-    def tensor(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Normal entries of a random size, some of them zero."""
-        generator = torch.Generator().manual_seed(self.integer(0, 1 << 30))
-        x = torch.randn(shape, generator=generator) * 10.0 ** self.integer(-4, 2)
-        x[torch.rand(shape, generator=generator) < 0.05] = 0.0
-        return x.to(self.device, dtype)
-
-    def integers(self, *shape: int, high: int) -> Tensor:
-        """uint8 below `high`."""
-        generator = torch.Generator().manual_seed(self.integer(0, 1 << 30))
-        return torch.randint(high, shape, generator=generator, dtype=torch.uint8).to(self.device)
 
 
 class Output:
@@ -110,7 +68,12 @@ def run(
         elif value is not None:
             compiled[at], reference[at] = place(value), value.clone()
     _, plain, kernel = ops.OPERATIONS[name]
-    assert kernel(*compiled), f"{name} was left to the reference"
+    if d.plain:
+        plain(*compiled)
+    else:
+        assert kernel(*compiled), f"{name} was left to the reference"
+    if d.reference is not None:
+        reference = [_moved(value, d.reference) for value in reference]
     with d.around():
         plain(*reference)
     pairs: list[tuple[Tensor, Tensor]] = []
@@ -121,7 +84,16 @@ def run(
             pairs.append((compiled[at], reference[at]))
     for output in outputs:
         output.check_margins()
+    if d.reference is not None:
+        pairs = [(ours, theirs.to(ours.device)) for ours, theirs in pairs]
     return pairs
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """A tensor, or a list of them, on another device; all else as it is."""
+    if isinstance(value, list):
+        return [_moved(entry, device) for entry in value]
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def exactly(pairs: list[tuple[Tensor, Tensor]]) -> None:

@@ -39,6 +39,8 @@ def test_the_mode_finds_what_differs() -> None:
         there = x / 255
         with pytest.raises(AssertionError, match=r"aten.lerp.*need not have the same bits"):
             torch.lerp(x, x + 1, 0.3)
+        with pytest.raises(AssertionError, match=r"aten.add.*need not have the same bits"):
+            torch.add(x, x, alpha=0.3)
     assert not torch.equal(there, x / 255)
     assert torch.equal(there, x * (1 / 255))
 

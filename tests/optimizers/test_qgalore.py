@@ -61,7 +61,7 @@ def test_equals_the_written_out_rule(shape: tuple[int, int], drift: float) -> No
         basis_group=32,
         weight_group=100,
         seed=11,
-        index=1,
+        name="param.1",
     )
     state = optimizer.state[weight]
     assert state["gap"] == expected.gap
