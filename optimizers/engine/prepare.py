@@ -104,6 +104,7 @@ def revise(
         _examine_group(group, plan, snapshot, state, previous, maker)
         for group, plan, snapshot in zip(groups, plans, snapshots, strict=True)
     ]
+    drop_unused(groups, state)
     formers: dict[Tensor, Former] = {}
     for revision in revisions:
         _complete(revision.group, revision.completed)
@@ -113,7 +114,6 @@ def revise(
                 formers[remake.param] = former
         if revision.before is not None:
             maker.changed(revision.group, revision.before)
-    drop_unused(groups, state)
     return [Plan(r.group, r.core, state, r.snapshot) for r in revisions], formers
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import count
 from typing import Any, ClassVar, Unpack
 
 import torch
@@ -259,11 +260,13 @@ class FloraAdafactor(LowRankOptimizer):
         super().__init__(params, defaults, options)
 
     def make_state(self, param: Tensor, composition: Composition, group: Group) -> State:
-        """A new state; a matrix gets the next number, which its seeds are made from."""
+        """A new state; a matrix without a number gets the first free one, for its seeds."""
         state = super().make_state(param, composition, group)
         if "matrix" in state:
-            known = (own["matrix"] for own in self.state.values() if "matrix" in own)
-            state["matrix"] = 1 + max(known, default=0)
+            own = self.state.get(param, {}).get("matrix")
+            taken = {known.get("matrix") for known in self.state.values()}
+            free = next(number for number in count(1) if number not in taken)
+            state["matrix"] = free if own is None else own
         return state
 
     def compose(self, group: Group) -> Composition:
