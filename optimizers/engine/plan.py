@@ -59,17 +59,10 @@ class Snapshot:
         return {
             key
             for key in now.keys() | self.options.keys()
-            if key not in now or key not in self.options or not _same(now[key], self.options[key])
+            if key not in now
+            or key not in self.options
+            or not checks.same(now[key], self.options[key])
         }
-
-
-def _same(value: Any, other: Any) -> bool:
-    if isinstance(value, Tensor) or isinstance(other, Tensor):
-        return value is other
-    try:
-        return type(value) is type(other) and bool(value == other)
-    except (RuntimeError, ValueError):
-        return False
 
 
 class Plan:
