@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from operator import is_, itemgetter
-from typing import Any
 
 import torch
 from torch import Tensor
