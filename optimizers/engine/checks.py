@@ -30,6 +30,16 @@ def plain(value: Any) -> Any:
     return value
 
 
+def same(value: Any, other: Any) -> bool:
+    """Whether an option has the same value and type; tensors are compared by identity."""
+    if isinstance(value, Tensor) or isinstance(other, Tensor):
+        return value is other
+    try:
+        return type(value) is type(other) and bool(value == other)
+    except (RuntimeError, ValueError):
+        return False
+
+
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Returns the known name closest to `name`, or None when none is close."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)

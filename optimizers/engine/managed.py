@@ -165,13 +165,13 @@ class ManagedOptimizer(Optimizer):
         """
         for group in self.param_groups:
             make_plain(group, self._known())
-        plans = [self._plan_of(group) for group in self.param_groups]
-        follow(self.param_groups, plans, self.state, self._maker())
         for param in drop_unused(self.param_groups, self.state):
             raise ValueError(
                 f"optimizer.state has an entry of a parameter of shape {tuple(param.shape)} that "
                 "is in no group: accepted is optimizer.state.pop(parameter) first"
             )
+        plans = [self._plan_of(group) for group in self.param_groups]
+        follow(self.param_groups, plans, self.state, self._maker())
 
         def mark(_: Optimizer, saved: dict[str, Any]) -> None:
             groups = saved["param_groups"]

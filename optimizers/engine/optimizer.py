@@ -110,7 +110,7 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
             chosen = {
                 name: group[name]
                 for name in given
-                if name not in self.defaults or group[name] != self.defaults[name]
+                if name not in self.defaults or not checks.same(group[name], self.defaults[name])
             }
             check_strategy_options(chosen, own)
             for name in ProjectionOptions.names():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from operator import is_, itemgetter
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,17 +58,10 @@ class Snapshot:
         return {
             key
             for key in now.keys() | self.options.keys()
-            if key not in now or key not in self.options or not _same(now[key], self.options[key])
+            if key not in now
+            or key not in self.options
+            or not checks.same(now[key], self.options[key])
         }
-
-
-def _same(value: Any, other: Any) -> bool:
-    if isinstance(value, Tensor) or isinstance(other, Tensor):
-        return value is other
-    try:
-        return type(value) is type(other) and bool(value == other)
-    except (RuntimeError, ValueError):
-        return False
 
 
 class Plan:

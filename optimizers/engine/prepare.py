@@ -105,6 +105,7 @@ def revise(
         _examine_group(group, plan, snapshot, state, previous, maker)
         for group, plan, snapshot in zip(groups, plans, snapshots, strict=True)
     ]
+    drop_unused(groups, state)
     formers: dict[Tensor, Former] = {}
     for revision in revisions:
         _complete(revision.group, revision.completed)
@@ -114,7 +115,6 @@ def revise(
                 formers[remake.param] = former
         if revision.before is not None:
             maker.changed(revision.group, revision.before)
-    drop_unused(groups, state)
     revised = zip(revisions, seed_names(groups), strict=True)
     return [Plan(r.group, r.core, state, r.snapshot, drawn) for r, drawn in revised], formers
 

@@ -149,8 +149,9 @@ def drop_left_over(
     """
     own = strategy_options(group)
     for name, value in strategy_defaults().items():
-        left_over = name in group and name not in own and group[name] == options.get(name)
-        if left_over and group[name] == defaults.get(name, value):
+        left_over = name in group and name not in own and name in options
+        wanted = (options.get(name), defaults.get(name, value))
+        if left_over and all(checks.same(group[name], other) for other in wanted):
             del group[name]
 
 

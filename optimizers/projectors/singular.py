@@ -32,6 +32,15 @@ def align_signs(basis_dr: Tensor, previous_dr: Tensor) -> Tensor:
     return basis_dr * torch.where(agreement_r < 0, -1.0, 1.0)
 
 
+def largest_entries(matrices: Sequence[Tensor]) -> Tensor:
+    """The largest absolute entry of each matrix, fp64."""
+    return torch.stack([torch.linalg.vector_norm(m, torch.inf).double() for m in matrices])
+
+
+def _usable(scale: float, limit: float) -> bool:
+    return 0.0 < scale and limit < math.inf
+
+
 @dataclass(frozen=True)
 class SingularProjector(Projector):
     """Bases from the singular vectors of the gradient (GaLore, arXiv 2403.03507, section 3).
@@ -78,12 +87,14 @@ class SingularProjector(Projector):
         return whole_mn
 
     def _fit_batch(self, params: Sequence[ProjectedParam]) -> list[Bases | None]:
-        wholes = [
-            self.matrix(param, param.rows.assemble(param.grad, param.geometry.shape))
-            for param in params
-        ]
-        scales = torch.stack([torch.linalg.vector_norm(w, torch.inf).double() for w in wholes])
-        usable = [i for i, scale in enumerate(scales.tolist()) if 0.0 < scale < math.inf]
+        gradients = [param.rows.assemble(param.grad, param.geometry.shape) for param in params]
+        wholes = [self.matrix(param, g) for param, g in zip(params, gradients, strict=True)]
+        scales = largest_entries(wholes)
+        # A part of a gradient may be finite where the whole, whose step is left out, is not.
+        parts = any(part is not whole for part, whole in zip(wholes, gradients, strict=True))
+        limits = largest_entries(gradients) if parts else scales
+        known = torch.stack([scales, limits]).tolist()
+        usable = [i for i, pair in enumerate(zip(*known, strict=True)) if _usable(*pair)]
         fitted: list[Bases | None] = [None] * len(params)
         if not usable:
             return fitted
