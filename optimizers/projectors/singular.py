@@ -38,7 +38,7 @@ def largest_entries(matrices: Sequence[Tensor]) -> Tensor:
 
 
 def _usable(scale: float, limit: float) -> bool:
-    return 0.0 < scale and limit < math.inf
+    return scale > 0.0 and limit < math.inf
 
 
 @dataclass(frozen=True)
