@@ -16,6 +16,7 @@ from .blockwise import (
     quantize_blockwise,
 )
 from .library import kernels, set_kernels, status, using_kernels
+from .normal import gaussian
 from .sketch import rademacher
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "blockwise_bytes",
     "dequantize_blockwise",
     "dynamic_map",
+    "gaussian",
     "kernels",
     "quantize_blockwise",
     "rademacher",

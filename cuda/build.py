@@ -39,12 +39,16 @@ HOSTS = {
 REPORT = "build.json"
 DEFAULT_ARCHS = "80 90a"
 
-# Contraction into fused multiply-adds is off on both sides, so that they agree to the bit.
+# Contraction into fused multiply-adds is off on both sides, and quotients, roots and subnormal
+# numbers are those of IEEE 754, so that they agree to the bit.
 HOST_FLAGS = (
     *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
-DEVICE_FLAGS = ("-std=c++20", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+DEVICE_FLAGS = (
+    *("-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"),
+    *("-fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false"),
+)
 
 
 class BuildError(RuntimeError):

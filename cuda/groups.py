@@ -3,11 +3,13 @@
 A tensor is read as one flat row (row-major) and cut into groups of `group_size` entries; the last
 one may be shorter. With L + 1 levels (L = 255 or 15), for each group
 
-    s = max(max - min, 1e-5) / L,  z = round(-min / s) in 0..L,  q = round(x / s) + z in 0..L
+    s = max(max - min, 1e-5) * (1 / L),  z = round(-min / s) in 0..L,  q = round(x / s) + z in 0..L
 
 and x is read back as s (q - z) (Q-GaLore, arXiv 2407.08296). Zero is forced into the group's range
 (min <= 0 <= max), so that z needs no clipping and a group of one sign keeps its values: the
-released code clips it. Groups that straddle zero, as nearly all do, are quantised as there.
+released code clips it. Groups that straddle zero, as nearly all do, are quantised as there. The
+reciprocal of L is rounded to the precision of s: torch divides by a number in that way on GPUs, but
+not on CPUs, where the released code's s may differ in the last bit.
 
 With a seed q = floor(x / s + u) + z for u in [0, 1) from `noise.uniform`: rounding up or down with
 probabilities that keep the mean.
@@ -173,9 +175,10 @@ def affine_parameters(rows_gw: Tensor, levels: int, dtype: torch.dtype) -> tuple
     """Scale (as `dtype` holds it) and zero point of each row, in the precision of the rows."""
     low_g = rows_gw.amin(1).clamp_(max=0)
     high_g = rows_gw.amax(1).clamp_(min=0)
-    exact_g = (high_g - low_g).clamp_(min=SMALLEST_RANGE) / levels
+    # Times the reciprocal, as core/groups.h says.
+    exact_g = (high_g - low_g).clamp_(min=SMALLEST_RANGE) * (1 / levels)
     scale_g = ceil_to(exact_g, dtype).to(rows_gw.dtype)
-    zero_g = (low_g / scale_g).round_().neg_().clamp_(0, levels)
+    zero_g = torch.rsub((low_g / scale_g).round_(), 0.0).clamp_(0, levels)
     return scale_g, zero_g
 
 

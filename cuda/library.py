@@ -8,16 +8,17 @@ import functools
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from . import compatibility
 from .build import DEVICE, HOSTS, read_report
 
 FOLDER = Path(__file__).resolve().parent / "_lib"
-ABI = 1
+ABI = 2
 KERNELS = ("native", "torch")
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -42,6 +43,7 @@ SIGNATURES: dict[str, list[type]] = {
         *[_LONG, _LONG, _INT, _POINTER],
     ],
     "rademacher": [_POINTER, _INT, _LONG, _SEED],
+    "gaussian": [_POINTER, _INT, _LONG, _SEED, _POINTER, _SEED],
     "stochastic_bfloat16": [_POINTER, _POINTER, _LONG, _SEED, _SEED],
     "adam": [_INT, *[_POINTER] * 8, *[_INT] * 4, _DOUBLE, _DOUBLE, _FLOAT, _FLOAT, _POINTER],
     "adam_8bit": [
@@ -54,6 +56,19 @@ SIGNATURES: dict[str, list[type]] = {
         *[_LONG, _FLOAT, _FLOAT, _SEED, _SEED],
     ],
 }
+
+
+class UnusableError(RuntimeError):
+    """A library's kernels can't be started on a device; nothing was computed or written.
+
+    Attributes:
+        device: where it was tried.
+        reason: why not, and what to do.
+    """
+
+    def __init__(self, device: torch.device, reason: str) -> None:
+        super().__init__(f"no kernel can be started on {device}: {reason}")
+        self.device, self.reason = device, reason
 
 
 class Library:
@@ -87,13 +102,39 @@ class Library:
 
     @property
     def devices(self) -> int:
-        """Devices that it can run on; 0 for the host's."""
-        return int(self._loaded.lowrank_devices())
+        """How many devices the driver has; 0 for the host's library."""
+        return self.count_devices()[0]
+
+    def count_devices(self) -> tuple[int, str]:
+        """How many devices the driver has, and why it has none or gives no answer."""
+        count = ctypes.c_int(0)
+        code = self._loaded.lowrank_devices(ctypes.byref(count))
+        return count.value, self._problem(code)
+
+    def capability(self, index: int) -> int:
+        """Ten times the major and the minor number of a device's compute capability."""
+        found = ctypes.c_int(0)
+        self._loaded.lowrank_capability(index, ctypes.byref(found))
+        return found.value
+
+    def probe(self, device: torch.device) -> str:
+        """Why no kernel can be started on a device; empty if one can. Launches nothing."""
+        with torch.cuda.device(device):
+            code = self._loaded.lowrank_probe()
+        # Others, such as a lack of memory, may pass: a call that fails says so itself.
+        return self._problem(code) if code in compatibility.UNUSABLE else ""
+
+    def _problem(self, code: int) -> str:
+        if not code:
+            return ""
+        message = self._loaded.lowrank_error(code).decode()
+        return f"{message} (error {code}). {compatibility.advice(code)}".rstrip()
 
     def call(self, name: str, device: torch.device, *arguments: object) -> None:
         """Calls a function; on a GPU it is put on the current stream.
 
         Raises:
+            UnusableError: no kernel can be started on the device.
             RuntimeError: the launch failed.
         """
         function = self._functions[name]
@@ -103,6 +144,8 @@ class Library:
         else:
             with torch.cuda.device(device):
                 code = function(*arguments, torch.cuda.current_stream(device).cuda_stream)
+        if code in compatibility.UNUSABLE and self.device_type == "cuda":
+            raise UnusableError(device, self._problem(code))
         if code:
             message = self._loaded.lowrank_error(code).decode()
             raise RuntimeError(f"lowrank_{name}: {message} (error {code})")
@@ -115,31 +158,65 @@ class Status:
     Attributes:
         name: "host" or "cuda".
         library: what is loaded, or None.
-        detail: how it was compiled, or why there is none.
+        made: how it was compiled, or why there is none.
+        problems: of each device on which it was tried and isn't used, why not; empty for one on
+            which it is. Filled when the library is loaded, and by the first use of a device.
     """
 
     name: str
     library: Library | None
-    detail: str
+    made: str
+    problems: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def detail(self) -> str:
+        """How it was compiled, or why there is none; and where it can't be used, and why."""
+        unusable = [f"not used on {on}: {why}" for on, why in self.problems.items() if why]
+        return "; ".join([self.made, *unusable])
+
+    def runs_on(self, device: torch.device) -> bool:
+        """Whether the library can be used on a device; where not, warns once."""
+        if self.library is None:
+            return False
+        if device.type == "cuda" and str(device) not in self.problems:
+            self.problems[str(device)] = self.library.probe(device)
+        reason = self.problems.get(str(device), "")
+        if reason:
+            _say_unusable(self.name, self.made, str(device), reason)
+        return not reason
 
 
 @functools.cache
 def status(name: str) -> Status:
     """Loads the library "host" or "cuda" once, and says what it is or why there is none."""
     report = read_report(FOLDER).get(name, {})
-    made = [file for file in report.get("files", ()) if (FOLDER / file).exists()]
-    if not made:
+    files = [file for file in report.get("files", ()) if (FOLDER / file).exists()]
+    if not files:
         reason = report.get("reason", f"{FOLDER} has no library; install the package again")
         return Status(name, None, reason)
-    file = DEVICE if name == "cuda" else _best_host(made)
+    file = DEVICE if name == "cuda" else _best_host(files)
     device_type = "cpu" if name == "host" else "cuda"
     try:
         library = Library(FOLDER / file, device_type)
     except (OSError, ImportError, AttributeError) as error:
         return Status(name, None, f"{file} can't be loaded: {error}")
-    targets = [f"sm_{arch}" for arch in report.get("architectures", ())]
-    detail = ", ".join([file, report["compiler"], *targets])
-    return Status(name, library, detail)
+    archs = report.get("architectures", ())
+    made = ", ".join([file, report["compiler"], *filter(None, [compatibility.targets(archs)])])
+    problems = _device_problems(library, archs) if name == "cuda" else {}
+    return Status(name, library, made, problems)
+
+
+def _device_problems(library: Library, architectures: Sequence[str]) -> dict[str, str]:
+    """The devices for which there is no code, as far as can be said without using them."""
+    count, problem = library.count_devices()
+    if problem or not count:
+        return {"cuda": problem or "the driver has no device"}
+    found = {index: library.capability(index) for index in range(count)}
+    return {
+        f"cuda:{index}": compatibility.no_code(architectures, capability)
+        for index, capability in found.items()
+        if capability and not compatibility.covers(architectures, capability)
+    }
 
 
 def _best_host(made: Sequence[str]) -> str:
@@ -198,6 +275,23 @@ def _say_missing(name: str) -> None:
     )
 
 
+@functools.cache
+def _say_unusable(name: str, made: str, device: str, reason: str) -> None:
+    warnings.warn(
+        f"lowrank computes in pure torch where it has a faster kernel: the {name} library ({made}) "
+        f"can't be used on {device}: {reason} LOWRANK_KERNELS=torch asks for pure torch and says "
+        "nothing.",
+        stacklevel=2,
+    )
+
+
+def give_up(error: UnusableError) -> None:
+    """Leaves a device to pure torch from now on, and warns."""
+    found = status("cuda" if error.device.type == "cuda" else "host")
+    found.problems[str(error.device)] = error.reason
+    found.runs_on(error.device)
+
+
 def library_for(tensors: Sequence[Tensor]) -> Library | None:
     """The library that computes on these tensors' device; None for pure torch."""
     if _Choice.name != "native" or not tensors:
@@ -206,10 +300,11 @@ def library_for(tensors: Sequence[Tensor]) -> Library | None:
     if kind not in ("cpu", "cuda"):
         return None
     name = "host" if kind == "cpu" else "cuda"
-    library = status(name).library
-    if library is None:
+    found = status(name)
+    if found.library is None:
         _say_missing(name)
-    return library
+        return None
+    return found.library if found.runs_on(tensors[0].device) else None
 
 
 set_kernels(_Choice.name)

@@ -16,6 +16,8 @@ from .groups import group_count
 from .int4 import MIDRISE_SHARE, nf4_values
 
 _FORMATS = {"asymmetric": 0, "midrise": 1, "nf4": 2}
+#: Scales, as shares of what a group spans.
+_SHARES = {"asymmetric": 1 / 15, "midrise": MIDRISE_SHARE, "nf4": 1.0}
 _SIGNED_ZERO = 127
 
 
@@ -113,7 +115,7 @@ def quantize_int4(
         x.device,
         *(x.data_ptr(), dtype_code(x), codes.data_ptr(), scales.data_ptr(), pointer(zeros)),
         *(dtype_code(scales), x.numel(), group_size, _FORMATS[format]),
-        *(MIDRISE_SHARE if format == "midrise" else 1.0, nf4_values(x.device).data_ptr()),
+        *(_SHARES[format], nf4_values(x.device).data_ptr()),
     )
     return True
 
@@ -146,6 +148,21 @@ def rademacher(out: Tensor, seed: int) -> bool:
         "rademacher",
         out.device,
         *(out.data_ptr(), dtype_code(out), out.numel(), seed & MASK64),
+    )
+    return True
+
+
+def gaussian(out: Tensor, seed: int, device_seed: Tensor | None, first: int) -> bool:
+    """See `normal.fill_flat`."""
+    library = usable(out, device_seed)
+    if library is None:
+        return False
+    expect("device_seed", device_seed, 1, torch.int64)
+    library.call(
+        "gaussian",
+        out.device,
+        *(out.data_ptr(), dtype_code(out), out.numel(), seed & MASK64),
+        *(pointer(device_seed), first & MASK64),
     )
     return True
 

@@ -8,6 +8,8 @@ of MurmurHash's family); its key enters before each.
 
 from __future__ import annotations
 
+import hashlib
+import operator
 from typing import overload
 
 import torch
@@ -20,15 +22,37 @@ _STRIDE = 0x9E3779B1
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B
 
 
-def mix(*values: int) -> int:
-    """One 64-bit seed from several integers; changing any of them changes it entirely."""
+def mix(seed: int, *parts: int | str) -> int:
+    """One 64-bit seed from a seed and what it is for; changing any of them changes it entirely.
+
+    The same on all machines and in all processes.
+
+    Args:
+        seed: the lowest 64 bits count.
+        parts: integers, of which the lowest 64 bits count, and names.
+
+    Raises:
+        TypeError: one of them is neither.
+    """
     state = 0
-    for value in values:
-        state = (state + _GOLDEN64 + value) & _MASK64
+    for part in (seed, *parts):
+        state = (state + _GOLDEN64 + _number(part)) & _MASK64
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
         state ^= state >> 31
     return state
+
+
+def _number(part: int | str) -> int:
+    """Of a name the first eight bytes of its SHA-256, lowest first: Python's own hash differs."""
+    if isinstance(part, str):
+        return int.from_bytes(hashlib.sha256(part.encode()).digest()[:8], "little")
+    try:
+        return operator.index(part)
+    except TypeError:
+        raise TypeError(
+            f"a part of a seed is {part!r} ({type(part).__name__}); accepted are int and str"
+        ) from None
 
 
 def random_bits(

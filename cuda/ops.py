@@ -13,7 +13,18 @@ from typing import Any
 
 import torch
 
-from . import adam, blockwise, groups, int4, native_quantize, native_update, noise, sketch
+from . import (
+    adam,
+    blockwise,
+    groups,
+    int4,
+    library,
+    native_quantize,
+    native_update,
+    noise,
+    normal,
+    sketch,
+)
 from . import write_back as writing
 
 _LIBRARY: Any = torch.library.Library("lowrank", "DEF")  # type: ignore[no-untyped-call]
@@ -58,6 +69,11 @@ OPERATIONS: dict[str, tuple[str, Implementation, Implementation]] = {
         native_quantize.dequantize_int4,
     ),
     "rademacher": ("Tensor(a!) out, int seed", sketch.fill_flat, native_quantize.rademacher),
+    "gaussian": (
+        "Tensor(a!) out, int seed, Tensor? device_seed, int first",
+        normal.fill_flat,
+        native_quantize.gaussian,
+    ),
     "stochastic_bfloat16": (
         "Tensor x, Tensor(a!) out, int seed, int first",
         noise.stochastic_flat,
@@ -90,9 +106,39 @@ OPERATIONS: dict[str, tuple[str, Implementation, Implementation]] = {
 
 
 def _dispatched(reference: Implementation, compiled: Implementation) -> Implementation:
+    """Tries the compiled implementation first."""
+
     def run(*arguments: Any) -> None:
-        if not compiled(*arguments):
+        try:
+            done = compiled(*arguments)
+        except library.UnusableError as error:
+            library.give_up(error)
+            done = False
+        if not done:
             reference(*arguments)
+
+    return run
+
+
+def _marking(implementation: Implementation, written: list[int]) -> Implementation:
+    """Tells autograd of what an implementation wrote, as torch's own in-place operations do.
+
+    Autograd sees neither what compiled code writes nor what is written below it. Untold, a backward
+    pass that needs the old values would compute with the new ones.
+
+    Args:
+        implementation: of an operation.
+        written: positions of the tensors, or lists of them, that it writes into.
+    """
+
+    def run(*arguments: Any) -> None:
+        implementation(*arguments)
+        tensors: list[torch.Tensor] = []
+        for position in written:
+            value = arguments[position]
+            if value is not None:
+                tensors += value if isinstance(value, list | tuple) else [value]
+        torch.autograd.graph.increment_version(tensors)
 
     return run
 
@@ -101,9 +147,20 @@ def _nothing(*arguments: Any) -> None:
     """The fake of every operation: nothing is returned, and shapes stay."""
 
 
-for _name, (_arguments, _reference, _compiled) in OPERATIONS.items():
-    _LIBRARY.define(f"{_name}({_arguments}) -> ()")
-    _LIBRARY.impl(_name, _reference, "CompositeExplicitAutograd")
-    for _key in ("CPU", "CUDA"):
-        _LIBRARY.impl(_name, _dispatched(_reference, _compiled), _key)
-    torch.library.register_fake(f"lowrank::{_name}", _nothing, lib=_LIBRARY)
+def _register(name: str) -> None:
+    arguments, reference, compiled = OPERATIONS[name]
+    _LIBRARY.define(f"{name}({arguments}) -> ()")
+    schema = getattr(torch.ops.lowrank, name).default._schema
+    written = [
+        position
+        for position, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    _LIBRARY.impl(name, _marking(reference, written), "CompositeExplicitAutograd")
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, _marking(_dispatched(reference, compiled), written), key)
+    torch.library.register_fake(f"lowrank::{name}", _marking(_nothing, written), lib=_LIBRARY)
+
+
+for _name in OPERATIONS:
+    _register(_name)

@@ -1,92 +1,67 @@
-"""Drop-in `torch.optim` optimizers that pretrain in little memory. Needs torch alone."""
+"""Drop-in `torch.optim` optimizers that pretrain in little memory. Needs torch alone.
 
-from .engine.optimizer import LowRankOptimizer
-from .layers.events import LayerEvent
-from .layers.optimizer import FactoredAdamW
-from .memory import state_bytes, state_bytes_by_category
-from .methods.apollo import ApolloAdamW, ApolloMiniAdamW
-from .methods.baselines import Adafactor, AdamW, AdamW8bit, Muon
-from .methods.coap import CoapAdafactor, CoapAdafactor8bit, CoapAdamW, CoapAdamW8bit
-from .methods.fira import FiraAdamW
-from .methods.flora import FloraAdafactor
-from .methods.frugal import FrugalAdamW
-from .methods.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
-from .methods.galore_muon import GaLoreMuon
-from .methods.galore_plus import GaLorePlusAdamW, cross_head_groups
-from .methods.loqt import LoQTAdamW
-from .methods.low_rank import LowRankAdamW
-from .methods.online_subspace import (
-    OnlineSubspaceAdafactor,
-    OnlineSubspaceAdamW,
-    OnlineSubspaceAdamW8bit,
-    OnlineSubspaceLion,
-)
-from .methods.qgalore import QGaLoreAdamW8bit
-from .methods.relora import ReLoRAAdamW
-from .methods.sltrain import SLTrainAdamW, SLTrainAdamW8bit
-from .methods.sst import SSTAdamW
-from .methods.switchlora import SwitchLoRAAdamW
-from .param_groups import param_groups
-from .projectors import RefreshEvent
-from .registry import (
-    accepts,
-    available,
-    build,
-    convert,
-    describe,
-    expected_state_bytes,
-    option_aliases,
-)
-from .weights import Int8Weight, dense_state_dict
-from .weights.convert import merge
+The classes come from the pages in `methods`: each under its name, and under the official packages'
+other spellings (`APOLLOAdamW`).
+"""
 
-__all__ = [
-    "Adafactor",
-    "AdamW",
-    "AdamW8bit",
-    "ApolloAdamW",
-    "ApolloMiniAdamW",
-    "CoapAdafactor",
-    "CoapAdafactor8bit",
-    "CoapAdamW",
-    "CoapAdamW8bit",
-    "FactoredAdamW",
-    "FiraAdamW",
-    "FloraAdafactor",
-    "FrugalAdamW",
-    "GaLoreAdafactor",
-    "GaLoreAdamW",
-    "GaLoreAdamW8bit",
-    "GaLoreMuon",
-    "GaLorePlusAdamW",
-    "Int8Weight",
-    "LayerEvent",
-    "LoQTAdamW",
-    "LowRankAdamW",
-    "LowRankOptimizer",
-    "Muon",
-    "OnlineSubspaceAdafactor",
-    "OnlineSubspaceAdamW",
-    "OnlineSubspaceAdamW8bit",
-    "OnlineSubspaceLion",
-    "QGaLoreAdamW8bit",
-    "ReLoRAAdamW",
-    "RefreshEvent",
-    "SLTrainAdamW",
-    "SLTrainAdamW8bit",
-    "SSTAdamW",
-    "SwitchLoRAAdamW",
-    "accepts",
-    "available",
-    "build",
-    "convert",
-    "cross_head_groups",
-    "dense_state_dict",
-    "describe",
-    "expected_state_bytes",
-    "merge",
-    "option_aliases",
-    "param_groups",
-    "state_bytes",
-    "state_bytes_by_category",
-]
+from typing import TYPE_CHECKING
+
+from .engine.method import exported as _exported
+from .engine.optimizer import LowRankOptimizer as LowRankOptimizer
+from .layers.events import LayerEvent as LayerEvent
+from .layers.optimizer import FactoredAdamW as FactoredAdamW
+from .memory import state_bytes as state_bytes
+from .memory import state_bytes_by_category as state_bytes_by_category
+from .methods.galore_plus import cross_head_groups as cross_head_groups
+from .param_groups import param_groups as param_groups
+from .projectors import RefreshEvent as RefreshEvent
+from .registry import accepts as accepts
+from .registry import available as available
+from .registry import build as build
+from .registry import convert as convert
+from .registry import describe as describe
+from .registry import expected_state_bytes as expected_state_bytes
+from .registry import method_table as method_table
+from .registry import option_aliases as option_aliases
+from .weights import Int8Weight as Int8Weight
+from .weights import dense_state_dict as dense_state_dict
+from .weights.convert import merge as merge
+
+if TYPE_CHECKING:  # at run time every class comes from its page
+    from .methods.apollo import ApolloAdamW as ApolloAdamW
+    from .methods.apollo import ApolloMiniAdamW as ApolloMiniAdamW
+    from .methods.baselines import Adafactor as Adafactor
+    from .methods.baselines import AdamW as AdamW
+    from .methods.baselines import AdamW8bit as AdamW8bit
+    from .methods.baselines import Muon as Muon
+    from .methods.coap import CoapAdafactor as CoapAdafactor
+    from .methods.coap import CoapAdafactor8bit as CoapAdafactor8bit
+    from .methods.coap import CoapAdamW as CoapAdamW
+    from .methods.coap import CoapAdamW8bit as CoapAdamW8bit
+    from .methods.fira import FiraAdamW as FiraAdamW
+    from .methods.flora import FloraAdafactor as FloraAdafactor
+    from .methods.frugal import FrugalAdamW as FrugalAdamW
+    from .methods.galore import GaLoreAdafactor as GaLoreAdafactor
+    from .methods.galore import GaLoreAdamW as GaLoreAdamW
+    from .methods.galore import GaLoreAdamW8bit as GaLoreAdamW8bit
+    from .methods.galore_muon import GaLoreMuon as GaLoreMuon
+    from .methods.galore_plus import GaLorePlusAdamW as GaLorePlusAdamW
+    from .methods.loqt import LoQTAdamW as LoQTAdamW
+    from .methods.low_rank import LowRankAdamW as LowRankAdamW
+    from .methods.online_subspace import OnlineSubspaceAdafactor as OnlineSubspaceAdafactor
+    from .methods.online_subspace import OnlineSubspaceAdamW as OnlineSubspaceAdamW
+    from .methods.online_subspace import OnlineSubspaceAdamW8bit as OnlineSubspaceAdamW8bit
+    from .methods.online_subspace import OnlineSubspaceLion as OnlineSubspaceLion
+    from .methods.qgalore import QGaLoreAdamW8bit as QGaLoreAdamW8bit
+    from .methods.relora import ReLoRAAdamW as ReLoRAAdamW
+    from .methods.sltrain import SLTrainAdamW as SLTrainAdamW
+    from .methods.sltrain import SLTrainAdamW8bit as SLTrainAdamW8bit
+    from .methods.sst import SSTAdamW as SSTAdamW
+    from .methods.switchlora import SwitchLoRAAdamW as SwitchLoRAAdamW
+else:
+    globals().update(_exported())
+    __all__ = sorted(
+        name
+        for name, value in globals().items()
+        if getattr(value, "__module__", "").startswith(__name__) and not name.startswith("_")
+    )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from .engine.parameters import check_unsharded
 from .layers.base import FactoredLinear
@@ -16,8 +17,15 @@ Group = dict[str, Any]
 #: A linear layer is projected when one of these occurs in its name (GaLore's targets).
 PATTERNS = ("attn", "attention", "mlp")
 DEFAULT_RANK = 128
+#: Options of `param_groups` that factored layers have no use for.
+_PROJECTION = (
+    *("rank", "rank_ratio_matrix", "rank_ratio_cnn", "scale", "proj_type", "projector", "basis"),
+    "residual",
+)
 #: Convolution weights with no more entries are not worth projecting (COAP, released code).
 SMALL_CONVOLUTION = 32 * 32 * 9
+#: What says how far a group is projected.
+SIZES = ("rank", "rank_ratio_matrix", "rank_ratio_cnn")
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
@@ -77,15 +85,18 @@ def param_groups(
         Groups, projected ones first; empty ones are left out.
 
     Raises:
-        ValueError: no linear layer matches the patterns.
+        ValueError: no linear layer that is trained matches the patterns, or the model has factored
+            layers and options of a projection are given.
     """
-    if rank is None and method_options.get("rank_ratio_matrix") is None:
-        rank = DEFAULT_RANK
-    options = {"rank": rank, **method_options}
     if any(isinstance(module, FactoredLinear) for module in model.modules()):
+        given = {"patterns": None if tuple(patterns) == PATTERNS else patterns, "rank": rank}
+        _refuse_projection(model, {**method_options, **given})
         return factored_groups(
             model, weight_decay=weight_decay, plain_lr=plain_lr, **method_options
         )
+    if rank is None and method_options.get("rank_ratio_matrix") is None:
+        rank = DEFAULT_RANK
+    options = {"rank": rank, **method_options}
     projected, decayed, undecayed = split(model, patterns)
     convolutions: list[tuple[str, nn.Parameter]] = []
     if method_options.get("rank_ratio_cnn") is not None:
@@ -196,7 +207,7 @@ def projected_layers(model: nn.Module, patterns: Sequence[str]) -> list[nn.Linea
     """The layers whose weights `param_groups` projects.
 
     Raises:
-        ValueError: no linear layer matches the patterns.
+        ValueError: no linear layer that is trained matches the patterns.
     """
     tied = _tied(model)
     layers = [
@@ -211,16 +222,41 @@ def projected_layers(model: nn.Module, patterns: Sequence[str]) -> list[nn.Linea
     return layers
 
 
-def _matches(name: str, param: nn.Parameter, module: nn.Module, patterns: Sequence[str]) -> bool:
+def _matches(name: str, param: torch.Tensor, module: nn.Module, patterns: Sequence[str]) -> bool:
     is_weight = isinstance(module, nn.Linear) and param is module.weight
     return is_weight and any(pattern in name for pattern in patterns)
 
 
 def _no_match(model: nn.Module, patterns: Sequence[str]) -> ValueError:
+    frozen = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and not module.weight.requires_grad
+        and _matches(f"{name}.weight", module.weight, module, patterns)
+    ]
+    if frozen:
+        return ValueError(
+            f"each nn.Linear of {type(model).__name__} that has one of {tuple(patterns)} in its "
+            f"name is frozen, {len(frozen)} of them, such as {frozen[0]}: accepted are layers "
+            "whose weight has requires_grad=True, or patterns that match such"
+        )
     return ValueError(
         f"no nn.Linear of {type(model).__name__} has one of {tuple(patterns)} in its name; "
         "accepted are patterns that match one"
     )
+
+
+def _refuse_projection(model: nn.Module, options: Group) -> None:
+    """Raises `ValueError` for options that groups of factors would drop."""
+    given = [name for name in ("patterns", *_PROJECTION) if options.get(name) is not None]
+    if given:
+        said = ", ".join(f"{name}={options[name]!r}" for name in given)
+        raise ValueError(
+            f"{said} for a {type(model).__name__} with factored layers, of which nothing is "
+            f"projected: accepted are param_groups(model) without {', '.join(given)}, or "
+            "merge(model) before, which makes all layers dense"
+        )
 
 
 def _group(named: Sequence[tuple[str, torch.Tensor]], options: Group) -> Group:
@@ -229,3 +265,68 @@ def _group(named: Sequence[tuple[str, torch.Tensor]], options: Group) -> Group:
         "param_names": [name for name, _ in named],
         **options,
     }
+
+
+def is_sized(group: Mapping[str, Any]) -> bool:
+    """Whether a group says how far it is projected."""
+    return any(group.get(name) is not None for name in SIZES)
+
+
+def sorted_groups(params: ParamsT, **sizes: Any) -> ParamsT:
+    """Parameters sorted as the released code does where a rank is given beside plain `params`.
+
+    Matrices whose shorter side exceeds the rank are projected, embeddings included; 4-D weights
+    with more than 9216 entries too where `rank_ratio_cnn` is given; all others are plain. Groups
+    stay together; those with `proj_method` take what they lack.
+
+    Args:
+        params: parameters, named parameters or groups.
+        **sizes: each of `SIZES`, None where it isn't given.
+
+    Raises:
+        ValueError: a rank or ratio is given beside groups, none of which is projected.
+    """
+    given: list[Any] = list(params)
+    if any(isinstance(entry, dict) for entry in given):
+        return _completed(given, {k: v for k, v in sizes.items() if v is not None})
+    if not is_sized(sizes):
+        return given
+    kinds: dict[str, list[Any]] = {"plain": [], "matrix": [], "convolution": []}
+    for entry in given:
+        kinds[_kind(entry[1] if isinstance(entry, tuple) else entry, sizes)].append(entry)
+    own: dict[str, Group] = {
+        "plain": {},
+        "matrix": {name: sizes[name] for name in SIZES[:2]},
+        "convolution": {"rank_ratio_cnn": sizes["rank_ratio_cnn"]},
+    }
+    return [{"params": members, **own[kind]} for kind, members in kinds.items() if members]
+
+
+def _kind(param: Tensor, sizes: Group) -> str:
+    rank, ratio = sizes["rank"], sizes["rank_ratio_matrix"]
+    if param.dim() == 2 and (ratio is not None or rank is not None):
+        return "matrix" if ratio is not None or min(param.shape) > rank else "plain"
+    if param.dim() == 4 and sizes["rank_ratio_cnn"] is not None:
+        return "convolution" if param.numel() > SMALL_CONVOLUTION else "plain"
+    return "plain"
+
+
+def _completed(groups: list[Any], sizes: Group) -> list[Any]:
+    """Groups that are to be projected, with the constructor's rank and ratios where they lack."""
+    made = []
+    for group in groups:
+        if isinstance(group, dict) and is_sized(group):
+            # A rank of its own stands; convolutions beside the matrices still need their ratio.
+            ratio = sizes.get("rank_ratio_cnn")
+            if ratio is not None and group.get("rank_ratio_cnn") is None:
+                group = {**group, "rank_ratio_cnn": ratio}
+        elif isinstance(group, dict) and "proj_method" in group:
+            group = {**group, **sizes}
+        made.append(group)
+    if sizes and not any(isinstance(group, dict) and is_sized(group) for group in made):
+        name, value = next(iter(sizes.items()))
+        raise ValueError(
+            f"{name}={value!r} beside groups none of which is projected: accepted with "
+            "proj_method='coap' in those to project, or with plain parameters"
+        )
+    return made

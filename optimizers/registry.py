@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from . import methods as methods  # fills the table
 from .engine import checks
-from .engine.methods import TABLE, Method
+from .engine.method import TABLE, Method
 from .engine.optimizer import LowRankOptimizer
 from .engine.options import make_plain
 from .engine.parameters import check_unsharded
@@ -29,7 +30,22 @@ def describe(name: str) -> str:
     Raises:
         ValueError: the name is unknown.
     """
-    return _method(name).summary
+    return _method(name).description()
+
+
+def method_table() -> str:
+    """All methods as a markdown table, from what stands on their pages.
+
+    The state's and the weights' sizes are those of an m x n matrix, m <= n, at rank r: entries in
+    the precision that the tensor has, or bytes where it says so; blocks' scales and step counts
+    are left out.
+    """
+    rows = ["| name | class | what it is | optimizer state | weights |", "|---|---|---|---|---|"]
+    for name in available():
+        row = TABLE[name]
+        cells = (f"`{name}`", f"`{row.optimizer.__name__}`", row.linked(), row.state)
+        rows.append(f"| {' | '.join(cells)} | {row.weights or 'm n'} |")
+    return "\n".join(rows)
 
 
 def option_aliases(name: str) -> dict[str, str]:
@@ -61,7 +77,7 @@ def _sort_options(method: Method, options: dict[str, Any]) -> tuple[dict[str, An
     constructor, groups = method.constructor_options(), method.group_options()
     conversion = method.conversion.options if method.conversion else ()
     group_options: dict[str, Any] = {}
-    keywords: dict[str, Any] = {**method.defaults}
+    keywords: dict[str, Any] = {**method.build}
     for name, value in options.items():
         if name in conversion:
             if name in constructor:
@@ -87,6 +103,8 @@ def convert(name: str, model: nn.Module, **options: Any) -> nn.Module:
     converted model's state dict, or moved between the two. Methods without a parametrisation of
     their own, and what is converted already, leave the model as it is; `merge` undoes it. Processes
     that train together need equal models here: DDP's broadcast of INT8 weights is rounded anew.
+    What is frozen in factored layers DDP leaves alone, under the model that is given here and any
+    part of it; where DDP wraps a module around that model, give that module here as well.
 
     Args:
         name: one of `available()`.
@@ -141,7 +159,7 @@ def build(
     convert(name, model, **options)
     if lr is not None:
         keywords["lr"] = lr
-    optimizer = method.optimizer(method.groups(model, group_options), **keywords)
+    optimizer = method.optimizer(method.groups(model, **group_options), **keywords)
     if isinstance(optimizer, FactoredAdamW):
         optimizer.attach(model)
     return optimizer
@@ -163,7 +181,7 @@ def expected_state_bytes(name: str, model: nn.Module, **options: Any) -> int:
     group_options, keywords = _sort_options(method, options)
     if method.conversion is not None and method.conversion.replaces_layers:
         model = convert(name, meta_copy(model), **options)
-    groups = method.groups(model, group_options)
+    groups = method.groups(model, **group_options)
     # An optimizer of the same groups without their parameters knows defaults and composition.
     template = method.optimizer(
         [{**group, "params": [], "param_names": []} for group in groups], **keywords

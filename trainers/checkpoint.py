@@ -3,12 +3,13 @@
 A checkpoint ``step-00000200`` holds ``model.safetensors`` with Hugging Face's ``config.json`` and
 the tokenizer's files (so the folder loads with ``AutoModelForCausalLM.from_pretrained``),
 ``optimizer.pt`` and ``trainer.pt`` (both load with ``weights_only=True``), for quantised weights
-``quantized.safetensors``, and ``manifest.json``: the size and SHA-256 of each of the others. It is
-written into a temporary folder beside, flushed to the disk and renamed.
+and converted layers ``layers.safetensors``, and ``manifest.json``: the size and SHA-256 of each of
+the others. It is written into a temporary folder beside, flushed to the disk and renamed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -18,13 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .files import sha256, sync, write_text
+from .files import sha256, sync, write_text, writing
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 _PREFIX = "step-"
 _TEMPORARY = ".writing-"
 _DISCARDED = ".discarded-"
+
+
+class CheckpointError(OSError):
+    """A checkpoint can't be written; the message is one line that says what to do."""
 
 
 class DamagedCheckpointError(ValueError):
@@ -70,16 +75,42 @@ class CheckpointStore:
 
         Returns:
             The checkpoint's folder.
+
+        Raises:
+            CheckpointError: the disk is full or failing; nothing of the checkpoint stays, and the
+                former ones are as they were.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.remove_leftovers()
         final = self.folder / step_name(step)
         temporary = self.folder / f"{_TEMPORARY}{final.name}"
-        temporary.mkdir()
-        write(temporary)
-        files = sorted(path for path in temporary.iterdir() if path.is_file())
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.remove_leftovers()
+            temporary.mkdir()
+            self._fill(temporary, step, val_loss, write)
+            if final.exists():
+                # A damaged one, or the same step written again after an older one was resumed.
+                final.rename(self.folder / f"{_DISCARDED}{final.name}")
+            temporary.rename(final)
+            sync(self.folder)
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()  # where this was to be the first checkpoint
+            if isinstance(error, OSError):
+                raise CheckpointError(self._unwritten(final, error)) from error
+            raise
+        self._prune(newest=final)
+        return final
+
+    def _fill(
+        self, folder: Path, step: int, val_loss: float | None, write: Callable[[Path], None]
+    ) -> None:
+        """Writes a checkpoint's files and its manifest, and flushes them to the disk."""
+        write(folder)
+        files = sorted(path for path in folder.iterdir() if path.is_file())
         for path in files:
-            sync(path)
+            with writing(path):
+                sync(path)
         content: dict[str, Any] = {
             "format": FORMAT,
             "step": step,
@@ -89,14 +120,19 @@ class CheckpointStore:
             },
         }
         content["self"] = _digest(content)
-        write_text(temporary / MANIFEST, json.dumps(content, indent=1))
-        if final.exists():
-            # A damaged one, or the same step written again after an older one was resumed.
-            final.rename(self.folder / f"{_DISCARDED}{final.name}")
-        temporary.rename(final)
-        sync(self.folder)
-        self._prune(newest=final)
-        return final
+        write_text(folder / MANIFEST, json.dumps(content, indent=1))
+
+    def _unwritten(self, final: Path, error: OSError) -> str:
+        """One line: what couldn't be written and why, and what there is to go on from."""
+        file = Path(error.filename).name if error.filename else ""
+        what = f"{file}: " if file and _TEMPORARY not in file else ""
+        saved = next((item for path in self.folders() if (item := _read_quietly(path))), None)
+        return (
+            f"the checkpoint {final} can't be written ({what}{error.strerror or error}); "
+            + (f"the last whole one is {saved.folder}" if saved else "there is none before it")
+            + "; make room, then go on with --resume"
+            + (f" {self.folder.parent}" if saved else " auto, which starts afresh")
+        )
 
     def folders(self) -> list[Path]:
         """All checkpoints, whole or not, newest first."""

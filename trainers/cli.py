@@ -25,7 +25,7 @@ _PRETRAIN_EXAMPLES = """\
 settings that matter, for --set (the folder's config.yaml lists all of them):
   optimizer.lr, optimizer.rank, and any other option of the optimizer
   train.batch_size, train.accumulation, train.clip
-  data.sequence_length, data.packing=pack|pad, data.tokenizer=bpe|bytes|NAME
+  data.sequence_length, data.packing=pack|pad, data.tokenizer=bpe|bytes|NAME, data.text_key=FIELD
   schedule.name=cosine|linear|wsd|constant, schedule.warmup_ratio
   eval.every, eval.tokens, checkpoint.every, checkpoint.keep
   model.dtype=float32|bfloat16, model.activation_checkpointing, model.compile
@@ -86,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
 
     methods = commands.add_parser("methods", help="list the optimizers")
     methods.set_defaults(run=_methods)
+    methods.add_argument("--markdown", action="store_true", help="the table of docs/methods.md")
     methods.add_argument("--system", action="store_true", help="also print versions and the device")
     return main_parser
 
@@ -116,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (ValueError, ImportError) as error:
             return _fail(str(error), EXIT_WRONG)
         except OSError as error:
-            return _fail(str(error), EXIT_FAILED)
+            return _fail(_system_text(error), EXIT_FAILED)
         except RuntimeError as error:
             return _fail_at_work(error)
     return 0
@@ -162,8 +163,11 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _methods(options: argparse.Namespace) -> None:
-    from .methods import print_methods, print_system
+    from .methods import methods_page, print_methods, print_system
 
+    if options.markdown:
+        sys.stdout.write(methods_page())
+        return
     print_methods()
     if options.system:
         print_system()
@@ -176,6 +180,13 @@ def _fail_at_work(error: RuntimeError) -> int:
     if isinstance(error, TrainingError):
         return _fail(str(error), EXIT_FAILED)
     raise error
+
+
+def _system_text(error: OSError) -> str:
+    """The file and the reason, without the number that only a programmer knows."""
+    if error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error.strerror or error)
 
 
 def _fail(message: str, status: int) -> int:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from .data.config import DataConfig
 
 DTYPES = ("float32", "bfloat16")
+# Beyond any machine's cores; with very many the thread library ends the process without a word.
+MOST_THREADS = 1024
 SCHEDULES = ("cosine", "cosine_restarts", "linear", "wsd", "constant")
 
 
@@ -132,7 +134,12 @@ class TrainConfig:
             value = getattr(self, key)
             _require(value >= 1, f"train.{key}", value, "a whole number of at least 1")
         _require(0 <= self.seed < 2**32, "train.seed", self.seed, "a whole number from 0 to 2^32-1")
-        _require(self.threads >= 0, "train.threads", self.threads, "0 or a number of threads")
+        _require(
+            0 <= self.threads <= MOST_THREADS,
+            "train.threads",
+            self.threads,
+            f"0 or a number of threads up to {MOST_THREADS:,}",
+        )
         _require(self.clip >= 0, "train.clip", self.clip, "0 (off) or a positive norm")
         _require(self.spike >= 0, "train.spike", self.spike, "0 (off) or a positive number of nats")
         _require(bool(self.device), "train.device", self.device, "auto, cpu, cuda or cuda:N")
@@ -149,7 +156,8 @@ class ScheduleConfig:
         min_ratio: learning rate at the end, as a share of the peak (unused by "constant").
         decay_ratio: share of the steps that "wsd" spends falling at the end.
         cycle: steps from one restart of "cosine_restarts" to the next; as many as between the
-            method's merges or draws.
+            method's merges or draws, which it is by itself where `optimizer.update_proj_gap` is
+            given.
         restart_warmup: steps of the rise after each restart.
     """
 
@@ -166,7 +174,13 @@ class ScheduleConfig:
             value = getattr(self, key)
             _require(0 <= value <= 1, f"schedule.{key}", value, "a number from 0 to 1")
         if self.name == "cosine_restarts":
-            _require(self.cycle >= 1, "schedule.cycle", self.cycle, "a number of steps, at least 1")
+            _require(
+                self.cycle >= 1,
+                "schedule.cycle",
+                self.cycle,
+                "a number of steps, at least 1 (or optimizer.update_proj_gap, whose cycle it then"
+                " follows)",
+            )
             _require(
                 0 <= self.restart_warmup < self.cycle,
                 "schedule.restart_warmup",

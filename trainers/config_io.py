@@ -76,7 +76,7 @@ def from_mapping(values: Layer) -> RunConfig:
     for name, content in values.items():
         if name not in sections:
             raise ValueError(
-                f"unknown section {name!r} in the configuration; {nearest(name, sections)}"
+                f"unknown section {name!r} in the configuration; {nearest(str(name), sections)}"
             )
         if content is None:
             continue
@@ -133,13 +133,22 @@ def read_layer(path: Path) -> dict[str, Any]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the configuration {path}: {error}") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"cannot read the configuration {path}: {reason}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the configuration {path} is not UTF-8 text: {error}") from None
     values = parse_yaml(text, str(path))
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}; accepted: a mapping of sections")
+    for name, content in values.items():
+        # Now: a layer above with keys of this section would hide it.
+        if content is not None and not isinstance(content, Mapping):
+            raise ValueError(
+                f"{path}: {name} is {content!r}; accepted: a mapping of keys to values"
+            )
     return values
 
 
@@ -159,6 +168,8 @@ def parse_yaml(text: str, where: str) -> Any:
     yaml = require("yaml", "train")
     try:
         return yaml.load(text, Loader=_loader())
+    except RecursionError:
+        raise ValueError(f"{where} is nested too deeply") from None
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{where} is not valid YAML: {reason}") from None
@@ -240,6 +251,8 @@ def _loader() -> Any:
             seen = set()
             for key_node, _ in node.value:
                 key = key_node.value
+                if not isinstance(key, str):
+                    continue
                 if key in seen:
                     raise yaml.constructor.ConstructorError(
                         None, None, f"the key {key!r} is given twice", key_node.start_mark

@@ -2,22 +2,72 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 BLOCK_BYTES = 1 << 20
 
 
+class WriteError(OSError):
+    """A file can't be written; `filename` is the file, `strerror` the reason."""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what a failing write raises, in Python or in a library below, into one `WriteError`.
+
+    Libraries tell of a full disk by types of their own: torch by a `RuntimeError` that came of the
+    operating system's, safetensors by an exception that has it as text alone.
+
+    Args:
+        path: the file that the block writes.
+
+    Raises:
+        WriteError: a write failed.
+    """
+    try:
+        yield
+    except WriteError:
+        raise
+    except Exception as error:
+        system = _system_error(error)
+        if system is not None:
+            reason = system.strerror or str(system)
+            raise WriteError(system.errno, reason, str(path)) from error
+        if type(error).__name__ == "SafetensorError":
+            raise WriteError(None, " ".join(str(error).split())[:200], str(path)) from error
+        raise
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """The operating system's error among those that led to this one."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def write_text(path: Path, text: str) -> None:
-    """Writes `text` (UTF-8) to `path`: a reader sees the old content or the new, never a part."""
+    """Writes `text` (UTF-8) to `path`: a reader sees the old content or the new, never a part.
+
+    Raises:
+        WriteError: it can't be written; nothing of it stays.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-    sync(path.parent)
+    try:
+        with writing(path):
+            with temporary.open("w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+            sync(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def sync(path: Path) -> None:

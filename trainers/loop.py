@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import torch
+
 from lowrank.optimizers import FactoredAdamW, LayerEvent, RefreshEvent
 
 from .checkpoint import CheckpointStore
 from .evaluation import Evaluation, count_targets, evaluate
-from .memory import peak_bytes, snapshot
+from .memory import MemoryMeter, peak_bytes
 from .parts import Parts, rank_state, write_parts
 from .recorder import Recorder
 from .schedules import run_multiplier
@@ -40,6 +42,11 @@ class Loop:
         self._wish = wish
         self._events: list[RefreshEvent] = []
         self._layer_events: list[LayerEvent] = []
+        self._meter = MemoryMeter(parts.model, parts.optimizer, parts.world.device)
+        self._asked = False
+        # A counter that isn't saved with the optimizer begins anew in every process.
+        self._uncounted = parts.state.skipped_updates - _skipped_updates(parts.optimizer)
+        self._warned = False
         self._started = time.perf_counter() - parts.state.wall_seconds
 
     def run(self) -> None:
@@ -48,6 +55,7 @@ class Loop:
         Raises:
             Terminated: SIGTERM came; the state is saved.
             TrainingError: too many steps in a row had to be skipped.
+            CheckpointError: a checkpoint can't be written.
         """
         parts, steps = self._parts, self._parts.config.train.steps
         handles = [parts.optimizer.register_refresh_hook(self._events.append)]  # type: ignore[attr-defined]
@@ -60,8 +68,11 @@ class Loop:
                 self._step()
                 improved = self._evaluate_if_due()
                 saved = self._save_if_due(improved)
-                if parts.world.sum_integer(int(self._wish.came)):
+                if self._asked or (parts.world.size == 1 and self._wish.came):
                     raise Terminated(parts.state.step, saved or self._save())
+            if parts.state.last_step != parts.state.step:
+                # A run that was made shorter may end where it wasn't evaluated.
+                self._evaluate()
         finally:
             for handle in handles:
                 handle.remove()
@@ -75,14 +86,22 @@ class Loop:
         batches = [next(parts.stream) for _ in range(config.accumulation)]
         for batch in batches:
             count_targets(parts.counts, batch.targets)
-        gradient = compute_gradient(parts.module, batches, parts.world)
+        gradient = compute_gradient(
+            parts.module,
+            batches,
+            parts.world,
+            packed=parts.config.data.packing == "pack",
+            flag=self._wish.came,
+        )
+        # Processes end together: one that was asked to later is heard in the next step.
+        self._asked = gradient.flags > 0
         reason = reason_to_skip(gradient, state.mean_loss, config)
+        self._events.clear()
+        self._layer_events.clear()
         if reason is None:
             clip(parts.model.parameters(), gradient.norm, config.clip)
-            self._events.clear()
-            self._layer_events.clear()
             parts.optimizer.step()
-        memory = snapshot(parts.model, parts.optimizer, parts.world.device)
+        memory = self._meter.read(bool(self._events or self._layer_events))
         parts.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - start
 
@@ -91,6 +110,7 @@ class Loop:
         state.epoch = parts.stream.epoch
         state.train_seconds += seconds
         state.peak_bytes = max(state.peak_bytes, memory["peak"])
+        state.skipped_updates = self._uncounted + _skipped_updates(parts.optimizer)
         self._recorder.train(
             state,
             loss=gradient.loss,
@@ -107,6 +127,13 @@ class Loop:
             self._recorder.layers(state.step, self._layer_events)
         else:
             self._skip(*reason)
+        if state.skipped_updates > 0 and not self._warned:
+            self._warned = True
+            self._recorder.message(
+                f"warning: by step {state.step} the optimizer has passed over"
+                f" {state.skipped_updates} parameter update(s) whose gradient was not finite;"
+                " metrics.jsonl counts them on as skipped"
+            )
 
     def _skip(self, reason: str, value: float) -> None:
         state, limit = self._parts.state, self._parts.config.train.max_skips
@@ -158,12 +185,23 @@ class Loop:
         state.wall_seconds = time.perf_counter() - self._started
         state.peak_bytes = max(state.peak_bytes, peak_bytes(parts.world.device))
         ranks = parts.world.gather(rank_state(parts))
-        saved: Path | None = None
+        saved: Path | OSError | None = None
         if parts.world.leads:
-            self._recorder.sync()
             measured = state.last.loss if state.last and state.last_step == state.step else None
-            saved = self._store.save(
-                state.step, measured, lambda folder: write_parts(folder, parts, ranks)
-            )
-        folder: Path = parts.world.broadcast(saved)
-        return folder
+            try:
+                self._recorder.sync()
+                saved = self._store.save(
+                    state.step, measured, lambda folder: write_parts(folder, parts, ranks)
+                )
+            except OSError as error:
+                saved = error
+        saved = parts.world.broadcast(saved)
+        if isinstance(saved, OSError):
+            raise saved
+        assert saved is not None
+        return saved
+
+
+def _skipped_updates(optimizer: torch.optim.Optimizer) -> int:
+    """The optimizer's count of updates that it left out because a gradient was not finite."""
+    return int(getattr(optimizer, "skipped", 0))

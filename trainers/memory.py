@@ -44,12 +44,11 @@ def peak_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def snapshot(
-    model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
-) -> Mapping[str, int]:
-    """Bytes by category, as a ``train`` record holds them under ``memory``.
+def sizes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Bytes of weights, gradients and optimizer state, as a ``train`` record names them.
 
-    Call it while the gradients exist.
+    Call it while the gradients exist. It looks at every tensor, which takes as long as a small
+    step: `MemoryMeter` calls it rarely.
     """
     state = state_bytes_by_category(optimizer)
     return {
@@ -58,6 +57,48 @@ def snapshot(
         "moments": state["moments"],
         "basis": state["basis"],
         "other_state": state["other"],
-        "process": process_bytes(device),
-        "peak": peak_bytes(device),
     }
+
+
+class MemoryMeter:
+    """Bytes by category after each step, as a ``train`` record holds them under ``memory``.
+
+    Sizes change when state is made or given up and when layers are changed, so they are measured
+    when the optimizer has more or fewer entries of state, when it told of an event, and now and
+    then.
+
+    Args:
+        model: what is trained.
+        optimizer: trains it.
+        device: where.
+    """
+
+    #: Steps after which sizes are measured again for no reason that is known.
+    EVERY = 100
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+    ) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._device = device
+        self._sizes: dict[str, int] = {}
+        self._entries = -1
+        self._age = 0
+
+    def read(self, changed: bool) -> Mapping[str, int]:
+        """The bytes of now; call it while the gradients exist.
+
+        Args:
+            changed: whether the step just done told of an event.
+        """
+        entries = sum(map(len, self._optimizer.state.values()))
+        self._age += 1
+        if changed or entries != self._entries or self._age >= self.EVERY:
+            self._sizes = sizes(self._model, self._optimizer)
+            self._entries, self._age = entries, 0
+        return {
+            **self._sizes,
+            "process": process_bytes(self._device),
+            "peak": peak_bytes(self._device),
+        }

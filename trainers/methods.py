@@ -9,9 +9,26 @@ from rich.console import Console
 from rich.table import Table
 
 from lowrank.cuda import kernels, status
-from lowrank.optimizers import available, describe
+from lowrank.optimizers import available, describe, method_table
 
 from .summary import package_version
+
+PAGE = """# Methods
+
+Sizes are those of an m x n matrix, m <= n, at rank r (SLTrain: of density d): entries in the
+precision that a tensor has, or bytes. Scales of quantised blocks and step counts come to it;
+`expected_state_bytes(name, model, **options)` counts everything. A class's page, named by
+`help(CLASS)`, has its paper, its rule and its options.
+
+{table}
+
+`lowrank methods --markdown > docs/methods.md` wrote this page.
+"""
+
+
+def methods_page() -> str:
+    """`docs/methods.md`."""
+    return PAGE.format(table=method_table())
 
 
 def print_methods(console: Console | None = None) -> None:

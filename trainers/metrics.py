@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -10,31 +11,39 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from .files import write_text
+from .files import write_text, writing
 
 
 class MetricsWriter:
     """Appends records to a file; each is one line, handed to the operating system at once.
 
     So a killed process loses no line; `sync` also survives a power cut.
+
+    Raises:
+        WriteError: the file can't be opened or written, from each method.
     """
 
     def __init__(self, path: Path) -> None:
-        self._stream = path.open("a", encoding="utf-8")
+        self._path = path
+        with writing(path):
+            self._stream = path.open("a", encoding="utf-8")
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Appends one record; numbers that are not finite become null."""
         record = _finite({"kind": kind, "step": step, **values})
-        self._stream.write(json.dumps(record, allow_nan=False) + "\n")
-        self._stream.flush()
+        with writing(self._path):
+            self._stream.write(json.dumps(record, allow_nan=False) + "\n")
+            self._stream.flush()
 
     def sync(self) -> None:
         """Flushes the file to the disk."""
-        os.fsync(self._stream.fileno())
+        with writing(self._path):
+            os.fsync(self._stream.fileno())
 
     def close(self) -> None:
-        """Closes the file."""
-        self._stream.close()
+        """Closes the file; what a failed write left behind was told of then."""
+        with contextlib.suppress(OSError):
+            self._stream.close()
 
     def __enter__(self) -> Self:
         return self

@@ -11,17 +11,21 @@ from torch import Tensor, nn
 
 from lowrank.optimizers import dense_state_dict
 
-from .checkpoint import verify
+from .checkpoint import DamagedCheckpointError, verify
 from .config import RunConfig
-from .config_io import changed_keys, from_mapping, to_mapping
+from .config_io import from_mapping, to_mapping
 from .data import Tokenizer, TrainingStream, ValidationSet
 from .distributed import World
+from .files import writing
 from .missing import require
 from .models import LanguageModel
+from .resume import advice, check_unchanged
 from .state import TrainState, random_state, restore_random_state
 
-#: Quantised weights of a checkpoint, where there are any.
-QUANTISED = "quantized.safetensors"
+#: Quantised weights and converted layers of a checkpoint, where there are any.
+LAYERS = "layers.safetensors"
+#: The same file's name in checkpoints of version 0.1.
+FORMER_LAYERS = "quantized.safetensors"
 
 
 @dataclass
@@ -71,39 +75,57 @@ def write_parts(folder: Path, parts: Parts, ranks: list[dict[str, Any]]) -> None
         folder: where to.
         parts: of rank 0.
         ranks: `rank_state` of every process.
+
+    Raises:
+        WriteError: a file can't be written.
     """
     save_network(parts.model.network, folder)
-    parts.tokenizer.save(folder)
-    torch.save(parts.optimizer.state_dict(), folder / "optimizer.pt")
+    with writing(folder / "tokenizer.json"):
+        parts.tokenizer.save(folder)
+    _save(parts.optimizer.state_dict(), folder / "optimizer.pt")
     content = {
         "config": to_mapping(parts.config),
         "state": parts.state.to_dict(),
         "ranks": ranks,
     }
-    torch.save(content, folder / "trainer.pt")
+    _save(content, folder / "trainer.pt")
+
+
+def _save(content: object, path: Path) -> None:
+    # Through Python's file, whose errors say what went wrong; torch's own writer's don't.
+    with writing(path), path.open("wb") as stream:
+        torch.save(content, stream)
 
 
 def save_network(network: Any, folder: Path) -> None:
     """Writes a Hugging Face model's weights and configuration, as ``from_pretrained`` reads them.
 
     One file whatever the size; `save_pretrained` would split it, and show a bar of its own.
-    Quantised weights are dense in it, and lie beside as they are for this run to go on from.
+    Quantised weights and converted layers are dense in it, and lie beside as they are for this run
+    to go on from.
+
+    Raises:
+        WriteError: a file can't be written.
     """
     dense = dense_state_dict(network)
-    quantised = {k: v for k, v in network.state_dict().items() if k not in dense}
+    own = {k: v for k, v in network.state_dict().items() if k not in dense}
     _write_tensors(dense, folder / "model.safetensors")
-    if quantised:
-        _write_tensors(quantised, folder / QUANTISED)
+    if own:
+        _write_tensors(own, folder / LAYERS)
     network.config.architectures = [type(network).__name__]
-    network.config.save_pretrained(folder)
-    network.generation_config.save_pretrained(folder)
+    with writing(folder / "config.json"):
+        network.config.save_pretrained(folder)
+    with writing(folder / "generation_config.json"):
+        network.generation_config.save_pretrained(folder)
 
 
 def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    require("safetensors.torch", "train").save_file(whole, path, metadata={"format": "pt"})
-    # The library makes it readable for its owner alone, unlike every other file here.
-    path.chmod(0o644)
+    save_file = require("safetensors.torch", "train").save_file
+    with writing(path):
+        save_file(whole, path, metadata={"format": "pt"})
+        # The library makes it readable for its owner alone, unlike every other file here.
+        path.chmod(0o644)
 
 
 def load_network(network: nn.Module, folder: Path) -> None:
@@ -114,10 +136,12 @@ def load_network(network: nn.Module, folder: Path) -> None:
     """
     load_file = require("safetensors.torch", "train").load_file
     weights: dict[str, Tensor] = load_file(folder / "model.safetensors")
-    if (folder / QUANTISED).is_file():
-        quantised: dict[str, Tensor] = load_file(folder / QUANTISED)
-        own = network.state_dict().keys()
-        weights = {k: v for k, v in (weights | quantised).items() if k in own}
+    for path in (folder / LAYERS, folder / FORMER_LAYERS):
+        if path.is_file():
+            layers: dict[str, Tensor] = load_file(path)
+            own = network.state_dict().keys()
+            weights = {k: v for k, v in (weights | layers).items() if k in own}
+            break
     network.load_state_dict(weights)
 
 
@@ -140,6 +164,22 @@ def load_initial(network: nn.Module, folder: Path) -> None:
         raise ValueError(f"model.initial={str(folder)!r} is of another shape: {error}") from None
 
 
+def saved_config(folder: Path) -> dict[str, Any]:
+    """The configuration that a checkpoint holds, as `from_mapping` takes it.
+
+    Raises:
+        DamagedCheckpointError: the file can't be read.
+    """
+    try:
+        content = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        found: dict[str, Any] = content["config"]
+    except Exception as error:  # Torch raises many types for a file that is none of its own.
+        raise DamagedCheckpointError(
+            f"checkpoint {folder} is damaged: trainer.pt can't be read ({type(error).__name__})"
+        ) from None
+    return found
+
+
 def read_parts(folder: Path, parts: Parts) -> None:
     """Puts a run back to where a checkpoint was written; touches nothing unless all is whole.
 
@@ -149,7 +189,8 @@ def read_parts(folder: Path, parts: Parts) -> None:
     """
     verify(folder)
     content = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
-    check_unchanged(from_mapping(content["config"]), parts.config)
+    state = TrainState.from_dict(content["state"])
+    check_unchanged(from_mapping(content["config"]), parts.config, folder, state.step)
     ranks = content["ranks"]
     if len(ranks) != parts.world.size:
         raise ValueError(
@@ -158,25 +199,12 @@ def read_parts(folder: Path, parts: Parts) -> None:
         )
     own = ranks[parts.world.rank]
     optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    parts.stream.load_state_dict(own["stream"])
+    try:
+        parts.stream.load_state_dict(own["stream"])
+    except ValueError as error:
+        raise ValueError(f"{error}; {advice(['data'], folder)}") from None
     load_network(parts.model.network, folder)
     parts.optimizer.load_state_dict(optimizer)
     parts.counts.copy_(own["counts"])
-    parts.state = TrainState.from_dict(content["state"])
+    parts.state = state
     restore_random_state(own["random"], parts.world.device)
-
-
-def check_unchanged(saved: RunConfig, now: RunConfig) -> None:
-    """Refuses to go on with settings that would make it another run.
-
-    Raises:
-        ValueError: names the first such key, both values, and what to do.
-    """
-    changed = changed_keys(saved, now)
-    if changed:
-        key, before, after = changed[0]
-        others = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-        raise ValueError(
-            f"{key} is {after!r}, but the run to resume has {before!r}{others}; leave it as it"
-            " was, or start a new run with another --output"
-        )

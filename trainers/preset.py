@@ -13,6 +13,7 @@ from typing import Any
 
 from lowrank.optimizers import option_aliases
 
+from .config import ScheduleConfig
 from .config_io import Layer, merge, nearest, parse_yaml
 
 FOLDER = files(__package__) / "presets"
@@ -38,7 +39,8 @@ def preset_layer(model: str, optimizer: str) -> dict[str, Any]:
     method: Layer = preset.get("methods", {}).get(optimizer, {})
     common = {key: value for key, value in preset.items() if key not in ("source", "methods")}
     own = {key: value for key, value in method.items() if key != "source"}
-    return merge({"model": {"name": model}, "optimizer": {"name": optimizer}}, common, own)
+    named = {"model": {"name": model}, "optimizer": {"name": optimizer}}
+    return with_cycle(merge(named, common, own), {})
 
 
 def canonical(layer: Layer, optimizer: str) -> dict[str, Any]:
@@ -60,6 +62,32 @@ def canonical(layer: Layer, optimizer: str) -> dict[str, Any]:
                 )
             renamed[name] = renamed.pop(alias)
     return {**layer, "optimizer": renamed}
+
+
+def with_cycle(preset: Layer, settings: Layer) -> dict[str, Any]:
+    """Settings over a preset; restarts of the learning rate follow the method's own cycle.
+
+    Where the schedule is "cosine_restarts" and `schedule.cycle` isn't given, it is
+    `optimizer.update_proj_gap`, and a preset's rise after each restart takes a tenth of it at most.
+
+    Args:
+        preset: the settings of a model and an optimizer.
+        settings: what was given explicitly.
+    """
+    layer = merge(preset, settings)
+    schedule, optimizer = layer.get("schedule"), layer.get("optimizer")
+    if not isinstance(schedule, Mapping) or not isinstance(optimizer, Mapping):
+        return layer
+    gap = optimizer.get("update_proj_gap")
+    given = settings.get("schedule")
+    given = given if isinstance(given, Mapping) else {}
+    if schedule.get("name") != "cosine_restarts" or "cycle" in given or type(gap) is not int:
+        return layer
+    derived = {"cycle": gap}
+    rise = schedule.get("restart_warmup", ScheduleConfig().restart_warmup)
+    if "restart_warmup" not in given:
+        derived["restart_warmup"] = min(rise, gap // 10)
+    return merge(layer, {"schedule": derived})
 
 
 def read_preset(model: str) -> dict[str, Any]:

@@ -18,16 +18,17 @@ from lowrank.optimizers import accepts, build, describe
 
 from .checkpoint import CheckpointStore
 from .config import RunConfig
-from .config_io import Layer, from_mapping, merge, read_layer, write_config
+from .config_io import Layer, from_mapping, read_layer, write_config
 from .data import Tokenizer, TrainingStream, ValidationSet, build_tokenizer
 from .distributed import World, join
 from .loop import Loop
 from .metrics import cut_after
 from .models import build_model, parameter_count
-from .parts import Parts, load_initial, read_parts
-from .preset import canonical, preset_layer
+from .parts import Parts, load_initial, read_parts, saved_config
+from .preset import canonical, preset_layer, with_cycle
 from .recorder import Recorder
 from .report import write_report
+from .resume import check_unchanged, resumed_config
 from .run_folder import Place, find_place, hold, store_of
 from .state import TrainState, seed_everything
 from .summary import device_name, summarise, write_summary
@@ -61,7 +62,7 @@ def resolve(settings: Layer) -> RunConfig:
     optimizer = _named(settings, "optimizer", default.optimizer.name)
     describe(optimizer)  # raises with the nearest name before anything is made
     preset = canonical(preset_layer(model, optimizer), optimizer)
-    return from_mapping(merge(preset, canonical(settings, optimizer)))
+    return from_mapping(with_cycle(preset, canonical(settings, optimizer)))
 
 
 def pretrain(request: Request, console: Console) -> Path:
@@ -83,7 +84,7 @@ def pretrain(request: Request, console: Console) -> Path:
         place, config = _locate(request, world, console)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
-        with hold(place.folder) if world.leads else nullcontext():
+        with hold(place.folder, place.made) if world.leads else nullcontext():
             _run(config, place, world, console)
     return place.folder
 
@@ -94,6 +95,8 @@ def _run(config: RunConfig, place: Place, world: World, console: Console) -> Non
     with _build(config, world) as parts:
         if place.checkpoint is not None:
             read_parts(place.checkpoint.folder, parts)
+        if parts.state.step < config.train.steps:
+            parts.stream.prefetch()  # data of no use are found before a file is written
         carried = parts.state.wall_seconds
         if world.leads:
             _prepare(folder, config, place, store, console)
@@ -112,13 +115,23 @@ def _run(config: RunConfig, place: Place, world: World, console: Console) -> Non
 def finish(folder: Path, summary: dict[str, Any], console: Console) -> None:
     """Writes summary.json, unless the finished run has one, and report.html; prints the table."""
     path = folder / "summary.json"
-    if path.exists():
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    else:
+    written = _read_summary(path)
+    if written is None:
         write_summary(summary, path)
+    else:
+        summary = written
     report = write_report(folder)
     console.print(summary_table(summary))
     console.print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _read_summary(path: Path) -> dict[str, Any] | None:
+    """What a finished run's summary.json holds; None without one, or where it is broken."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def replicate(model: torch.nn.Module, world: World) -> torch.nn.Module:
@@ -154,14 +167,14 @@ def _device(request: Request) -> str:
 
 def _locate(request: Request, world: World, console: Console) -> tuple[Place, RunConfig]:
     """Rank 0 decides folder and settings for all; an error there is every process's error."""
-    found: tuple[Place, RunConfig] | ValueError | None = None
+    found: tuple[Place, RunConfig] | ValueError | OSError | None = None
     if world.leads:
         try:
             found = _decide(request, console)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             found = error
     found = world.broadcast(found)
-    if isinstance(found, ValueError):
+    if isinstance(found, ValueError | OSError):
         raise found
     assert found is not None
     return found
@@ -174,16 +187,33 @@ def _decide(request: Request, console: Console) -> tuple[Place, RunConfig]:
     explicit_folder = request.resume not in (None, "auto")
     # The settings are checked before a folder is made, except where the folder holds them.
     config = None if explicit_folder else resolve(request.settings)
+    if config and request.output and _same(request.output, config.data.source):
+        raise ValueError(
+            f"--output {request.output} is the data's folder, where metrics.jsonl would be read as"
+            " data; choose another"
+        )
     name = f"{config.model.name}-{config.optimizer.name}" if config else ""
     place = find_place(name, request.output, request.resume, warn)
     saved = place.folder / "config.yaml"
-    if place.checkpoint is not None and saved.is_file():
-        content = read_layer(saved)
+    if place.checkpoint is not None:
+        found = saved.is_file()
+        content = read_layer(saved) if found else saved_config(place.checkpoint.folder)
         named = _named(content, "optimizer", RunConfig().optimizer.name)
-        config = from_mapping(merge(content, canonical(request.settings, named)))
-    elif config is None:
-        config = resolve(request.settings)
+        config = resumed_config(content, canonical(request.settings, named))
+        # Before anything is built: options of another optimizer would fail there with other words.
+        check_unchanged(
+            from_mapping(content), config, place.checkpoint.folder, place.checkpoint.step
+        )
+        return place, config
+    # With a folder to resume there is a checkpoint, so these are the settings resolved above.
+    assert config is not None
     return place, config
+
+
+def _same(output: Path, source: str) -> bool:
+    """Whether a run would be written among its own data."""
+    data = Path(source).expanduser()
+    return output.is_dir() and data.is_dir() and output.samefile(data)
 
 
 def _prepare(
@@ -241,6 +271,8 @@ def _build(config: RunConfig, world: World) -> Iterator[Parts]:
                 tokens=config.eval.tokens,
                 rank=world.rank,
                 world_size=world.size,
+                # Every process reads the whole set, and one of them is enough to tell.
+                on_warning=None if world.leads else lambda _: None,
             ),
             counts=torch.zeros(config.model.vocab_size, dtype=torch.int64),
             state=TrainState(),

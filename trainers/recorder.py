@@ -114,6 +114,7 @@ class Recorder:
             grad_norm=grad_norm,
             tokens=state.tokens,
             epoch=state.epoch,
+            skipped=state.skipped_updates,
             time={"seconds": seconds, "tokens_per_second": speed},
             memory=dict(memory),
         )

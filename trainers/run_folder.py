@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,10 @@ from .checkpoint import CheckpointStore, Manifest, verify
 
 AUTO = "auto"
 RUNS = Path("runs")
-_TRACES = ("config.yaml", "metrics.jsonl", "summary.json", "checkpoints")
+_CHECKPOINTS = "checkpoints"
+_LOCK = ".lock"
+_REPORT = "report.html"
+_TRACES = ("config.yaml", "metrics.jsonl", "summary.json", _CHECKPOINTS)
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,13 @@ class Place:
     Attributes:
         folder: exists.
         checkpoint: whole, as verified.
+        made: folders that were made for the run, the outermost first.
         restarts: whether a run was begun here and left nothing to go on from.
     """
 
     folder: Path
     checkpoint: Manifest | None
+    made: tuple[Path, ...] = ()
     restarts: bool = False
 
 
@@ -43,37 +48,42 @@ def find_place(
         warn: hears of damaged checkpoints that are passed over.
 
     Raises:
-        ValueError: the folder holds a run and `resume` is None, or there is nothing to resume.
+        ValueError: the folder holds a run and `resume` is None, there is nothing to resume, or
+            something that is no run's stands where its files have to be.
+        OSError: the folder can't be made.
     """
     if resume is None:
         folder = output if output is not None else _fresh(name)
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"--output {folder} is a file; accepted: a folder")
+        _check_kinds(folder)
         if _holds_run(folder):
             raise ValueError(
                 f"{folder} already holds a run; go on with it (--resume auto) or choose another"
                 " --output"
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        return Place(folder, None)
+        return Place(folder, None, _make(folder))
     if resume == AUTO:
         folder = output if output is not None else _latest(name) or _fresh(name)
-        folder.mkdir(parents=True, exist_ok=True)
-        return Place(folder, _newest(folder, warn), restarts=_holds_run(folder))
+        _check_kinds(folder)
+        begun = _holds_run(folder)
+        return Place(folder, _newest(folder, warn), _make(folder), restarts=begun)
     return _explicit(Path(resume), output, warn)
 
 
-@contextmanager
-def hold(folder: Path) -> Iterator[None]:
+@contextlib.contextmanager
+def hold(folder: Path, made: Sequence[Path] = ()) -> Iterator[None]:
     """Holds `folder` for this process, so that two runs never write into one folder.
 
-    The lock is the operating system's: it ends with the process, however that ends. A folder in
-    which no run was begun is removed again.
+    The lock is the operating system's: it ends with the process, however that ends. Where no run
+    was begun, the lock's file and the folders that were made for the run are removed again.
+
+    Args:
+        folder: exists.
+        made: folders that were made for the run, the outermost first.
 
     Raises:
         ValueError: another process holds the folder.
     """
-    path = folder / ".lock"
+    path = folder / _LOCK
     with path.open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -82,25 +92,51 @@ def hold(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if {item.name for item in folder.iterdir()} == {path.name}:
-                path.unlink()
-                folder.rmdir()
+            if not _holds_run(folder):
+                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    for item in reversed(made):
+                        item.rmdir()
 
 
 def store_of(folder: Path, *, keep: int = 1, keep_best: bool = True) -> CheckpointStore:
     """The checkpoints of a run's folder."""
-    return CheckpointStore(folder / "checkpoints", keep=keep, keep_best=keep_best)
+    return CheckpointStore(folder / _CHECKPOINTS, keep=keep, keep_best=keep_best)
+
+
+def _make(folder: Path) -> tuple[Path, ...]:
+    """Makes a folder and those above it; which ones there weren't, the outermost first."""
+    missing = [item for item in (folder, *folder.parents) if not item.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--output {folder} can't be made: {error.strerror or error}") from error
+    return tuple(reversed(missing))
+
+
+def _check_kinds(folder: Path) -> None:
+    """Refuses a folder in which a run's files can't be: found now, not after hours of training."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output {folder} is a file; accepted: a folder")
+    for name in (*_TRACES, _REPORT, _LOCK):
+        path, wanted = folder / name, "folder" if name == _CHECKPOINTS else "file"
+        if path.exists() and path.is_dir() != (wanted == "folder"):
+            raise ValueError(
+                f"{path} is not a {wanted}, as it is in a run's folder; move it away or choose"
+                " another --output"
+            )
 
 
 def _explicit(asked: Path, output: Path | None, warn: Callable[[str], None]) -> Place:
     if not asked.is_dir():
         raise ValueError(f"--resume {asked} is not a folder; accepted: auto, a run or a checkpoint")
-    single = asked.parent.name == "checkpoints" or (asked / "manifest.json").is_file()
+    single = asked.parent.name == _CHECKPOINTS or (asked / "manifest.json").is_file()
     folder = asked.resolve().parent.parent if single else asked
     if output is not None and output.resolve() != folder.resolve():
         raise ValueError(
             f"--output {output} is not the run to resume, {folder}; leave --output away"
         )
+    _check_kinds(folder)
     checkpoint = verify(asked.resolve()) if single else _newest(folder, warn)
     if checkpoint is None:
         raise ValueError(f"--resume {asked}: there is no checkpoint to resume from")

@@ -24,6 +24,7 @@ class TrainState:
         tokens: training targets consumed, over all processes.
         epoch: passes over the data that are behind it, on rank 0.
         skipped: skipped steps in all.
+        skipped_updates: single parameters' updates that the optimizer left out.
         skipped_in_row: skipped steps up to now without one between.
         ema_sum: exponentially weighted sum of the losses of steps that were not skipped.
         ema_weight: the weight in that sum.
@@ -43,6 +44,7 @@ class TrainState:
     tokens: int = 0
     epoch: int = 0
     skipped: int = 0
+    skipped_updates: int = 0
     skipped_in_row: int = 0
     ema_sum: float = 0.0
     ema_weight: float = 0.0

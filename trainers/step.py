@@ -26,56 +26,96 @@ class Gradient:
         loss: nats per token, over all micro-batches and processes.
         norm: global norm of the gradient before clipping.
         tokens: targets predicted, over all micro-batches and processes.
+        flags: how many processes raised their flag.
     """
 
     loss: float
     norm: float
     tokens: int
+    flags: int = 0
 
 
-def compute_gradient(module: nn.Module, batches: Sequence[Batch], world: World) -> Gradient:
+def compute_gradient(
+    module: nn.Module,
+    batches: Sequence[Batch],
+    world: World,
+    *,
+    packed: bool = False,
+    flag: bool = False,
+) -> Gradient:
     """Leaves in ``.grad`` the gradient of the mean loss over all tokens of the step.
 
     The mean is over the tokens of all micro-batches and processes together, so it doesn't matter
-    how they are split and how many of them are padding.
+    how they are split and how many of them are padding. All that processes tell each other beside
+    the gradient goes in one vector after the backward passes; with padding, the number of tokens
+    before them, too, for which nothing waits on a GPU.
 
     Args:
         module: a `LanguageModel`, or one inside `DistributedDataParallel`.
         batches: this process's micro-batches.
         world: the processes.
+        packed: whether there is no padding, so that every process has equally many tokens.
+        flag: this process's word to the others, summed up in `Gradient.flags`.
+
+    Raises:
+        RuntimeError: `packed` is said, and processes have differently many tokens.
     """
-    tokens = world.sum_integer(sum(count(batch.targets) for batch in batches))
-    # DistributedDataParallel takes the mean over processes; what is wanted is the sum.
-    factor = world.size / max(tokens, 1)
-    nats = torch.zeros((), dtype=torch.float64, device=_accumulator_device(world))
+    own = sum(count(batch.targets) for batch in batches)
+    device = _accumulator_device(world)
+    factor = _loss_factor(own, world, packed)
+    nats = torch.zeros((), dtype=torch.float64, device=device)
     for index, batch in enumerate(batches):
         last = index == len(batches) - 1
         with _synchronised(module, last):
             loss = module(batch.inputs.to(world.device), batch.targets.to(world.device))
-            (loss * factor).backward()
-        nats += loss.detach().to(nats.device, torch.float64)
-    total = world.sum(nats)
-    return Gradient(
-        float(total) / max(tokens, 1), float(gradient_norm(module.parameters())), tokens
-    )
+            (loss * factor.to(loss.dtype).to(loss.device)).backward()
+        nats += loss.detach().to(device, torch.float64)
+    told = torch.tensor([own, int(flag)], dtype=torch.float64).to(device)
+    sums = world.sum(torch.cat([nats.unsqueeze(0), told]))
+    norm = gradient_norm(module.parameters()).to(device).to(torch.float64)
+    # The one place where the host waits for the device.
+    total, tokens, flags, length = torch.cat([sums, norm.unsqueeze(0)]).tolist()
+    if packed and tokens != own * world.size:
+        raise RuntimeError(
+            f"packed batches of unequal size: {tokens:.0f} tokens on {world.size} processes, "
+            f"{own} on this one"
+        )
+    return Gradient(total / max(tokens, 1), length, int(tokens), int(flags))
+
+
+def _loss_factor(own: int, world: World, packed: bool) -> Tensor:
+    """What makes the sum over tokens the step's mean: processes / tokens, a float64 scalar.
+
+    Processes, because `DistributedDataParallel` takes the mean over them; what is wanted is the
+    sum.
+    """
+    tokens = torch.tensor(float(own), dtype=torch.float64).to(_accumulator_device(world))
+    tokens = tokens * world.size if packed else world.sum(tokens)
+    return world.size / tokens.clamp(min=1)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """The Euclidean norm of all gradients together, in float32."""
-    norms = [
-        torch.linalg.vector_norm(item.grad, dtype=torch.float32)
-        for item in parameters
-        if item.grad is not None
-    ]
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    gradients = _gradients(parameters)
+    if not gradients:
+        return torch.zeros(())
+    # Not `torch.nn.utils.get_total_norm`: it rounds the norms to the gradients' dtype.
+    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(list(norms)))
+    return norm
 
 
 def clip(parameters: Iterable[nn.Parameter], norm: float, limit: float) -> None:
     """Scales the gradients, whose norm is `norm`, down to `limit` at most; 0 leaves them."""
-    if limit > 0 and norm > limit:
-        for item in parameters:
-            if item.grad is not None:
-                item.grad.mul_(limit / norm)
+    if limit > 0 and norm > limit and (gradients := _gradients(parameters)):
+        # Not `clip_grads_with_norm_`: it also scales what is below the limit, by 1 - 1e-6 / norm.
+        # A tensor: as a number the factor would be rounded to the gradients' dtype on a CPU.
+        factor = torch.tensor(limit / norm, dtype=torch.float32)
+        torch._foreach_mul_(gradients, factor.to(gradients[0].device))
+
+
+def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    return [item.grad for item in parameters if item.grad is not None]
 
 
 def reason_to_skip(

@@ -18,6 +18,14 @@ from .units import (
     perplexity,
 )
 
+#: What is told only where there was any: the summary's key, its name, what it means.
+_SKIPPED = (
+    ("skipped_steps", "Skipped steps", "loss or gradient not finite, or a spike"),
+    ("skipped", "Skipped updates", "of single parameters, gradient not finite"),
+    ("skipped_documents", "Skipped documents", "unusable, again in each epoch"),
+    ("skipped_validation_documents", "Skipped in validation", "unusable documents"),
+)
+
 
 def summary_table(summary: Mapping[str, object]) -> Table:
     """Builds the table of a finished run from its summary.json.
@@ -108,7 +116,7 @@ def _quality_rows(summary: Mapping[str, object]) -> list[tuple[str, str, str, st
 def _cost_rows(summary: Mapping[str, object]) -> list[tuple[str, str, str, str]]:
     tokens, seconds = number(summary, "tokens"), number(summary, "wall_seconds")
     state, adamw = number(summary, "optimizer_state_bytes"), number(summary, "adamw_state_bytes")
-    steps, skipped = number(summary, "steps"), number(summary, "skipped_steps")
+    steps = number(summary, "steps")
     work = [] if steps is None else [f"{steps:,.0f} steps"]
     if tokens is not None:
         work.append(f"{format_count(tokens)} tokens")
@@ -136,10 +144,11 @@ def _cost_rows(summary: Mapping[str, object]) -> list[tuple[str, str, str, str]]
             str(summary.get("device") or ""),
         ),
     ]
-    if skipped:
-        rows.append(
-            ("Skipped steps", "", f"{skipped:,.0f}", "loss or gradient not finite, or a spike")
-        )
+    rows += [
+        (name, "", f"{count:,.0f}", remark)
+        for key, name, remark in _SKIPPED
+        if (count := number(summary, key))
+    ]
     return rows
 
 

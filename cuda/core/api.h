@@ -11,15 +11,20 @@
 #define LOWRANK_API extern "C" __attribute__((visibility("default")))
 
 // Which version of this interface the library has; changed with any signature.
-#define LOWRANK_ABI 1
+#define LOWRANK_ABI 2
 
 LOWRANK_API int lowrank_abi();
 // What an error code means.
 LOWRANK_API const char* lowrank_error(int code);
 // Threads of the host's library, at least 1; ignored by the device's.
 LOWRANK_API void lowrank_set_threads(int threads);
-// Devices that kernels can run on: 0 for the host's library and where there is no driver.
-LOWRANK_API int lowrank_devices();
+// How many devices the driver has, of which the host's library knows none. The result is the error
+// with which the driver answered.
+LOWRANK_API int lowrank_devices(int* count);
+// Ten times the major and the minor number of a device's compute capability.
+LOWRANK_API int lowrank_capability(int device, int* capability);
+// Loads a kernel on the current device without a launch; the error says why none can run there.
+LOWRANK_API int lowrank_probe();
 
 // Block-wise 8-bit quantisation. `table` and `map` belong to one of the two dynamic maps; `zero` is
 // the code of 0 in it.
@@ -40,10 +45,10 @@ LOWRANK_API int lowrank_dequantize_groups(const std::uint8_t* codes, const void*
                                           std::int64_t numel, std::int64_t group, void* stream);
 
 // Four-bit quantisation in groups of an even size, two codes a byte. `zeros` is null in the
-// symmetric formats.
+// symmetric formats. `share` is the scale over what a group spans; see core/groups.h.
 LOWRANK_API int lowrank_quantize_int4(const void* x, int dtype, std::uint8_t* codes, void* scales,
                                       void* zeros, int scale_dtype, std::int64_t numel,
-                                      std::int64_t group, int format, float largest,
+                                      std::int64_t group, int format, float share,
                                       const float* values, void* stream);
 LOWRANK_API int lowrank_dequantize_int4(const std::uint8_t* codes, const void* scales,
                                         const void* zeros, int scale_dtype, void* out, int dtype,
@@ -53,6 +58,10 @@ LOWRANK_API int lowrank_dequantize_int4(const std::uint8_t* codes, const void* s
 // Signs from Philox: entry i is bit i % 128 of counter i / 128.
 LOWRANK_API int lowrank_rademacher(void* out, int dtype, std::int64_t numel, std::uint64_t key,
                                    void* stream);
+// Normal numbers from Philox: entry i is number (first + i) % 4 of counter (first + i) / 4. If not
+// null, `device_key` points to one number where the library computes, which replaces `key`.
+LOWRANK_API int lowrank_gaussian(void* out, int dtype, std::int64_t numel, std::uint64_t key,
+                                 const std::int64_t* device_key, std::uint64_t first, void* stream);
 // Rounds fp32 to bf16 stochastically.
 LOWRANK_API int lowrank_stochastic_bfloat16(const float* x, std::uint16_t* out, std::int64_t numel,
                                             std::uint64_t seed, std::uint64_t first, void* stream);

@@ -15,17 +15,19 @@ struct GroupParameters {
   float zero;  // 0 in the symmetric formats
 };
 
-// From the smallest and largest entry of a group. `largest` is what the symmetric formats multiply
-// max|x| by: 0.85 / 7.5 or 1.
-LR_HD GroupParameters group_parameters(float low, float high, int format, float levels,
-                                       float largest, int dtype) {
+// From the smallest and largest entry of a group. A scale is a multiple, by `share`, of the range
+// or (symmetric formats) of max|x|: 1 / levels, 0.85 / 7.5 or 1, each rounded to fp32. PyTorch's
+// CUDA kernels divide by a number that way; a quotient would differ from theirs in the last bit.
+LR_HD GroupParameters group_parameters(float low, float high, int format, float levels, float share,
+                                       int dtype) {
   if (format != kAffine) {
-    return {ceil_to_dtype(max_or_nan(high, -low) * largest, dtype), 0.0f};
+    return {ceil_to_dtype(fabsf(max_or_nan(high, -low)) * share, dtype), 0.0f};
   }
   low = min_or_nan(low, 0.0f);
   high = max_or_nan(high, 0.0f);
-  const float scale = ceil_to_dtype(max_or_nan(high - low, kSmallestRange) / levels, dtype);
-  return {scale, clamp(-rintf(low / scale), 0.0f, levels)};
+  const float scale = ceil_to_dtype(max_or_nan(high - low, kSmallestRange) * share, dtype);
+  // Subtracted from 0: the zero point is never -0, which processors clamp differently.
+  return {scale, clamp(0.0f - rintf(low / scale), 0.0f, levels)};
 }
 
 LR_HD std::uint8_t code_of(float rounded, float levels) {

@@ -33,11 +33,14 @@ struct Words {
 };
 
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): 128 random
-// bits from a 64-bit key and a counter, of which the upper half is zero here.
-LR_HD Words philox(std::uint64_t key, std::uint64_t counter) {
+// bits from a 64-bit key and a 128-bit counter. Its lower half says where in a tensor the bits
+// belong, its upper half what they are for.
+enum Purpose : std::uint32_t { kForSigns = 0, kForNormals = 1 };
+
+LR_HD Words philox(std::uint64_t key, std::uint64_t counter, Purpose purpose) {
   std::uint32_t c0 = static_cast<std::uint32_t>(counter);
   std::uint32_t c1 = static_cast<std::uint32_t>(counter >> 32);
-  std::uint32_t c2 = 0, c3 = 0;
+  std::uint32_t c2 = purpose, c3 = 0;
   std::uint32_t k0 = static_cast<std::uint32_t>(key), k1 = static_cast<std::uint32_t>(key >> 32);
   for (int round = 0; round < 10; ++round) {
     const std::uint64_t first = static_cast<std::uint64_t>(c0) * 0xD2511F53u;
@@ -52,9 +55,12 @@ LR_HD Words philox(std::uint64_t key, std::uint64_t counter) {
   return {{c0, c1, c2, c3}};
 }
 
-// +1 or -1 for bit `bit` (0 to 127) of 128 random ones.
+// 1 for 0 and -1 for 1.
+LR_HD float sign_of(std::uint32_t bit) { return float_of(0x3F800000u | (bit << 31)); }
+
+// The sign of bit `bit` (0 to 127) of 128 random ones.
 LR_HD float sign_of_bit(const Words& words, int bit) {
-  return ((words.word[bit >> 5] >> (bit & 31)) & 1u) ? -1.0f : 1.0f;
+  return sign_of((words.word[bit >> 5] >> (bit & 31)) & 1u);
 }
 
 }  // namespace lowrank

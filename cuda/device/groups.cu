@@ -37,8 +37,8 @@ __device__ __forceinline__ Range range_of(const T* x, std::int64_t mine, std::in
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     quantize_kernel(const T* x, std::uint8_t* codes, void* scales, void* zeros, int scale_dtype,
-                    std::int64_t numel, std::int64_t group, float levels, bool stochastic,
-                    std::uint64_t seed, std::uint64_t first) {
+                    std::int64_t numel, std::int64_t group, float levels, float share,
+                    bool stochastic, std::uint64_t seed, std::uint64_t first) {
   const std::int64_t groups = ceil_divide(numel, group);
   for (std::int64_t g = warp_index(); g < groups; g += warp_count()) {
     const std::int64_t stop = (g + 1) * group < numel ? (g + 1) * group : numel;
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads)
     load_floats(x + mine, stop - mine, kept);
     const Range range = range_of(x, mine, stop, kept);
     const GroupParameters own =
-        group_parameters(range.low, range.high, kAffine, levels, 1.0f, scale_dtype);
+        group_parameters(range.low, range.high, kAffine, levels, share, scale_dtype);
     if (lane_index() == 0) {
       store(scales, scale_dtype, g, own.scale);
       store(zeros, scale_dtype, g, own.zero);
@@ -118,7 +118,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads)
     quantize_int4_kernel(const T* x, std::uint8_t* codes, void* scales, void* zeros,
                          int scale_dtype, std::int64_t numel, std::int64_t group, int format,
-                         float largest, const float* nf4) {
+                         float share, const float* nf4) {
   __shared__ float values[kNf4Values];
   if (format == kNf4) stage(values, nf4, kNf4Values);
   __syncthreads();
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kThreads)
     load_floats(x + mine, stop - mine, kept);
     const Range range = range_of(x, mine, stop, kept);
     const GroupParameters own =
-        group_parameters(range.low, range.high, format, 15.0f, largest, scale_dtype);
+        group_parameters(range.low, range.high, format, 15.0f, share, scale_dtype);
     if (lane_index() == 0) {
       store(scales, scale_dtype, g, own.scale);
       if (format == kAffine) store(zeros, scale_dtype, g, own.zero);
@@ -186,7 +186,8 @@ int lowrank_quantize_groups(const void* x, int dtype, std::uint8_t* codes, void*
   return dispatch(dtype, [&]<typename T>(T*) {
     return launch(quantize_kernel<T>, blocks_for(ceil_divide(numel, group)), kThreads, stream,
                   static_cast<const T*>(x), codes, scales, zeros, scale_dtype, numel, group,
-                  static_cast<float>(levels), stochastic != 0, seed, first);
+                  static_cast<float>(levels), 1.0f / static_cast<float>(levels), stochastic != 0,
+                  seed, first);
   });
 }
 
@@ -201,12 +202,12 @@ int lowrank_dequantize_groups(const std::uint8_t* codes, const void* scales, con
 
 int lowrank_quantize_int4(const void* x, int dtype, std::uint8_t* codes, void* scales, void* zeros,
                           int scale_dtype, std::int64_t numel, std::int64_t group, int format,
-                          float largest, const float* values, void* stream) {
+                          float share, const float* values, void* stream) {
   if (group % 2 != 0) return 1;
   return dispatch(dtype, [&]<typename T>(T*) {
     return launch(quantize_int4_kernel<T>, blocks_for(ceil_divide(numel, group)), kThreads, stream,
                   static_cast<const T*>(x), codes, scales, zeros, scale_dtype, numel, group, format,
-                  largest, values);
+                  share, values);
   });
 }
 

@@ -10,21 +10,30 @@
 
 namespace lowrank {
 
+// The error of a call as a number. The runtime also keeps it for the thread's next reader, who
+// would take it for its own: this forgets it. An error that others left behind is left to them.
+inline int reported(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
+  return static_cast<int>(error);
+}
+
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), std::int64_t blocks, int threads, void* stream,
            Arguments... arguments) {
   if (blocks == 0) return 0;
-  // clang-format off
-  kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), 0,
-           static_cast<cudaStream_t>(stream)>>>(arguments...);
-  // clang-format on
-  return static_cast<int>(cudaGetLastError());
+  cudaLaunchConfig_t where = {};
+  where.gridDim = dim3(static_cast<unsigned>(blocks));
+  where.blockDim = dim3(static_cast<unsigned>(threads));
+  where.stream = static_cast<cudaStream_t>(stream);
+  // Says itself whether it failed; after <<<...>>> only the thread's last error is known, which may
+  // be another library's.
+  return reported(cudaLaunchKernelEx(&where, kernel, arguments...));
 }
 
 inline int multiprocessors() {
   int device = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 1;
-  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+  if (reported(cudaGetDevice(&device)) != 0) return 1;
+  if (reported(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device)) != 0) {
     return 1;
   }
   return count;

@@ -1,6 +1,6 @@
 // Random signs and stochastic rounding.
 #include "../core/api.h"
-#include "../core/noise.h"
+#include "../core/normal.h"
 #include "warp.h"
 
 namespace lowrank {
@@ -15,12 +15,41 @@ __global__ void __launch_bounds__(kThreads)
   const std::int64_t spans = ceil_divide(numel, kWarpSpan);
   for (std::int64_t span = warp_index(); span < spans; span += warp_count()) {
     const std::int64_t at = span * kWarpSpan + lane_index() * kVector;
-    const Words words = philox(key, static_cast<std::uint64_t>(at / kSigns));
+    const Words words = philox(key, static_cast<std::uint64_t>(at / kSigns), kForSigns);
     const int first_bit = (lane_index() % kLanesASign) * kVector;
     float signs[kVector];
 #pragma unroll
     for (int i = 0; i < kVector; ++i) signs[i] = sign_of_bit(words, first_bit + i);
     store_floats(out + at, numel - at, signs);
+  }
+}
+
+// Lanes take two counters each. The first `first % 4` numbers lie before the tensor.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    gaussian_kernel(T* out, std::int64_t numel, std::uint64_t key, const std::int64_t* device_key,
+                    std::uint64_t first) {
+  if (device_key != nullptr) key = static_cast<std::uint64_t>(*device_key);
+  const std::int64_t skip = static_cast<std::int64_t>(first % kNormals);
+  const std::int64_t spans = ceil_divide(numel + skip, kWarpSpan);
+  for (std::int64_t span = warp_index(); span < spans; span += warp_count()) {
+    const std::int64_t at = span * kWarpSpan + lane_index() * kVector - skip;
+    const std::uint64_t counter =
+        first / kNormals + static_cast<std::uint64_t>(at + skip) / kNormals;
+    float values[kVector];
+#pragma unroll
+    for (int i = 0; i < kVector / kNormals; ++i) {
+      normals_of(philox(key, counter + static_cast<std::uint64_t>(i), kForNormals),
+                 values + i * kNormals);
+    }
+    if (at >= 0) {
+      store_floats(out + at, numel - at, values);
+      continue;
+    }
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      if (at + i >= 0 && at + i < numel) out[at + i] = from_float<T>(values[i]);
+    }
   }
 }
 
@@ -51,6 +80,15 @@ int lowrank_rademacher(void* out, int dtype, std::int64_t numel, std::uint64_t k
   return dispatch(dtype, [&]<typename T>(T*) {
     return launch(rademacher_kernel<T>, blocks_for(ceil_divide(numel, kWarpSpan)), kThreads, stream,
                   static_cast<T*>(out), numel, key);
+  });
+}
+
+int lowrank_gaussian(void* out, int dtype, std::int64_t numel, std::uint64_t key,
+                     const std::int64_t* device_key, std::uint64_t first, void* stream) {
+  const std::int64_t spans = ceil_divide(numel + kNormals - 1, kWarpSpan);
+  return dispatch(dtype, [&]<typename T>(T*) {
+    return launch(gaussian_kernel<T>, numel == 0 ? 0 : blocks_for(spans), kThreads, stream,
+                  static_cast<T*>(out), numel, key, device_key, first);
   });
 }
 

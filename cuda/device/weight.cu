@@ -125,8 +125,8 @@ __global__ void __launch_bounds__(kThreads)
       widen(others, low, high);
     }
     if (!__any_sync(0xFFFFFFFFu, changed)) continue;
-    const GroupParameters own =
-        group_parameters(warp_min(low), warp_max(high), kAffine, 255.0f, 1.0f, scale_dtype);
+    const GroupParameters own = group_parameters(warp_min(low), warp_max(high), kAffine, 255.0f,
+                                                 1.0f / 255.0f, scale_dtype);
     if (lane_index() == 0) {
       store(scales, scale_dtype, g, own.scale);
       store(zeros, scale_dtype, g, own.zero);

@@ -100,9 +100,10 @@ int lowrank_adam(int count, const void* const* grads, void* const* exp_avgs,
                                delta_norms[t], step);
             continue;
           }
-          parallel_for(rows[t] * columns[t], 1, [&](std::int64_t begin, std::int64_t end) {
-            advance(grad, m, v, delta, begin, end, step);
-          });
+          parallel_for(rows[t] * columns[t], 1, kRounded,
+                       [&](std::int64_t begin, std::int64_t end) {
+                         advance(grad, m, v, delta, begin, end, step);
+                       });
         }
         return 0;
       });
@@ -124,7 +125,7 @@ int lowrank_adam_8bit(int count, const void* const* grads, void* const* exp_avgs
       auto* m_codes = static_cast<std::uint8_t*>(exp_avgs[t]);
       auto* v_codes = static_cast<std::uint8_t*>(exp_avg_sqs[t]);
       const std::int64_t blocks = ceil_divide(numels[t], kBlock);
-      parallel_for(blocks, kBlock, [&](std::int64_t begin, std::int64_t end) {
+      parallel_for(blocks, kBlock, kComputed, [&](std::int64_t begin, std::int64_t end) {
         float m[kBlock] = {}, v[kBlock] = {};
         for (std::int64_t b = begin; b < end; ++b) {
           const std::int64_t start = b * kBlock;

@@ -18,4 +18,14 @@ const char* lowrank_error(int code) { return code == 0 ? "no error" : "invalid a
 
 void lowrank_set_threads(int threads) { thread_count = threads < 1 ? 1 : threads; }
 
-int lowrank_devices() { return 0; }
+int lowrank_devices(int* count) {
+  *count = 0;
+  return 0;
+}
+
+int lowrank_capability(int, int* capability) {
+  *capability = 0;
+  return 0;
+}
+
+int lowrank_probe() { return 0; }

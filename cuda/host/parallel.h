@@ -14,11 +14,16 @@ namespace lowrank {
 
 int threads();
 
-// Calls body(begin, end) on parts of [0, count), each of which is worth a thread's start.
+// What an entry takes, in units of about 0.4 ns.
+enum Cost : std::int64_t { kCopied = 1, kRounded = 2, kRequantised = 4, kComputed = 8 };
+
+// Calls body(begin, end) on parts of [0, count), each of which is worth a thread's start. That
+// takes 20 microseconds, and as much again until the thread has its data: parts take 0.4 ms or
+// more, and less than two of them stay on the calling thread.
 template <typename Body>
-void parallel_for(std::int64_t count, std::int64_t entries_each, const Body& body) {
-  constexpr std::int64_t kWorthAThread = 1 << 17;  // entries
-  const std::int64_t worth = count * std::max<std::int64_t>(entries_each, 1) / kWorthAThread;
+void parallel_for(std::int64_t count, std::int64_t entries_each, Cost cost, const Body& body) {
+  constexpr std::int64_t kWorthAThread = 1 << 20;
+  const std::int64_t worth = count * std::max<std::int64_t>(entries_each, 1) * cost / kWorthAThread;
   const std::int64_t parts = std::max<std::int64_t>(
       1, std::min<std::int64_t>({worth, static_cast<std::int64_t>(threads()), count}));
   std::vector<std::thread> others;

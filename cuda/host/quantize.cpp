@@ -10,14 +10,14 @@ namespace {
 
 template <typename T>
 GroupParameters parameters_of(const T* x, std::int64_t length, int format, float levels,
-                              float largest, int scale_dtype) {
+                              float share, int scale_dtype) {
   std::int32_t low = 0, high = 0;  // keys of 0, which is in every range
   for (std::int64_t i = 0; i < length; ++i) {
     const std::int32_t key = order_key(to_float(x[i]));
     low = std::min(low, key);
     high = std::max(high, key);
   }
-  return group_parameters(from_order_key(low), from_order_key(high), format, levels, largest,
+  return group_parameters(from_order_key(low), from_order_key(high), format, levels, share,
                           scale_dtype);
 }
 
@@ -99,19 +99,20 @@ int lowrank_quantize_blockwise(const void* x, int dtype, std::uint8_t* codes, fl
                                int zero, void*) {
   return dispatch(dtype, [&]<typename T>(T*) {
     const T* values = static_cast<const T*>(x);
-    parallel_for(ceil_divide(numel, block), block, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t b = begin; b < end; ++b) {
-        const std::int64_t start = b * block, stop = std::min(start + block, numel);
-        std::uint32_t magnitude = 0;
-        for (std::int64_t i = start; i < stop; ++i) {
-          magnitude = std::max(magnitude, bits_of(to_float(values[i])) & 0x7FFFFFFFu);
-        }
-        const float largest = float_of(magnitude);
-        absmax[b] = largest;
-        const float divisor = block_divisor(largest);
-        dynamic_codes(values + start, stop - start, divisor, table, zero, codes + start);
-      }
-    });
+    parallel_for(
+        ceil_divide(numel, block), block, kRounded, [&](std::int64_t begin, std::int64_t end) {
+          for (std::int64_t b = begin; b < end; ++b) {
+            const std::int64_t start = b * block, stop = std::min(start + block, numel);
+            std::uint32_t magnitude = 0;
+            for (std::int64_t i = start; i < stop; ++i) {
+              magnitude = std::max(magnitude, bits_of(to_float(values[i])) & 0x7FFFFFFFu);
+            }
+            const float largest = float_of(magnitude);
+            absmax[b] = largest;
+            const float divisor = block_divisor(largest);
+            dynamic_codes(values + start, stop - start, divisor, table, zero, codes + start);
+          }
+        });
     return 0;
   });
 }
@@ -121,14 +122,15 @@ int lowrank_dequantize_blockwise(const std::uint8_t* codes, const float* absmax,
                                  const float* map, void*) {
   return dispatch(dtype, [&]<typename T>(T*) {
     T* values = static_cast<T*>(out);
-    parallel_for(ceil_divide(numel, block), block, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t b = begin; b < end; ++b) {
-        const std::int64_t start = b * block, stop = std::min(start + block, numel);
-        for (std::int64_t i = start; i < stop; ++i) {
-          values[i] = from_float<T>(map[codes[i]] * absmax[b]);
-        }
-      }
-    });
+    parallel_for(ceil_divide(numel, block), block, kCopied,
+                 [&](std::int64_t begin, std::int64_t end) {
+                   for (std::int64_t b = begin; b < end; ++b) {
+                     const std::int64_t start = b * block, stop = std::min(start + block, numel);
+                     for (std::int64_t i = start; i < stop; ++i) {
+                       values[i] = from_float<T>(map[codes[i]] * absmax[b]);
+                     }
+                   }
+                 });
     return 0;
   });
 }
@@ -139,21 +141,22 @@ int lowrank_quantize_groups(const void* x, int dtype, std::uint8_t* codes, void*
                             void*) {
   return dispatch(dtype, [&]<typename T>(T*) {
     const T* values = static_cast<const T*>(x);
-    const float top = static_cast<float>(levels);
-    parallel_for(ceil_divide(numel, group), group, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t g = begin; g < end; ++g) {
-        const std::int64_t start = g * group, stop = std::min(start + group, numel);
-        const GroupParameters own =
-            parameters_of(values + start, stop - start, kAffine, top, 1.0f, scale_dtype);
-        store_parameters(scales, zeros, scale_dtype, g, own);
-        if (stochastic) {
-          stochastic_codes(values + start, stop - start, own, top, seed,
-                           first + static_cast<std::uint64_t>(start), codes + start);
-        } else {
-          affine_codes(values + start, stop - start, own, top, codes + start);
-        }
-      }
-    });
+    const float top = static_cast<float>(levels), share = 1.0f / top;
+    parallel_for(
+        ceil_divide(numel, group), group, kRounded, [&](std::int64_t begin, std::int64_t end) {
+          for (std::int64_t g = begin; g < end; ++g) {
+            const std::int64_t start = g * group, stop = std::min(start + group, numel);
+            const GroupParameters own =
+                parameters_of(values + start, stop - start, kAffine, top, share, scale_dtype);
+            store_parameters(scales, zeros, scale_dtype, g, own);
+            if (stochastic) {
+              stochastic_codes(values + start, stop - start, own, top, seed,
+                               first + static_cast<std::uint64_t>(start), codes + start);
+            } else {
+              affine_codes(values + start, stop - start, own, top, codes + start);
+            }
+          }
+        });
     return 0;
   });
 }
@@ -163,29 +166,31 @@ int lowrank_dequantize_groups(const std::uint8_t* codes, const void* scales, con
                               std::int64_t group, void*) {
   return dispatch(dtype, [&]<typename T>(T*) {
     T* values = static_cast<T*>(out);
-    parallel_for(ceil_divide(numel, group), group, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t g = begin; g < end; ++g) {
-        const std::int64_t start = g * group, stop = std::min(start + group, numel);
-        const GroupParameters own = load_parameters(scales, zeros, scale_dtype, g);
-        values_of(codes + start, stop - start, own, kAffine, nullptr, values + start);
-      }
-    });
+    parallel_for(ceil_divide(numel, group), group, kCopied,
+                 [&](std::int64_t begin, std::int64_t end) {
+                   for (std::int64_t g = begin; g < end; ++g) {
+                     const std::int64_t start = g * group, stop = std::min(start + group, numel);
+                     const GroupParameters own = load_parameters(scales, zeros, scale_dtype, g);
+                     values_of(codes + start, stop - start, own, kAffine, nullptr, values + start);
+                   }
+                 });
     return 0;
   });
 }
 
 int lowrank_quantize_int4(const void* x, int dtype, std::uint8_t* codes, void* scales, void* zeros,
                           int scale_dtype, std::int64_t numel, std::int64_t group, int format,
-                          float largest, const float* nf4, void*) {
+                          float share, const float* nf4, void*) {
   if (group % 2 != 0) return 1;
+  const Cost cost = format == kNf4 ? kComputed : kRounded;
   return dispatch(dtype, [&]<typename T>(T*) {
     const T* values = static_cast<const T*>(x);
-    parallel_for(ceil_divide(numel, group), group, [&](std::int64_t begin, std::int64_t end) {
+    parallel_for(ceil_divide(numel, group), group, cost, [&](std::int64_t begin, std::int64_t end) {
       std::vector<std::uint8_t> fresh(static_cast<std::size_t>(group));
       for (std::int64_t g = begin; g < end; ++g) {
         const std::int64_t start = g * group, stop = std::min(start + group, numel);
         const GroupParameters own =
-            parameters_of(values + start, stop - start, format, 15.0f, largest, scale_dtype);
+            parameters_of(values + start, stop - start, format, 15.0f, share, scale_dtype);
         store_parameters(scales, zeros, scale_dtype, g, own);
         int4_codes(values + start, stop - start, own, format, nf4, fresh.data());
         pack(fresh.data(), stop - start, codes + start / 2);
@@ -201,15 +206,16 @@ int lowrank_dequantize_int4(const std::uint8_t* codes, const void* scales, const
   if (group % 2 != 0) return 1;
   return dispatch(dtype, [&]<typename T>(T*) {
     T* values = static_cast<T*>(out);
-    parallel_for(ceil_divide(numel, group), group, [&](std::int64_t begin, std::int64_t end) {
-      std::vector<std::uint8_t> fresh(static_cast<std::size_t>(group));
-      for (std::int64_t g = begin; g < end; ++g) {
-        const std::int64_t start = g * group, stop = std::min(start + group, numel);
-        const GroupParameters own = load_parameters(scales, zeros, scale_dtype, g);
-        unpack(codes + start / 2, stop - start, fresh.data());
-        values_of(fresh.data(), stop - start, own, format, nf4, values + start);
-      }
-    });
+    parallel_for(ceil_divide(numel, group), group, kCopied,
+                 [&](std::int64_t begin, std::int64_t end) {
+                   std::vector<std::uint8_t> fresh(static_cast<std::size_t>(group));
+                   for (std::int64_t g = begin; g < end; ++g) {
+                     const std::int64_t start = g * group, stop = std::min(start + group, numel);
+                     const GroupParameters own = load_parameters(scales, zeros, scale_dtype, g);
+                     unpack(codes + start / 2, stop - start, fresh.data());
+                     values_of(fresh.data(), stop - start, own, format, nf4, values + start);
+                   }
+                 });
     return 0;
   });
 }

@@ -98,7 +98,7 @@ GroupParameters range_of(const float* x, std::int64_t length, int scale_dtype) {
     low = std::min(low, order_key(x[i]));
     high = std::max(high, order_key(x[i]));
   }
-  return group_parameters(from_order_key(low), from_order_key(high), kAffine, 255.0f, 1.0f,
+  return group_parameters(from_order_key(low), from_order_key(high), kAffine, 255.0f, 1.0f / 255.0f,
                           scale_dtype);
 }
 
@@ -120,24 +120,25 @@ int lowrank_write_back(void* weight, int dtype, const void* delta, int delta_dty
                       row_stride, column_stride, columns, {keep, alpha}};
   const std::int64_t numel = rows * columns;
   return dispatch(dtype, [&]<typename T>(T*) {
-    parallel_for(ceil_divide(numel, kChunk), kChunk, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t start = begin * kChunk; start < std::min(end * kChunk, numel);
-           start += kChunk) {
-        const std::int64_t length = std::min(kChunk, numel - start);
-        T* own = static_cast<T*>(weight) + start;
-        float values[kChunk];
-        load_floats(weight, dtype, start, length, values);
-        apply(update, start, length, values);
-        if constexpr (std::is_same_v<T, bfloat16>) {
-          if (stochastic) {
-            const std::uint64_t position = first + static_cast<std::uint64_t>(start);
-            round_stochastically(values, length, seed, position, own);
-            continue;
-          }
-        }
-        for (std::int64_t i = 0; i < length; ++i) own[i] = from_float<T>(values[i]);
-      }
-    });
+    parallel_for(ceil_divide(numel, kChunk), kChunk, kRounded,
+                 [&](std::int64_t begin, std::int64_t end) {
+                   for (std::int64_t start = begin * kChunk; start < std::min(end * kChunk, numel);
+                        start += kChunk) {
+                     const std::int64_t length = std::min(kChunk, numel - start);
+                     T* own = static_cast<T*>(weight) + start;
+                     float values[kChunk];
+                     load_floats(weight, dtype, start, length, values);
+                     apply(update, start, length, values);
+                     if constexpr (std::is_same_v<T, bfloat16>) {
+                       if (stochastic) {
+                         const std::uint64_t position = first + static_cast<std::uint64_t>(start);
+                         round_stochastically(values, length, seed, position, own);
+                         continue;
+                       }
+                     }
+                     for (std::int64_t i = 0; i < length; ++i) own[i] = from_float<T>(values[i]);
+                   }
+                 });
     return 0;
   });
 }
@@ -151,18 +152,19 @@ int lowrank_write_back_int8(std::uint8_t* codes, void* scales, void* zeros, int 
   const Update update{delta,      delta_dtype,   grad,    grad_dtype,   factors,
                       row_stride, column_stride, columns, {keep, alpha}};
   const std::int64_t numel = rows * columns;
-  parallel_for(ceil_divide(numel, group), group, [&](std::int64_t begin, std::int64_t end) {
-    std::vector<float> fresh(static_cast<std::size_t>(group));
-    for (std::int64_t g = begin; g < end; ++g) {
-      const std::int64_t start = g * group, length = std::min(group, numel - start);
-      const GroupParameters old{load(scales, scale_dtype, g), load(zeros, scale_dtype, g)};
-      if (!update_group(update, codes + start, old, start, length, fresh.data())) continue;
-      const GroupParameters own = range_of(fresh.data(), length, scale_dtype);
-      store(scales, scale_dtype, g, own.scale);
-      store(zeros, scale_dtype, g, own.zero);
-      stochastic_codes(fresh.data(), length, own, seed, first + static_cast<std::uint64_t>(start),
-                       codes + start);
-    }
-  });
+  parallel_for(
+      ceil_divide(numel, group), group, kRequantised, [&](std::int64_t begin, std::int64_t end) {
+        std::vector<float> fresh(static_cast<std::size_t>(group));
+        for (std::int64_t g = begin; g < end; ++g) {
+          const std::int64_t start = g * group, length = std::min(group, numel - start);
+          const GroupParameters old{load(scales, scale_dtype, g), load(zeros, scale_dtype, g)};
+          if (!update_group(update, codes + start, old, start, length, fresh.data())) continue;
+          const GroupParameters own = range_of(fresh.data(), length, scale_dtype);
+          store(scales, scale_dtype, g, own.scale);
+          store(zeros, scale_dtype, g, own.zero);
+          stochastic_codes(fresh.data(), length, own, seed,
+                           first + static_cast<std::uint64_t>(start), codes + start);
+        }
+      });
   return 0;
 }

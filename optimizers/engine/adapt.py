@@ -132,8 +132,8 @@ def _refitted(
 
 def _same_axes(first: Geometry, second: Geometry) -> bool:
     """Whether both project the same axes of the same matrix, of whatever ranks."""
-    heads = getattr(first, "heads", None) == getattr(second, "heads", None)
-    return type(first) is type(second) and first.side is second.side and heads
+    same_heads: bool = getattr(first, "heads", None) == getattr(second, "heads", None)
+    return type(first) is type(second) and first.side is second.side and same_heads
 
 
 def transport_former(param: ProjectedParam, former: Former, composition: Composition) -> None:

@@ -65,8 +65,7 @@ class Composition:
 
     def at_rate(self, group: Mapping[str, Any]) -> Composition:
         """The same with the learning rate that the group has now; nothing is checked."""
-        rule: Any = self.rule
-        made = replace(self, rule=replace(rule, lr=group["lr"]) if hasattr(rule, "lr") else rule)
+        made = replace(self, rule=self.rule.at_rate(group["lr"]))
         if self.projection is None:
             return made
         if not self.reads_rate:

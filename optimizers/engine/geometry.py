@@ -8,7 +8,7 @@ long side l = max(m, n).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -103,11 +103,9 @@ class RowRange:
         """All rows of a matrix, on one process."""
         return cls(0, rows)
 
-    def chunks(self, width: int, elements: int) -> Iterator[RowRange]:
-        """These rows, of `width` entries each, in ranges of at most about `elements` entries."""
-        step = max(1, elements // max(1, width))
-        for start in range(self.start, self.stop, step):
-            yield RowRange(start, min(start + step, self.stop), self.reduce)
+    def part(self, span: slice) -> RowRange:
+        """Those of these rows that `span` (both ends given, counted from `start`) takes."""
+        return RowRange(self.start + span.start, self.start + span.stop, self.reduce)
 
     def assemble(self, local_kn: Tensor, shape: tuple[int, int]) -> Tensor:
         """Returns the whole m x n matrix from the processes' rows; a view when they are all here.

@@ -16,6 +16,7 @@ from .gradients import SkippedUpdates
 from .options import Group, make_plain
 from .plan import Plan, Snapshot
 from .prepare import Maker, drop_unused, follow, revise
+from .seeds import seed_names
 from .step import capturing
 
 
@@ -67,7 +68,11 @@ class ManagedOptimizer(Optimizer):
         self._skipped = SkippedUpdates()
 
     def _record(self, group: Group, composition: Composition) -> None:
-        self._plans[id(group)] = Plan(group, composition, self.state, Snapshot(group))
+        drawn = seed_names(self.param_groups)[self._index_of(group)]
+        self._plans[id(group)] = Plan(group, composition, self.state, Snapshot(group), drawn)
+
+    def _index_of(self, group: Group) -> int:
+        return next(i for i, own in enumerate(self.param_groups) if own is group)
 
     def _maker(self) -> Maker:
         return Maker(self._complete, self.make_state, self._options_changed, self.fixed_options)
@@ -187,9 +192,11 @@ class ManagedOptimizer(Optimizer):
         """
         found: dict[str, Any] = {}
 
-        def inspect(_: Optimizer, loaded: dict[str, Any]) -> None:
+        def inspect(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            loaded = policy.upgrade(self.param_groups, loaded, self._meaning)
             policy.check(self.param_groups, loaded, self._meaning)
             found.update(loaded)
+            return loaded
 
         def restore(_: Optimizer) -> None:
             policy.restore_dtypes(self.param_groups, self.state, found)

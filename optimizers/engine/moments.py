@@ -5,8 +5,10 @@ from __future__ import annotations
 from ..projectors import Bases, ProjectedParam
 from ..rules import UpdateRule
 from .composition import Projection
+from .fp32 import exact_fp32
 
 
+@exact_fp32()
 def transport_moments(
     param: ProjectedParam, previous: Bases, projection: Projection, rule: UpdateRule
 ) -> None:

@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
-from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Set
-from typing import Any, ClassVar, overload
+from collections.abc import Callable, Iterator, Set
+from typing import Any, overload
 
 import torch
-from torch.optim.optimizer import ParamsT
 from torch.utils.hooks import RemovableHandle
 
 from . import checks
 from .composition import Composition
+from .declared import DeclaredOptimizer
 from .gradients import check_gradients
 from .managed import ManagedOptimizer
-from .options import (
-    COMMON_DEFAULTS,
-    PROJECTION_DEFAULTS,
-    Group,
-    ProjectionOptions,
-    check_common,
-    check_lr,
-    make_plain,
-)
+from .options import Group, ProjectionOptions, check_common, check_lr, make_plain
 from .parameters import check_names, check_param, name_alike, names
 from .plan import Snapshot
 from .refresh import RefreshHook
@@ -33,83 +23,27 @@ from .step import Usable, step_plain, step_projected
 from .strategies import (
     check_strategy_options,
     drop_left_over,
+    projection_of,
     strategy_option_owners,
     strategy_options,
 )
 
 
-class LowRankOptimizer(ManagedOptimizer):
+class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
     """Base of all methods: a `torch.optim.Optimizer` whose groups may be projected.
 
-    A subclass says with `compose` what a group's options mean. State is made at construction and in
-    `add_param_group` and holds tensors and integers only.
+    A subclass declares its parts (`DeclaredOptimizer`), or says with `compose` what a group's
+    options mean. State is made at construction and in `add_param_group` and holds tensors and
+    integers only.
     """
 
-    #: Whether a group with `rank` is projected; baselines ignore the key.
-    projects: ClassVar[bool] = True
-    #: Whether step counts may stay on the device.
-    supports_capturable: ClassVar[bool] = False
-    #: A method's own choice among the keywords of `ProjectionKeywords`.
-    projection_defaults: ClassVar[Mapping[str, Any]] = {}
-    #: Other names of group keys, as the method's official code calls them.
-    aliases: ClassVar[Mapping[str, str]] = {}
-
-    def __init__(
-        self, params: ParamsT, defaults: dict[str, Any], options: Mapping[str, Any] | None = None
-    ) -> None:
-        """Checks the groups and makes their state.
-
-        Args:
-            params: parameters, named parameters or groups, as for `torch.optim`.
-            defaults: the method's own options.
-            options: common (and projection) keywords of the constructor.
-
-        Raises:
-            ValueError: an option is unknown or out of range, or a parameter can't be optimized.
-        """
-        defaults, options = {**defaults}, {**(options or {})}
-        for given in (defaults, options):
-            make_plain(given)
-        accepted: dict[str, Any] = {**COMMON_DEFAULTS}
-        if self.projects:
-            accepted |= {**PROJECTION_DEFAULTS, **self.projection_defaults}
-        for name in options:
-            if name not in self.keywords():
-                raise checks.unknown_name("keyword", name, [*self.keywords(), *defaults])
-        accepted |= options
-        if self.projects:
-            check_strategy_options(options, strategy_options({"rank": 1, **accepted}))
-        self._refresh_hooks: dict[int, RefreshHook] = OrderedDict()
-        super().__init__(params, {**defaults, **accepted})
-        if self.projects and not any(ProjectionOptions.of(group) for group in self.param_groups):
-            warnings.warn(
-                f"{type(self).__name__}: no parameter group has a rank, so nothing is projected; "
-                "param_groups(model) makes groups that are",
-                stacklevel=3,
-            )
-
-    @classmethod
-    def keywords(cls) -> set[str]:
-        """Names of the keywords that every constructor of this class takes as `**options`."""
-        if not cls.projects:
-            return set(COMMON_DEFAULTS)
-        return {
-            *COMMON_DEFAULTS,
-            *PROJECTION_DEFAULTS,
-            *cls.projection_defaults,
-            *strategy_option_owners(),
-        }
-
-    @classmethod
-    def group_keys(cls) -> set[str]:
-        """Names of the group keys about projection; baselines ignore `ProjectionOptions`'."""
-        if not cls.projects:
-            return set(ProjectionOptions.names())
-        return {*ProjectionOptions.names(), *strategy_option_owners(), *cls.aliases}
-
-    @abstractmethod
     def compose(self, group: Group) -> Composition:
         """What a group's options mean: pure, cheap, and raising `ValueError` for bad values."""
+        projection = projection_of(group) if self.projects else None
+        return Composition(self.rule.make(group, projected=projection is not None), projection)
+
+    def _make_attributes(self) -> None:
+        self._refresh_hooks: dict[int, RefreshHook] = OrderedDict()
 
     # Groups and state
 
@@ -151,17 +85,6 @@ class LowRankOptimizer(ManagedOptimizer):
             if param.numel():
                 self.state[param] = self.make_state(param, composition, group)
         self._record(group, composition)
-
-    def _rename_aliases(self, group: Group) -> None:
-        for alias, name in self.aliases.items():
-            if alias not in group:
-                continue
-            if name in group:
-                raise ValueError(
-                    f"{alias}={group[alias]!r} with {name}={group[name]!r}: these are two names of "
-                    "one thing, accepted is one of them"
-                )
-            group[name] = group.pop(alias)
 
     def _known(self) -> set[str]:
         """Names of options that a group may have."""
@@ -271,13 +194,12 @@ class LowRankOptimizer(ManagedOptimizer):
         check_gradients(self.param_groups)
         plans = self._prepare()
         count = sum(len(plan.params) for plan in plans if plan.core.projection is not None)
-        hooks, index, plain = tuple(self._refresh_hooks.values()), 0, 0
+        hooks, index = tuple(self._refresh_hooks.values()), 0
         with no_autocast():
             for plan in plans:
                 usable = self._usable(plan.group)
                 if plan.core.projection is None:
-                    step_plain(plan, plain, usable)
-                    plain += len(plan.params)
+                    step_plain(plan, usable)
                 else:
                     step_projected(plan, index, count, hooks, self._formers, usable)
                     index += len(plan.params)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..projectors import REFRESH_MODES
 from ..rules import MOMENT_TRANSPORTS
+from ..rules.precision import MOMENT_DTYPES
 from . import checks
 from .geometry import PROJ_TYPES
 
@@ -42,6 +43,9 @@ class CommonOptions(TypedDict, total=False):
     skip_nonfinite: a parameter whose gradient holds NaN or infinity is left as it is for that step.
         Costs one read of each gradient (of each projected gradient) and, on CUDA, a
         synchronisation; off under `capturable`.
+    moments_dtype: precision of the moments, "float32" or "bfloat16"; None is fp32 under
+        half-precision weights (whose own precision is too coarse for their decay), else the
+        weights' own. Moments in 8 bits accept None.
     """
 
     maximize: bool
@@ -51,6 +55,7 @@ class CommonOptions(TypedDict, total=False):
     fused: bool | None
     compile: bool
     skip_nonfinite: bool
+    moments_dtype: str | None
 
 
 COMMON_DEFAULTS: CommonOptions = {
@@ -61,6 +66,7 @@ COMMON_DEFAULTS: CommonOptions = {
     "fused": None,
     "compile": False,
     "skip_nonfinite": True,
+    "moments_dtype": None,
 }
 
 
@@ -233,6 +239,7 @@ def check_common(group: Mapping[str, Any]) -> None:
     """Raises `ValueError` for values of common options that are not accepted."""
     for name in ("maximize", "capturable", "compile", "skip_nonfinite"):
         checks.choice(name, group[name], (True, False))
+    checks.choice("moments_dtype", group["moments_dtype"], MOMENT_DTYPES)
     for name in ("foreach", "fused"):
         checks.choice(name, group[name], (None, True, False))
     if group["differentiable"]:

@@ -74,11 +74,17 @@ class Plan:
         composition: the same at the learning rate of this step.
         params: the parameters.
         states: their states; an empty one for a parameter without entries.
+        seed_names: what the parameters' draws are made from, see `seeds`.
         geometries: of the parameters, in a projected group.
     """
 
     def __init__(
-        self, group: Group, core: Composition, state: Mapping[Tensor, State], snapshot: Snapshot
+        self,
+        group: Group,
+        core: Composition,
+        state: Mapping[Tensor, State],
+        snapshot: Snapshot,
+        seed_names: Sequence[str],
     ) -> None:
         """Records a group and state that fit together."""
         self.group, self.core, self.snapshot = group, core, snapshot
@@ -87,6 +93,7 @@ class Plan:
         self.states = [state.get(param, _NOTHING) for param in self.params]
         self._sizes, self._kinds = list(map(len, self.states)), _kinds(self.params)
         self.names: Sequence[str | None] = list(names(group))
+        self.seed_names = seed_names
         self.geometries: list[Geometry | None] = [None] * len(self.params)
         if core.projection is not None:
             self.geometries = [

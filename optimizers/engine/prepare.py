@@ -16,6 +16,7 @@ from .composition import Composition
 from .options import Group
 from .parameters import check_exchanged, check_names, check_param, label, names
 from .plan import SCALARS, Plan, Snapshot
+from .seeds import seed_names
 from .state import difference, misplaced, place, template, untouched
 
 State = dict[str, Any]
@@ -114,7 +115,8 @@ def revise(
                 formers[remake.param] = former
         if revision.before is not None:
             maker.changed(revision.group, revision.before)
-    return [Plan(r.group, r.core, state, r.snapshot) for r in revisions], formers
+    revised = zip(revisions, seed_names(groups), strict=True)
+    return [Plan(r.group, r.core, state, r.snapshot, drawn) for r, drawn in revised], formers
 
 
 def _complete(group: Group, completed: Group) -> None:

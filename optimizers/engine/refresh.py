@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..projectors import ProjectedParam, RefreshEvent, telemetry
-from ..projectors.operand import compute_dtype
 from .adapt import Former, transport_former
+from .chunks import wide_dtype
 from .composition import Composition, Projection
+from .fp32 import exact_fp32
 from .moments import transport_moments
 
 RefreshHook = Callable[[RefreshEvent], None]
@@ -31,19 +32,34 @@ def refresh(
         hooks: called once for each matrix that has a new basis.
         formers: moments to carry over from before options were changed; what is done is taken out.
     """
+    with exact_fp32():
+        events = _refresh(params, composition, formers, measured=bool(hooks))
+    for event in events:
+        for hook in hooks:
+            hook(event)
+
+
+def _refresh(
+    params: Sequence[ProjectedParam],
+    composition: Composition,
+    formers: MutableMapping[Tensor, Former],
+    *,
+    measured: bool,
+) -> list[RefreshEvent]:
     projection = composition.projection
     assert projection is not None
     projector = projection.projector
     moving = projection.options.moments != "keep"
     previous = [
         tuple(basis.clone() for basis in projector.bases(param))
-        if (hooks or moving) and param.fitted
+        if (measured or moving) and param.fitted
         else ()
         for param in params
     ]
-    start = _now(params[0].weight, hooks)
+    start = _now(params[0].weight, measured)
     fitted = projector.fit(params)
-    seconds = (_now(params[0].weight, hooks) - start) / len(params)
+    seconds = (_now(params[0].weight, measured) - start) / len(params)
+    events = []
     for param, old, bases in zip(params, previous, fitted, strict=True):
         if bases is None:
             continue
@@ -54,10 +70,9 @@ def refresh(
         former = formers.pop(param.weight, None)
         if former is not None:
             transport_former(param, former, composition)
-        if hooks:
-            event = _event(param, projection, old, seconds)
-            for hook in hooks:
-                hook(event)
+        if measured:
+            events.append(_event(param, projection, old, seconds))
+    return events
 
 
 def _event(
@@ -83,11 +98,11 @@ def _event(
 
 
 def _orthonormal(basis_dr: Tensor) -> Tensor:
-    factor: Tensor = torch.linalg.qr(basis_dr.to(compute_dtype(basis_dr.dtype))).Q
+    factor: Tensor = torch.linalg.qr(basis_dr.to(wide_dtype(basis_dr))).Q
     return factor
 
 
-def _now(like: Tensor, hooks: Sequence[RefreshHook]) -> float:
-    if hooks and like.device.type == "cuda":
+def _now(like: Tensor, measured: bool) -> float:
+    if measured and like.device.type == "cuda":
         torch.cuda.synchronize(like.device)
     return time.perf_counter()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+import torch
 
-from ..rules import Adafactor, Adafactor8bit, Adam, Adam8bit, Lion, Muon, VectorAdam
+from ..rules import Adafactor, Adafactor8bit, Adam, Adam8bit, Lion, Momentum, Muon, VectorAdam
 from ..rules.muon import ADJUSTMENTS
+from ..rules.precision import MOMENT_DTYPES
 from ..rules.quantizers import quantizer
 from . import checks
 from .options import Group, ProjectionOptions
@@ -25,7 +26,21 @@ def _adam_options(group: Group) -> dict[str, Any]:
         "fused": group["fused"] is not False and not group["foreach"],
         "compiled": group["compile"],
         "restarts": _restarts(group),
+        "moments_dtype": _moments_dtype(group),
     }
+
+
+def _moments_dtype(group: Group) -> torch.dtype | None:
+    return MOMENT_DTYPES[group["moments_dtype"]]
+
+
+def _check_8bit(group: Group) -> None:
+    """Raises `ValueError` for options that moments in 8 bits don't have."""
+    checks.integer("min_8bit_size", group["min_8bit_size"], low=0)
+    if group["moments_dtype"] is not None:
+        raise ValueError(
+            f"moments_dtype={group['moments_dtype']!r} with moments in 8 bits: accepted is None"
+        )
 
 
 def _restarts(group: Group) -> bool:
@@ -57,7 +72,7 @@ def adam8bit_rule(group: Group, **form: Any) -> Adam8bit:
     Raises:
         ValueError: an option is out of range.
     """
-    checks.integer("min_8bit_size", group["min_8bit_size"], low=0)
+    _check_8bit(group)
     return Adam8bit(
         **{**_adam_options(group), **form},
         min_8bit_size=group["min_8bit_size"],
@@ -75,7 +90,7 @@ def muon_rule(group: Group) -> Muon:
     checks.integer("ns_steps", group["ns_steps"], low=1)
     checks.choice("adjust_lr", group["adjust_lr"], ADJUSTMENTS)
     names = ("lr", "momentum", "nesterov", "ns_steps", "weight_decay", "adjust_lr")
-    return Muon(**{name: group[name] for name in names})
+    return Muon(**{name: group[name] for name in names}, moments_dtype=_moments_dtype(group))
 
 
 def lion_rule(group: Group, **form: Any) -> Lion:
@@ -90,33 +105,21 @@ def lion_rule(group: Group, **form: Any) -> Lion:
         betas=tuple(group["betas"]),
         weight_decay=group["weight_decay"],
         capturable=group["capturable"],
+        moments_dtype=_moments_dtype(group),
         **form,
     )
 
 
-def adafactor_defaults(
-    lr: float | Tensor | None,
-    eps: tuple[float, float],
-    clip_threshold: float,
-    decay_rate: float,
-    beta1: float | None,
-    weight_decay: float,
-    scale_parameter: bool,
-    relative_step: bool | None,
-    warmup_init: bool,
-) -> Group:
-    """Adafactor's constructor arguments as group defaults, `relative_step` decided."""
-    return {
-        "lr": lr,
-        "eps": eps,
-        "clip_threshold": clip_threshold,
-        "decay_rate": decay_rate,
-        "beta1": beta1 or None,
-        "weight_decay": weight_decay,
-        "scale_parameter": scale_parameter,
-        "relative_step": lr is None if relative_step is None else relative_step,
-        "warmup_init": warmup_init,
-    }
+def momentum_rule(group: Group) -> Momentum:
+    """SGD with momentum from `lr`, `momentum`, `nesterov`, `weight_decay`.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    checks.number("momentum", group["momentum"], low=0.0, high=1.0, high_open=True)
+    checks.choice("nesterov", group["nesterov"], (True, False))
+    names = ("lr", "momentum", "nesterov", "weight_decay", "capturable")
+    return Momentum(**{name: group[name] for name in names}, moments_dtype=_moments_dtype(group))
 
 
 def adafactor_rule(group: Group) -> Adafactor:
@@ -134,7 +137,7 @@ def adafactor8bit_rule(group: Group) -> Adafactor8bit:
     Raises:
         ValueError: an option is out of range or two contradict each other.
     """
-    checks.integer("min_8bit_size", group["min_8bit_size"], low=0)
+    _check_8bit(group)
     return Adafactor8bit(
         **_adafactor_options(group),
         min_8bit_size=group["min_8bit_size"],
@@ -171,4 +174,5 @@ def _adafactor_options(group: Group) -> dict[str, Any]:
         "relative_step": relative,
         "warmup_init": group["warmup_init"],
         "restarts": _restarts(group),
+        "moments_dtype": _moments_dtype(group),
     }

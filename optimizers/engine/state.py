@@ -15,7 +15,7 @@ State = Mapping[str, Any]
 
 #: Smallest value of an integer entry; of others it is 0.
 _LEAST = {"refreshed_at": -1, "gap": 1}
-_LARGEST = 1 << 62
+_LARGEST = 1 << 63
 
 
 def template(param: Tensor, composition: Composition) -> dict[str, Any]:

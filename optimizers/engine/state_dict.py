@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..rules.precision import HALF
 from .composition import Composition
 from .parameters import check_names, unique_names
 from .plan import Snapshot
@@ -70,6 +71,40 @@ def check(
                 found = count_difference(state[key])
             if found is not None:
                 raise ValueError(f"the saved state of {name} {found}")
+
+
+def upgrade(
+    groups: list[Group],
+    state_dict: dict[str, Any],
+    compose: Callable[[Group], Composition],
+) -> dict[str, Any]:
+    """A saved state with moments in the precision that they have today.
+
+    Up to version 0.1.0, whose groups have no `moments_dtype`, moments had the weights' precision;
+    half-precision ones are cast. Arguments are as in `check`, which finds what doesn't fit.
+    """
+    old = [g for g in state_dict.get("param_groups", ()) if "moments_dtype" not in g]
+    if not old:
+        return state_dict
+    state = dict(state_dict["state"])
+    for group, saved in zip(groups, _checked_groups(groups, state_dict), strict=True):
+        if "moments_dtype" in saved:
+            continue
+        composition = compose(options_of_state(saved))
+        for key, param in zip(saved["params"], group["params"], strict=True):
+            if param.dtype in HALF and isinstance(state.get(key), Mapping):
+                state[key] = _in_precision(state[key], template(param, composition))
+    return {**state_dict, "state": state}
+
+
+def _in_precision(state: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
+    made = dict(state)
+    for key in made.keys() & expected.keys():
+        value = made[key]
+        moment = key.removeprefix("basis_").startswith(("exp_avg", "momentum_buffer"))
+        if moment and isinstance(value, Tensor) and value.dtype in HALF:
+            made[key] = value.to(expected[key].dtype)
+    return made
 
 
 def former_options(group: Group, snapshot: Snapshot) -> dict[str, tuple[Any, ...]]:

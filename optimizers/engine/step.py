@@ -31,12 +31,11 @@ def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def step_plain(plan: Plan, first: int, usable: Usable) -> None:
+def step_plain(plan: Plan, usable: Usable) -> None:
     """Takes the step of a group without projection.
 
     Args:
         plan: the group.
-        first: parameters without projection before this group.
         usable: leaves out gradients that are not finite.
     """
     group = plan.group
@@ -59,7 +58,7 @@ def step_plain(plan: Plan, first: int, usable: Usable) -> None:
             own,
             [params[position] for position in batch],
             group.get("seed", 0),
-            [first + chosen[position][0] for position in batch],
+            [plan.seed_names[chosen[position][0]] for position in batch],
             stochastic=group.get("stochastic_rounding", False),
         )
 
@@ -111,6 +110,7 @@ def projected_params(plan: Plan, first: int) -> list[ProjectedParam]:
                 rows=RowRange.whole(param.shape[0]),
                 index=first + i,
                 steps_done=steps_done,
+                seed_name=plan.seed_names[i],
                 name=plan.names[i],
                 first_moment=partial(rule.first_moment, own),
             )

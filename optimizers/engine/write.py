@@ -15,7 +15,7 @@ from .geometry import RowRange
 def apply_update(write: WeightUpdate, param: ProjectedParam, projection: Projection) -> None:
     """Does to a weight what its residual planned, row chunk by row chunk where it is quantised."""
     options = projection.options
-    seed = rounding_seed(options.seed, param.steps_done, param.index)
+    seed = rounding_seed(options.seed, param.seed_name, param.steps_done)
     rounds = options.stochastic_rounding
     direction, alpha, decay_factor = write.direction, write.alpha, write.decay_factor
     if isinstance(alpha, Tensor):

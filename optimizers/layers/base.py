@@ -4,19 +4,26 @@ A factored layer takes the place of an `nn.Linear`. It says which matrix it stan
 (`effective_weight`), so that any of them can be merged into a plain layer, compared or exported.
 What happens to it on a schedule (merges, switches, resampling) is the optimizer's; a layer only
 knows how to carry it out.
+
+A state dict holds, beside the tensors, those options that the function depends on and that shapes
+don't show (`SETTINGS`), so that another value is an error at loading.
 """
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from lowrank.cuda.groups import chunk_elements
 from lowrank.cuda.noise import mix, stochastic_bfloat16
+
+from ..engine.chunks import row_chunks, wide_dtype
+
+_EXTRA = "_extra_state"
 
 
 class FactoredLinear(nn.Module):
@@ -31,6 +38,8 @@ class FactoredLinear(nn.Module):
 
     #: Trained parts, by the names of their parameters.
     FACTORS: ClassVar[tuple[str, ...]]
+    #: Numbers that the function depends on, by the names of attributes; new ones come last.
+    SETTINGS: ClassVar[tuple[str, ...]] = ()
 
     in_features: int
     out_features: int
@@ -59,11 +68,39 @@ class FactoredLinear(nn.Module):
     def effective_weight(self) -> Tensor:
         """W as a new m x n tensor without gradient, in fp32 (fp64 where the parts are)."""
 
+    def host_tensors(self) -> tuple[str, ...]:
+        """Names of tensors that stay on the CPU wherever the layer moves.
+
+        They are saved and loaded like buffers and are none, so that nothing broadcasts them.
+        """
+        return ()
+
     @property
     def dtype(self) -> torch.dtype:
         """Precision of the parts."""
         part: Tensor = getattr(self, self.FACTORS[0])
         return part.dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """W as a new m x n tensor in the parts' precision, for modules that read it of a layer.
+
+        Gradients flow to the factors. Where a layer's own backward pass differs from that of a
+        dense W, they raise `RuntimeError` instead.
+        """
+        factors = [getattr(self, name) for name in self.FACTORS]
+        if not (torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)):
+            return self.effective_weight().to(self.dtype)
+        dense = self.differentiable_weight()
+        if dense is None:
+            dense = _RefusesGradients.apply(  # type: ignore[no-untyped-call]
+                self.effective_weight().to(self.dtype), type(self).__name__, *factors
+            )
+        return dense
+
+    def differentiable_weight(self) -> Tensor | None:
+        """W by operations that autograd follows; None where the layer's gradients are others."""
+        return None
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
@@ -75,6 +112,92 @@ class FactoredLinear(nn.Module):
         linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
 
+    # Saving and loading
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves or casts the layer; what stays on the CPU is cast alone."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        part = getattr(self, self.FACTORS[0])
+        for name in self.host_tensors():
+            tensor: Tensor = getattr(self, name)
+            dtype = part.dtype if tensor.is_floating_point() else tensor.dtype
+            if tensor.is_meta or (part.is_meta and tensor.is_floating_point()):
+                place = "meta" if part.is_meta else "cpu"
+                setattr(self, name, torch.empty_like(tensor, dtype=dtype, device=place))
+            else:
+                setattr(self, name, tensor.to(dtype=dtype, device="cpu"))
+        return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self.host_tensors():
+            destination[prefix + name] = getattr(self, name)
+        if self.SETTINGS:
+            values = [float(getattr(self, name)) for name in self.SETTINGS]
+            # A tensor, which every file format holds, under the name that torch has for such.
+            destination[prefix + _EXTRA] = torch.tensor(values, dtype=torch.float64, device="cpu")
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        others = self._other_settings(state_dict.pop(prefix + _EXTRA, None))
+        if others:
+            error_msgs.append(f"{prefix[:-1]}: {others}")
+            state_dict.update(self.state_dict(prefix=prefix))  # for the modules within
+            return
+        for name in self.host_tensors():
+            self._load_host(
+                name, prefix, state_dict, local_metadata, strict, missing_keys, error_msgs
+            )
+        super()._load_from_state_dict(
+            *(state_dict, prefix, local_metadata, strict),
+            *(missing_keys, unexpected_keys, error_msgs),
+        )
+
+    def _other_settings(self, saved: Tensor | None) -> str:
+        """What to say of saved settings that aren't the layer's; a state dict may have none."""
+        values = [] if saved is None else saved.tolist()
+        return ", ".join(
+            f"saved with {name}={value:g}, and this layer has {name}={getattr(self, name):g}: "
+            f"accepted is a model converted with {name}={value:g}"
+            for name, value in zip(self.SETTINGS, values, strict=False)
+            if value != getattr(self, name)
+        )
+
+    @torch.no_grad()
+    def _load_host(
+        self,
+        name: str,
+        prefix: str,
+        state_dict: dict[str, Any],
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key, own = prefix + name, getattr(self, name)
+        value = state_dict.pop(key, None)
+        if value is None:
+            if strict:
+                missing_keys.append(key)
+        elif value.shape != own.shape:
+            error_msgs.append(
+                f"{key} is saved with shape {tuple(value.shape)}: accepted is {tuple(own.shape)}"
+            )
+        elif local_metadata.get("assign_to_params_buffers", False):
+            setattr(self, name, value.detach().cpu())
+        else:
+            own.copy_(value)
+
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
         return (
@@ -83,9 +206,20 @@ class FactoredLinear(nn.Module):
         )
 
 
-def wide_dtype(tensor: Tensor) -> torch.dtype:
-    """The precision in which weights are put together."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+class _RefusesGradients(torch.autograd.Function):
+    """A dense weight through which a layer can't be trained."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, kind: str, *factors: Tensor) -> Tensor:
+        ctx.kind = kind
+        return weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+        raise RuntimeError(
+            f"a module reads the weight of a {ctx.kind} and computes with it, which can't train its"
+            " factors as the method does: accepted are patterns that leave this layer out"
+        )
 
 
 def uniform(shape: tuple[int, ...], bound: float, like: Tensor, *seed: int) -> Tensor:
@@ -126,10 +260,9 @@ def add_product(
     """
     wide, n = wide_dtype(weight_mn), weight_mn.shape[1]
     right_kn = right_kn.to(wide)
-    rows = chunk_elements(weight_mn.device, n) // n
-    for start in range(0, weight_mn.shape[0], rows):
-        part = weight_mn[start : start + rows]
-        total = part.to(wide).addmm(left_mk[start : start + rows].to(wide), right_kn, alpha=scale)
+    for span in row_chunks(weight_mn):
+        part = weight_mn[span]
+        total = part.to(wide).addmm(left_mk[span].to(wide), right_kn, alpha=scale)
         if part.dtype == torch.bfloat16:
-            total = stochastic_bfloat16(total, seed, start * n)
+            total = stochastic_bfloat16(total, seed, span.start * n)
         part.copy_(total)

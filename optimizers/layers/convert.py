@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lowrank.cuda.noise import mix
-
 from ..engine import checks
 from ..param_groups import PATTERNS, projected_layers
 from .base import FactoredLinear
+from .replicas import mark_frozen, unmark_frozen
+from .seeds import layer_seed, named_layers
 
 
 def factored_layers(model: nn.Module) -> Iterator[tuple[str, FactoredLinear]]:
@@ -33,6 +34,10 @@ def to_factored(
     **options: Any,
 ) -> None:
     """In place: a layer of `kind` for each linear layer that matches; those that are one stay.
+
+    Layers that can't be replaced stay dense, with one warning that names them: a subclass with a
+    forward pass of its own, and what `nn.MultiheadAttention` computes with the weight of.
+    `DistributedDataParallel` leaves what is frozen alone afterwards (`layers.replicas`).
 
     Args:
         model: the model, before an optimizer is made or it is wrapped.
@@ -56,6 +61,7 @@ def to_factored(
                 "models (merge(model) makes one)"
             )
     if present:
+        mark_frozen(model)  # it may be a parent of the model that was converted
         return
     targets = projected_layers(model, patterns)
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
@@ -63,16 +69,40 @@ def to_factored(
             "a model inside DistributedDataParallel can't be converted: accepted is "
             "convert(name, model) before wrapping"
         )
+    names = {module: name for name, module in named_layers(model)}
+    reasons = _irreplaceable(model)
+    kept = {names[layer]: reasons[layer] for layer in targets if layer in reasons}
+    targets = [layer for layer in targets if layer not in reasons and layer.weight.numel()]
+    if kept:
+        said = "; ".join(f"{name} ({reason})" for name, reason in kept.items())
+        if not targets:
+            raise ValueError(
+                f"no layer of {type(model).__name__} that matches {tuple(patterns)} can be "
+                f"replaced: {said}; accepted are patterns that match others"
+            )
+        warnings.warn(f"layers that stay dense: {said}", stacklevel=4)
     made: dict[nn.Module, nn.Module] = {
-        layer: kind.of(layer, mix(seed, index), rank=rank, **options)
-        for index, layer in enumerate(targets)
-        if layer.weight.numel()
+        layer: kind.of(layer, layer_seed(seed, names[layer]), rank=rank, **options)
+        for layer in targets
     }
     replace_modules(model, made)
+    mark_frozen(model)
+
+
+def _irreplaceable(model: nn.Module) -> dict[nn.Module, str]:
+    """Linear layers that another module can't take the place of, and why."""
+    reasons: dict[nn.Module, str] = {}
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            reasons[module.out_proj] = "nn.MultiheadAttention computes with its weight"
+        elif isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+            reasons.setdefault(module, f"{type(module).__name__} has a forward pass of its own")
+    return reasons
 
 
 def merge_factored(model: nn.Module) -> None:
     """In place: a plain linear layer for each factored one."""
+    unmark_frozen(model)
     replace_modules(model, {layer: layer.to_linear() for _, layer in factored_layers(model)})
 
 
@@ -87,7 +117,8 @@ def replace_modules(model: nn.Module, made: dict[nn.Module, nn.Module]) -> None:
 def meta_copy(model: nn.Module) -> nn.Module:
     """A copy of a model's structure on the meta device, whose tensors have no memory."""
     memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
+    host = [getattr(layer, n) for _, layer in factored_layers(model) for n in layer.host_tensors()]
+    for tensor in (*model.parameters(), *model.buffers(), *host):
         empty: Tensor = tensor.detach().to("meta")
         if isinstance(tensor, nn.Parameter):
             empty = nn.Parameter(empty, tensor.requires_grad)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..engine import checks
-from .base import FactoredLinear, add_product, kaiming_bound, uniform, wide_dtype
+from ..engine.chunks import wide_dtype
+from .base import FactoredLinear, add_product, kaiming_bound, uniform
 
 
 class LowRankLinear(FactoredLinear):
@@ -26,11 +27,13 @@ class LowRankLinear(FactoredLinear):
         frozen: m x n buffer, or None.
         lora_a: A, r x n, from U(+-1/sqrt(n)); those of all heads below each other, H r x n.
         lora_b: B, m x r, zeros beside a frozen weight; m x H r.
+        alpha: c r.
         scaling: c = alpha / r.
         heads: H.
     """
 
     FACTORS: ClassVar[tuple[str, ...]] = ("lora_a", "lora_b")
+    SETTINGS: ClassVar[tuple[str, ...]] = ("alpha", "heads")
 
     frozen: Tensor | None
 
@@ -44,11 +47,12 @@ class LowRankLinear(FactoredLinear):
         keep_frozen: bool = True,
         heads: int = 1,
     ) -> None:
+        checks.number("alpha", alpha)
         checks.integer("heads", heads, low=1)
         super().__init__(linear, rank)
         m, n, r = self.out_features, self.in_features, self.rank * heads
         weight = linear.weight.detach()
-        self.scaling, self.heads = alpha / self.rank, heads
+        self.alpha, self.scaling, self.heads = float(alpha), alpha / self.rank, heads
         self.register_buffer("frozen", weight if keep_frozen else None)
         self.lora_a = nn.Parameter(uniform((r, n), kaiming_bound(n), weight, seed, 0))
         if keep_frozen:
@@ -124,3 +128,10 @@ class LowRankLinear(FactoredLinear):
         """W_f + c B A."""
         product = self.product()
         return product if self.frozen is None else product.add_(self.frozen)
+
+    def differentiable_weight(self) -> Tensor | None:
+        """W_f + c B A; in training, several heads have a weight each."""
+        if self.heads > 1 and self.training:
+            return None
+        product = self.lora_b @ self.lora_a * (self.scaling / self.heads)
+        return product if self.frozen is None else product + self.frozen

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar, Self, Unpack, overload
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self, overload
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import ParamsT
 from torch.utils.hooks import RemovableHandle
 
 from ..engine.composition import Composition
 from ..engine.gradients import check_gradients
 from ..engine.optimizer import LowRankOptimizer, no_autocast
-from ..engine.options import CommonOptions, Group
+from ..engine.options import Group
 from ..engine.parameters import label, names
 from ..engine.rotation import Rotation
-from ..engine.rule_factories import adam_rule
+from ..engine.rule_families import TORCH_ADAMW
 from ..rules import UpdateRule
 from . import FactoredLinear
-from .convert import factored_layers
 from .events import EventHook, LayerEvent
+from .seeds import layer_seed, named_layers
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,11 @@ class Link:
     """A layer that an optimizer trains.
 
     Attributes:
-        index: position among the model's factored layers, which seeds draw from.
-        name: of the layer in its model.
+        name: of the layer in its model, without wrappers.
         layer: the layer.
         group: options of its factors.
     """
 
-    index: int
     name: str
     layer: FactoredLinear
     group: Group
@@ -44,6 +42,10 @@ class Link:
     def factors(self) -> list[nn.Parameter]:
         """The trained parts, in the order of `FACTORS`."""
         return [getattr(self.layer, name) for name in self.layer.FACTORS]
+
+    def seed(self, *parts: int) -> int:
+        """A seed of the layer's own, from its group's."""
+        return layer_seed(self.group["seed"], self.name, *parts)
 
 
 class FactoredAdamW(LowRankOptimizer):
@@ -54,44 +56,38 @@ class FactoredAdamW(LowRankOptimizer):
 
     projects: ClassVar[bool] = False
     fixed_options: ClassVar[tuple[str, ...]] = ("capturable", "factors")
+    rule = TORCH_ADAMW.but(weight_decay=0.0, capturable=False)
     #: Options that say after which steps there are events.
     event_options: ClassVar[tuple[str, ...]] = ()
     #: The layer that this optimizer trains.
     layer_type: ClassVar[type[FactoredLinear]]
+    #: Which factors have to be trained for a layer's events, in words.
+    awaited: ClassVar[str] = "one of its factors is"
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        own: dict[str, Any] | None = None,
-        **options: Unpack[CommonOptions],
-    ) -> None:
-        """Makes the optimizer.
-
-        Args:
-            params: `param_groups(model)` of a converted model.
-            lr: learning rate, float or 0-d tensor, read at each step.
-            betas: decay rates of the moments.
-            eps: added to sqrt(V) after bias correction.
-            weight_decay: decoupled, before the update.
-            own: the method's own options, set by subclasses.
-            **options: see `CommonOptions`.
-
-        Raises:
-            ValueError: an option is unknown or out of range, or a parameter can't be optimized.
-        """
+    def _make_attributes(self) -> None:
+        super()._make_attributes()
         self._links: list[Link] = []
+        self._all_stepped = False
+        self._replaced: list[tuple[nn.Parameter, Tensor]] = []
         self._event_hooks: dict[int, EventHook] = OrderedDict()
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, **(own or {})}, options)
+
+    def _warn_of_groups(self) -> None:
+        groups = self.param_groups
+        if not any(group.get("factors") for group in groups) and self._needs_layers(groups[0]):
+            warnings.warn(
+                f"{type(self).__name__}: no parameter group has factors=True, so nothing happens "
+                "to layers; param_groups(model) of a converted model makes groups that have it",
+                stacklevel=3,
+            )
 
     @classmethod
     def group_keys(cls) -> set[str]:
         """Group keys that `build` accepts and that mean nothing here."""
         return {"rank", "update_proj_gap"}
+
+    @classmethod
+    def _place_of(cls, name: str, shown: str) -> str:
+        return f"accepted is convert(name, model, {shown}) or build(name, model, {shown})"
 
     def compose(self, group: Group) -> Composition:
         """The rules of factors, whose state counts events, and of the rest."""
@@ -105,13 +101,22 @@ class FactoredAdamW(LowRankOptimizer):
 
     def plain_rule(self, group: Group) -> UpdateRule:
         """The rule of everything else."""
-        return adam_rule(group)
+        return self.rule.make(group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores a pickle or copy, without layers."""
         self.__dict__.setdefault("_links", [])
+        self.__dict__.setdefault("_all_stepped", False)
+        self.__dict__.setdefault("_replaced", [])
         self.__dict__.setdefault("_event_hooks", OrderedDict())
         super().__setstate__(state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `LowRankOptimizer.load_state_dict`; links keep their layers."""
+        super().load_state_dict(state_dict)
+        # Torch has made new groups.
+        groups = {param: group for group in self.param_groups for param in group["params"]}
+        self._links = [replace(link, group=groups[link.factors()[0]]) for link in self._links]
 
     # Layers
 
@@ -125,19 +130,26 @@ class FactoredAdamW(LowRankOptimizer):
             The optimizer.
 
         Raises:
-            ValueError: a factor is not among the model's, or a layer's factors are trained in part.
+            ValueError: a factor is not among the model's, or in a group without `factors`, or a
+                layer's factors are trained in part.
         """
-        groups = {
-            param: group
-            for group in self.param_groups
-            if group.get("factors")
-            for param in group["params"]
-        }
-        links = []
-        for index, (name, layer) in enumerate(factored_layers(model)):
+        groups = {param: group for group in self.param_groups for param in group["params"]}
+        links, untrained = [], []
+        for name, layer in named_layers(model):
+            if not isinstance(layer, FactoredLinear):
+                continue
             own = [getattr(layer, factor) for factor in layer.FACTORS]
+            for factor, param in zip(layer.FACTORS, own, strict=True):
+                group = groups.get(param)
+                if group is not None and not group.get("factors") and self._needs_layers(group):
+                    raise ValueError(
+                        f"{name}.{factor} is in a parameter group without factors=True, in which "
+                        "nothing would happen to its layer: accepted are the groups that "
+                        "param_groups(model) makes"
+                    )
             known = [param in groups for param in own]
             if not any(known):
+                untrained.append(name)
                 continue
             if not all(known) or not isinstance(layer, self.layer_type):
                 raise ValueError(
@@ -145,7 +157,7 @@ class FactoredAdamW(LowRankOptimizer):
                     f"factors are trained: {type(self).__name__} accepts all of a "
                     f"{self.layer_type.__name__}'s"
                 )
-            links.append(Link(index, name, layer, groups[own[0]]))
+            links.append(Link(name, layer, groups[own[0]]))
         found = {param for link in links for param in link.factors()}
         for group in self.param_groups:
             for param, name_ in zip(group["params"], names(group), strict=True):
@@ -155,7 +167,13 @@ class FactoredAdamW(LowRankOptimizer):
                         f"{type(model).__name__}: accepted is the model that the optimizer's "
                         "parameters are of"
                     )
-        self._links = links
+        if untrained and self._needs_layers(links[0].group if links else self.param_groups[0]):
+            warnings.warn(
+                f"{type(self).__name__} trains no factor of {', '.join(untrained)}, so nothing "
+                "happens to them: their factors were frozen, or in no parameter group",
+                stacklevel=2,
+            )
+        self._links, self._all_stepped = links, False
         return self
 
     def register_event_hook(self, hook: EventHook) -> RemovableHandle:
@@ -197,10 +215,23 @@ class FactoredAdamW(LowRankOptimizer):
         check_gradients(self.param_groups)
         self._prepare()
         with no_autocast():
-            self._before()
-            super().step()
+            try:
+                self._before()
+                super().step()
+            finally:
+                for param, grad in self._replaced:
+                    param.grad = grad
+                self._replaced = []
             self._after()
+        if not self._all_stepped:
+            self._look_for_idle_factors()
         return loss
+
+    def _replace_gradient(self, param: nn.Parameter, grad: Tensor) -> None:
+        """Takes this step with another gradient; the user's is put back after it."""
+        assert param.grad is not None
+        self._replaced.append((param, param.grad))
+        param.grad = grad
 
     def _needs_layers(self, group: Group) -> bool:
         """Whether anything is scheduled for a group of factors, for which layers are attached."""
@@ -211,6 +242,31 @@ class FactoredAdamW(LowRankOptimizer):
 
     def _after(self) -> None:
         """What is scheduled at a step's end."""
+
+    def _patience(self, group: Group) -> float:
+        """Steps after which each layer of a group should have had an event."""
+        return float(group["update_proj_gap"])
+
+    def _look_for_idle_factors(self) -> None:
+        """Says once which factors have never been stepped when events should have begun."""
+        idle = {
+            f"{link.name}.{factor}": link
+            for link in self._links
+            for factor, param in zip(link.layer.FACTORS, link.factors(), strict=True)
+            if not int(self.state[param]["step"])
+        }
+        idle = {name: link for name, link in idle.items() if self._needs_layers(link.group)}
+        if idle:
+            steps = max(int(state["step"]) for state in self.state.values())
+            if steps < min(self._patience(link.group) for link in idle.values()):
+                return
+            warnings.warn(
+                f"{type(self).__name__} has taken {steps} steps without a finite gradient for "
+                f"{', '.join(idle)}: what is scheduled for a layer waits until {self.awaited} "
+                "trained (convert(..., patterns=...) leaves layers out)",
+                stacklevel=3,
+            )
+        self._all_stepped = True
 
     def _due(self, gap: str) -> list[Link]:
         """Layers that have passed a multiple of group[gap] steps since their event before."""
@@ -235,10 +291,11 @@ class FactoredAdamW(LowRankOptimizer):
                 state["events"] = self._events_after(group, int(state["step"]))
 
     def _events(self, link: Link) -> int:
-        return int(self.state[link.factors()[0]]["events"])
+        return max(int(self.state[param]["events"]) for param in link.factors())
 
     def _steps(self, link: Link) -> int:
-        return int(self.state[link.factors()[0]]["step"])
+        """Steps of a layer: those of the factor that has taken most."""
+        return max(int(self.state[param]["step"]) for param in link.factors())
 
     def _renew(self, param: nn.Parameter, rule: UpdateRule) -> None:
         """Sets a factor's moments to zero; their bias corrections start anew."""

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..engine import checks
+from ..engine.chunks import wide_dtype
 from .autocast import compute_dtype, on_rows
-from .base import FactoredLinear, wide_dtype
+from .base import FactoredLinear
 from .frozen import FrozenMatrix, dense_matrix
 
 _Parts = tuple[Tensor | None, ...]
@@ -92,6 +93,7 @@ class QuantizedLowRankLinear(FactoredLinear):
     """
 
     FACTORS: ClassVar[tuple[str, ...]] = ("factor",)
+    SETTINGS: ClassVar[tuple[str, ...]] = ("scale",)
 
     def __init__(
         self,

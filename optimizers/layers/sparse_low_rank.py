@@ -22,8 +22,9 @@ from lowrank.cuda.noise import mix
 from lowrank.cuda.noise import uniform as uniform_noise
 
 from ..engine import checks
+from ..engine.chunks import wide_dtype
 from .autocast import compute_dtype, on_rows
-from .base import FactoredLinear, kaiming_bound, uniform, wide_dtype
+from .base import FactoredLinear, kaiming_bound, uniform
 
 SUPPORTS = ("seeded", "stored")
 INITS = ("official", "model")
@@ -108,6 +109,7 @@ class SparseLowRankLinear(FactoredLinear):
         lora_a: A, r x n.
         lora_b: B, m x r, zeros at first.
         sparse_values: (nnz,), S on its support in order.
+        alpha: c r.
         scaling: c = alpha / r.
         density: d.
         support_seed: 0-d int64 buffer of a seeded support; a state dict brings its own.
@@ -115,6 +117,7 @@ class SparseLowRankLinear(FactoredLinear):
     """
 
     FACTORS: ClassVar[tuple[str, ...]] = ("lora_a", "lora_b", "sparse_values")
+    SETTINGS: ClassVar[tuple[str, ...]] = ("alpha",)
 
     support_seed: Tensor | None
     sparse_index: Tensor | None
@@ -145,7 +148,7 @@ class SparseLowRankLinear(FactoredLinear):
             )
         if support == "stored" and m * n >= 2**31:
             raise ValueError(f"support='stored' of {m} x {n}: accepted are fewer than 2^31 entries")
-        self.scaling, self.density = alpha / r, density
+        self.alpha, self.scaling, self.density = float(alpha), alpha / r, density
         bound = kaiming_bound(n)
         if init == "model" and not weight.is_meta:
             # nnz values of this size give W the root mean square that the model's own had.
@@ -206,3 +209,8 @@ class SparseLowRankLinear(FactoredLinear):
             getattr(self, name).to(wide) for name in ("lora_b", "lora_a", "sparse_values")
         )
         return dense_weight(b, a, values, self.support(), self.scaling)
+
+    def differentiable_weight(self) -> Tensor:
+        """C B A + S."""
+        parts = (self.lora_b, self.lora_a, self.sparse_values)
+        return dense_weight(*parts, self.support(), self.scaling)

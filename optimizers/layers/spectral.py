@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..engine import checks
+from ..engine.chunks import wide_dtype
 from .autocast import compute_dtype, on_rows
-from .base import FactoredLinear, wide_dtype
+from .base import FactoredLinear
 
 SAMPLING = ("mixed", "singular", "uniform")
 
@@ -216,6 +217,14 @@ class SpectralLinear(FactoredLinear):
         wide = wide_dtype(self.left)
         u, v = (part.to(wide) for part in self._vectors())
         return (u * self.singular_values.to(wide)) @ v.mT
+
+    def differentiable_weight(self) -> Tensor | None:
+        """U diag(s) V^T; its gradients are not the enhanced ones."""
+        if self.enhanced:
+            return None
+        u = torch.cat([self.left, self.frozen_left], 1)
+        v = torch.cat([self.right, self.frozen_right], 1)
+        return (u * self.singular_values) @ v.mT
 
     @torch.no_grad()
     def clamp_singular_values(self) -> None:

@@ -11,7 +11,6 @@ with `offload`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import torch
@@ -19,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..engine import checks
-from .base import FactoredLinear, add_product, uniform, wide_dtype
+from ..engine.chunks import wide_dtype
+from .base import FactoredLinear, add_product, uniform
 
 _GAIN = math.sqrt(1 / 3)  # of leaky_relu with slope sqrt(5)
 
@@ -31,9 +31,9 @@ class SwitchedLinear(FactoredLinear):
         frozen: W_f, m x n buffer.
         rows_a: A, r x n.
         rows_b: B^T, r x m.
-        candidates_a: N x n buffer; slots of vectors in use hold old values.
-        candidates_b: N x m buffer.
-        selected: (2, r) int64 buffer on the CPU: which candidate each row of A and of B is.
+        candidates_a: N x n, a buffer unless offloaded; places of vectors in use hold old values.
+        candidates_b: N x m, likewise.
+        selected: (2, r) int64 on the CPU, no buffer: which candidate each row of A and of B is.
         offload: candidates stay on the CPU wherever the layer moves.
     """
 
@@ -55,41 +55,32 @@ class SwitchedLinear(FactoredLinear):
         self.offload = offload
         std_a = (math.sqrt(m) * r / n**1.5) ** 0.25 * math.sqrt(_GAIN)
         std_b = (r / math.sqrt(m * n)) ** 0.25 * math.sqrt(_GAIN)
-        self.register_buffer(
-            "candidates_a", uniform((count, n), math.sqrt(3) * std_a, weight, seed, 0)
-        )
-        self.register_buffer(
-            "candidates_b", uniform((count, m), math.sqrt(3) * std_b, weight, seed, 1)
-        )
-        chosen = torch.arange(count - r, count)
+        candidates_a = uniform((count, n), math.sqrt(3) * std_a, weight, seed, 0)
+        candidates_b = uniform((count, m), math.sqrt(3) * std_b, weight, seed, 1)
+        chosen = torch.arange(count - r, count, device="cpu")
         # The windows that are switched in A and in B are half a turn apart.
-        self.register_buffer("selected", torch.stack([chosen, chosen.roll(r // 2)]))
-        self.rows_a = nn.Parameter(self.candidates_a[-r:].clone())
-        self.rows_b = nn.Parameter(self.candidates_b[-r:].roll(r // 2, 0).clone())
+        self.selected = torch.stack([chosen, chosen.roll(r // 2)])
+        self.rows_a = nn.Parameter(candidates_a[-r:].clone())
+        self.rows_b = nn.Parameter(candidates_b[-r:].roll(r // 2, 0).clone())
         self.register_buffer("frozen", weight.clone())
         if not weight.is_meta:
             add_product(
                 self.frozen, self.rows_b.detach().mT, self.rows_a.detach(), -self.scaling, seed
             )
-        self._keep_on_cpu()
+        for name, candidates in (("candidates_a", candidates_a), ("candidates_b", candidates_b)):
+            if offload:
+                setattr(self, name, candidates if weight.is_meta else candidates.cpu())
+            else:
+                self.register_buffer(name, candidates)
 
     @classmethod
     def of(cls, linear: nn.Linear, seed: int, **options: Any) -> Self:
         """See `FactoredLinear.of`; options `rank` and `offload`."""
         return cls(linear, seed, **options)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves or casts the layer; what stays on the CPU stays."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._keep_on_cpu()
-        return self
-
-    def _keep_on_cpu(self) -> None:
-        stays = ("selected", "candidates_a", "candidates_b") if self.offload else ("selected",)
-        for name in stays:
-            buffer: Tensor = getattr(self, name)
-            if not buffer.is_meta:
-                setattr(self, name, buffer.cpu())
+    def host_tensors(self) -> tuple[str, ...]:
+        """See `FactoredLinear.host_tensors`."""
+        return ("selected", "candidates_a", "candidates_b") if self.offload else ("selected",)
 
     @property
     def spare(self) -> int:
@@ -107,6 +98,10 @@ class SwitchedLinear(FactoredLinear):
         wide = wide_dtype(self.rows_a)
         product = self.rows_b.to(wide).mT @ self.rows_a.to(wide)
         return product.mul_(self.scaling).add_(self.frozen)
+
+    def differentiable_weight(self) -> Tensor:
+        """W_f + c B A."""
+        return self.rows_b.mT @ self.rows_a * self.scaling + self.frozen
 
     @torch.no_grad()
     def switch(self, side: int, first: int, count: int, seed: int) -> Tensor:

@@ -1,1 +1,7 @@
-"""The methods, one page each."""
+"""One page a method; importing this package imports all of them, which fills the table."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+for _page in iter_modules(__path__):
+    import_module(f"{__name__}.{_page.name}")

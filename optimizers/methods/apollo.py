@@ -16,21 +16,32 @@ Quirk of the released code, which is the default here: `scale` acts through its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar
 
-from torch import Tensor
-from torch.optim.optimizer import ParamsT
+from torch import nn
 
 from ..engine import checks
-from ..engine.options import Group, ProjectionKeywords
-from ..engine.projected import ProjectedAdamW
+from ..engine.keywords import Keyword
+from ..engine.method import method
+from ..engine.optimizer import LowRankOptimizer
+from ..engine.options import Group
+from ..engine.rule_families import ADAMW
+from ..param_groups import param_groups
 
+PAPER = "2412.05270"
 #: What the released code's values of `proj` stand for.
 OFFICIAL_PROJECTORS = {"random": "random", "svd": "singular"}
+_LAST = "no_deprecation_warning"
 
 
-class ApolloAdamW(ProjectedAdamW):
+@method(
+    "apollo_adamw",
+    paper=PAPER,
+    summary="APOLLO: the gradient scaled by Adam's steps in a random subspace",
+    state="2 n r",
+    spellings=("APOLLOAdamW",),
+)
+class ApolloAdamW(LowRankOptimizer):
     """APOLLO with AdamW; with `proj="svd"` and `refresh="svd"` numerically the released class.
 
     Group keys: `rank`, `proj` ("random" or "svd", another name for `projector`), `proj_type`,
@@ -38,81 +49,61 @@ class ApolloAdamW(ProjectedAdamW):
     (None is the released code's `disable_nl`).
     """
 
-    projection_defaults: ClassVar[Mapping[str, Any]] = {
-        "projector": "random",
-        "residual": "scaled",
-        "scale": 1.0,
-    }
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        correct_bias: bool = True,
-        disable_nl: bool = False,
-        no_deprecation_warning: bool = True,
-        **options: Unpack[ProjectionKeywords],
-    ) -> None:
-        """Makes the optimizer.
-
-        Args:
-            params: parameters or groups, see `param_groups`.
-            lr: learning rate, float or 0-d tensor, read at each step.
-            betas: decay rates of the moments.
-            eps: added to sqrt(V) before bias correction (transformers' AdamW).
-            weight_decay: decoupled, after the update.
-            correct_bias: False leaves the bias corrections out.
-            disable_nl: True is `limiter=None`, no bound on the update's growth.
-            no_deprecation_warning: accepted for the official signature; no effect.
-            **options: see `ProjectionKeywords`; `scale_front` is one.
-
-        Raises:
-            ValueError: an option is unknown or out of range, or a parameter can't be optimized.
-        """
-        keywords: dict[str, Any] = {**options}
-        _translate_limiter(keywords | {"disable_nl": disable_nl}, keywords)
-        super().__init__(params, lr, betas, eps, weight_decay, correct_bias, **keywords)
+    rule = ADAMW
+    projection_defaults: ClassVar = {"projector": "random", "residual": "scaled", "scale": 1.0}
+    own_keywords = (
+        Keyword("scale_front", False, "scale before the limiter.", "given", before=_LAST),
+        Keyword(
+            "disable_nl",
+            False,
+            "True is `limiter=None`: no bound on growth.",
+            "given",
+            before=_LAST,
+        ),
+    )
+    foreign_keys = ("proj", "disable_nl")
 
     @classmethod
-    def group_keys(cls) -> set[str]:
-        """See `LowRankOptimizer.group_keys`."""
-        return {*super().group_keys(), "proj"}
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, see `LowRankOptimizer`; `proj` and `disable_nl` are translated."""
-        if isinstance(param_group, dict):
-            if "proj" in param_group:
-                proj = param_group["proj"]
-                checks.choice("proj", proj, OFFICIAL_PROJECTORS)
-                if "projector" in param_group:
-                    raise ValueError(
-                        f"proj={proj!r} with projector={param_group['projector']!r}: these are two "
-                        "names of one thing, accepted is one of them"
-                    )
-                param_group["projector"] = OFFICIAL_PROJECTORS[param_group.pop("proj")]
-            if "disable_nl" in param_group:
-                _translate_limiter(param_group, param_group)
-                del param_group["disable_nl"]
-        super().add_param_group(param_group)
-
-
-def _translate_limiter(given: Mapping[str, Any], target: Group) -> None:
-    checks.choice("disable_nl", given["disable_nl"], (True, False))
-    if given["disable_nl"]:
-        if given.get("limiter") is not None:
-            raise ValueError(
-                f"disable_nl=True with limiter={given['limiter']!r}: accepted is one of them"
-            )
-        target["limiter"] = None
+    def translate(cls, options: Group, defaults: Group | None) -> Group:
+        """`proj` as `projector`, `disable_nl` as `limiter`."""
+        options = dict(options)
+        if "proj" in options:
+            proj = options.pop("proj")
+            checks.choice("proj", proj, OFFICIAL_PROJECTORS)
+            if "projector" in options:
+                raise ValueError(
+                    f"proj={proj!r} with projector={options['projector']!r}: these are two "
+                    "names of one thing, accepted is one of them"
+                )
+            options["projector"] = OFFICIAL_PROJECTORS[proj]
+        if "disable_nl" in options:
+            disabled = options.pop("disable_nl")
+            checks.choice("disable_nl", disabled, (True, False))
+            if disabled and options.get("limiter") is not None:
+                raise ValueError(
+                    f"disable_nl=True with limiter={options['limiter']!r}: accepted is one of them"
+                )
+            if disabled:
+                options["limiter"] = None
+        return options
 
 
+def rank_one_groups(model: nn.Module, **options: Any) -> list[Group]:
+    """`param_groups` with rank 1 unless another is given."""
+    return param_groups(model, **{"rank": 1, **options})
+
+
+@method(
+    "apollo_mini_adamw",
+    paper=PAPER,
+    summary="APOLLO-Mini: rank 1 by default",
+    state="2 n r",
+    groups=rank_one_groups,
+)
 class ApolloMiniAdamW(ApolloAdamW):
     """APOLLO-Mini: one factor a tensor, `scale` 128; meant for rank 1, which `build` gives it."""
 
-    projection_defaults: ClassVar[Mapping[str, Any]] = {
+    projection_defaults: ClassVar = {
         **ApolloAdamW.projection_defaults,
         "scale": 128.0,
         "scale_type": "tensor",

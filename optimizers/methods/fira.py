@@ -12,13 +12,20 @@ micro-batches can't accumulate in the subspace. The default beta = alpha is the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from ..engine.projected import ProjectedAdamW
+from ..engine.method import method
+from ..engine.optimizer import LowRankOptimizer
+from ..engine.rule_families import ADAMW
 
 
-class FiraAdamW(ProjectedAdamW):
+@method(
+    "fira_adamw",
+    paper="2410.01623",
+    summary="Fira: GaLore and the scaled residual",
+    state="m r + 2 n r",
+)
+class FiraAdamW(LowRankOptimizer):
     """Fira with AdamW; with `refresh="svd"` numerically `fira.FiraAdamW`.
 
     Group keys as `GaLoreAdamW`'s; `alpha` is another name of `scale`. Further: `residual_scale` and
@@ -26,5 +33,6 @@ class FiraAdamW(ProjectedAdamW):
     columns here, to rows in the released code.
     """
 
-    projection_defaults: ClassVar[Mapping[str, Any]] = {"residual": "norm_scaled"}
-    aliases: ClassVar[Mapping[str, str]] = {"alpha": "scale"}
+    rule = ADAMW
+    projection_defaults: ClassVar = {"residual": "norm_scaled"}
+    aliases: ClassVar = {"alpha": "scale"}

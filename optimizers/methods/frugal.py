@@ -21,89 +21,60 @@ steps since the last reset, here at each matrix's own count of all steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Unpack
-
-from torch import Tensor
-from torch.optim.optimizer import ParamsT
+from typing import ClassVar
 
 from ..engine import checks
-from ..engine.composition import Composition
+from ..engine.keywords import Keyword
+from ..engine.method import method
 from ..engine.optimizer import LowRankOptimizer
-from ..engine.options import Group, ProjectionKeywords
-from ..engine.rule_factories import adam_rule
-from ..engine.strategies import projection_of
+from ..engine.options import Group
+from ..engine.rule_families import TORCH_ADAMW
+
+DENSITY = 0.25
 
 
+@method(
+    "frugal_adamw",
+    paper="2411.07837",
+    summary="FRUGAL: Adam on random coordinates, signSGD elsewhere",
+    state="2 n r, and 4 r bytes",
+)
 class FrugalAdamW(LowRankOptimizer):
-    """FRUGAL with AdamW.
+    """FRUGAL with AdamW; `capturable` needs `moments="keep"`.
 
     Group keys: `density` (or `rank`; `is_proj_params=True` stands for the constructor's density),
     `update_proj_gap`, `scale` (the released code's scale of the active part, which multiplies both
     parts), `projector`, `inactive_lr_scale`, `inactive_update` ("sign" or "sgd").
     """
 
-    supports_capturable: ClassVar[bool] = True
+    rule = TORCH_ADAMW
     # As a default it says nothing of a group; one that is given becomes a rank ratio.
-    ungrouped: ClassVar[tuple[str, ...]] = ("density",)
-    projection_defaults: ClassVar[Mapping[str, Any]] = {
+    ungrouped = ("default_density",)
+    projection_defaults: ClassVar = {
         "projector": "coordinate",
         "residual": "sign",
         "moments": "reset",
         "scale": 1.0,
     }
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        density: float = 0.25,
-        **options: Unpack[ProjectionKeywords],
-    ) -> None:
-        """Makes the optimizer.
-
-        Args:
-            params: parameters or groups, see `param_groups`.
-            lr: learning rate, float or 0-d tensor, read at each step.
-            betas: decay rates of the moments.
-            eps: added to the bias-corrected sqrt(V).
-            weight_decay: decoupled, before the update.
-            density: of groups with `is_proj_params=True`, in (0, 1].
-            **options: see `ProjectionKeywords`; `capturable` needs `moments="keep"`.
-
-        Raises:
-            ValueError: an option is unknown or out of range, or a parameter can't be optimized.
-        """
-        checks.number("density", density, low=0.0, high=1.0, low_open=True)
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "density": density,
-        }
-        super().__init__(params, defaults, options)
+    own_keywords = (
+        Keyword("density", DENSITY, "of groups with `is_proj_params=True`, in (0, 1].", "given"),
+    )
+    foreign_keys = ("density", "is_proj_params")
 
     @classmethod
-    def group_keys(cls) -> set[str]:
-        """See `LowRankOptimizer.group_keys`."""
-        return {*super().group_keys(), "density"}
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, see `LowRankOptimizer`; a density becomes a rank ratio, and wins."""
-        if isinstance(param_group, dict):
-            if param_group.pop("is_proj_params", False) and "rank" not in param_group:
-                param_group.setdefault("density", self.defaults["density"])
-            if "density" in param_group:
-                param_group["rank_ratio_matrix"] = rank_ratio(param_group.pop("density"))
-        super().add_param_group(param_group)
-
-    def compose(self, group: Group) -> Composition:
-        """AdamW in torch's form and the group's projection."""
-        return Composition(adam_rule(group), projection_of(group))
+    def translate(cls, options: Group, defaults: Group | None) -> Group:
+        """A group's density as a rank ratio, which wins over a rank."""
+        options = dict(options)
+        if defaults is None:
+            density = options.pop("density", DENSITY)
+            checks.number("density", density, low=0.0, high=1.0, low_open=True)
+            return {**options, "default_density": density}
+        density = options.pop("density", None)
+        if options.pop("is_proj_params", False) and density is None and "rank" not in options:
+            density = defaults.get("default_density", DENSITY)
+        if density is not None:
+            options["rank_ratio_matrix"] = rank_ratio(density)
+        return options
 
 
 def rank_ratio(density: float) -> float:

@@ -14,24 +14,45 @@ The defaults are the official code's; with `refresh="svd"` so are the numbers.
 
 from __future__ import annotations
 
-from ..engine.projected import ProjectedAdafactor, ProjectedAdamW, ProjectedAdamW8bit
+from ..engine.method import method
+from ..engine.optimizer import LowRankOptimizer
+from ..engine.rule_families import ADAFACTOR, ADAMW, ADAMW_8BIT
+
+PAPER = "2403.03507"
 
 
-class GaLoreAdamW(ProjectedAdamW):
+@method("galore_adamw", paper=PAPER, summary="GaLore", state="m r + 2 n r")
+class GaLoreAdamW(LowRankOptimizer):
     """GaLore with AdamW; with `refresh="svd"` numerically `galore_torch.GaLoreAdamW`.
 
     Groups with `rank` are projected; further group keys: `update_proj_gap`, `scale`, `proj_type`
-    and those of `ProjectionKeywords`. All other groups get plain AdamW.
+    and the keywords about projection. All other groups get plain AdamW.
     """
 
-
-class GaLoreAdamW8bit(ProjectedAdamW8bit):
-    """GaLore with block-wise 8-bit Adam moments."""
+    rule = ADAMW
 
 
-class GaLoreAdafactor(ProjectedAdafactor):
+@method(
+    "galore_adamw_8bit",
+    paper=PAPER,
+    summary="GaLore with 8-bit moments",
+    state="m r, and 2 n r bytes",
+)
+class GaLoreAdamW8bit(LowRankOptimizer):
+    """GaLore with block-wise 8-bit Adam moments.
+
+    The rule is bitsandbytes' Adam; the quantiser is our own unless `quantizer="bitsandbytes"`, so
+    that no version of bitsandbytes is needed and matrices of any size train.
+    """
+
+    rule = ADAMW_8BIT
+
+
+@method("galore_adafactor", paper=PAPER, summary="GaLore with Adafactor", state="m r + n + r")
+class GaLoreAdafactor(LowRankOptimizer):
     """GaLore with Adafactor; with `refresh="svd"` numerically the official class.
 
-    Constructor keywords are transformers' Adafactor's; an explicit `lr` implies
-    `relative_step=False`.
+    The keywords are transformers' Adafactor's; an explicit `lr` implies `relative_step=False`.
     """
+
+    rule = ADAFACTOR

@@ -13,28 +13,20 @@ the numbers are the paper's formulas alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import nn
 
 from ..engine import checks
+from ..engine.method import method
+from ..engine.optimizer import LowRankOptimizer
 from ..engine.options import Group
-from ..engine.projected import ProjectedAdamW
+from ..engine.rule_families import ADAMW
 from ..param_groups import param_groups
 
 #: Parts of the names of matrices whose rows are divided among the heads: queries, keys and values.
 QUERIES = ("q_proj", "query")
 KEYS_AND_VALUES = ("k_proj", "v_proj", "key", "value")
-
-
-class GaLorePlusAdamW(ProjectedAdamW):
-    """GaLore+ with AdamW; groups with `projector="cross_head"` and `heads` share bases.
-
-    `cross_head_groups(model)` makes such groups.
-    """
-
-    projection_defaults: ClassVar[Mapping[str, Any]] = {"refresh": "randomized"}
 
 
 def cross_head_groups(
@@ -78,3 +70,20 @@ def cross_head_groups(
         picked = {key: [projected[key][i] for i in indices] for key in ("params", "param_names")}
         made.append({**projected, **own, **picked})
     return [*made, *others]
+
+
+@method(
+    "galore_plus_adamw",
+    paper="2412.19820",
+    summary="GaLore+: attention heads share a basis of m r / h^2 entries",
+    state="m r + 2 n r",
+    groups=cross_head_groups,
+)
+class GaLorePlusAdamW(LowRankOptimizer):
+    """GaLore+ with AdamW; groups with `projector="cross_head"` and `heads` share bases.
+
+    `cross_head_groups(model)` makes such groups.
+    """
+
+    rule = ADAMW
+    projection_defaults: ClassVar = {"refresh": "randomized"}

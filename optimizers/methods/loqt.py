@@ -13,24 +13,25 @@ Memory per m x n matrix in NF4, with b-byte parameters and d = min(m, n), l = ma
 (m n + d r) (1 / 2 + b / 64) + b l r for weights, 2 b l r for moments, b l r for gradients; at
 the steps T_i b m n for the gradient of W.
 
-G is summed over micro-batches and, where `torch.distributed` is on, averaged over all processes.
+G is summed over micro-batches and, where `torch.distributed` is on, averaged over all processes;
+one whose micro-batches didn't run through a layer counts as zero there.
 Ours: the released code keeps B's moments (`reset="none"`).
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self, Unpack
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, distributed, nn
-from torch.optim.optimizer import ParamsT
-
-from lowrank.cuda.noise import mix
 
 from ..engine import checks
 from ..engine.composition import Composition
 from ..engine.geometry import Side
-from ..engine.options import CommonOptions, Group
-from ..engine.rule_factories import adam_rule
+from ..engine.keywords import Keyword
+from ..engine.method import Conversion, method
+from ..engine.options import Group
 from ..layers import FactoredLinear, QuantizedLowRankLinear
 from ..layers.events import LayerEvent
 from ..layers.optimizer import FactoredAdamW, Link
@@ -42,6 +43,16 @@ from ..rules import UpdateRule
 RESETS = ("zero", "none")
 
 
+@method(
+    "loqt_adamw",
+    paper="2405.16528",
+    summary="LoQT: a factor beside an NF4 weight, on a basis of its gradient",
+    state="2 n r",
+    weights="n r, and m (n + r) / 2 bytes",
+    conversion=Conversion.to_layers(
+        QuantizedLowRankLinear, "scale", "weight_format", "basis_format"
+    ),
+)
 class LoQTAdamW(FactoredAdamW):
     """LoQT with AdamW; all other parameters get plain AdamW.
 
@@ -50,51 +61,27 @@ class LoQTAdamW(FactoredAdamW):
 
     layer_type: ClassVar[type[FactoredLinear]] = QuantizedLowRankLinear
     event_options: ClassVar[tuple[str, ...]] = ("update_proj_gap", "gap_growth")
+    rule = FactoredAdamW.rule.but(lr=1e-2)
+    own_keywords = (
+        Keyword("update_proj_gap", 100, "steps between bases, at first."),
+        Keyword(
+            "gap_growth",
+            1.2,
+            "each gap is longer by this to the power of the bases before; 0 for none.",
+        ),
+        Keyword(
+            "compensation_steps",
+            5,
+            "turns in which B takes over what rounding W loses; 0 for none.",
+        ),
+        Keyword("reset", "zero", 'what becomes of B\'s moments: "zero" or "none".'),
+        Keyword("refresh", "eigh", "how the basis is computed, as in GaLore."),
+        Keyword("seed", 0, 'of `refresh="randomized"`.'),
+    )
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-2,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        update_proj_gap: int = 100,
-        gap_growth: float = 1.2,
-        compensation_steps: int = 5,
-        reset: str = "zero",
-        refresh: str = "eigh",
-        seed: int = 0,
-        **options: Unpack[CommonOptions],
-    ) -> None:
-        """Makes the optimizer.
-
-        Args:
-            params: `param_groups(model)` of a converted model.
-            lr: learning rate, float or 0-d tensor, read at each step.
-            betas: decay rates of the moments.
-            eps: added to sqrt(V) after bias correction.
-            weight_decay: decoupled, before the update.
-            update_proj_gap: steps between bases.
-            gap_growth: each gap is longer by this to the power of the bases before; 0 for none.
-            compensation_steps: turns in which B takes over what rounding W loses; 0 for none.
-            reset: what becomes of B's moments: "zero" or "none".
-            refresh: how the basis is computed, as in GaLore.
-            seed: of `refresh="randomized"`.
-            **options: see `CommonOptions`.
-
-        Raises:
-            ValueError: an option is unknown or out of range, or a parameter can't be optimized.
-        """
-        own = {
-            "update_proj_gap": update_proj_gap,
-            "gap_growth": gap_growth,
-            "compensation_steps": compensation_steps,
-            "reset": reset,
-            "refresh": refresh,
-            "seed": seed,
-        }
+    def _make_attributes(self) -> None:
+        super()._make_attributes()
         self._renewed: list[tuple[Link, float]] = []
-        super().__init__(params, lr, betas, eps, weight_decay, own, **options)
 
     def compose(self, group: Group) -> Composition:
         """The rules, and the checked schedule."""
@@ -108,7 +95,7 @@ class LoQTAdamW(FactoredAdamW):
 
     def factor_rule(self, group: Group) -> UpdateRule:
         """Adam whose bias corrections count from when its moments last started anew."""
-        return adam_rule(group, restarts=True)
+        return self.rule.make(group, restarts=True)
 
     def attach(self, model: nn.Module) -> Self:
         """See `FactoredAdamW.attach`."""
@@ -128,7 +115,12 @@ class LoQTAdamW(FactoredAdamW):
 
     def _before(self) -> None:
         due = [link for link in self._links if self._is_due(link)]
-        renewed = [(link, self._renew_basis(link)) for link in due]
+        gradients = mean_gradients([self._gradient(link) for link in due], due)
+        renewed = [
+            (link, self._renew_basis(link, gradient))
+            for link, gradient in zip(due, gradients, strict=True)
+            if gradient is not None
+        ]
         self._renewed = [(link, change) for link, change in renewed if change is not None]
         self._restart()
 
@@ -162,25 +154,28 @@ class LoQTAdamW(FactoredAdamW):
             return False
         return bases_by(link.group, self._steps(link)) > self._events(link)
 
-    def _renew_basis(self, link: Link) -> float | None:
-        """How much the weight changed; None where there is no gradient to find a basis in."""
+    def _gradient(self, link: Link) -> Tensor | None:
+        """This process's gradient of a weight, if it has one and the factor has one, too."""
+        assert isinstance(link.layer, QuantizedLowRankLinear)
+        return link.layer.weight_gradient if link.layer.factor.grad is not None else None
+
+    def _renew_basis(self, link: Link, gradient: Tensor) -> float | None:
+        """How much the weight changed; None where no basis is to be found in the gradient."""
         layer, group = link.layer, link.group
         assert isinstance(layer, QuantizedLowRankLinear)
-        gradient, factor = layer.weight_gradient, layer.factor
-        if gradient is None or factor.grad is None:
-            return None
-        gradient = _averaged(gradient)
-        largest = float(gradient.abs().max())
+        factor = layer.factor
+        largest = largest_entry(gradient)
         if not 0.0 < largest < float("inf"):
             return None
         count = bases_by(group, self._steps(link))
         side = Side.LEFT if layer.out_features <= layer.in_features else Side.RIGHT
         mode = "randomized" if group["refresh"] == "warm" and count == 1 else group["refresh"]
         previous = [layer.basis.dense(factor.dtype)] if mode == "warm" else [None]
-        seed = mix(group["seed"], link.index, count)
+        seed = link.seed(count)
         ((basis,),) = bases([gradient], [largest], layer.rank, side, mode, previous, seed)
         change = layer.renew(basis, group["compensation_steps"])
-        factor.grad.zero_()
+        if factor.grad is not None:
+            self._replace_gradient(factor, torch.zeros_like(factor.grad))
         self.state[factor]["events"] = count
         return change
 
@@ -195,12 +190,39 @@ def bases_by(group: Group, step: int) -> int:
     return count
 
 
-def _averaged(gradient: Tensor) -> Tensor:
-    """The mean over processes, which all must find the same basis."""
-    if not distributed.is_available() or not distributed.is_initialized():
-        return gradient
+def largest_entry(matrix_mn: Tensor) -> float:
+    """The largest magnitude, NaN if there is one, without a matrix of magnitudes."""
+    low, high = matrix_mn.aminmax()
+    return float(torch.maximum(high, -low))
+
+
+def mean_gradients(own: Sequence[Tensor | None], links: Sequence[Link]) -> list[Tensor | None]:
+    """The means over processes, which all must find the same basis.
+
+    Processes first tell each other which gradients there are, so that all reduce the same ones.
+
+    Args:
+        own: this process's gradients, m x n; overwritten.
+        links: the layers that they are of, the same ones on each process.
+
+    Returns:
+        For each layer the mean, or None where no process has a gradient.
+    """
+    if not own or not distributed.is_available() or not distributed.is_initialized():
+        return list(own)
     size = distributed.get_world_size()
-    if size > 1:
-        distributed.all_reduce(gradient)
-        gradient.div_(size)
-    return gradient
+    if size == 1:
+        return list(own)
+    there = torch.tensor([gradient is not None for gradient in own], dtype=torch.int32)
+    there = there.to(links[0].factors()[0].device)
+    distributed.all_reduce(there)
+    means: list[Tensor | None] = []
+    for gradient, link, count in zip(own, links, there.tolist(), strict=True):
+        if count and gradient is None:
+            layer = link.layer
+            gradient = link.factors()[0].new_zeros(layer.out_features, layer.in_features)
+        if count and gradient is not None:
+            distributed.all_reduce(gradient)
+            gradient.div_(size)
+        means.append(gradient if count else None)
+    return means

@@ -13,57 +13,42 @@ Memory per m x n matrix with b-byte parameters: b r (m + n) for weights, twice t
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Unpack
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from ..engine import checks
+from ..engine.chunks import wide_dtype
 from ..engine.composition import Composition
-from ..engine.options import CommonOptions, Group
-from ..engine.rule_factories import adam_rule
+from ..engine.keywords import Keyword
+from ..engine.method import Conversion, method
+from ..engine.options import Group
 from ..layers import FactoredLinear, LowRankLinear
-from ..layers.base import wide_dtype
 from ..layers.events import LayerEvent
 from ..layers.optimizer import FactoredAdamW
 from ..rules import UpdateRule
 
 
+@method(
+    "low_rank_adamw",
+    summary="plain low-rank factors, the baseline of the methods that replace layers",
+    state="2 r (m + n)",
+    weights="r (m + n)",
+    conversion=Conversion.to_layers(LowRankLinear, "alpha", alpha=32.0, keep_frozen=False),
+)
 class LowRankAdamW(FactoredAdamW):
     """AdamW on plain low-rank factors; all other parameters get plain AdamW."""
 
     layer_type: ClassVar[type[FactoredLinear]] = LowRankLinear
     event_options: ClassVar[tuple[str, ...]] = ("refactor_gap",)
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        refactor_gap: int | None = None,
-        own: dict[str, Any] | None = None,
-        **options: Unpack[CommonOptions],
-    ) -> None:
-        """Makes the optimizer.
-
-        Args:
-            params: `param_groups(model)` of a converted model.
-            lr: learning rate, float or 0-d tensor, read at each step.
-            betas: decay rates of the moments.
-            eps: added to sqrt(V) after bias correction.
-            weight_decay: decoupled, before the update.
-            refactor_gap: steps between refactorisations (200 in the paper), None for none.
-            own: further options, set by subclasses.
-            **options: see `CommonOptions`.
-
-        Raises:
-            ValueError: an option is unknown or out of range, or a parameter can't be optimized.
-        """
-        own = {"refactor_gap": refactor_gap, **(own or {})}
-        super().__init__(params, lr, betas, eps, weight_decay, own, **options)
+    own_keywords: ClassVar[tuple[Keyword, ...]] = (
+        Keyword(
+            "refactor_gap",
+            None,
+            "steps between refactorisations (200 in the paper), None for none.",
+        ),
+    )
 
     def compose(self, group: Group) -> Composition:
         """The rules, and the checked schedule."""
@@ -73,10 +58,13 @@ class LowRankAdamW(FactoredAdamW):
 
     def factor_rule(self, group: Group) -> UpdateRule:
         """Adam whose bias corrections start anew at each refactorisation."""
-        return adam_rule(group, restarts=True)
+        return self.rule.make(group, restarts=True)
 
     def _needs_layers(self, group: Group) -> bool:
         return group["refactor_gap"] is not None
+
+    def _patience(self, group: Group) -> float:
+        return float(group["refactor_gap"])
 
     def _after(self) -> None:
         due = [link for link in self._links if link.group["refactor_gap"] is not None]

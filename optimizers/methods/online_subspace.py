@@ -19,33 +19,37 @@ loses its effect (`sign="subspace"` takes it before). P's optimizer state is par
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Unpack
-
-from torch import Tensor
-from torch.optim.optimizer import ParamsT
+from typing import Any, ClassVar
 
 from ..engine import checks
 from ..engine.composition import Composition
 from ..engine.geometry import PROJ_TYPES
+from ..engine.keywords import Keyword
+from ..engine.method import method
 from ..engine.optimizer import LowRankOptimizer
-from ..engine.options import Group, ProjectionKeywords, check_lr
-from ..engine.projected import ProjectedAdafactor, ProjectedAdamW, ProjectedAdamW8bit, ProjectedLion
-from ..engine.rule_factories import lion_rule
+from ..engine.options import Group, check_lr
+from ..engine.rule_families import ADAFACTOR, ADAMW, ADAMW_8BIT, LION
+from ..engine.strategies import projection_of
 from ..residuals import Dropped, SignedBack
 
+PAPER = "2408.12857"
 _GALORE = {"projector": "singular", "schedule": "every"}
 
 #: What the released code's values of `proj_type` stand for.
 OFFICIAL_PROJ_TYPES: dict[str, dict[str, Any]] = {
-    "continuous": {"projector": "online", "online_optimizer": "adamw", "schedule": "once"},
-    "continuous_sgd": {"projector": "online", "online_optimizer": "sgd", "schedule": "once"},
-    "continuous_lion": {"projector": "online", "online_optimizer": "lion", "schedule": "once"},
-    "continuous_adam8bit": {
-        "projector": "online",
-        "online_optimizer": "adam8bit",
-        "schedule": "once",
+    **{
+        f"continuous{suffix}": {
+            "projector": "online",
+            "online_optimizer": optimizer,
+            "schedule": "once",
+        }
+        for suffix, optimizer in (
+            ("", "adamw"),
+            ("_sgd", "sgd"),
+            ("_lion", "lion"),
+            ("_adam8bit", "adam8bit"),
+        )
     },
     "random": {"projector": "random", "distribution": "orthonormal", "schedule": "every"},
 }
@@ -60,88 +64,99 @@ class OnlineSubspace(LowRankOptimizer):
     the released code's logging) has no effect.
     """
 
-    projection_defaults: ClassVar[Mapping[str, Any]] = {"projector": "online", "schedule": "once"}
+    projection_defaults: ClassVar = {"projector": "online", "schedule": "once"}
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, see `LowRankOptimizer`; its learning rate is recorded as `base_lr`."""
-        if isinstance(param_group, dict):
-            _translate(param_group)
-            lr = param_group.get("lr", self.defaults["lr"])
-            if lr is not None:
-                check_lr(lr)
-                param_group.setdefault("base_lr", float(lr))
-        super().add_param_group(param_group)
-
-
-def _translate(group: Group) -> None:
-    """In place: the released code's `proj_type` in our options."""
-    proj_type = group.get("proj_type")
-    if proj_type in OFFICIAL_PROJ_TYPES:
-        for name, value in OFFICIAL_PROJ_TYPES[proj_type].items():
-            if group.setdefault(name, value) != value:
-                raise ValueError(
-                    f"proj_type={proj_type!r} with {name}={group[name]!r}: accepted is {value!r}"
-                )
-        group["proj_type"] = "std"
-    elif proj_type in PROJ_TYPES and "projector" not in group:
-        for name, value in _GALORE.items():
-            group.setdefault(name, value)
+    @classmethod
+    def translate(cls, options: Group, defaults: Group | None) -> Group:
+        """`proj_type` as projector and schedule; a group's first learning rate as `base_lr`."""
+        options = dict(options)
+        proj_type = options.get("proj_type")
+        if proj_type in OFFICIAL_PROJ_TYPES:
+            for name, value in OFFICIAL_PROJ_TYPES[proj_type].items():
+                if options.setdefault(name, value) != value:
+                    raise ValueError(
+                        f"proj_type={proj_type!r} with {name}={options[name]!r}: accepted is "
+                        f"{value!r}"
+                    )
+            options["proj_type"] = "std"
+        elif proj_type in PROJ_TYPES and "projector" not in options:
+            options = {**_GALORE, **options}
+        lr = None if defaults is None else options.get("lr", defaults["lr"])
+        if lr is not None:
+            check_lr(lr)
+            options.setdefault("base_lr", float(lr))
+        return options
 
 
-class OnlineSubspaceAdamW(OnlineSubspace, ProjectedAdamW):
+@method(
+    "online_subspace_adamw",
+    paper=PAPER,
+    summary="Online Subspace Descent: the basis learns at every step, no SVD",
+    state="3 m r + 2 n r",
+)
+class OnlineSubspaceAdamW(OnlineSubspace):
     """Online Subspace Descent with AdamW; with `refresh="svd"` numerically the released class."""
 
+    rule = ADAMW
 
-class OnlineSubspaceAdamW8bit(OnlineSubspace, ProjectedAdamW8bit):
+
+@method(
+    "online_subspace_adamw_8bit",
+    paper=PAPER,
+    summary="Online Subspace Descent with 8-bit moments",
+    state="3 m r, and 2 n r bytes",
+)
+class OnlineSubspaceAdamW8bit(OnlineSubspace):
     """Online Subspace Descent with block-wise 8-bit Adam moments; P's optimizer is as given."""
 
+    rule = ADAMW_8BIT
 
-class OnlineSubspaceAdafactor(OnlineSubspace, ProjectedAdafactor):
+
+@method(
+    "online_subspace_adafactor",
+    paper=PAPER,
+    summary="Online Subspace Descent with Adafactor",
+    state="3 m r + n + r",
+)
+class OnlineSubspaceAdafactor(OnlineSubspace):
     """Online Subspace Descent with Adafactor; keywords as `GaLoreAdafactor`'s."""
 
+    rule = ADAFACTOR
 
-class OnlineSubspaceLion(OnlineSubspace, ProjectedLion):
+
+@method(
+    "online_subspace_lion",
+    paper=PAPER,
+    summary="Online Subspace Descent with Lion",
+    state="3 m r + n r",
+    spellings=("GaLoreLion",),
+)
+class OnlineSubspaceLion(OnlineSubspace):
     """Online Subspace Descent with Lion; weight decay acts after the update."""
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.0,
-        sign: str = "weight",
-        **options: Unpack[ProjectionKeywords],
-    ) -> None:
-        """Makes the optimizer.
-
-        Args:
-            params: parameters or groups, see `param_groups`.
-            lr: learning rate, float or 0-d tensor, read at each step.
-            betas: decay rates of the update and of the momentum.
-            weight_decay: decoupled, after the update.
-            sign: where projected matrices take it: "weight" is after the back-projection (the
-                released code; every entry of the weight moves by lr, in all directions), "subspace"
-                before it (the step stays in the subspace and is multiplied by `scale`).
-            **options: see `ProjectionKeywords`.
-
-        Raises:
-            ValueError: an option is unknown or out of range, or a parameter can't be optimized.
-        """
-        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "sign": sign}
-        LowRankOptimizer.__init__(self, params, defaults, options)
+    rule = LION
+    own_keywords = (
+        Keyword(
+            "sign",
+            "weight",
+            'where projected matrices take it: "weight" is after the back-projection (the released '
+            'code; every entry of the weight moves by lr, in all directions), "subspace" before '
+            "it (the step stays in the subspace and is multiplied by `scale`).",
+        ),
+    )
 
     def compose(self, group: Group) -> Composition:
         """Lion and the group's projection."""
         checks.choice("sign", group["sign"], ("weight", "subspace"))
-        projection = super().compose(group).projection
+        projection = projection_of(group)
         late = (
             projection is not None
             and group["sign"] == "weight"
             and isinstance(projection.residual, Dropped)
         )
-        rule = lion_rule(group, decay_first=False, signed=not late)
         if late:
             assert projection is not None
             residual = SignedBack(scale=projection.residual.scale)
             projection = replace(projection, residual=residual)
+        rule = self.rule.make(group, projected=True, decay_first=False, signed=not late)
         return Composition(rule, projection)

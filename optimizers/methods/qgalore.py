@@ -23,99 +23,55 @@ norms, embeddings and head when updates run layer by layer. `build` quantises th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Unpack
-
-from torch import Tensor
-from torch.optim.optimizer import ParamsT
+from typing import ClassVar
 
 from ..engine import checks
-from ..engine.options import Group, ProjectionKeywords
-from ..engine.projected import ProjectedAdamW8bit
+from ..engine.keywords import Keyword
+from ..engine.method import Conversion, method
+from ..engine.optimizer import LowRankOptimizer
+from ..engine.options import Group
+from ..engine.rule_families import ADAMW_8BIT
+from ..weights.convert import to_int8
 
 _BASES = {4: "int4", 8: "int8"}
 
 
-class QGaLoreAdamW8bit(ProjectedAdamW8bit):
+@method(
+    "qgalore_adamw_8bit",
+    paper="2407.08296",
+    summary="Q-GaLore: lazy refreshes, INT4 bases, INT8 weights, 8-bit moments",
+    state="m r / 2 + 2 n r bytes",
+    weights="m n bytes",
+    conversion=Conversion(to_int8, ("weight_bits", "weight_group_size")),
+)
+class QGaLoreAdamW8bit(LowRankOptimizer):
     """Q-GaLore with 8-bit Adam; the official schedule and signs with `refresh="svd"`.
 
     Group keys as `GaLoreAdamW8bit`'s, and `quant`, `quant_n_bit`, `quant_group_size`,
     `cos_threshold`, `gamma_proj`, `queue_size`. All other groups get plain 8-bit AdamW.
     """
 
-    projection_defaults: ClassVar[Mapping[str, Any]] = {"schedule": "lazy", "basis": "int4"}
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        min_8bit_size: int = 4096,
-        percentile_clipping: int = 100,
-        block_wise: bool = True,
-        is_paged: bool = False,
-        quantizer: str = "native",
-        quant: bool = True,
-        quant_n_bit: int = 4,
-        **options: Unpack[ProjectionKeywords],
-    ) -> None:
-        """Makes the optimizer.
-
-        Args:
-            params: parameters or groups, see `param_groups`.
-            lr: as in `GaLoreAdamW8bit`.
-            betas: as in `GaLoreAdamW8bit`.
-            eps: as in `GaLoreAdamW8bit`.
-            weight_decay: as in `GaLoreAdamW8bit`.
-            min_8bit_size: as in `GaLoreAdamW8bit`.
-            percentile_clipping: accepted for the official signature; no effect.
-            block_wise: accepted for the official signature; no effect.
-            is_paged: accepted for the official signature; no effect.
-            quantizer: as in `GaLoreAdamW8bit`.
-            quant: whether bases are quantised.
-            quant_n_bit: bits of a quantised basis, 4 or 8.
-            **options: see `ProjectionKeywords`; `basis` decides instead of `quant` where it is
-                given.
-
-        Raises:
-            ValueError: an option is unknown or out of range, or a parameter can't be optimized.
-            ImportError: `quantizer="bitsandbytes"` without that package.
-        """
-        given: dict[str, Any] = {"quant": quant, "quant_n_bit": quant_n_bit, **options}
-        _choose_basis(given, quant, quant_n_bit)
-        super().__init__(
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            min_8bit_size=min_8bit_size,
-            quantizer=quantizer,
-            **given,
-        )
+    rule = ADAMW_8BIT
+    projection_defaults: ClassVar = {"schedule": "lazy", "basis": "int4"}
+    own_keywords = (
+        Keyword("quant", True, "whether bases are quantised; `basis` wins where given.", "given"),
+        Keyword("quant_n_bit", 4, "bits of a quantised basis, 4 or 8.", "given"),
+    )
+    foreign_keys = ("quant", "quant_n_bit")
 
     @classmethod
-    def group_keys(cls) -> set[str]:
-        """As of other methods, and the official names of the basis's storage."""
-        return {*super().group_keys(), "quant", "quant_n_bit"}
-
-    def _rename_aliases(self, group: Group) -> None:
-        super()._rename_aliases(group)
-        if "quant" in group or "quant_n_bit" in group:
-            basis = self.defaults["basis"]
-            bits = next((bits for bits, name in _BASES.items() if name == basis), 4)
-            quant = group.get("quant", basis in _BASES.values())
-            _choose_basis(group, quant, group.get("quant_n_bit", bits))
-
-
-def _choose_basis(options: dict[str, Any], quant: Any, quant_n_bit: Any) -> None:
-    """In place: says `quant` and `quant_n_bit` as `basis`, unless that is given."""
-    checks.choice("quant", quant, (True, False))
-    checks.choice("quant_n_bit", quant_n_bit, _BASES)
-    for name in ("quant", "quant_n_bit"):
-        options.pop(name, None)
-    options.setdefault("basis", _BASES[quant_n_bit] if quant else None)
-    if options["basis"] not in _BASES.values():
-        options.pop("quant_group_size", None)
+    def translate(cls, options: Group, defaults: Group | None) -> Group:
+        """`quant` and `quant_n_bit` as `basis`, unless that is given."""
+        options = dict(options)
+        if "quant" not in options and "quant_n_bit" not in options:
+            return options
+        basis = (defaults or cls.projection_defaults)["basis"]
+        known = {name: bits for bits, name in _BASES.items()}
+        quant = options.pop("quant", basis in known)
+        bits = options.pop("quant_n_bit", known.get(basis, 4))
+        checks.choice("quant", quant, (True, False))
+        checks.choice("quant_n_bit", bits, _BASES)
+        options.setdefault("basis", _BASES[bits] if quant else None)
+        if options["basis"] not in known:
+            options.pop("quant_group_size", None)
+        return options

@@ -7,7 +7,13 @@ matched linear layer are trained. At the end of every `update_proj_gap`-th step
     W_f <- W_f + c B A,   A <- U(+-1/sqrt(n)),   B <- 0
 
 and the moments of A and B are pruned, so that the next factors don't go on in the old direction.
-The learning rate's re-warm-up after a merge is the schedule's (`cosine_restarts`).
+Both moments of an entry are kept or lost together, and Adam's bias corrections count from the merge
+on; the factors' learning rate then rises for `rewarm` steps. All other parameters keep theirs.
+
+The released code (`official=True`) prunes each moment by draws of its own and lets step counts go
+on. An entry of M whose fellow in V is lost makes steps of M / (sqrt(0.001) |G|), and one that lost
+both makes steps of 3 lr; that code leaves the learning rate's re-warm-up to the schedule
+(`cosine_restarts` of our trainer), without which such steps can end in NaN.
 
 `heads=H` (an option of the layers) trains H pairs of factors, each on its share of the batch, and
 merges their mean: LoRA-the-Explorer (Huh et al., arXiv 2402.16728). Its released code keeps the
@@ -23,74 +29,75 @@ in the mean (`LowRankLinear.merge`). A is drawn from (seed, layer, merge), equal
 
 from __future__ import annotations
 
-from typing import ClassVar, Unpack
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from lowrank.cuda.noise import mix
 
 from ..engine import checks
 from ..engine.composition import Composition
-from ..engine.options import CommonOptions, Group
+from ..engine.keywords import Keyword
+from ..engine.method import Conversion, method
+from ..engine.options import Group
+from ..engine.rule_factories import adam_rule
 from ..layers import FactoredLinear, LowRankLinear
 from ..layers.events import LayerEvent
 from ..layers.optimizer import FactoredAdamW, Link
+from ..layers.rewarm import Rewarmed
+from ..rules import UpdateRule
 
 #: What may become of the factors' moments at a merge.
 RESETS = ("zero", "random", "magnitude", "none")
+#: The longest re-warm-up that is chosen for a gap.
+LONGEST_REWARM = 100
 
 
+@method(
+    "relora_adamw",
+    paper="2307.05695",
+    summary="ReLoRA: low-rank factors merged into a frozen weight",
+    state="2 r (m + n)",
+    weights="m n + r (m + n)",
+    conversion=Conversion.to_layers(LowRankLinear, "alpha", "heads", alpha=32.0),
+)
 class ReLoRAAdamW(FactoredAdamW):
     """ReLoRA with AdamW; all other parameters get plain AdamW.
 
-    Group key `update_proj_gap` (official name `relora`): steps between merges.
+    Group key `update_proj_gap` (official name `relora`): steps between merges. The learning rate is
+    about twice a full-rank one (the paper's rule of thumb).
     """
 
     layer_type: ClassVar[type[FactoredLinear]] = LowRankLinear
     event_options: ClassVar[tuple[str, ...]] = ("update_proj_gap",)
-    aliases = {"relora": "update_proj_gap"}  # noqa: RUF012
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        update_proj_gap: int = 1000,
-        reset: str = "random",
-        prune_ratio: float = 0.999,
-        seed: int = 0,
-        **options: Unpack[CommonOptions],
-    ) -> None:
-        """Makes the optimizer.
-
-        Args:
-            params: `param_groups(model)` of a converted model.
-            lr: learning rate; about twice a full-rank one (the paper's rule of thumb).
-            betas: decay rates of the moments.
-            eps: added to sqrt(V) after bias correction.
-            weight_decay: decoupled, before the update.
-            update_proj_gap: steps between merges.
-            reset: what becomes of the factors' moments at a merge: "zero", "random" (each entry is
-                kept with probability 1 - prune_ratio), "magnitude" (the largest 1 - prune_ratio of
-                each moment are kept) or "none". Step counts go on.
-            prune_ratio: share of entries that are set to zero.
-            seed: of the factors and of random pruning.
-            **options: see `CommonOptions`.
-
-        Raises:
-            ValueError: an option is unknown or out of range, or a parameter can't be optimized.
-        """
-        own = {
-            "update_proj_gap": update_proj_gap,
-            "reset": reset,
-            "prune_ratio": prune_ratio,
-            "seed": seed,
-        }
-        super().__init__(params, lr, betas, eps, weight_decay, own, **options)
+    aliases: ClassVar = {"relora": "update_proj_gap"}
+    own_keywords = (
+        Keyword("update_proj_gap", 1000, "steps between merges."),
+        Keyword(
+            "reset",
+            "random",
+            'what becomes of the factors\' moments at a merge: "zero", "random" (each entry is '
+            'kept with probability 1 - prune_ratio), "magnitude" (kept where the first moment is '
+            'among its largest 1 - prune_ratio) or "none", with which bias corrections go on.',
+        ),
+        Keyword("prune_ratio", 0.999, "share of entries that are set to zero."),
+        Keyword("seed", 0, "of the factors and of random pruning."),
+        Keyword(
+            "rewarm",
+            None,
+            "w, steps after a merge in which the factors' learning rate rises: in the s-th it is "
+            "lr s / (w + 1). 0 for none, which is right where the schedule restarts with the "
+            "merges; None for a tenth of the gap, at least 1 and at most 100.",
+        ),
+        Keyword(
+            "official",
+            False,
+            "the released code's numbers: each moment is pruned for itself, bias corrections go "
+            "on, and `rewarm=None` is 0.",
+        ),
+    )
 
     def compose(self, group: Group) -> Composition:
         """AdamW, and the checked schedule."""
@@ -98,7 +105,23 @@ class ReLoRAAdamW(FactoredAdamW):
         checks.choice("reset", group["reset"], RESETS)
         checks.number("prune_ratio", group["prune_ratio"], low=0.0, high=1.0)
         checks.integer("seed", group["seed"], low=0)
+        checks.choice("official", group["official"], (True, False))
+        if group["rewarm"] is not None:
+            checks.integer("rewarm", group["rewarm"], low=0)
         return super().compose(group)
+
+    def factor_rule(self, group: Group) -> UpdateRule:
+        """Adam whose bias corrections and learning rate start anew at each merge."""
+        restarts = not group["official"] and group["reset"] != "none"
+        rule, steps = adam_rule(group, restarts=restarts), rewarm_steps(group)
+        return Rewarmed(rule, steps)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores a state; one of version 0.1, which lacks our options, goes on as it did."""
+        for group in state["param_groups"]:
+            if "official" not in group:
+                group.update(official=True, rewarm=0)
+        super().__setstate__(state)
 
     def _after(self) -> None:
         due = self._due("update_proj_gap")
@@ -110,38 +133,46 @@ class ReLoRAAdamW(FactoredAdamW):
     def _merge(self, link: Link) -> None:
         assert isinstance(link.layer, LowRankLinear)
         count = self._passed(link, "update_proj_gap")
-        seed = mix(link.group["seed"], link.index, count)
+        seed = link.seed(count)
         link.layer.merge(seed)
+        group = link.group
         for position, param in enumerate(link.factors()):
             state = self.state[param]
-            state["events"] = count
-            for which, key in enumerate(("exp_avg", "exp_avg_sq")):
-                prune_(
-                    state[key],
-                    link.group["reset"],
-                    link.group["prune_ratio"],
-                    mix(seed, position, which),
-                )
+            state["events"], state["refreshed_at"] = count, int(state["step"])
+            moments = [state[key] for key in ("exp_avg", "exp_avg_sq")]
+            apart = [[moment] for moment in moments] if group["official"] else [moments]
+            for which, together in enumerate(apart):
+                own = mix(seed, position, which)
+                prune_(together, group["reset"], group["prune_ratio"], own)
 
 
-def prune_(moment: Tensor, how: str, ratio: float, seed: int) -> None:
-    """In place: sets a share of a moment's entries to zero.
+def rewarm_steps(group: Group) -> int:
+    """Steps after a merge in which a group's learning rate rises."""
+    if group["rewarm"] is not None:
+        return int(group["rewarm"])
+    return 0 if group["official"] else min(max(1, group["update_proj_gap"] // 10), LONGEST_REWARM)
+
+
+def prune_(moments: Sequence[Tensor], how: str, ratio: float, seed: int) -> None:
+    """In place: sets a share of entries to zero, the same ones of each moment.
 
     Args:
-        moment: of any shape.
+        moments: of one shape; the first one's magnitudes count.
         how: one of `RESETS`.
         ratio: share of the entries.
         seed: of "random"; equal seeds prune equally on every device.
     """
+    first = moments[0]
     if how == "zero":
-        moment.zero_()
+        for moment in moments:
+            moment.zero_()
     elif how == "random":
         generator = torch.Generator().manual_seed(seed)
-        kept = torch.rand(moment.shape, generator=generator) > ratio
-        moment.mul_(kept.to(moment.device))
+        kept = (torch.rand(first.shape, generator=generator) > ratio).to(first.device)
+        for moment in moments:
+            moment.mul_(kept)
     elif how == "magnitude":
-        pruned = int(ratio * moment.numel())
-        if pruned:
-            flat = moment.view(-1)
-            order = flat.abs().argsort(stable=True)
-            flat[order[:pruned]] = 0
+        pruned = int(ratio * first.numel())
+        lost = first.view(-1).abs().argsort(stable=True)[:pruned]
+        for moment in moments:
+            moment.view(-1)[lost] = 0

@@ -12,55 +12,41 @@ support, or 4 d m n with `support="stored"`.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Unpack
+from typing import ClassVar
 
-from torch import Tensor
-from torch.optim.optimizer import ParamsT
-
-from ..engine.options import CommonOptions, Group
-from ..engine.rule_factories import adam8bit_rule
+from ..engine.method import Conversion, method
+from ..engine.rule_families import ADAMW_8BIT
 from ..layers import FactoredLinear
 from ..layers.sparse_low_rank import SparseLowRankLinear
-from ..rules import UpdateRule
 from .low_rank import LowRankAdamW
 
+PAPER = "2406.02214"
+LAYERS = Conversion.to_layers(SparseLowRankLinear, "alpha", "density", "support", "init")
 
+
+@method(
+    "sltrain_adamw",
+    paper=PAPER,
+    summary="SLTrain: low-rank plus sparse weights of density d, no dense weight",
+    state="2 (r (m + n) + d m n)",
+    weights="r (m + n) + d m n",
+    conversion=LAYERS,
+)
 class SLTrainAdamW(LowRankAdamW):
     """SLTrain with AdamW; all other parameters get plain AdamW."""
 
     layer_type: ClassVar[type[FactoredLinear]] = SparseLowRankLinear
 
 
+@method(
+    "sltrain_adamw_8bit",
+    paper=PAPER,
+    summary="SLTrain with 8-bit moments",
+    state="2 (r (m + n) + d m n) bytes",
+    weights="r (m + n) + d m n",
+    conversion=LAYERS,
+)
 class SLTrainAdamW8bit(SLTrainAdamW):
     """SLTrain with block-wise 8-bit moments; all other parameters get plain 8-bit AdamW."""
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        min_8bit_size: int = 4096,
-        quantizer: str = "native",
-        refactor_gap: int | None = None,
-        **options: Unpack[CommonOptions],
-    ) -> None:
-        """Makes the optimizer; a tensor below `min_8bit_size` entries keeps fp32 moments.
-
-        `quantizer` as in `AdamW8bit`, everything else as in `SLTrainAdamW`.
-
-        Raises:
-            ValueError: an option is unknown or out of range, or a parameter can't be optimized.
-            ImportError: `quantizer="bitsandbytes"` without that package.
-        """
-        own: dict[str, Any] = {"min_8bit_size": min_8bit_size, "quantizer": quantizer}
-        super().__init__(params, lr, betas, eps, weight_decay, refactor_gap, own, **options)
-
-    def factor_rule(self, group: Group) -> UpdateRule:
-        """8-bit Adam whose bias corrections start anew at each refactorisation."""
-        return adam8bit_rule(group, restarts=True)
-
-    def plain_rule(self, group: Group) -> UpdateRule:
-        """8-bit Adam in torch's form."""
-        return adam8bit_rule(group)
+    rule = ADAMW_8BIT.but(weight_decay=0.0, capturable=False)

@@ -26,18 +26,16 @@ or 20 or a re-warm-up after each draw, and 100.1 with a gap of 80.
 
 from __future__ import annotations
 
-from typing import ClassVar, Unpack
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
-
-from lowrank.cuda.noise import mix
 
 from ..engine import checks
 from ..engine.composition import Composition
-from ..engine.options import CommonOptions, Group
-from ..engine.rule_factories import adam_rule
+from ..engine.keywords import Keyword
+from ..engine.method import Conversion, method
+from ..engine.options import Group
 from ..layers import FactoredLinear
 from ..layers.events import LayerEvent
 from ..layers.optimizer import FactoredAdamW, Link
@@ -47,6 +45,14 @@ from ..rules import UpdateRule
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+@method(
+    "sst_adamw",
+    paper="2405.15481",
+    summary="SST: U diag(s) V^T, all of s and r vectors in turns are trained",
+    state="2 (r (m + n) + m)",
+    weights="m (m + n + 1)",
+    conversion=Conversion.to_layers(SpectralLinear, "enhanced"),
+)
 class SSTAdamW(FactoredAdamW):
     """SST with AdamW; all other parameters get plain AdamW.
 
@@ -55,37 +61,11 @@ class SSTAdamW(FactoredAdamW):
 
     layer_type: ClassVar[type[FactoredLinear]] = SpectralLinear
     event_options: ClassVar[tuple[str, ...]] = ("update_proj_gap",)
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        update_proj_gap: int = 200,
-        sampling: str = "mixed",
-        seed: int = 0,
-        **options: Unpack[CommonOptions],
-    ) -> None:
-        """Makes the optimizer.
-
-        Args:
-            params: `param_groups(model)` of a converted model.
-            lr: learning rate, float or 0-d tensor, read at each step.
-            betas: decay rates of the moments.
-            eps: added to sqrt(V) after bias correction.
-            weight_decay: decoupled, before the update.
-            update_proj_gap: steps between draws of the active vectors.
-            sampling: "mixed", "singular" (by singular value alone) or "uniform".
-            seed: of the draws.
-            **options: see `CommonOptions`.
-
-        Raises:
-            ValueError: an option is unknown or out of range, or a parameter can't be optimized.
-        """
-        own = {"update_proj_gap": update_proj_gap, "sampling": sampling, "seed": seed}
-        super().__init__(params, lr, betas, eps, weight_decay, own, **options)
+    own_keywords = (
+        Keyword("update_proj_gap", 200, "steps between draws of the active vectors."),
+        Keyword("sampling", "mixed", '"mixed", "singular" (by singular value alone) or "uniform".'),
+        Keyword("seed", 0, "of the draws."),
+    )
 
     def compose(self, group: Group) -> Composition:
         """The rules, and the checked schedule."""
@@ -96,7 +76,7 @@ class SSTAdamW(FactoredAdamW):
 
     def factor_rule(self, group: Group) -> UpdateRule:
         """Adam whose bias corrections start anew at each draw."""
-        return adam_rule(group, restarts=True)
+        return self.rule.make(group, restarts=True)
 
     def _after(self) -> None:
         due = self._due("update_proj_gap")
@@ -130,7 +110,7 @@ class SSTAdamW(FactoredAdamW):
         layer, group = link.layer, link.group
         assert isinstance(layer, SpectralLinear)
         count = self._passed(link, "update_proj_gap")
-        generator = torch.Generator().manual_seed(mix(group["seed"], link.index, count))
+        generator = torch.Generator().manual_seed(link.seed(count))
         values = layer.singular_values.detach()
         selected = sample(values, layer.rank, generator, group["sampling"])
         self._permute(layer.singular_values, layer.resample(selected))

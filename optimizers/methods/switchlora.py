@@ -19,18 +19,18 @@ construction. Draws come from (seed, layer, step), equal on every process.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from lowrank.cuda.noise import mix
 
 from ..engine import checks
 from ..engine.composition import Composition
 from ..engine.gradients import finite
-from ..engine.options import CommonOptions, Group
+from ..engine.keywords import Keyword
+from ..engine.method import Conversion, method
+from ..engine.options import Group
 from ..engine.rule_factories import vector_adam_rule
 from ..layers import FactoredLinear
 from ..layers.events import LayerEvent
@@ -41,52 +41,44 @@ from ..rules import UpdateRule
 _FALL = 0.3  # of the frequency, over descent_rate * total_steps steps
 
 
+@method(
+    "switchlora_adamw",
+    paper="2406.06564",
+    summary="SwitchLoRA: low-rank factors that trade vectors with candidates",
+    state="2 r (m + n)",
+    weights="m n + (r + m) (m + n)",
+    conversion=Conversion.to_layers(SwitchedLinear, "offload"),
+)
 class SwitchLoRAAdamW(FactoredAdamW):
-    """SwitchLoRA with AdamW; all other parameters get plain AdamW."""
+    """SwitchLoRA with AdamW; all other parameters get plain AdamW.
+
+    The paper's learning rate is about 20 times a full-rank one.
+    """
 
     layer_type: ClassVar[type[FactoredLinear]] = SwitchedLinear
+    own_keywords = (
+        Keyword(
+            "switch_interval",
+            40.0,
+            "i_0, steps in which a layer exchanges r vectors at first, at least 2 freeze_steps.",
+        ),
+        Keyword(
+            "descent_rate",
+            0.1,
+            "rho, after which share of the run the frequency has fallen to 0.3.",
+        ),
+        Keyword(
+            "freeze_steps",
+            5,
+            "steps for which the counterpart of an exchanged vector is held.",
+        ),
+        Keyword("total_steps", 10_000, "T, steps of the run."),
+        Keyword("seed", 0, "of the draws."),
+    )
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        switch_interval: float = 40.0,
-        descent_rate: float = 0.1,
-        freeze_steps: int = 5,
-        total_steps: int = 10_000,
-        seed: int = 0,
-        **options: Unpack[CommonOptions],
-    ) -> None:
-        """Makes the optimizer.
-
-        Args:
-            params: `param_groups(model)` of a converted model.
-            lr: learning rate; the paper's is about 20 times a full-rank one.
-            betas: decay rates of the moments.
-            eps: added to sqrt(V) after bias correction.
-            weight_decay: decoupled, before the update.
-            switch_interval: i_0, steps in which a layer exchanges r vectors at first, at least
-                2 freeze_steps.
-            descent_rate: rho, after which share of the run the frequency has fallen to 0.3.
-            freeze_steps: steps for which the counterpart of an exchanged vector is held.
-            total_steps: T, steps of the run.
-            seed: of the draws.
-            **options: see `CommonOptions`.
-
-        Raises:
-            ValueError: an option is unknown or out of range, or a parameter can't be optimized.
-        """
-        own = {
-            "switch_interval": switch_interval,
-            "descent_rate": descent_rate,
-            "freeze_steps": freeze_steps,
-            "total_steps": total_steps,
-            "seed": seed,
-        }
-        super().__init__(params, lr, betas, eps, weight_decay, own, **options)
+    def _make_attributes(self) -> None:
+        super()._make_attributes()
+        self._counted: list[Link] = []
 
     def compose(self, group: Group) -> Composition:
         """AdamW, for factors with a step count a vector, and the checked schedule."""
@@ -102,19 +94,26 @@ class SwitchLoRAAdamW(FactoredAdamW):
         """Adam with a step count a vector."""
         return vector_adam_rule(group)
 
-    def _before(self) -> None:
-        switched = step = 0
-        for link in self._links:
-            state = self.state[link.factors()[0]]
-            step = int(state["step"])
-            if state["events"] <= step and self._sound(link):
-                switched += self._switch(link, step)
-                self._hold(link)
-        if switched:
-            self._call_event_hooks(LayerEvent("switch", step, switched))
+    def _patience(self, group: Group) -> float:
+        return float(group["switch_interval"])
 
-    def _sound(self, link: Link) -> bool:
-        """Whether both factors have gradients that a step will be taken with."""
+    def _before(self) -> None:
+        self._counted = [link for link in self._links if self._is_due(link)]
+        switched = sum(self._switch(link, self._steps(link)) for link in self._counted)
+        if switched:
+            self._call_event_hooks(LayerEvent("switch", self._steps(self._counted[0]), switched))
+
+    def _after(self) -> None:
+        for link in self._counted:
+            for param in link.factors():
+                self.state[param]["held"].sub_(1).clamp_(min=0)
+        self._counted = []
+
+    def _is_due(self, link: Link) -> bool:
+        """Whether this step is the layer's next, and will be taken by both factors."""
+        if self._events(link) > self._steps(link):
+            return False
+        # A parameter without a gradient stays as it is, so its rows aren't exchanged.
         grads = [param.grad for param in link.factors() if param.grad is not None]
         if len(grads) < 2 or not link.group["skip_nonfinite"]:
             return len(grads) == 2
@@ -124,7 +123,7 @@ class SwitchLoRAAdamW(FactoredAdamW):
         layer, group = link.layer, link.group
         assert isinstance(layer, SwitchedLinear)
         states = [self.state[param] for param in link.factors()]
-        seed = mix(group["seed"], link.index, step)
+        seed = link.seed(step)
         count = min(_draw(layer.rank / interval(group, step), seed), layer.spare)
         starts = (states[0]["switched"], states[0]["switched"] + layer.rank // 2)
         for side in (0, 1):
@@ -141,14 +140,6 @@ class SwitchLoRAAdamW(FactoredAdamW):
                     other[key][places] = 0
                 other["held"][places] = group["freeze_steps"]
         return count > 0
-
-    def _hold(self, link: Link) -> None:
-        """Takes the gradients of the vectors that are held away, for this step."""
-        for param in link.factors():
-            held = self.state[param]["held"]
-            if param.grad is not None:
-                param.grad.mul_((held == 0).to(param.grad.dtype).unsqueeze(1))
-            held.sub_(1).clamp_(min=0)
 
 
 def interval(group: dict[str, Any], step: int) -> float:

@@ -6,21 +6,14 @@ slabs of bounded size along the axis that is not projected, so that no m x n tem
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ..engine.chunks import row_chunks
 from ..engine.geometry import Geometry, RowRange, Side
 from .operand import HALF, half_product, on_gpu
-
-SLAB_ELEMENTS = 1 << 18
-
-
-def _slabs(length: int, width: int) -> Iterator[slice]:
-    step = max(1, SLAB_ELEMENTS // max(1, width))
-    for start in range(0, length, step):
-        yield slice(start, min(start + step, length))
 
 
 def _left_rows(basis_mr: Tensor, rows: RowRange) -> Tensor:
@@ -74,12 +67,12 @@ def _project_slabs(
     own = [basis.to(dtype) for basis in bases]
     if geometry.side is Side.RIGHT:
         low_kr = grad_kn.new_empty(k, r)
-        for span in _slabs(k, n):
+        for span in row_chunks(grad_kn):
             low_kr[span] = grad_kn[span].to(dtype) @ own[0]
         return low_kr
     basis_rk = _left_rows(own[0], rows).mT
     low_rn = grad_kn.new_empty(r, n)
-    for span in _slabs(n, k):
+    for span in row_chunks(grad_kn.mT):
         low_rn[:, span] = basis_rk @ grad_kn[:, span].to(dtype)
     low_rn = rows.reduce(low_rn)
     if geometry.side is Side.LEFT:
@@ -139,12 +132,11 @@ def write_back(
     if compute == weight_kn.dtype:
         weight_kn.addmm_(left, right, beta=decay_factor, alpha=-alpha)
         return
-    k, n = weight_kn.shape
     if decay_factor != 1.0:
         weight_kn.mul_(decay_factor)
     if geometry.side is Side.RIGHT:
-        for span in _slabs(k, n):
+        for span in row_chunks(weight_kn):
             weight_kn[span].add_(left[span] @ right, alpha=-alpha)
     else:
-        for span in _slabs(n, k):
+        for span in row_chunks(weight_kn.mT):
             weight_kn[:, span].add_(left @ right[:, span], alpha=-alpha)

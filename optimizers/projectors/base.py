@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..engine.chunks import wide_dtype
 from ..engine.geometry import Geometry, RowRange, Side
 from ..engine.rotation import Rotation
 from ..storage.base import BasisStorage, DenseBasis
 from . import apply
-from .operand import compute_dtype
 
 Bases = tuple[Tensor, ...]
 
@@ -36,6 +36,7 @@ class ProjectedParam:
         rows: the rows held here.
         index: position among the optimizer's projected matrices.
         steps_done: steps taken before this one.
+        seed_name: what its draws are made from, see `engine.seeds`.
         name: the parameter's recorded name, if any.
         first_moment: reads the rule's first moment as it stands, in the projected shape.
         read: the bases as read during this step; what changes them sets it to None.
@@ -48,6 +49,7 @@ class ProjectedParam:
     rows: RowRange
     index: int
     steps_done: int
+    seed_name: str
     name: str | None = None
     first_moment: Callable[[], Tensor | None] = no_moment
     read: Bases | None = None
@@ -181,7 +183,7 @@ class Projector(ABC):
 
     def rotation(self, param: ProjectedParam, previous: Bases) -> Rotation:
         """From coordinates in the former bases to those in the parameter's bases."""
-        wide = compute_dtype(param.weight.dtype)
+        wide = wide_dtype(param.weight)
         pairs = zip(self.bases(param), previous, strict=True)
         between = [new.to(wide).mT @ old.to(wide) for new, old in pairs]
         side = param.geometry.side
@@ -202,8 +204,7 @@ class Projector(ABC):
             share: how much of the reconstruction is taken off.
         """
         chunk = param.grad[span].clone()
-        held = param.rows
-        rows = RowRange(held.start + span.start, held.start + span.stop, held.reduce)
+        rows = param.rows.part(span)
         self.write_back(param, chunk, rows, projected, alpha=share, decay_factor=1.0)
         return chunk
 

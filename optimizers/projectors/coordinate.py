@@ -1,7 +1,7 @@
 """Coordinate bases: r random rows or columns of the gradient (FRUGAL, arXiv 2411.07837).
 
 Projecting is a gather and back-projecting a scatter, so that no GEMM is needed. Redrawn from
-(`seed`, the matrix's index, the step) at each refresh. Memory: 4 r bytes (the indices, sorted).
+(`seed`, the matrix's name, the step) at each refresh. Memory: 4 r bytes (the indices, sorted).
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank.cuda.noise import mix
-
 from ..engine.geometry import Geometry, RowRange, Side
+from ..engine.seeds import choose, draw_seed
 from ..storage.base import DenseBasis
 from .base import Bases, ProjectedParam, Projector
 from .random import usable
@@ -52,12 +51,10 @@ class CoordinateProjector(Projector):
             if not usable(param):
                 fitted.append(None)
                 continue
-            for side, (key, (size, rank)) in enumerate(param.geometry.basis_shapes.items()):
-                generator = torch.Generator().manual_seed(
-                    mix(self.seed, param.index, param.steps_done, side) >> 1
-                )
-                drawn = torch.randperm(size, generator=generator)[:rank].sort().values
-                param.state[key + INDEX].copy_(drawn)
+            for key, (size, rank) in param.geometry.basis_shapes.items():
+                indices = param.state[key + INDEX]
+                seed = draw_seed(self.seed, param.seed_name, param.steps_done, key)
+                indices.copy_(choose(rank, size, seed, indices.device))
             param.read = None
             fitted.append(self.bases(param))
         return fitted

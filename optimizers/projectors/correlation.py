@@ -29,13 +29,13 @@ import torch
 from torch import Tensor
 
 from ..engine import checks
+from ..engine.chunks import row_chunks, wide_dtype
 from ..engine.geometry import Geometry, RowRange, Side
 from ..engine.rotation import Rotation
 from ..schedules.base import passed
 from . import apply, decompositions, subspace, tucker
 from .base import Bases, ProjectedParam, Projector
-from .norms import CHUNK_ELEMENTS, axis_norms
-from .operand import compute_dtype
+from .norms import axis_norms
 from .singular import align_signs
 
 #: Seed of the first sketch, the released code's.
@@ -65,7 +65,7 @@ def correlation_gradient(
     """
     m, n = grad_mn.shape
     left = side is Side.LEFT
-    wide = compute_dtype(grad_mn.dtype)
+    wide = wide_dtype(grad_mn)
     basis = basis_dr.to(wide)
     row_norms = axis_norms(grad_mn, 1).squeeze(1)
     factor = math.sqrt(m * n) / torch.linalg.vector_norm(row_norms) if normalize else None
@@ -149,8 +149,7 @@ def _product(grad_mn: Tensor, other: Tensor, transposed: bool) -> Tensor:
         return product
     m, n = grad_mn.shape
     result = other.new_zeros(n if transposed else m, other.shape[1])
-    for rows in RowRange.whole(m).chunks(n, CHUNK_ELEMENTS):
-        span = slice(rows.start, rows.stop)
+    for span in row_chunks(grad_mn):
         piece = grad_mn[span].to(other.dtype)
         if transposed:
             result.addmm_(piece.mT, other[span])
@@ -172,7 +171,7 @@ def reprojected(grad_mn: Tensor, sketch_dr: Tensor, side: Side, mode: str) -> Te
         NotConverged: the solver doesn't converge.
     """
     left = side is Side.LEFT
-    sketch_dr = sketch_dr.to(compute_dtype(grad_mn.dtype))
+    sketch_dr = sketch_dr.to(wide_dtype(grad_mn))
     range_lr = torch.linalg.qr(_product(grad_mn, sketch_dr, left)).Q
     small_rd = _product(grad_mn, range_lr, not left).mT
     scale = float(torch.linalg.vector_norm(small_rd, torch.inf))

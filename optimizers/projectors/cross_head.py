@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,6 +12,7 @@ from torch import Tensor
 from ..engine import checks
 from ..engine.geometry import Geometry, RowRange, Side
 from ..engine.rotation import Rotation
+from ..engine.seeds import draw_seed
 from .base import Bases, ProjectedParam
 from .singular import SingularProjector
 
@@ -98,10 +98,8 @@ class CrossHeadProjector(SingularProjector):
         blocks_hdn = self._blocks(whole_mn)
         if self.fit_on == "all":
             return blocks_hdn.transpose(0, 1).flatten(1)
-        draw = random.Random(f"{self.seed}/{param.index}/{param.steps_done}").randrange(
-            len(blocks_hdn)
-        )
-        return blocks_hdn[draw]
+        drawn = draw_seed(self.seed, param.seed_name, param.steps_done, "head")
+        return blocks_hdn[drawn % len(blocks_hdn)]
 
     def project(self, param: ProjectedParam) -> Tensor:
         """(h rank) x n."""

@@ -17,8 +17,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..engine.chunks import wide_dtype
+from ..engine.fp32 import exact_fp32
 from ..engine.geometry import Side
-from .operand import Operand, compute_dtype
+from .operand import Operand
 from .subspace import SCRATCH_BYTES, randomized, warm
 from .subspace import eigh as solve
 
@@ -50,12 +52,11 @@ def _other_side(operand: Operand, basis_dr: Tensor) -> Tensor:
 
 def svd(grad_mn: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Leading left (m x r) and right (n x r) singular vectors, signs as the solver gives them."""
-    left_md, _, right_dn = torch.linalg.svd(
-        grad_mn.to(compute_dtype(grad_mn.dtype)), full_matrices=False
-    )
+    left_md, _, right_dn = torch.linalg.svd(grad_mn.to(wide_dtype(grad_mn)), full_matrices=False)
     return left_md[:, :rank], right_dn[:rank].mT
 
 
+@exact_fp32()
 def bases(
     grads: Sequence[Tensor],
     scales: Sequence[float],

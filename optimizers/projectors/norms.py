@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..engine.chunks import row_chunks, wide_dtype
+from ..engine.fp32 import exact_fp32
 from ..engine.geometry import Side
 from .base import ProjectedParam, Projector
 
-CHUNK_ELEMENTS = 1 << 18
 ROUGH_SHARE = 0.3
-WIDE = (torch.float32, torch.float64)
 
 
 def axis_norms(matrix: Tensor, axis: int) -> Tensor:
     """Euclidean norms along an axis, kept as one of length 1, in fp32 (fp64 for fp64)."""
-    if matrix.dtype in (torch.float32, torch.float64):
+    if matrix.dtype == wide_dtype(matrix):
         norms: Tensor = torch.linalg.vector_norm(matrix, dim=axis, keepdim=True)
         return norms
     if matrix.is_cuda:  # whose reductions upcast as they read
@@ -23,11 +23,9 @@ def axis_norms(matrix: Tensor, axis: int) -> Tensor:
         return norms
     # A reduction of a half-precision tensor in fp32 would copy all of it.
     rows, columns = matrix.shape
-    step = max(1, CHUNK_ELEMENTS // max(1, columns))
     size = (1, columns) if axis == 0 else (rows, 1)
     squares = torch.zeros(size, dtype=torch.float32, device=matrix.device)
-    for start in range(0, rows, step):
-        span = slice(start, start + step)
+    for span in row_chunks(matrix):
         chunk = squares if axis == 0 else squares[span]
         chunk += matrix[span].float().square_().sum(axis, keepdim=True)
     return squares.sqrt_()
@@ -48,9 +46,14 @@ def reconstructed_squares(
     """
     (basis,) = projector.bases(param)
     small = abs(beta) <= ROUGH_SHARE
-    if projector.orthonormal and projector.storage.exact and (small or basis.dtype in WIDE):
+    if (
+        projector.orthonormal
+        and projector.storage.exact
+        and (small or basis.dtype == wide_dtype(basis))
+    ):
         return projected_squares
-    products = projector.rotation(param, (basis,))(projected)
+    with exact_fp32():
+        products = projector.rotation(param, (basis,))(projected)
     squares: Tensor = (products * projected).sum(axis, keepdim=True, dtype=projected_squares.dtype)
     return squares.clamp_(min=0)
 
@@ -80,13 +83,13 @@ def outside_norm(
     return norm
 
 
+@exact_fp32()
 def _direct_norm(
     param: ProjectedParam, projected: Tensor, projector: Projector, phi: Tensor, beta: float
 ) -> Tensor:
     left = param.geometry.side is Side.LEFT
     total = torch.zeros((), dtype=phi.dtype, device=phi.device)
-    for rows in param.rows.chunks(param.grad.shape[1], CHUNK_ELEMENTS):
-        span = slice(rows.start - param.rows.start, rows.stop - param.rows.start)
+    for span in row_chunks(param.grad):
         outside = projector.outside(param, projected, span, beta)
         factors = phi if left else phi[span]
         total += torch.linalg.vector_norm(outside.to(phi.dtype).mul_(factors)).square()

@@ -29,8 +29,10 @@ import torch
 from torch import Tensor
 
 from ..engine import checks
+from ..engine.fp32 import exact_fp32
 from ..engine.geometry import Geometry, RowRange, Side
 from ..rules import Adam, Adam8bit, Lion, Momentum, UpdateRule
+from ..rules.precision import MOMENT_DTYPES
 from . import apply
 from .base import Bases, ProjectedParam
 from .norms import axis_norms
@@ -60,6 +62,7 @@ class OnlineProjector(SingularProjector):
         online_lr: its learning rate before the group's schedule; None is 1 / update_proj_gap.
         orthogonality: lambda, weight of the penalty ||P^T P - I||^2.
         rate: P's learning rate at this step; `for_group` fills it in.
+        moments_dtype: precision of its optimizer's moments; `for_group` fills it in.
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = (
@@ -75,6 +78,7 @@ class OnlineProjector(SingularProjector):
     online_lr: float | None = None
     orthogonality: float = 0.0
     rate: float | Tensor = 0.0
+    moments_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         checks.choice("online_optimizer", self.online_optimizer, ONLINE_OPTIMIZERS)
@@ -99,7 +103,9 @@ class OnlineProjector(SingularProjector):
         lr, base = group.get("lr"), group.get("base_lr")
         if base is not None:
             checks.number("base_lr", base, low=0.0)
-        return replace(self, rate=rate * (lr / base) if lr is not None and base else rate)
+        if lr is not None and base:
+            rate *= lr / base
+        return replace(self, rate=rate, moments_dtype=MOMENT_DTYPES[group["moments_dtype"]])
 
     def geometry(self, shape: Sequence[int], rank: int, proj_type: str) -> Geometry:
         """Side, rank and shapes.
@@ -118,10 +124,16 @@ class OnlineProjector(SingularProjector):
         if self.online_optimizer == "sgd":
             return Momentum(self.rate, momentum=0.0, capturable=capturable)
         if self.online_optimizer == "lion":
-            return Lion(self.rate, capturable=capturable)
+            return Lion(self.rate, capturable=capturable, moments_dtype=self.moments_dtype)
         if self.online_optimizer == "adam8bit":
             return Adam8bit(self.rate, capturable=capturable, fused=fused)
-        return Adam(self.rate, weight_decay=0.01, capturable=capturable, fused=fused)
+        return Adam(
+            self.rate,
+            weight_decay=0.01,
+            capturable=capturable,
+            fused=fused,
+            moments_dtype=self.moments_dtype,
+        )
 
     def init(self, geometry: Geometry, like: Tensor) -> dict[str, Any]:
         """A zero basis and the state of its optimizer under keys that begin with "basis_"."""
@@ -186,6 +198,7 @@ class OnlineProjector(SingularProjector):
             result.addmm_(basis_dr, gram_rr, alpha=4.0 * self.orthogonality)
         return result
 
+    @exact_fp32()
     def track(self, param: ProjectedParam, projected: Tensor) -> None:
         """One step of P's optimizer; none at the step that fitted it."""
         captured = projected.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -7,20 +7,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..engine.chunks import row_chunks, wide_dtype
 from ..engine.geometry import Side
 
-CHUNK_ELEMENTS = 1 << 22  # upcast copies of a low-precision gradient are made in pieces of 16 MiB
 HALF = (torch.bfloat16, torch.float16)
 #: Devices on which half-precision products, Cholesky factors and batches pay.
 GPUS = ("cuda",)
 
 # Entries in this range have squares that fp32 sums safely; others are rescaled first.
 SAFE_SCALE = (1e-12, 1e12)
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The precision of decompositions for gradients of `dtype`: fp64 stays, all else is fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def on_gpu(tensor: Tensor) -> bool:
@@ -41,17 +36,15 @@ class Operand:
         # A is the gradient itself, else its transpose; a square one is turned to the wanted side.
         self.wide = rows < columns or (rows == columns and side is not Side.RIGHT)
         self.short, self.long = min(rows, columns), max(rows, columns)
-        self.dtype = compute_dtype(grad_mn.dtype)
+        self.dtype = wide_dtype(grad_mn)
         self.factor = 1.0 if SAFE_SCALE[0] <= scale <= SAFE_SCALE[1] else 1.0 / scale
         self.direct = grad_mn.dtype == self.dtype and self.factor == 1.0
         self.half = on_gpu(grad_mn) and grad_mn.dtype in HALF and self.factor == 1.0
 
     def _pieces(self) -> Iterator[tuple[slice, Tensor]]:
         """Chunks of rows, one copy at a time; the gradient itself where it needs none."""
-        rows, columns = self.grad_mn.shape
-        step = rows if self.direct else max(1, CHUNK_ELEMENTS // columns)
-        for start in range(0, rows, step):
-            span = slice(start, min(start + step, rows))
+        whole = [slice(0, len(self.grad_mn))]
+        for span in whole if self.direct else row_chunks(self.grad_mn, product=True):
             piece = self.grad_mn[span].to(self.dtype)
             yield span, (piece if self.factor == 1.0 else piece * self.factor)
 
@@ -102,10 +95,9 @@ class Operand:
             return total_dd
         if self.direct:
             return self.grad_mn @ self.grad_mn.mT
-        step = max(1, CHUNK_ELEMENTS // self.short)
         total_dd = torch.zeros(self.short, self.short, dtype=self.dtype, device=self.grad_mn.device)
-        for i in range(0, self.long, step):
-            piece = self.grad_mn[:, i : i + step].to(self.dtype) * self.factor
+        for span in row_chunks(self.grad_mn.mT, product=True):
+            piece = self.grad_mn[:, span].to(self.dtype) * self.factor
             total_dd.addmm_(piece, piece.mT)
         return total_dd
 

@@ -2,7 +2,7 @@
 
 "gaussian" (APOLLO, arXiv 2412.05270; Flora, arXiv 2402.03293): P has entries N(0, 1/r), so that
 P^T G keeps norms in expectation; its columns are not orthonormal. P is drawn again whenever it is
-read, from (`seed`, the matrix's index, the step of the refresh), on the parameter's device: the
+read, from (`seed`, the matrix's name, the step of the refresh), on the parameter's device: the
 same bits on each call, other bits on another kind of device. Memory: none.
 
 "orthonormal" (FRUGAL, arXiv 2411.07837; "random" of Online Subspace Descent's code): the leading
@@ -20,13 +20,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowrank.cuda.noise import mix
-
 from ..engine import checks
+from ..engine.chunks import wide_dtype
 from ..engine.geometry import Geometry
+from ..engine.seeds import draw_seed
 from ..storage.base import DenseBasis
 from .base import Bases, ProjectedParam, Projector
-from .operand import compute_dtype
 
 DISTRIBUTIONS = ("gaussian", "orthonormal")
 
@@ -43,7 +42,7 @@ def gaussian(shape: tuple[int, int], seed: int, like: Tensor) -> Tensor:
             "another projector, whose bases are stored"
         )
     generator = torch.Generator(like.device).manual_seed(seed >> 1)
-    dtype = compute_dtype(like.dtype)
+    dtype = wide_dtype(like)
     drawn = torch.randn(shape, generator=generator, dtype=dtype, device=like.device)
     return drawn.mul_(shape[1] ** -0.5)
 
@@ -90,10 +89,9 @@ class RandomProjector(Projector):
         return 0 if self._drawn else super().state_bytes(geometry, itemsize)
 
     def _draw(self, param: ProjectedParam, refreshed: int) -> Bases:
-        shapes = param.geometry.basis_shapes.values()
-        seeds = [mix(self.seed, param.index, refreshed, side) for side in range(len(shapes))]
         return tuple(
-            gaussian(shape, seed, param.weight) for shape, seed in zip(shapes, seeds, strict=True)
+            gaussian(shape, draw_seed(self.seed, param.seed_name, refreshed, key), param.weight)
+            for key, shape in param.geometry.basis_shapes.items()
         )
 
     def fit(self, params: Sequence[ProjectedParam]) -> list[Bases | None]:

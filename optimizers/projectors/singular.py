@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..engine import checks
-from ..engine.geometry import Geometry
+from ..engine.seeds import draw_seed
 from . import decompositions, subspace
 from .base import Bases, ProjectedParam, Projector
 
@@ -60,10 +60,10 @@ class SingularProjector(Projector):
 
     def fit(self, params: Sequence[ProjectedParam]) -> list[Bases | None]:
         """Refits matrices of one shape together; a zero or non-finite gradient keeps its basis."""
-        batches: dict[tuple[Geometry, torch.dtype, torch.device, bool], list[int]]
-        batches = defaultdict(list)
+        batches: dict[Hashable, list[int]] = defaultdict(list)
         for index, param in enumerate(params):
-            key = (param.geometry, param.grad.dtype, param.grad.device, param.fitted)
+            grad = param.grad
+            key = (param.geometry, grad.dtype, grad.device, param.fitted, param.steps_done)
             batches[key].append(index)
         fitted: list[Bases | None] = [None] * len(params)
         for indices in batches.values():
@@ -101,8 +101,9 @@ class SingularProjector(Projector):
     ) -> list[Bases | None]:
         geometry = params[0].geometry
         previous = [self.bases(param)[0] if param.fitted else None for param in params]
-        # One seed for a batch: its sketch is shared. The step makes it another one each time.
-        seed = (self.seed * 0x9E3779B1 + params[0].steps_done) % (1 << 62)
+        # A batch shares its sketch, which is the same whichever matrices of the shape are in it.
+        shape = "x".join(map(str, geometry.shape))
+        seed = draw_seed(self.seed, shape, params[0].steps_done, "sketch")
 
         def attempt(picked: slice, mode: str) -> list[tuple[Tensor, ...]]:
             return decompositions.bases(

@@ -15,21 +15,19 @@ Memory: O r0 + I r1 entries, and r0 r1 kh kw for each moment.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..engine.chunks import row_chunks, wide_dtype
 from ..engine.geometry import Geometry, RowRange, Side
 from ..engine.rotation import Rotation
 from .base import Bases
-from .operand import compute_dtype
 
 MAX_ITERATIONS = 10
 GAIN = 1e-5  # relative gain in captured norm that ends the iteration
-CHUNK_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -73,21 +71,12 @@ def _times(tensor: Tensor, matrix: Tensor, axis: int) -> Tensor:
     return product.movedim(-1, axis)
 
 
-def _spans(tensor: Tensor) -> Iterator[slice]:
-    """Chunks of output channels."""
-    step = max(1, CHUNK_ELEMENTS // max(1, tensor[0].numel()))
-    for start in range(0, len(tensor), step):
-        yield slice(start, min(start + step, len(tensor)))
-
-
 def down(grad: Tensor, bases: Bases) -> Tensor:
     """The core of a gradient; summed over chunks in the computing precision."""
     left, *others = (basis.to(grad.dtype) for basis in bases)
     shape = (left.shape[1], *(basis.shape[1] for basis in others), *grad.shape[len(bases) :])
-    total = torch.zeros(
-        shape[0], math.prod(shape[1:]), dtype=compute_dtype(grad.dtype), device=grad.device
-    )
-    for span in _spans(grad):
+    total = torch.zeros(shape[0], math.prod(shape[1:]), dtype=wide_dtype(grad), device=grad.device)
+    for span in row_chunks(grad):
         part = grad[span]
         for axis, basis in enumerate(others, start=1):
             part = _times(part, basis.mT, axis)
@@ -110,7 +99,7 @@ def write_back(
     if not others and weight.is_contiguous():
         weight.view(len(weight), -1).addmm_(left, flat, beta=decay_factor, alpha=-alpha)
         return
-    for span in _spans(weight):
+    for span in row_chunks(weight):
         part = (left[span] @ flat).view(-1, *direction.shape[1:])
         for axis, basis in enumerate(others, start=1):
             part = _times(part, basis, axis)
@@ -121,7 +110,7 @@ def write_back(
 def decompose(grad: Tensor, geometry: Geometry) -> Bases:
     """Factors that capture most of a gradient, by higher-order orthogonal iteration."""
     assert isinstance(geometry, TuckerGeometry)
-    grad = grad.to(compute_dtype(grad.dtype))
+    grad = grad.to(wide_dtype(grad))
     factors = [
         _leading(grad.movedim(axis, 0).flatten(1), rank) for axis, rank in enumerate(geometry.ranks)
     ]
@@ -158,7 +147,7 @@ def gradients(
         moment: the core's first moment; None leaves the cosine out.
         normalize: for a gradient with entries of size 1.
     """
-    wide = compute_dtype(grad.dtype)
+    wide = wide_dtype(grad)
     grad = grad.to(wide)
     moment = None if moment is None else moment.to(wide)
     if normalize:

@@ -16,9 +16,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..engine import checks
+from ..engine.chunks import row_chunks
 from ..engine.geometry import Geometry, RowRange, Side
 from ..projectors import ProjectedParam, Projector
-from ..projectors.norms import CHUNK_ELEMENTS
 from ..rules import Update
 from .base import Residual, RowEdit, WeightUpdate
 
@@ -68,15 +68,15 @@ class SignResidual(Residual):
     ) -> RowEdit:
         def edit(weight_kn: Tensor, rows: RowRange) -> None:
             first = param.rows.start
-            for part in rows.chunks(weight_kn.shape[1], CHUNK_ELEMENTS):
-                start, stop = part.start - rows.start, part.stop - rows.start
-                span = slice(part.start - first, part.stop - first)
-                outside = projector.outside(param, projected, span)
+            for span in row_chunks(weight_kn):
+                part = rows.part(span)
+                held = slice(part.start - first, part.stop - first)
+                outside = projector.outside(param, projected, held)
                 if self.inactive_update == "sign":
                     outside.sign_()
                 if isinstance(size, Tensor):
-                    weight_kn[start:stop].sub_(outside.mul_(size))
+                    weight_kn[span].sub_(outside.mul_(size))
                 else:
-                    weight_kn[start:stop].add_(outside, alpha=-size)
+                    weight_kn[span].add_(outside, alpha=-size)
 
         return edit

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..engine.chunks import row_chunks
 from ..engine.geometry import RowRange
 from ..projectors import ProjectedParam, Projector
-from ..projectors.norms import CHUNK_ELEMENTS
 from ..rules import Update
 from .base import Residual, WeightUpdate
 
@@ -32,16 +32,16 @@ class SignedBack(Residual):
         sense = math.copysign(1.0, self.scale) if self.scale else 0.0
 
         def edit(weight_kn: Tensor, rows: RowRange) -> None:
-            for part in rows.chunks(weight_kn.shape[1], CHUNK_ELEMENTS):
-                start, stop = part.start - rows.start, part.stop - rows.start
-                signs = torch.zeros_like(weight_kn[start:stop])
+            for span in row_chunks(weight_kn):
+                part = rows.part(span)
+                signs = torch.zeros_like(weight_kn[span])
                 projector.write_back(
                     param, signs, part, update.direction, alpha=-sense, decay_factor=1.0
                 )
                 signs.sign_()
                 if isinstance(update.alpha, Tensor):
-                    weight_kn[start:stop].sub_(signs.mul_(update.alpha))
+                    weight_kn[span].sub_(signs.mul_(update.alpha))
                 else:
-                    weight_kn[start:stop].add_(signs, alpha=-update.alpha)
+                    weight_kn[span].add_(signs, alpha=-update.alpha)
 
         return WeightUpdate(None, update.alpha, update.decay_factor, edit=edit)

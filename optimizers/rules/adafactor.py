@@ -20,8 +20,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..engine.chunks import row_chunks, wide_dtype
 from ..engine.rotation import Rotation
-from .base import State, Update, UpdateRule, numel, scalar, steps_done
+from .base import RowUpdates, State, Update, UpdateRule, numel, scalar, steps_done
+from .precision import moments_itemsize
+from .rows import state_rows, sum_of_squares
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Adafactor(UpdateRule):
         scale_parameter: multiply lr by the parameter's RMS.
         relative_step: a time-dependent lr instead of a given one.
         warmup_init: with `relative_step`, start from 1e-6 t.
+        moments_dtype: precision of the first moment, fp32 (fp64 under fp64 weights) when None.
         restarts: the second moment's decay counts from the last refresh (moments="reset").
     """
 
@@ -54,10 +58,7 @@ class Adafactor(UpdateRule):
     relative_step: bool = True
     warmup_init: bool = False
     restarts: bool = False
-
-    @staticmethod
-    def _dtype(like: torch.dtype) -> torch.dtype:
-        return torch.float64 if like == torch.float64 else torch.float32
+    moments_dtype: torch.dtype | None = None
 
     def _shapes(self, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
         shape = tuple(shape)
@@ -74,15 +75,18 @@ class Adafactor(UpdateRule):
 
     def init(self, shape: Sequence[int], like: Tensor) -> State:
         """Zero factors (and first moment) in fp32, or fp64 for fp64 parameters."""
-        dtype = self._dtype(like.dtype)
+        wide = wide_dtype(like)
+        own = {"exp_avg": self.moments_dtype or wide}
         return {
-            key: torch.zeros(size, dtype=dtype, device=like.device)
+            key: torch.zeros(size, dtype=own.get(key, wide), device=like.device)
             for key, size in self._shapes(shape).items()
         }
 
     def state_bytes(self, shape: Sequence[int], itemsize: int) -> int:
         """Factors and first moment."""
-        return max(itemsize, 4) * sum(numel(size) for size in self._shapes(shape).values())
+        shapes = self._shapes(shape)
+        own = {"exp_avg": moments_itemsize(self.moments_dtype, itemsize)}
+        return sum(own.get(key, max(itemsize, 4)) * numel(size) for key, size in shapes.items())
 
     def _rate(self, step: Tensor, weight: Tensor) -> float | Tensor:
         count = float(step)
@@ -97,20 +101,62 @@ class Adafactor(UpdateRule):
         return self._weight_rms(weight).clamp(min=self.eps[1]).mul(rate)
 
     def _weight_rms(self, weight: Tensor) -> Tensor:
-        return _rms(weight.to(self._dtype(weight.dtype)))
+        return sum_of_squares(weight).div(weight.numel()).sqrt()
+
+    def _decay(self, state: State) -> float:
+        return 1.0 - float(float(steps_done(state, self.restarts)) ** self.decay_rate)
+
+    def _factors(
+        self, grad_mn: Tensor, state: State, decay: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Advances a matrix's second moment; the update's factors by row and column, and 1 / L.
+
+        L = max(1, RMS(U) / clip_threshold). G is read twice, in chunks of rows.
+        """
+        m, n = grad_mn.shape
+        row_m, col_n = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
+        row_sums, col_sums = torch.empty_like(row_m), torch.zeros_like(col_n)
+        for rows in row_chunks(grad_mn):
+            square = grad_mn[rows].to(row_m.dtype).square()
+            torch.sum(square, 1, out=row_sums[rows])
+            col_sums += square.sum(0)
+        row_m.lerp_(row_sums.div_(n).add_(self.eps[0]), 1 - decay)
+        col_n.lerp_(col_sums.div_(m).add_(self.eps[0]), 1 - decay)
+        by_row, by_col = (row_m / row_m.mean()).rsqrt_(), col_n.rsqrt()
+        total = torch.zeros((), dtype=row_m.dtype, device=row_m.device)
+        for rows in row_chunks(grad_mn):
+            chunk = (grad_mn[rows].to(row_m.dtype) * by_row[rows, None]).mul_(by_col)
+            total += torch.linalg.vector_norm(chunk).square()
+        size = total.div_(m * n).sqrt_()
+        return by_row, by_col, size.div_(self.clip_threshold).clamp_(min=1.0).reciprocal_()
 
     def _normalise(self, grad: Tensor, state: State, decay: float) -> Tensor:
-        """The gradient over its factored root mean square; advances the factors."""
+        """A gradient that is no matrix over its root mean square, which is advanced; clipped."""
         square = grad.square().add_(self.eps[0])
         if grad.dim() < 2:
             second: Tensor = state["exp_avg_sq"]
             second.lerp_(square, 1 - decay)
-            return grad * second.rsqrt()
-        row, col = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
-        row.lerp_(square.mean(-1), 1 - decay)
-        col.lerp_(square.mean(-2), 1 - decay)
-        row_factor = (row / row.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1)
-        return torch.mul(grad, row_factor, out=square).mul_(col.rsqrt().unsqueeze(-2))
+            direction = grad * second.rsqrt()
+        else:
+            row, col = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
+            row.lerp_(square.mean(-1), 1 - decay)
+            col.lerp_(square.mean(-2), 1 - decay)
+            by_row = (row / row.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1)
+            direction = torch.mul(grad, by_row, out=square).mul_(col.rsqrt().unsqueeze(-2))
+        size = torch.linalg.vector_norm(direction).div_(direction.numel() ** 0.5)
+        return direction.div_((size / self.clip_threshold).clamp_(min=1.0))
+
+    def by_rows(self, grad: Tensor, state: State, weight: Tensor) -> RowUpdates:
+        """See `UpdateRule.by_rows`: the factors of the second moment first, then rows alone."""
+        rate = self._rate(state["step"], weight)
+        by_row, by_col, clip = self._factors(grad, state, self._decay(state))
+        size = rate * clip
+
+        def update(rows: slice) -> Update:
+            direction = (grad[rows].to(by_row.dtype) * by_row[rows, None]).mul_(by_col).mul_(size)
+            return self._finished(state_rows(state, rows, grad), direction, rate)
+
+        return update
 
     def update(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
@@ -118,21 +164,28 @@ class Adafactor(UpdateRule):
         """See `UpdateRule.update`."""
         updates = []
         for grad, state, weight in zip(grads, states, weights, strict=True):
+            if grad.dim() == 2:
+                updates.append(self.by_rows(grad, state, weight)(slice(0, len(grad))))
+                continue
             rate = self._rate(state["step"], weight)
-            decay = 1.0 - float(steps_done(state, self.restarts)) ** self.decay_rate
-            direction = self._normalise(grad.to(self._dtype(grad.dtype)), state, decay)
-            direction.div_((_rms(direction) / self.clip_threshold).clamp_(min=1.0)).mul_(rate)
-            if self.beta1 is not None:
-                direction = self._averaged(state, direction)
-            decay_factor = 1.0 - rate * self.weight_decay if self.weight_decay else 1.0
-            updates.append(Update(direction, 1.0, decay_factor, rate, rate))
+            wide = grad.to(wide_dtype(grad))
+            direction = self._normalise(wide, state, self._decay(state)).mul_(rate)
+            updates.append(self._finished(state, direction, rate))
         return updates
+
+    def _finished(self, state: State, direction: Tensor, rate: float | Tensor) -> Update:
+        if self.beta1 is not None:
+            direction = self._averaged(state, direction)
+        decay_factor = 1.0 - rate * self.weight_decay if self.weight_decay else 1.0
+        return Update(direction, 1.0, decay_factor, rate, rate)
 
     def _averaged(self, state: State, direction: Tensor) -> Tensor:
         """Advances the first moment by an update; a copy of it."""
         assert self.beta1 is not None
         moment: Tensor = state["exp_avg"]
-        return moment.lerp_(direction, 1 - self.beta1).clone()
+        averaged = moment.to(direction.dtype, copy=True).lerp_(direction, 1 - self.beta1)
+        moment.copy_(averaged)
+        return averaged
 
     def transport_moments(
         self, state: State, how: str, rotation: Rotation, into: State | None = None
@@ -163,8 +216,3 @@ def _moved_factor(key: str, factor: Tensor, shape: torch.Size, rotation: Rotatio
     squared = rotation.squared()
     unseen = (1.0 - squared(torch.ones_like(factor))).clamp_(min=0.0)
     return squared(factor) + unseen * factor.mean()
-
-
-def _rms(tensor: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(tensor)
-    return norm.div(tensor.numel() ** 0.5)

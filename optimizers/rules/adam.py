@@ -6,7 +6,7 @@
     torch (AdamW), bitsandbytes:
         W <- (1 - lr wd) W,  then  W <- W - lr (c2/c1) M / (sqrt(V) + eps c2)
 
-Kingma and Ba, 2015; Loshchilov and Hutter, 2019. Memory: 2 entries of the gradient's precision.
+Kingma and Ba, 2015; Loshchilov and Hutter, 2019. Memory: 2 entries of `moments_dtype`.
 """
 
 from __future__ import annotations
@@ -18,17 +18,28 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam as torch_adam
 
 from lowrank.cuda.adam import Number, adam_step
 from lowrank.cuda.native_update import knows_adam
 
+from ..engine.chunks import DEVICE_ELEMENTS, wide_dtype
 from ..engine.rotation import Rotation
-from .base import MOMENT_TRANSPORTS, State, Update, UpdateRule, numel, scalar, steps_done
+from .base import (
+    MOMENT_TRANSPORTS,
+    ElementwiseRule,
+    State,
+    Update,
+    add_update_,
+    numel,
+    scalar,
+    steps_done,
+)
+from .fused_adam import FUSED_DTYPES, bias_corrections, fused_step
+from .precision import moments_dtype, moments_itemsize
+from .transport import transported_moments
 
 #: Where our kernel is used. On a CPU torch's own fused one is as fast.
 KERNEL_DEVICES = ("cuda",)
-FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @cache
@@ -36,94 +47,9 @@ def _compiled_step() -> Callable[..., list[Tensor]]:
     return torch.compile(adam_step)
 
 
-def fused_step(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    *,
-    steps_done: int,
-    size: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decay: float = 0.0,
-) -> None:
-    """In place, torch's fused Adam: weights <- (1 - decay) weights - size M / (sqrt(V) + eps).
-
-    Args:
-        weights: updated in place.
-        grads: gradients of the same precision.
-        exp_avgs: first moments, advanced.
-        exp_avg_sqs: second moments, advanced.
-        steps_done: steps before this one.
-        size: step size, bias corrections included.
-        beta1: decay rate of the first moment.
-        beta2: decay rate of the second moment.
-        eps: added to the uncorrected sqrt(V).
-        decay: share of the weights that is taken off first.
-    """
-    correction1, correction2 = bias_corrections(beta1, beta2, steps_done + 1)
-    # The kernel takes lr / correction1 * M / (sqrt(V) / correction2 + eps'): solve for lr and eps'.
-    lr = size * correction1 / correction2
-    device = grads[0].device
-    steps = [torch.full((), float(steps_done), device=device) for _ in grads]
-    torch_adam(
-        weights,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        [],
-        steps,
-        fused=True,
-        amsgrad=False,
-        beta1=beta1,
-        beta2=beta2,
-        lr=lr,
-        weight_decay=decay / lr if decay and lr else 0.0,
-        decoupled_weight_decay=True,
-        eps=eps / correction2,
-        maximize=False,
-    )
-
-
-def transported_moments(
-    m: Tensor, v: Tensor, how: str, rotation: Rotation, betas: tuple[float, float], steps: int
-) -> tuple[Tensor, Tensor]:
-    """Adam's moments after their subspace moved.
-
-    Args:
-        m: first moment.
-        v: second moment.
-        how: "reset", "restore" (COAP, arXiv 2412.00071: M -> C M, V -> (C sqrt(V))^2) or "rotate"
-            (LDAdam, arXiv 2410.16103: V as the variance of independent coordinates).
-        rotation: C, from old coordinates to new ones.
-        betas: decay rates.
-        steps: how many gradients the moments have seen.
-
-    Returns:
-        Both moments, in new tensors or the old ones.
-    """
-    if how == "reset" or steps == 0:
-        return torch.zeros_like(m), torch.zeros_like(v)
-    if how == "restore":
-        return rotation(m), rotation(v.sqrt()).square_()
-    wide = m.dtype if m.dtype == torch.float64 else torch.float32
-    correction1, correction2 = (1.0 - beta**steps for beta in betas)
-    mean = m.to(wide) / correction1
-    moved_mean = rotation(mean)
-    variance = rotation.squared()(v.to(wide) / correction2 - mean.square())
-    return moved_mean * correction1, (variance + moved_mean.square()).abs_() * correction2
-
-
-def bias_corrections(beta1: float, beta2: float, step: int) -> tuple[float, float]:
-    """(1 - b1^t, sqrt(1 - b2^t))."""
-    return 1.0 - beta1**step, (1.0 - beta2**step) ** 0.5
-
-
 @dataclass(frozen=True)
-class Adam(UpdateRule):
-    """Adam or AdamW on tensors in the parameter's precision.
+class Adam(ElementwiseRule):
+    """Adam or AdamW.
 
     Attributes:
         lr: learning rate, a float or a 0-d tensor.
@@ -137,6 +63,7 @@ class Adam(UpdateRule):
         fused: torch's fused kernel where it can be used.
         compiled: `torch.compile` the moments' arithmetic.
         restarts: bias corrections count from the last refresh (moments="reset").
+        moments_dtype: precision of the moments, None for the default (`moments_dtype`).
     """
 
     transports: ClassVar[tuple[str, ...]] = MOMENT_TRANSPORTS
@@ -152,21 +79,23 @@ class Adam(UpdateRule):
     fused: bool = True
     compiled: bool = False
     restarts: bool = False
+    moments_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if self.restarts and self.capturable:
             raise ValueError("moments='reset' with capturable=True: accepted is one of them")
 
     def init(self, shape: Sequence[int], like: Tensor) -> State:
-        """Zero moments in the parameter's precision."""
+        """Zero moments."""
+        dtype = moments_dtype(self.moments_dtype, like.dtype)
         return {
-            key: torch.zeros(tuple(shape), dtype=like.dtype, device=like.device)
+            key: torch.zeros(tuple(shape), dtype=dtype, device=like.device)
             for key in ("exp_avg", "exp_avg_sq")
         }
 
     def state_bytes(self, shape: Sequence[int], itemsize: int) -> int:
         """Two moments."""
-        return 2 * numel(shape) * itemsize
+        return 2 * numel(shape) * moments_itemsize(self.moments_dtype, itemsize)
 
     def _sizes(self, state: State) -> tuple[Number, Number, Number]:
         """(step size without lr, eps for the uncorrected sqrt(V), lr); tensors when capturable."""
@@ -214,6 +143,7 @@ class Adam(UpdateRule):
             self.fused
             and not self.capturable
             and not self.compiled
+            and len({t.dtype for t in tensors}) == 1
             and all(
                 t.dtype in FUSED_DTYPES and t.device.type in ("cpu", "cuda") and t.is_contiguous()
                 for t in tensors
@@ -275,7 +205,7 @@ class Adam(UpdateRule):
     ) -> list[Update]:
         """One launch for many tensors."""
         numbers, sizes, factors, lr = self._kernel_sizes(states)
-        directions = [torch.empty_like(grad) for grad in grads]
+        directions = [torch.empty_like(m) for m in exp_avgs]
         norms: list[list[Tensor]] = [[], []]
         if axis >= 0:
             shapes = [(1, t.shape[1]) if axis == 0 else (t.shape[0], 1) for t in grads]
@@ -302,6 +232,8 @@ class Adam(UpdateRule):
         exp_avg_sqs: list[Tensor],
         state: State,
     ) -> list[Update]:
+        if any(m.dtype != grad.dtype for m, grad in zip(exp_avgs, grads, strict=True)):
+            return self._advance_wide(grads, exp_avgs, exp_avg_sqs, state)
         size, eps, lr = self._sizes(state)
         if self._can_fuse([*grads, *exp_avgs]):
             assert isinstance(size, float)
@@ -328,6 +260,22 @@ class Adam(UpdateRule):
         decay_factor, alpha = self._decay_and_alpha(lr)
         return [Update(direction, alpha, decay_factor, size) for direction in directions]
 
+    def _advance_wide(
+        self,
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        state: State,
+    ) -> list[Update]:
+        """`_advance` in fp32 (fp64 for fp64) of moments in another precision than the gradients."""
+        wide = wide_dtype(grads[0])
+        m, v = ([t.to(wide) for t in tensors] for tensors in (exp_avgs, exp_avg_sqs))
+        updates = self._advance([grad.to(wide) for grad in grads], m, v, state)
+        for old, new in zip([*exp_avgs, *exp_avg_sqs], [*m, *v], strict=True):
+            if old is not new:
+                old.copy_(new)
+        return updates
+
     def transport_moments(
         self, state: State, how: str, rotation: Rotation, into: State | None = None
     ) -> None:
@@ -343,7 +291,7 @@ class Adam(UpdateRule):
         """Updates plain weights in place, through the fused kernel where possible."""
         exp_avgs, exp_avg_sqs = (list(t) for t in zip(*map(self._moments, states), strict=True))
         if not self._can_fuse([*weights, *grads, *exp_avgs]):
-            super().apply(grads, states, weights)
+            self._apply_unfused(grads, states, weights)
             return
         size, eps, lr = self._sizes(states[0])
         assert isinstance(size, float)
@@ -361,3 +309,18 @@ class Adam(UpdateRule):
             eps=eps,
             decay=1.0 - decay_factor,
         )
+
+    def _apply_unfused(
+        self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
+    ) -> None:
+        """Small weights of a GPU in one list, to save launches; others in chunks of rows."""
+        listed = [self.compiled or (w.is_cuda and w.numel() <= DEVICE_ELEMENTS) for w in weights]
+        rows = list(zip(listed, grads, states, weights, strict=True))
+        picked = [own for own in rows if own[0]]
+        if picked:
+            targets = [own[3] for own in picked]
+            updates = self.update([own[1] for own in picked], [own[2] for own in picked], targets)
+            for weight, update in zip(targets, updates, strict=True):
+                add_update_(weight, update)
+        for _, grad, state, weight in (own for own in rows if not own[0]):
+            super().apply([grad], [state], [weight])

@@ -19,12 +19,12 @@ from lowrank.cuda import blockwise
 from lowrank.cuda.native_update import knows_adam
 
 from ..engine.rotation import Rotation
-from .adam import Adam, transported_moments
-from .base import State, Update, numel
+from .adam import Adam
+from .base import ElementwiseRule, State, Update, numel
 from .quantizers import NATIVE, Native, Quantizer
+from .transport import transported_moments
 
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}
-CHUNK_ELEMENTS = 1 << 22  # fp32 copies of both moments are made for this many entries at a time
 
 
 @dataclass(frozen=True)
@@ -111,19 +111,8 @@ class Adam8bit(Adam):
     def apply(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
     ) -> None:
-        """Updates plain weights in place, in pieces that bound the fp32 copies."""
-        for grad, state, weight in zip(grads, states, weights, strict=True):
-            pieces = [(grad, state, weight)]
-            if weight.numel() > CHUNK_ELEMENTS and weight.is_contiguous() and grad.is_contiguous():
-                pieces = list(_pieces(grad, state, weight))
-            for grad_part, state_part, weight_part in pieces:
-                (update,) = self.update([grad_part], [state_part], [weight_part])
-                if isinstance(update.decay_factor, Tensor) or update.decay_factor != 1.0:
-                    weight_part.mul_(update.decay_factor)
-                direction, alpha = update.direction, update.alpha
-                if isinstance(alpha, Tensor):
-                    direction, alpha = direction.mul_(alpha), 1.0
-                weight_part.add_(direction, alpha=-alpha)
+        """Updates plain weights in place, in chunks of rows that bound the fp32 copies."""
+        ElementwiseRule.apply(self, grads, states, weights)
 
     def first_moment(self, state: State) -> Tensor:
         """The first moment, dequantised to fp32."""
@@ -151,19 +140,3 @@ class Adam8bit(Adam):
                 self.quantizer.quantize(moments[key].contiguous(), signed, out)
             elif moments[key] is not state[key]:
                 state[key].copy_(moments[key])
-
-
-def _pieces(grad: Tensor, state: State, weight: Tensor) -> list[tuple[Tensor, State, Tensor]]:
-    """Views of whole blocks of one parameter, its gradient and its 8-bit state."""
-    grad, weight = grad.view(-1), weight.view(-1)
-    pieces = []
-    for start in range(0, weight.numel(), CHUNK_ELEMENTS):
-        span = slice(start, start + CHUNK_ELEMENTS)
-        blocks = slice(start // blockwise.DEFAULT_BLOCK, span.stop // blockwise.DEFAULT_BLOCK)
-        part: State = {"step": state["step"], "refreshed_at": state.get("refreshed_at", 0)}
-        for key in SIGNED:
-            part[key] = state[key].view(-1)[span]
-            if f"{key}_absmax" in state:
-                part[f"{key}_absmax"] = state[f"{key}_absmax"][blocks]
-        pieces.append((grad[span], part, weight[span]))
-    return pieces

@@ -8,14 +8,16 @@ parameters.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from ..engine.chunks import row_chunks
 from ..engine.rotation import Rotation
+from .rows import BLOCK, state_rows
 
 State = dict[str, Any]
 
@@ -58,6 +60,11 @@ class UpdateRule(ABC):
     #: Which of `MOMENT_TRANSPORTS` its moments can follow.
     transports: ClassVar[tuple[str, ...]] = ("keep",)
 
+    def at_rate(self, lr: float | Tensor | None) -> Self:
+        """The same rule with another learning rate; a rule that wraps another passes it on."""
+        made: Any = replace(self, lr=lr)  # type: ignore[type-var]
+        return made  # type: ignore[no-any-return]
+
     @abstractmethod
     def init(self, shape: Sequence[int], like: Tensor) -> State:
         """State entries for a (projected) gradient of `shape`, for a parameter `like`."""
@@ -65,6 +72,21 @@ class UpdateRule(ABC):
     @abstractmethod
     def state_bytes(self, shape: Sequence[int], itemsize: int) -> int:
         """Bytes of these entries, for parameters of `itemsize` bytes an entry."""
+
+    def by_rows(self, grad: Tensor, state: State, weight: Tensor) -> RowUpdates:
+        """What concerns the whole of a matrix, done; the rest is done as rows are asked for.
+
+        Args:
+            grad: the descent gradient, m x n.
+            state: its parameter's state; `step` already counts this step.
+            weight: the parameter, read only.
+
+        Returns:
+            Gives the update of some rows. Each row must be asked for once; a span begins at a
+            multiple of `BLOCK` entries (`row_chunks`).
+        """
+        (whole,) = self.update([grad], [state], [weight])
+        return lambda rows: replace(whole, direction=whole.direction[rows])
 
     @abstractmethod
     def update(
@@ -91,15 +113,15 @@ class UpdateRule(ABC):
     def apply(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
     ) -> None:
-        """Updates plain weights in place."""
-        for weight, update in zip(weights, self.update(grads, states, weights), strict=True):
-            if isinstance(update.decay_factor, Tensor) or update.decay_factor != 1.0:
-                weight.mul_(update.decay_factor)
-            direction, alpha = update.direction.to(weight.dtype), update.alpha
-            if isinstance(alpha, Tensor):
-                weight.sub_(direction.mul_(alpha))
-            else:
-                weight.add_(direction, alpha=-alpha)
+        """Updates plain weights in place; matrices in chunks of rows that bound the scratch."""
+        for grad, state, weight in zip(grads, states, weights, strict=True):
+            if weight.dim() != 2:
+                (update,) = self.update([grad], [state], [weight])
+                add_update_(weight, update)
+                continue
+            updates = self.by_rows(grad, state, weight)
+            for rows in row_chunks(weight, block=BLOCK):
+                add_update_(weight[rows], updates(rows))
 
     def first_moment(self, state: State) -> Tensor | None:
         """The first moment as it stands, in full precision; None if the rule keeps none."""
@@ -149,6 +171,34 @@ class UpdateRule(ABC):
                     former = value.copy_(former)
             new[key] = former
         return bool(known) or not new
+
+
+#: Gives the update of some rows of a matrix.
+RowUpdates = Callable[[slice], Update]
+
+
+class ElementwiseRule(UpdateRule):
+    """A rule under which an entry's update depends on its own gradient and moments alone."""
+
+    def by_rows(self, grad: Tensor, state: State, weight: Tensor) -> RowUpdates:
+        """See `UpdateRule.by_rows`: all of it is done as rows are asked for."""
+
+        def update(rows: slice) -> Update:
+            (made,) = self.update([grad[rows]], [state_rows(state, rows, grad)], [weight])
+            return made
+
+        return update
+
+
+def add_update_(weight: Tensor, update: Update) -> None:
+    """In place: weight <- decay_factor weight - alpha direction."""
+    if isinstance(update.decay_factor, Tensor) or update.decay_factor != 1.0:
+        weight.mul_(update.decay_factor)
+    direction, alpha = update.direction.to(weight.dtype), update.alpha
+    if isinstance(alpha, Tensor):
+        weight.sub_(direction * alpha)
+    else:
+        weight.add_(direction, alpha=-alpha)
 
 
 def steps_done(state: State, restarts: bool) -> int:

@@ -3,7 +3,7 @@
     U = sign(b1 M + (1 - b1) G),  M <- b2 M + (1 - b2) G
     W <- (1 - lr wd) W - lr U    (or the decay after the update, `decay_first=False`)
 
-Memory: 1 entry of the gradient's precision.
+Memory: 1 entry of `moments_dtype`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..engine.chunks import wide_dtype
 from ..engine.rotation import Rotation
-from .base import MOMENT_TRANSPORTS, State, Update, UpdateRule, numel, scalar
+from .base import MOMENT_TRANSPORTS, ElementwiseRule, State, Update, numel, scalar
+from .precision import moments_dtype, moments_itemsize
 
 
 @dataclass(frozen=True)
-class Lion(UpdateRule):
+class Lion(ElementwiseRule):
     """Lion's hyper-parameters.
 
     Attributes:
@@ -31,6 +33,7 @@ class Lion(UpdateRule):
         signed: False leaves the sign to whoever writes the update (Online Subspace Descent takes
             it after the back-projection).
         capturable: `lr` is never read back (CUDA graphs).
+        moments_dtype: precision of the momentum, None for the default (`moments_dtype`).
     """
 
     transports: ClassVar[tuple[str, ...]] = MOMENT_TRANSPORTS
@@ -41,14 +44,16 @@ class Lion(UpdateRule):
     decay_first: bool = True
     signed: bool = True
     capturable: bool = False
+    moments_dtype: torch.dtype | None = None
 
     def init(self, shape: Sequence[int], like: Tensor) -> State:
-        """A zero momentum in the parameter's precision."""
-        return {"exp_avg": torch.zeros(tuple(shape), dtype=like.dtype, device=like.device)}
+        """A zero momentum."""
+        dtype = moments_dtype(self.moments_dtype, like.dtype)
+        return {"exp_avg": torch.zeros(tuple(shape), dtype=dtype, device=like.device)}
 
     def state_bytes(self, shape: Sequence[int], itemsize: int) -> int:
         """One moment."""
-        return numel(shape) * itemsize
+        return numel(shape) * moments_itemsize(self.moments_dtype, itemsize)
 
     def update(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
@@ -59,11 +64,17 @@ class Lion(UpdateRule):
         alpha = lr if self.decay_first else lr * decay_factor
         updates = []
         for grad, state in zip(grads, states, strict=True):
-            moment: Tensor = state["exp_avg"]
+            stored: Tensor = state["exp_avg"]
+            moment = stored
+            if stored.dtype != grad.dtype:
+                wide = wide_dtype(grad)
+                moment, grad = stored.to(wide), grad.to(wide)
             direction = moment.lerp(grad, 1 - self.betas[0])
             if self.signed:
                 direction.sign_()
             moment.lerp_(grad, 1 - self.betas[1])
+            if moment is not stored:
+                stored.copy_(moment)
             updates.append(Update(direction, alpha, decay_factor))
         return updates
 

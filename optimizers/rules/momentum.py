@@ -3,7 +3,7 @@
     M <- momentum M + G,  U = G + momentum M with Nesterov, else M
     W <- (1 - lr wd) W - lr U
 
-The momentum starts at zero, as in `torch.optim.SGD`. Memory: 1 entry of the gradient's precision,
+The momentum starts at zero, as in `torch.optim.SGD`. Memory: 1 entry of `moments_dtype`,
 none without momentum.
 """
 
@@ -16,12 +16,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..engine.chunks import wide_dtype
 from ..engine.rotation import Rotation
-from .base import MOMENT_TRANSPORTS, State, Update, UpdateRule, numel, scalar
+from .base import MOMENT_TRANSPORTS, ElementwiseRule, State, Update, numel, scalar
+from .precision import moments_dtype, moments_itemsize
 
 
 @dataclass(frozen=True)
-class Momentum(UpdateRule):
+class Momentum(ElementwiseRule):
     """SGD's hyper-parameters.
 
     Attributes:
@@ -30,6 +32,7 @@ class Momentum(UpdateRule):
         nesterov: look ahead by one momentum step.
         weight_decay: decoupled, times lr, before the update.
         capturable: `lr` is never read back (CUDA graphs).
+        moments_dtype: precision of the momentum, None for the default (`moments_dtype`).
     """
 
     transports: ClassVar[tuple[str, ...]] = MOMENT_TRANSPORTS
@@ -39,16 +42,20 @@ class Momentum(UpdateRule):
     nesterov: bool = False
     weight_decay: float = 0.0
     capturable: bool = False
+    moments_dtype: torch.dtype | None = None
 
     def init(self, shape: Sequence[int], like: Tensor) -> State:
-        """A zero momentum in the parameter's precision, or nothing."""
+        """A zero momentum, or nothing."""
         if not self.momentum:
             return {}
-        return {"momentum_buffer": torch.zeros(tuple(shape), dtype=like.dtype, device=like.device)}
+        dtype = moments_dtype(self.moments_dtype, like.dtype)
+        return {"momentum_buffer": torch.zeros(tuple(shape), dtype=dtype, device=like.device)}
 
     def state_bytes(self, shape: Sequence[int], itemsize: int) -> int:
         """One moment, or nothing."""
-        return numel(shape) * itemsize if self.momentum else 0
+        if not self.momentum:
+            return 0
+        return numel(shape) * moments_itemsize(self.moments_dtype, itemsize)
 
     def update(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
@@ -58,14 +65,21 @@ class Momentum(UpdateRule):
         decay_factor = 1.0 - lr * self.weight_decay if self.weight_decay else 1.0
         updates = []
         for grad, state in zip(grads, states, strict=True):
-            direction = grad.clone()  # the caller may scale it in place
-            if self.momentum:
-                moment: Tensor = state["momentum_buffer"]
-                moment.mul_(self.momentum).add_(grad)
-                if self.nesterov:
-                    direction.add_(moment, alpha=self.momentum)
-                else:
-                    direction.copy_(moment)
+            if not self.momentum:
+                # a copy, since the caller may scale it in place
+                updates.append(Update(grad.clone(), lr, decay_factor))
+                continue
+            stored: Tensor = state["momentum_buffer"]
+            wide = grad.dtype if stored.dtype == grad.dtype else wide_dtype(grad)
+            moment = stored.to(wide)
+            direction = grad.to(wide, copy=True)
+            moment.mul_(self.momentum).add_(direction)
+            if self.nesterov:
+                direction.add_(moment, alpha=self.momentum)
+            else:
+                direction.copy_(moment)
+            if moment is not stored:
+                stored.copy_(moment)
             updates.append(Update(direction, lr, decay_factor))
         return updates
 

@@ -5,7 +5,7 @@
     W <- (1 - lr wd) W - lr s X,  s = sqrt(max(1, m / n)) or 0.2 sqrt(max(m, n)) (`match_rms_adamw`,
     Liu et al., 2025, arXiv 2502.16982: an update as large as AdamW's, so that one rate fits both)
 
-Memory: m n entries.
+Memory: m n entries of `moments_dtype`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..engine.chunks import wide_dtype
 from ..engine.rotation import Rotation
 from .base import MOMENT_TRANSPORTS, State, Update, UpdateRule, numel, scalar
+from .precision import moments_dtype, moments_itemsize
 
 ADJUSTMENTS = ("original", "match_rms_adamw")
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -56,6 +58,7 @@ class Muon(UpdateRule):
         ns_steps: Newton-Schulz iterations.
         weight_decay: decoupled, times lr, before the update.
         adjust_lr: one of `ADJUSTMENTS`.
+        moments_dtype: precision of the momentum, None for the default (`moments_dtype`).
     """
 
     matrices_only: ClassVar[bool] = True
@@ -67,14 +70,16 @@ class Muon(UpdateRule):
     ns_steps: int = 5
     weight_decay: float = 0.0
     adjust_lr: str = "original"
+    moments_dtype: torch.dtype | None = None
 
     def init(self, shape: Sequence[int], like: Tensor) -> State:
-        """A zero momentum in the parameter's precision."""
-        return {"momentum_buffer": torch.zeros(tuple(shape), dtype=like.dtype, device=like.device)}
+        """A zero momentum."""
+        dtype = moments_dtype(self.moments_dtype, like.dtype)
+        return {"momentum_buffer": torch.zeros(tuple(shape), dtype=dtype, device=like.device)}
 
     def state_bytes(self, shape: Sequence[int], itemsize: int) -> int:
         """One moment."""
-        return numel(shape) * itemsize
+        return numel(shape) * moments_itemsize(self.moments_dtype, itemsize)
 
     def _size(self, m: int, n: int) -> float:
         if self.adjust_lr == "match_rms_adamw":
@@ -88,8 +93,14 @@ class Muon(UpdateRule):
         updates = []
         lr = scalar(self.lr)
         for grad, state in zip(grads, states, strict=True):
-            moment: Tensor = state["momentum_buffer"]
+            stored: Tensor = state["momentum_buffer"]
+            moment = stored
+            if stored.dtype != grad.dtype:
+                wide = wide_dtype(grad)
+                moment, grad = stored.to(wide), grad.to(wide)
             moment.lerp_(grad, 1 - self.momentum)
+            if moment is not stored:
+                stored.copy_(moment)
             ahead = grad.lerp(moment, self.momentum) if self.nesterov else moment
             direction = orthogonalize(ahead, self.ns_steps)
             updates.append(

@@ -61,7 +61,8 @@ class VectorAdam(Adam):
     def _delta(self, grad: Tensor, state: State) -> Tensor:
         beta1, beta2 = self.betas
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-        grad = grad.to(wide)
+        # Gradients are the user's: what is held has none here, and keeps it there.
+        grad = grad.to(wide) * (state["held"] == 0).unsqueeze(1)
         state["row_steps"].add_(1)
         steps = state["row_steps"].to(wide).unsqueeze(1)
         m, v = (state[key].to(wide) for key in ("exp_avg", "exp_avg_sq"))

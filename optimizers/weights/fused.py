@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from lowrank.cuda.arguments import usable
-from lowrank.cuda.groups import chunk_elements
 from lowrank.cuda.noise import signed_seed
 
 from .int8 import Int8Weight
-from .rows import aligned_rows, check_capture
+from .rows import check_capture, weight_chunks
 
 #: Where a plain weight with a residual is written in one pass too.
 DENSE_DEVICES = ("cuda",)
@@ -76,6 +75,8 @@ class FusedChunk:
             *(codes, part.scales, part.zeros, direction, grad, factors),
             *(part.group_size, decay_factor, alpha, self.seed, self.first),
         )
+        # The operation knows of its parts alone.
+        torch.autograd.graph.increment_version(self.weight)
 
 
 def fused_rows(
@@ -110,14 +111,10 @@ def fused_rows(
 def _chunks(
     weight: Tensor, grad: Tensor | None, seed: int | None, first_row: int
 ) -> Iterator[FusedChunk]:
-    rows, columns = weight.shape
-    if isinstance(weight, Int8Weight):
-        step = aligned_rows(weight)
-    else:
-        step = chunk_elements(weight.device, max(1, columns)) // max(1, columns)
-    for start in range(0, rows, step):
-        count = min(step, rows - start)
+    int8 = isinstance(weight, Int8Weight)
+    for span in weight_chunks(weight):
         yield FusedChunk(
-            weight.detach() if not isinstance(weight, Int8Weight) else weight,
-            *(grad, start, count, seed, (first_row + start) * columns),
+            weight if int8 else weight.detach(),
+            *(grad, span.start, span.stop - span.start, seed),
+            (first_row + span.start) * weight.shape[1],
         )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
+from math import lcm, prod
 
 import torch
 from torch import Tensor
 
-from lowrank.cuda.groups import chunk_elements
-from lowrank.cuda.noise import mix, stochastic_bfloat16
+from lowrank.cuda.noise import stochastic_bfloat16
 
+from ..engine.chunks import row_chunks, wide_dtype
 from ..engine.geometry import RowRange
+from ..engine.seeds import draw_seed
+from ..rules.rows import BLOCK
 from .int8 import Int8Weight
 
 
@@ -21,7 +23,7 @@ def editable_rows(
     """Yields chunks of a weight's rows; what is done to them in place is in the weight afterwards.
 
     A plain weight is its own only chunk. An INT8 weight is dequantised in chunks of whole groups
-    and about 2^18 entries (2^22 beyond CPUs), in fp32 (fp64 for fp64); each group that was
+    and the size of `row_chunks`, in fp32 (fp64 for fp64); each group that was
     changed gets a new range and is rounded stochastically. With `stochastic` a bf16 weight is
     treated likewise.
 
@@ -49,22 +51,21 @@ def editable_rows(
         yield weight, rows
 
 
-def rounding_seed(seed: int, step: int, index: int) -> int:
-    """The seed of one weight's rounding in one step."""
-    return mix(seed, step, index)
+def rounding_seed(seed: int, name: str, steps_done: int) -> int:
+    """The seed of one weight's rounding in one step; see `engine.seeds`."""
+    return draw_seed(seed, name, steps_done, "rounding")
 
 
 def _int8_rows(weight: Int8Weight, rows: RowRange, seed: int) -> Iterator[tuple[Tensor, RowRange]]:
     width = weight.shape[1]
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    step = aligned_rows(weight)
-    for start in range(0, weight.shape[0], step):
-        stop = min(start + step, weight.shape[0])
-        chunk = weight.entries(start * width, stop * width)
+    dtype = wide_dtype(weight)
+    for span in weight_chunks(weight):
+        chunk = weight.entries(span.start * width, span.stop * width)
         old = chunk.load(dtype)
         new = old.clone()
-        yield new.view(stop - start, width), _part(rows, start, stop)
-        chunk.store(new, old, seed, (rows.start + start) * width)
+        yield new.view(span.stop - span.start, width), rows.part(span)
+        chunk.store(new, old, seed, (rows.start + span.start) * width)
+        torch.autograd.graph.increment_version(weight)
 
 
 def _bfloat16_rows(weight: Tensor, rows: RowRange, seed: int) -> Iterator[tuple[Tensor, RowRange]]:
@@ -73,25 +74,19 @@ def _bfloat16_rows(weight: Tensor, rows: RowRange, seed: int) -> Iterator[tuple[
         yield wide, rows
         weight.copy_(stochastic_bfloat16(wide, seed))
         return
-    width = math.prod(weight.shape[1:])
-    step = chunk_elements(weight.device, max(1, width)) // max(1, width)
-    for start in range(0, weight.shape[0], step):
-        chunk = weight[start : start + step]
+    width = prod(weight.shape[1:])
+    for span in weight_chunks(weight):
+        chunk = weight[span]
         # A copy in rows, whatever the strides of the weight.
         wide = chunk.to(torch.float32, memory_format=torch.contiguous_format)
-        yield wide, _part(rows, start, start + len(chunk))
-        chunk.copy_(stochastic_bfloat16(wide, seed, (rows.start + start) * width))
+        yield wide, rows.part(span)
+        chunk.copy_(stochastic_bfloat16(wide, seed, (rows.start + span.start) * width))
 
 
-def _part(rows: RowRange, start: int, stop: int) -> RowRange:
-    return RowRange(rows.start + start, rows.start + stop, rows.reduce)
-
-
-def aligned_rows(weight: Int8Weight) -> int:
-    """How many rows to work on at once: a bounded number, after which a group ends, too."""
-    width = weight.shape[1]
-    aligned = weight.group_size // math.gcd(weight.group_size, width)
-    return chunk_elements(weight.device, aligned * width) // width
+def weight_chunks(weight: Tensor) -> Iterator[slice]:
+    """`row_chunks` that end where a block of 8-bit moments and a group of an INT8 weight end."""
+    block = lcm(BLOCK, weight.group_size) if isinstance(weight, Int8Weight) else BLOCK
+    return row_chunks(weight, block=block)
 
 
 def check_capture(what: str) -> None:

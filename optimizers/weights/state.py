@@ -6,14 +6,18 @@ The hooks are functions of this module, so that layers with them can be copied a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import takewhile
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..layers.convert import factored_layers
 from .int8 import Int8Weight
 
 PARTS = ("codes", "scales", "zeros")
+#: Entries that share a scale, an int64 0-d tensor; state dicts of version 0.1 have none.
+GROUP_SIZE = "group_size"
 
 
 def has_int8(module: nn.Module) -> bool:
@@ -22,7 +26,10 @@ def has_int8(module: nn.Module) -> bool:
 
 
 def attach(module: nn.Linear) -> None:
-    """Makes the layer save its weight as `weight.codes`, `.scales`, `.zeros`, and load it back."""
+    """Makes the layer save its weight as plain tensors, and load it back.
+
+    They are `weight.codes`, `.scales`, `.zeros` and `.group_size`.
+    """
     detach(module)
     module.register_state_dict_post_hook(split_weight)  # type: ignore[no-untyped-call]
     module.register_load_state_dict_pre_hook(join_weight)  # type: ignore[no-untyped-call]
@@ -46,12 +53,13 @@ def split_weight(
     weight = state_dict.get(name)
     if not isinstance(weight, Int8Weight) or weight is module.weight:
         return
-    # The order of the entries stays.
-    following = list(state_dict)[list(state_dict).index(name) + 1 :]
+    # The order of the entries stays; those that follow are few, since this module was saved last.
+    following = list(takewhile(lambda key: key != name, reversed(state_dict)))
     del state_dict[name]
     for part, tensor in zip(PARTS, weight.parts(), strict=True):
         state_dict[f"{name}.{part}"] = tensor
-    for key in following:
+    state_dict[f"{name}.{GROUP_SIZE}"] = torch.tensor(weight.group_size, device="cpu")
+    for key in reversed(following):
         state_dict[key] = state_dict.pop(key)
 
 
@@ -65,14 +73,25 @@ def join_weight(
     unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    """In a state dict to be loaded: the weight made of its parts; a dense one stays as it is."""
+    """In a state dict to be loaded: the weight made of its parts; a dense one stays as it is.
+
+    Parts with groups of another size than the weight's are an error, whether they fit or not.
+    """
     own = module.weight
     if not isinstance(own, Int8Weight):
         return
     name = f"{prefix}weight"
     keys = [f"{name}.{part}" for part in PARTS]
+    size = int(state_dict.pop(f"{name}.{GROUP_SIZE}", own.group_size))
     if all(key in state_dict for key in keys):
         parts = [state_dict.pop(key) for key in keys]
+        if size != own.group_size:
+            state_dict[name] = own.detach()
+            error_msgs.append(
+                f"{name} is saved in groups of {size}, and the layer has groups of "
+                f"{own.group_size}: accepted is a model converted with weight_group_size={size}"
+            )
+            return
         try:
             state_dict[name] = Int8Weight(*parts, group_size=own.group_size)
         except ValueError as error:

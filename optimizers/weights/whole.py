@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..engine.geometry import RowRange
-from ..rules import Update, UpdateRule
-from ..rules.base import State
+from ..rules import UpdateRule
+from ..rules.base import State, add_update_
 from .fused import fused_rows
 from .int8 import Int8Weight
 from .rows import editable_rows, rounding_seed
@@ -21,7 +22,7 @@ def apply_rule(
     states: Sequence[State],
     weights: Sequence[Tensor],
     seed: int,
-    indices: Sequence[int],
+    names: Sequence[str],
     *,
     stochastic: bool = False,
 ) -> None:
@@ -33,7 +34,7 @@ def apply_rule(
         states: the parameters' states; `step` already counts this step.
         weights: the parameters.
         seed: of the rounding.
-        indices: positions among the parameters that are updated whole.
+        names: what the parameters' draws are made from, see `engine.seeds`.
         stochastic: as in `editable_rows`.
     """
     by_rows = [_by_rows(weight, stochastic) for weight in weights]
@@ -44,28 +45,37 @@ def apply_rule(
         )
     for i, weight in enumerate(weights):
         if by_rows[i]:
-            (update,) = rule.update([grads[i]], [states[i]], [weight])
-            # Indices of projected matrices are not negative.
-            own = rounding_seed(seed, int(states[i]["step"]), ~indices[i])
-            _write(weight, update, own, stochastic)
+            own = rounding_seed(seed, names[i], int(states[i]["step"]) - 1)
+            _write(rule, grads[i], states[i], weight, own, stochastic)
 
 
-def _write(weight: Tensor, update: Update, seed: int, stochastic: bool) -> None:
-    plain = isinstance(update.decay_factor, float | int) and isinstance(update.alpha, float | int)
-    chunks = None
-    if plain and weight.dim() == 2:
-        chunks = fused_rows(weight, None, seed, stochastic=stochastic)
-    if chunks is not None:
-        for part in chunks:
-            direction = update.direction[part.start : part.start + part.rows]
-            part.write(
-                direction, None, decay_factor=float(update.decay_factor), alpha=float(update.alpha)
+def _write(
+    rule: UpdateRule, grad: Tensor, state: State, weight: Tensor, seed: int, stochastic: bool
+) -> None:
+    """Chunk of rows by chunk of rows: the rule's update, and the rounded weight."""
+    if weight.dim() != 2:
+        (update,) = rule.update([grad], [state], [weight])
+        whole = RowRange.whole(weight.shape[0] if weight.dim() else 1)
+        for chunk, rows in editable_rows(weight, whole, seed, stochastic=stochastic):
+            direction = (
+                update.direction[rows.start : rows.stop] if weight.dim() else update.direction
             )
+            add_update_(chunk, replace(update, direction=direction))
         return
-    whole = RowRange.whole(weight.shape[0] if weight.dim() else 1)
-    for chunk, rows in editable_rows(weight, whole, seed, stochastic=stochastic):
-        direction = update.direction[rows.start : rows.stop] if weight.dim() else update.direction
-        chunk.mul_(update.decay_factor).sub_(direction.to(chunk.dtype) * update.alpha)
+    updates = rule.by_rows(grad, state, weight)
+    chunks = fused_rows(weight, None, seed, stochastic=stochastic)
+    if chunks is None:
+        whole = RowRange.whole(weight.shape[0])
+        for chunk, rows in editable_rows(weight, whole, seed, stochastic=stochastic):
+            add_update_(chunk, updates(slice(rows.start, rows.stop)))
+        return
+    for piece in chunks:
+        update = updates(slice(piece.start, piece.start + piece.rows))
+        alpha, direction = update.alpha, update.direction
+        if isinstance(alpha, Tensor):
+            alpha, direction = 1.0, direction * alpha
+        # A decay that depends on the weight's size (Adafactor) is read back.
+        piece.write(direction, None, decay_factor=float(update.decay_factor), alpha=alpha)
 
 
 def _by_rows(weight: Tensor, stochastic: bool) -> bool:

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.optimizers import GaLoreAdamW, RefreshEvent
-from lowrank.optimizers.engine.projected import ProjectedAdamW
+from lowrank.optimizers import GaLoreAdamW, LowRankOptimizer, RefreshEvent
 
 from .workload import Workload, give
 
@@ -58,7 +57,7 @@ def ours(
     name: str,
     label: str,
     *,
-    optimizer_class: type[ProjectedAdamW] = GaLoreAdamW,
+    optimizer_class: type[LowRankOptimizer] = GaLoreAdamW,
     gap: int = _NEVER,
     **options: Any,
 ) -> Contestant:

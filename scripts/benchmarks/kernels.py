@@ -10,8 +10,7 @@ import torch
 
 from lowrank.cuda import blockwise, groups, int4, rademacher, using_kernels
 from lowrank.cuda.noise import stochastic_bfloat16
-from lowrank.optimizers import GaLoreAdamW8bit, QGaLoreAdamW8bit
-from lowrank.optimizers.engine.projected import ProjectedAdamW8bit
+from lowrank.optimizers import GaLoreAdamW8bit, LowRankOptimizer, QGaLoreAdamW8bit
 
 from .results import Result
 from .timing import milliseconds, paired_ratios, round_robin
@@ -59,7 +58,7 @@ def steps(work: Workload) -> dict[str, Callable[[], Any]]:
     """Whole steps of the 8-bit optimizers, without refreshes."""
     made: dict[str, Callable[[], Any]] = {}
     (gradients,) = work.gradients(1)
-    kinds: dict[str, type[ProjectedAdamW8bit]] = {
+    kinds: dict[str, type[LowRankOptimizer]] = {
         "GaLoreAdamW8bit step": GaLoreAdamW8bit,
         "QGaLoreAdamW8bit step": QGaLoreAdamW8bit,
     }

@@ -3,121 +3,147 @@
 from __future__ import annotations
 
 import argparse
-import functools
-import subprocess
+import re
+import shutil
+import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-import torch
+from . import summary
+from .files import Json, read
+from .summary import INTERRUPTED
+from .supervisor import NO_DEVICE, Job, run
 
-from lowrank.cuda import build, library
+#: Seconds of each section of the six minutes, the most telling section first.
+BUDGETS = {"build": 70.0, "kernels": 65.0, "steps": 95.0, "refresh": 60.0, "memory": 45.0}
+MINUTES = 6.0
+#: Seconds that a section has at least, others than half its budget: without the libraries the later
+#: ones measure plain torch, so a slow compiler may take of their time.
+LEAST = {"build": 150.0}
+#: Seconds of those for the rates and for starting processes.
+RATES, RESERVE = 20.0, 5.0
+#: Most seconds of the rates: the first import of torch on a machine reads gigabytes.
+COLD = 60.0
 
-from . import bandwidth, refresh, steps
-from .clock import Clock
-from .record import Record
-from .workload import MODELS, TOYS, Model
 
-TESTS = ("tests/cuda/test_device.py", "tests/optimizers/test_device_optimizers.py")
-
-
-def arguments() -> argparse.Namespace:
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="gpu-check", description=__doc__)
+    about = "Builds, compares and times everything on one GPU."
+    parser = argparse.ArgumentParser(prog="gpu-check", description=about)
     parser.add_argument("--root", type=Path, required=True, help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path, default=Path("gpu-check"), help="folder")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--minutes", type=float, default=8.0, help="time for all of it")
-    return parser.parse_args()
-
-
-def compile_libraries(record: Record, root: Path, on_gpu: bool) -> None:
-    """Builds in place.
-
-    Raises:
-        RuntimeError: a library that is needed could not be built or loaded.
-    """
-    begin = time.monotonic()
-    report = build.build(root / "cuda" / "_lib")
-    record.facts["build"] = report
-    record.add("build", "compiled", time.monotonic() - begin, "s")
-    for name in ("host", "cuda") if on_gpu else ("host",):
-        library.status.cache_clear()
-        found = library.status(name)
-        if found.library is None:
-            raise RuntimeError(f"the {name} library: {found.detail}")
-    made = library.status("cuda").library
-    if on_gpu and (made is None or not made.devices):
-        raise RuntimeError("the cuda library sees no device")
-
-
-def run_tests(record: Record, root: Path, seconds: float) -> None:
-    """The CUDA half of the tests: every kernel beside its reference, optimizers beside pure torch.
-
-    Raises:
-        RuntimeError: a test failed.
-    """
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", *TESTS]
-    begin = time.monotonic()
-    done = subprocess.run(
-        command,
-        cwd=root,
-        capture_output=True,
-        text=True,
-        timeout=max(seconds, 10),
-        check=False,
+    parser.add_argument("--links", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, default=Path("gpu-check"), help="folder for JSON")
+    parser.add_argument(
+        "--only", type=sections, default=list(BUDGETS), help=f"some of {','.join(BUDGETS)}"
     )
-    print(done.stdout[-6000:], flush=True)
-    record.facts["tests"] = done.stdout.strip().splitlines()[-1:]
-    record.add("tests", "pytest -m cuda", time.monotonic() - begin, "s")
-    if done.returncode:
-        raise RuntimeError(f"pytest ended with {done.returncode}:\n{done.stdout[-3000:]}")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument(
+        "--size", choices=("full", "small", "tiny"), help="full on cuda, else small"
+    )
+    parser.add_argument("--minutes", type=_minutes, default=MINUTES, help="for all of it")
+    options = parser.parse_args(given)
+    options.size = options.size or ("full" if options.device == "cuda" else "small")
+    return options
+
+
+def sections(text: str) -> list[str]:
+    """Names of sections in the order in which they run.
+
+    Raises:
+        ArgumentTypeError: one is unknown.
+    """
+    names = {name.strip() for name in text.split(",")}
+    unknown = sorted(names - BUDGETS.keys())
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"{unknown[0]!r} is no section; accepted are {', '.join(BUDGETS)}"
+        )
+    return [name for name in BUDGETS if name in names]
+
+
+def _minutes(text: str) -> float:
+    value = float(text)
+    if not 0.5 <= value <= 60:
+        raise argparse.ArgumentTypeError(f"{text} minutes; accepted are 0.5 to 60")
+    return value
+
+
+def limit(name: str, chosen: list[str], left: float, scale: float) -> float:
+    """Seconds for a section: what is left, less what the later ones are to have.
+
+    Args:
+        name: of the section that begins.
+        chosen: all sections of this run.
+        left: seconds of the whole check that are left.
+        scale: the whole check's time over the usual one.
+    """
+    later = sum(BUDGETS[other] for other in chosen[chosen.index(name) + 1 :]) * scale
+    least = LEAST.get(name, 0.5 * BUDGETS[name]) * scale
+    return max(left - later, min(left, least))
 
 
 def main() -> int:
-    """Runs all sections; 0 if none failed."""
+    """Runs the sections; returns the exit status."""
     options = arguments()
-    on_gpu = options.device == "cuda"
-    if on_gpu and not torch.cuda.is_available():
-        sys.stderr.write("gpu-check: torch sees no CUDA device; --device cpu tries the script\n")
-        return 2
-    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-    clock = Clock(device, 60 * options.minutes)
-    record = Record()
-    models = MODELS if on_gpu else TOYS
-    record.attempt("build", lambda: compile_libraries(record, options.root, on_gpu))
-    if "build" not in record.failures:
-        if on_gpu:
-            record.attempt("tests", lambda: run_tests(record, options.root, 150))
-        measure(record, clock, models, on_gpu)
-    path = record.save(options.output)
-    print(record.table(), flush=True)
-    print(f"\n{path}", flush=True)
-    return 1 if record.failures else 0
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return check(options)
+    finally:
+        if options.links is not None:
+            shutil.rmtree(options.links, ignore_errors=True)
 
 
-def measure(record: Record, clock: Clock, models: dict[str, Model], on_gpu: bool) -> None:
-    """Bandwidth, steps and refreshes, the most telling ones first."""
-    rates = {"bytes": 1e9, "flops": 1e9}
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
 
-    def bytes_rate() -> None:
-        rates["bytes"] = bandwidth.run(record, clock, 1 << (27 if on_gpu else 14))
 
-    def flops_rate() -> None:
-        rates["flops"] = steps.gemm_rate(clock, 8192 if on_gpu else 64)
-        record.add("bandwidth", "bf16 GEMM", rates["flops"] / 1e9, "TFLOP/s")
+def check(options: argparse.Namespace) -> int:
+    """Runs the sections and the summary."""
+    begin = time.monotonic()
+    end = begin + 60 * options.minutes - RESERVE
+    options.output.mkdir(parents=True, exist_ok=True)
+    common = ["--root", str(options.root), "--device", options.device, "--size", options.size]
+    results: dict[str, Json] = {}
+    interrupted = False
 
-    record.attempt("bandwidth", bytes_rate)
-    record.attempt("GEMM", flops_rate)
-    for name, model in models.items():
-        partial = functools.partial(steps.run, record, clock, name, model)
-        record.attempt(
-            f"step {name}",
-            lambda work=partial: work(rates["bytes"], rates["flops"]),  # type: ignore[misc]
-        )
-    for name, model in models.items():
-        work = functools.partial(refresh.run, record, clock, name, model, baselines=True)
-        record.attempt(f"refresh {name}", work)
+    def section(name: str, path: Path, seconds: float, *more: str) -> int:
+        print(f"== {name} (at most {seconds:.0f} s)", flush=True)
+        module = [sys.executable, "-m", "gpu_check.section", name]
+        command = [*module, *common, "--file", str(path), *more]
+        status = INTERRUPTED
+        try:
+            _, status = run(Job(name, path, seconds, command, stalls=name != "build"))
+        finally:
+            about = {"file": path.name, "limit": round(seconds, 1)}
+            results[name] = {"state": "interrupted"} | read(path) | about
+        return status
+
+    prefix = "gpu-check"
+    try:
+        rates = options.output / f"{prefix}-rates.json"
+        scale = options.minutes / MINUTES
+        if section("rates", rates, COLD * scale) == NO_DEVICE:
+            return NO_DEVICE
+        prefix = f"{prefix}-{slug(results['rates'].get('facts', {}).get('device', 'unknown'))}"
+        rates = rates.replace(options.output / f"{prefix}-rates.json")
+        results["rates"]["file"] = rates.name
+        for name in options.only:
+            path = options.output / f"{prefix}-{name}.json"
+            seconds = limit(name, options.only, end - time.monotonic(), scale)
+            section(name, path, seconds, "--rates", str(rates))
+    except KeyboardInterrupt:
+        interrupted = True
+    path = options.output / f"{prefix}-summary.json"
+    return summary.report(
+        path, results, chosen=options.only, seconds=time.monotonic() - begin, cut=interrupted
+    )
+
+
+def slug(name: str) -> str:
+    """A device's name as a part of a file's."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-") or "unknown"
 
 
 if __name__ == "__main__":

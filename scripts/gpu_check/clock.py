@@ -1,4 +1,4 @@
-"""Timing on a device: events around each call, a cold cache, medians."""
+"""Timing on a device: events around each call, a cold cache, medians, and a deadline."""
 
 from __future__ import annotations
 
@@ -29,19 +29,34 @@ class Timing:
     high: float
     samples: int
 
+    def as_dict(self) -> dict[str, float]:
+        """For JSON."""
+        return {"ms_low": self.low, "ms_high": self.high, "samples": self.samples}
+
 
 class Clock:
-    """Times calls on one device, and knows when the time for all of it is up."""
+    """Times calls on one device, and knows when its section's time is up."""
 
     def __init__(self, device: torch.device, seconds: float) -> None:
+        """Starts now.
+
+        Args:
+            device: where calls compute.
+            seconds: until the deadline.
+        """
         self.device = device
         self._end = time.monotonic() + seconds
         size = _FLUSH_BYTES if device.type == "cuda" else 1
         self._flush = torch.empty(size, dtype=torch.uint8, device=device)
 
     def left(self) -> float:
-        """Seconds."""
+        """Seconds until the deadline."""
         return self._end - time.monotonic()
+
+    def synchronize(self) -> None:
+        """Waits for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def once(self, call: Callable[[], Any]) -> float:
         """Milliseconds of one call, after the caches were overwritten."""
@@ -60,9 +75,12 @@ class Clock:
         return float(start.elapsed_time(stop))
 
     def measure(
-        self, call: Callable[[], Any], *, most: int = 30, seconds: float = 3.0, warm: int = 2
+        self, call: Callable[[], Any], *, most: int = 20, seconds: float = 0.5, warm: int = 2
     ) -> Timing:
-        """The median of up to `most` calls in about `seconds`, after `warm` that don't count."""
+        """The median of up to `most` calls in about `seconds`, after `warm` that don't count.
+
+        There is at least one sample, however little time is left.
+        """
         for _ in range(warm):
             call()
         begin = time.monotonic()
@@ -70,19 +88,3 @@ class Clock:
         while len(samples) < most and time.monotonic() - begin < min(seconds, self.left()):
             samples.append(self.once(call))
         return Timing(statistics.median(samples), min(samples), max(samples), len(samples))
-
-
-def graphed(device: torch.device, call: Callable[[], Any]) -> Callable[[], Any]:
-    """The call as a replay of its CUDA graph; as it is on a CPU."""
-    if device.type != "cuda":
-        return call
-    side: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay

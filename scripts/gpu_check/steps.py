@@ -1,151 +1,207 @@
-"""One optimizer step on a model's parameters, without its refreshes."""
+"""One optimizer step on a model's parameters, without its refreshes, beside its own floor."""
 
 from __future__ import annotations
 
 import functools
-import gc
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch.optim import Optimizer
 
-from lowrank import optimizers
-from lowrank.cuda import using_kernels
+from lowrank.cuda import status, using_kernels
+from lowrank.optimizers import state_bytes_by_category
 
-from .clock import Clock, graphed
-from .record import Record
-from .workload import Model
+from . import tracing
+from .files import Json
+from .methods import CORE, OTHERS, Method
+from .record import NO_TIME, Record
+from .section import Context
+from .workload import SIZES, Model, fill, made
 
-_NEVER = 1_000_000_000
-_LEARNING_RATE = 1e-6
+#: What a step may take of its floor.
+AIM = 1.25
+#: How many times longer a first step takes at 1b than at 60m, at most.
+GROWTH = 20.0
+#: Share of the time left that a first step may be expected to take.
+SHARE = 0.25
+_TORCH = CORE[0].label
+#: Of those at 7b, what is timed first.
+LARGE = (CORE[0].label, "galore_adamw", "fira_adamw", "qgalore_adamw_8bit, INT8 weights")
+#: Of kernels beside plain torch.
+PLAIN = ("galore_adamw", "galore_adamw_8bit", "qgalore_adamw_8bit, INT8 weights", "fira_adamw")
 
-
-def parameters(model: Model, device: torch.device) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """bf16 (projected, plain) parameters with gradients."""
-
-    def make(shape: tuple[int, ...]) -> nn.Parameter:
-        weight = nn.Parameter(torch.randn(shape, dtype=torch.bfloat16, device=device) * 0.02)
-        weight.grad = torch.randn_like(weight) * 1e-3
-        return weight
-
-    return [make(s) for s in model.projected()], [make(s) for s in model.plain()]
-
-
-def fused_adamw(model: Model, device: torch.device) -> Callable[[], Any]:
-    """A step of torch's fused AdamW with bf16 moments."""
-    projected, plain = parameters(model, device)
-    capturable = device.type == "cuda"
-    optimizer = torch.optim.AdamW(
-        [*projected, *plain], lr=_LEARNING_RATE, fused=True, capturable=capturable
-    )
-    return optimizer.step
+Step = tuple[str, Callable[[], None]]
 
 
-def ours(
-    name: str, model: Model, device: torch.device, rank: int, **options: Any
-) -> Callable[[], Any]:
-    """A step of one of our classes, after one that has fitted the bases."""
-    projected, plain = parameters(model, device)
-    groups = [
-        {"params": projected, "rank": rank, "update_proj_gap": _NEVER},
-        {"params": plain},
-    ]
-    settings = {"refresh": "randomized", "rotate": False} | options
-    optimizer = getattr(optimizers, name)(groups, lr=_LEARNING_RATE, **settings)
-    optimizer.step()
-    step: Callable[[], Any] = optimizer.step
-    return step
+def run(record: Record, context: Context) -> None:
+    """Times steps, the main methods and the middle sizes first."""
+    found = status("cuda" if context.on_gpu else "host")
+    kind = "compiled" if found.runs_on(context.device) else "plain torch"
+    record.facts["kernels"] = f"{kind}: {found.detail}"
+    steps = Steps(record, context)
+    record.attempt("warm up", steps.warm_up)
+    for label, work in steps.plan():
+        record.attempt(label, work)
 
 
-def floor(model: Model, rank: int, bytes_ms: float, flops_ms: float) -> float:
-    """Milliseconds of GaLore's products and of the bytes that it has to move, one after the other.
+def check_gradients(optimizer: Optimizer) -> None:
+    """Raises where a step would pass over parameters: it would be timed too short.
 
-    Per projected entry G is read and W read and written (6 bytes); per projected low entry the
-    gradient and the delta are written and read, the moments read and written (16); per plain entry
-    14.
+    Raises:
+        RuntimeError: a parameter has no gradient.
     """
-    work = sum(4.0 * m * n * min(rank, m, n) for m, n in model.projected())
-    dense = sum(m * n for m, n in model.projected())
-    low = sum(max(m, n) * min(rank, m, n) for m, n in model.projected())
-    plain = sum(torch.Size(shape).numel() for shape in model.plain())
-    return work / flops_ms + (6.0 * dense + 16.0 * low + 14.0 * plain) / bytes_ms
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    lacking = sum(param.grad is None for param in params)
+    if lacking or not params:
+        raise RuntimeError(f"{lacking} of {len(params)} parameters have no gradient")
 
 
-def gemm_rate(clock: Clock, side: int) -> float:
-    """Floating-point operations a millisecond of a bf16 GEMM."""
-    left = torch.randn(side, side, device=clock.device).bfloat16()
-    out = torch.empty_like(left)
-    return 2.0 * side**3 / clock.measure(lambda: torch.mm(left, left, out=out)).median
+class Steps:
+    """The measurements of this section, and what they know of each other."""
 
+    def __init__(self, record: Record, context: Context) -> None:
+        self._record, self._context = record, context
+        self._compiled = str(record.facts.get("kernels", "")).startswith("compiled")
+        self._first: dict[tuple[str, str], float] = {
+            (row.group, row.name): row.details["first_step_s"]
+            for row in record.rows
+            if "first_step_s" in row.details
+        }
 
-def run(
-    record: Record,
-    clock: Clock,
-    name: str,
-    model: Model,
-    bytes_ms: float,
-    flops_ms: float,
-) -> None:
-    """Times steps of a model as CUDA graphs, and as they are called."""
-    section = f"step {name}, rank {model.rank}, bf16"
-    capture = {"capturable": clock.device.type == "cuda"}
-    least = floor(model, model.rank, bytes_ms, flops_ms)
-    record.add(section, "floor of GaLore", least, "ms", note="from this card's copy and GEMM rates")
-
-    medians: dict[str, float] = {}
-
-    def time(label: str, make: Callable[[], Callable[[], Any]], graph: bool) -> None:
-        if clock.left() < 30:
-            record.skipped.append(f"{section}: {label}")
+    def warm_up(self) -> None:
+        """Loads kernels and solvers, which the first steps that are timed would pay for."""
+        if self._context.clock.left() < 3.0:
             return
-        step = make()
-        call = graphed(clock.device, step) if graph else step
-        timing = clock.measure(call, most=20, seconds=2.0)
-        del step, call
-        gc.collect()
-        if clock.device.type == "cuda":
-            torch.cuda.empty_cache()
-        medians[label] = timing.median
-        adamw = medians.get("AdamW fused, graph")
-        parts = [f"{timing.median / least:.2f} x floor"]
-        if adamw:
-            parts.append(f"{timing.median / adamw:.2f} x fused AdamW")
-        record.add(section, label, timing.median, "ms", aim=aim(label), note=", ".join(parts))
+        model = SIZES["tiny"].models["60m"]
+        for method in (*CORE, *OTHERS):
+            self._ready(model, method)
 
-    def aim(label: str) -> float | None:
-        adamw, galore = medians.get("AdamW fused, graph"), medians.get("GaLore, graph")
-        if label == "GaLore, graph":
-            if name == "60m" and adamw is not None:
-                return 2.0 * adamw
-            return 8.0 if name == "1b" else 1.25 * least
-        if label == "Fira, graph" and galore is not None:
-            return 1.1 * galore
-        if label.startswith("GaLore, rank m/16") and adamw is not None:
-            return adamw
-        return None
+    def plan(self) -> Iterator[Step]:
+        """Labels and what to do, in the order of their worth."""
+        models = self._context.size.models
+        for name in ("60m", "1b"):
+            for method in CORE:
+                yield from self._both(method, models[name])
+        for method in CORE:
+            if method.label in LARGE:
+                yield next(iter(self._both(method, models["7b"])))
+        for method in OTHERS:
+            for name in ("60m", "1b"):
+                yield from self._both(method, models[name])
+        for method in CORE:  # what was measured is not measured again
+            yield from self._both(method, models["7b"])
+        for method in CORE:
+            if method.label in PLAIN and self._compiled:
+                label = f"1b {method.label}, plain torch"
+                yield label, functools.partial(self._plain, models["1b"], method)
 
-    device, rank = clock.device, model.rank
-    small = max(1, model.hidden // 16)
-    time("AdamW fused, graph", lambda: fused_adamw(model, device), True)
-    for label, method, options in (
-        ("GaLore", "GaLoreAdamW", capture),
-        ("Fira", "FiraAdamW", capture),
-        ("GaLore, 8-bit moments", "GaLoreAdamW8bit", None),
-    ):
-        make = functools.partial(ours, method, model, device, rank)
-        if options is not None:
-            time(f"{label}, graph", functools.partial(make, **options), True)
-        time(f"{label}, eager", make, False)
-    time(
-        f"GaLore, rank m/16 = {small}, graph",
-        lambda: ours("GaLoreAdamW", model, device, small, **capture),
-        True,
-    )
-    time(
-        "GaLore, stochastic rounding, eager",
-        lambda: ours("GaLoreAdamW", model, device, rank, stochastic_rounding=True),
-        False,
-    )
-    with using_kernels("torch"):
-        time("GaLore, eager, pure torch", lambda: ours("GaLoreAdamW", model, device, rank), False)
+    def _both(self, method: Method, model: Model) -> Iterator[Step]:
+        """A step as it is called and, where that can be, captured."""
+        label = f"{model.name} {method.label}"
+        yield label, functools.partial(self._eager, model, method)
+        if method.capturable and self._context.on_gpu:
+            yield f"{label}, graph", functools.partial(self._graph, model, method)
+
+    def _affords(self, model: Model, method: Method, what: str) -> bool:
+        """Whether there is time and memory; says so if not."""
+        context, label = self._context, f"{model.name} {what}"
+        left = context.clock.left()
+        first = self._first.get(("60m", method.label), 0.0)
+        expected = first * GROWTH if model.name != "60m" else 0.0
+        if left < 3.0:
+            self._record.skip(label, NO_TIME)
+            return False
+        if expected > SHARE * left:
+            reason = f"{NO_TIME} for a first step of {expected:.0f} s"
+            self._record.skip(label, reason)
+            return False
+        if context.on_gpu:
+            weights = (2.0 + method.weight_bytes) * model.parameters()
+            needed = weights + method.state_bytes(model) + (3 << 30)
+            free, _ = torch.cuda.mem_get_info()
+            if needed > free:
+                reason = f"needs {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
+                self._record.skip(label, reason)
+                return False
+        return True
+
+    def _ready(self, model: Model, method: Method, **more: Any) -> tuple[Optimizer, float]:
+        """An optimizer after its first step, and the seconds that this took."""
+        matrices = made(model, self._context.device)
+        optimizer = method.make(matrices, model.rank, **more)
+        fill(matrices)
+        check_gradients(optimizer)
+        self._context.clock.synchronize()
+        begin = time.perf_counter()
+        optimizer.step()
+        self._context.clock.synchronize()
+        return optimizer, time.perf_counter() - begin
+
+    def _eager(self, model: Model, method: Method) -> None:
+        if not self._affords(model, method, method.label):
+            return
+        context = self._context
+        optimizer, first = self._ready(model, method)
+        self._first[model.name, method.label] = first
+        timing = context.clock.measure(optimizer.step, most=context.size.samples, seconds=0.5)
+        details: Json = timing.as_dict() | {"first_step_s": first}
+        details |= tracing.operations(optimizer.step)
+        if context.on_gpu:
+            details |= tracing.device_work(optimizer.step)
+            details |= tracing.host_waits(optimizer.step, context.root)
+        state = state_bytes_by_category(optimizer)
+        self._add(model, method, method.label, timing.median, details | {"state_bytes": state})
+
+    def _graph(self, model: Model, method: Method) -> None:
+        label = f"{method.label}, graph"
+        if not self._affords(model, method, label):
+            return
+        context = self._context
+        try:
+            optimizer, _ = self._ready(model, method, capturable=True)
+        except ValueError as error:  # what can't be captured says so
+            self._record.skip(f"{model.name} {label}", str(error))
+            return
+        call = tracing.graphed(optimizer.step)
+        timing = context.clock.measure(call, most=context.size.samples, seconds=0.3)
+        state = state_bytes_by_category(optimizer)
+        details: Json = timing.as_dict() | {"state_bytes": state}
+        self._add(model, method, label, timing.median, details)
+
+    def _add(self, model: Model, method: Method, label: str, ms: float, details: Json) -> None:
+        parts: list[str] = []
+        aim = None
+        rates = self._context.rates
+        if rates is not None:
+            floor = method.floor(model, details["state_bytes"], rates)
+            details |= {"floor_ms": floor, "of_floor": ms / floor}
+            parts.append(f"{ms / floor:.2f} x floor")
+            aim = self._context.aim(AIM * floor)
+        fused = self._record.value(model.name, _TORCH)
+        if fused is not None and method.name is not None:
+            details["of_fused_adamw"] = ms / fused
+            parts.append(f"{ms / fused:.2f} x AdamW")
+        if "launches" in details:
+            parts.append(f"{details['launches']} launches, {details['device_ms']:.3g} ms of them")
+            parts.append(f"{details['synchronizing']} waits")
+        elif "operations" in details:
+            parts.append(f"{details['operations']} operations, {details['host_reads']} reads")
+        self._record.add(
+            model.name, label, ms, "ms", aim=aim, note=", ".join(parts), details=details
+        )
+
+    def _plain(self, model: Model, method: Method) -> None:
+        """The same step without compiled kernels."""
+        label = f"{method.label}, plain torch"
+        if not self._affords(model, method, label):
+            return
+        with using_kernels("torch"):
+            optimizer, _ = self._ready(model, method)
+            timing = self._context.clock.measure(optimizer.step, most=5, seconds=1.0, warm=1)
+        own = self._record.value(model.name, method.label)
+        note = "" if own is None else f"{timing.median / own:.2f} x compiled"
+        self._record.add(
+            model.name, label, timing.median, "ms", note=note, details=timing.as_dict()
+        )

@@ -62,6 +62,10 @@ int main() {
                                   group, 0.9f, 0.1f, 7, 0, nullptr));
   }
   check("rademacher", lowrank_rademacher(delta.data(), single, kNumel, 7, nullptr));
+  const std::int64_t key = 7;
+  for (const std::uint64_t first : {4u, 6u}) {
+    check("gaussian", lowrank_gaussian(delta.data(), single, kNumel, 0, &key, first, nullptr));
+  }
   check("stochastic_bfloat16",
         lowrank_stochastic_bfloat16(x.data(), half.data(), kNumel, 7, 0, nullptr));
   check("write_back",

@@ -1,34 +1,36 @@
 """The kernels on a GPU: beside their references, and the ways that only a GPU takes.
 
-Runs in `./scripts/gpu-check`. Inputs are drawn anew in each run.
+`./scripts/gpu-check` runs the same cases without pytest. Inputs are drawn anew in each run.
 """
 
 from collections.abc import Callable
 
+import device_cases
 import exact_cases
 import kernel_cases as cases
 import pytest
 import torch
+from draws import Draw, SeededDraw
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lowrank.cuda import rademacher, status, using_kernels
-from lowrank.optimizers.engine.geometry import Side
-from lowrank.optimizers.projectors import decompositions, orthonormal
-from lowrank.optimizers.projectors.operand import half_product
+from lowrank.cuda import ops, using_kernels
 
-pytestmark = [
+on_gpu = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
+DEVICES = ["cpu", pytest.param("cuda", marks=on_gpu)]
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize(
     "case",
     [*cases.CASES, *exact_cases.CASES],
     ids=lambda case: f"{case.__module__}-{case.__name__}",
 )
-def test_equals_the_reference(case: Callable[[cases.Draw], None]) -> None:
+def test_equals_the_reference(case: Callable[[Draw], None]) -> None:
     @settings(
         max_examples=40,
         deadline=None,
@@ -37,92 +39,66 @@ def test_equals_the_reference(case: Callable[[cases.Draw], None]) -> None:
     )
     @given(data=st.data())
     def run(data: st.DataObject) -> None:
-        case(cases.Draw(data.draw, torch.device("cuda")))
+        case(Draw(data.draw, torch.device("cuda")))
 
     with using_kernels("native"):
         run()
 
 
-def test_the_library_sees_the_device() -> None:
-    library = status("cuda").library
-    assert library is not None, status("cuda").detail
-    assert library.devices >= 1
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("case", cases.EXACT, ids=lambda case: case.__name__)
+def test_plain_torch_has_the_bits_of_the_cpu(case: Callable[[Draw], None]) -> None:
+    """References on both devices, from the same inputs."""
+    for seed in range(40):
+        d = SeededDraw(seed, torch.device("cuda"))
+        d.reference, d.plain = torch.device("cpu"), True
+        case(d)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_signs_are_those_of_the_cpu(dtype: torch.dtype) -> None:
-    ours = rademacher((517, 33), 12345678901234567, dtype, "cuda").cpu()
-    assert torch.equal(ours, rademacher((517, 33), 12345678901234567, dtype))
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", device_cases.CASES, ids=lambda case: case.name)
+def test_holds(case: device_cases.Case, device: str) -> None:
+    if case.cuda and device == "cpu":
+        pytest.skip("a CPU has nothing like it")
+    case.holds(torch.device(device))
 
 
-def test_results_do_not_depend_on_the_launch() -> None:
-    """A tensor of many blocks equals its pieces."""
-    x = torch.randn(1 << 22, device="cuda")
-    whole = torch.empty_like(x, dtype=torch.bfloat16)
-    parts = torch.empty_like(whole)
-    torch.ops.lowrank.stochastic_bfloat16(x, whole, 7, 0)
-    for start in range(0, len(x), 100_003):
-        piece = slice(start, start + 100_003)
-        torch.ops.lowrank.stochastic_bfloat16(x[piece].clone(), parts[piece], 7, start)
-    assert torch.equal(whole, parts)
+def choices(seed: int) -> list[object]:
+    d = SeededDraw(seed, torch.device("cpu"))
+    return [d.integer(1, 9000), d.one("a", "b", "c"), d.seed(), *d.tensor(5).tolist()]
 
 
-def test_kernels_run_on_the_current_stream_and_in_graphs() -> None:
-    out = torch.zeros(1 << 20, dtype=torch.bfloat16, device="cuda")
-    x = torch.randn(1 << 20, device="cuda")
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        torch.ops.lowrank.stochastic_bfloat16(x, out, 7, 0)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        torch.ops.lowrank.stochastic_bfloat16(x, out, 7, 0)
-    x.fill_(3.0)
-    graph.replay()
-    torch.cuda.synchronize()
-    assert bool((out == 3.0).all())
+def test_seeded_choices_repeat_and_reach_the_ends() -> None:
+    assert choices(3) == choices(3)
+    assert len({str(choices(seed)) for seed in range(20)}) == 20
+    drawn = [SeededDraw(seed, torch.device("cpu")).integer(1, 9) for seed in range(200)]
+    assert drawn.count(1) > 20 < drawn.count(9)
+    assert set(drawn) == set(range(1, 10))
 
 
-def test_half_products_are_summed_in_fp32() -> None:
-    left = torch.randn(65, 3000, device="cuda").bfloat16()
-    right = torch.randn(3000, 40, device="cuda")
-    exact = left.double() @ right.bfloat16().double()
-    torch.testing.assert_close(half_product(left, right).double(), exact, rtol=1e-4, atol=1e-3)
+def test_a_reference_may_compute_on_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[torch.device] = []
 
+    def kernel(x: torch.Tensor, out: torch.Tensor) -> bool:
+        out.copy_(x + 1)
+        return True
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(512, 1376), (1376, 512), (512, 512)], ids=str)
-@pytest.mark.parametrize("mode", ["eigh", "randomized", "warm"])
-@pytest.mark.parametrize("rotate", [True, False])
-def test_bases_capture_the_optimum(
-    dtype: torch.dtype, shape: tuple[int, int], mode: str, rotate: bool
-) -> None:
-    m, n = shape
-    short = min(shape)
-    left = torch.linalg.qr(torch.randn(m, short, device="cuda"))[0]
-    right = torch.linalg.qr(torch.randn(n, short, device="cuda"))[0]
-    values = torch.arange(1, short + 1, device="cuda") ** -0.8
-    grads = [(left * values @ right.mT * scale).to(dtype) for scale in (1.0, 1e-3)]
-    side = Side.LEFT if m <= n else Side.RIGHT
-    scales = [grad.abs().max().item() for grad in grads]
-    arguments = (grads, scales, 128, side)
-    former = [pair[0] for pair in decompositions.bases(*arguments, "eigh", [None, None], 0)]
-    made = decompositions.bases(*arguments, mode, former, 3, rotate=rotate or mode == "eigh")
-    for grad, (basis,) in zip(grads, made, strict=True):
-        g, p = grad.double(), basis.double()
-        low = p.mT @ g if side is Side.LEFT else g @ p
-        best = torch.linalg.svdvals(g)[:128].square().sum()
-        assert float(low.square().sum() / best) > (0.999 if rotate else 0.996)
-        eye = torch.eye(128, dtype=torch.float64, device="cuda")
-        assert float((p.mT @ p - eye).abs().max()) < 1e-5
+    def plain(x: torch.Tensor, out: torch.Tensor) -> None:
+        out.copy_(x + 2)
 
+    def noted(value: object, device: torch.device) -> object:
+        moved.append(device)
+        return original(value, device)
 
-def test_cholesky_equals_householder_and_reports_deficient_ranks() -> None:
-    good = torch.randn(3, 700, 100, device="cuda")
-    good[2, :, 7] = good[2, :, 3]
-    made, fine = orthonormal.shifted_cholesky(good)
-    assert fine.tolist() == [True, True, False]
-    theirs = orthonormal.householder(good[0])
-    overlap = torch.linalg.svdvals(theirs.double().mT @ made[0].double())
-    assert float((overlap - 1).abs().max()) < 1e-5
+    original = cases._moved
+    monkeypatch.setattr(cases, "_moved", noted)
+    monkeypatch.setitem(ops.OPERATIONS, "made_up", ("", plain, kernel))
+    d = SeededDraw(0, torch.device("cpu"))
+    for reference in (None, torch.device("cpu")):
+        d.reference = reference
+        with pytest.raises(AssertionError, match="not equal"):
+            cases.exactly(cases.run(d, "made_up", [torch.zeros(7), torch.empty(7)], [1]))
+    assert moved == [torch.device("cpu")] * 2
+    d.plain = True
+    cases.exactly(cases.run(d, "made_up", [torch.zeros(7), torch.empty(7)], [1]))

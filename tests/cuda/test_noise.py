@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -58,6 +60,34 @@ def test_mix_depends_on_every_value_and_their_order() -> None:
     assert len(seeds) == 8 * 8 * 8
     assert mix(1, 2) != mix(2, 1)
     assert all(0 <= seed < 1 << 64 for seed in seeds)
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ((0,), 0xE220A8397B1DCDAF),
+        ((1, 2, 3), 0x6AE515C1C0AC7E37),
+        ((-1, 5), 0x3562133A936C2870),
+        (((1 << 70) + 3, 1), 0xBCA402F674DDD08D),
+        ((0, "model.layers.0.self_attn.q_proj.weight"), 0xC5F3810755374839),
+        ((0, ""), 0xF99D1EED24B4C8D5),
+        ((0, "\u00fc", 4), 0x5CA407FC47FCC687),
+    ],
+)
+def test_golden_seeds(parts: tuple[Any, ...], expected: int) -> None:
+    """The same in every process: a resumed run draws what the first one drew."""
+    assert mix(*parts) == expected
+
+
+def test_names_give_seeds_of_their_own() -> None:
+    names = [f"layers.{i}.{j}" for i in range(30) for j in ("q", "k")]
+    assert len({mix(3, name) for name in names} | {mix(3, i) for i in range(60)}) == 120
+
+
+@pytest.mark.parametrize("part", [1.5, None, b"head", torch.tensor(1.0)], ids=repr)
+def test_other_parts_of_a_seed_are_refused(part: Any) -> None:
+    with pytest.raises(TypeError, match="accepted are int and str"):
+        mix(0, part)
 
 
 def test_bfloat16_rounding_keeps_the_mean_and_exact_numbers() -> None:

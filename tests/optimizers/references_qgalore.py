@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank.cuda.noise import mix, uniform
+from lowrank.cuda.noise import uniform
+from lowrank.optimizers.engine.seeds import draw_seed
 
 
 class Coded(NamedTuple):
@@ -64,7 +65,7 @@ def qgalore(
     gamma_proj: float = 2.0,
     queue_size: int = 5,
     seed: int = 0,
-    index: int = 0,
+    name: str = "param.0",
 ) -> Run:
     """Lazy refreshes, INT4 basis, Adam in fp64, INT8 weight with stochastic rounding."""
     m, n = weight.shape
@@ -96,6 +97,6 @@ def qgalore(
         dense = w.dense.view(m, n)
         dense = dense - lr * scale * (step @ basis.T if right else basis @ step)
         dense = dense - lr * weight_decay * dense
-        noise = uniform(m * n, mix(seed, k, index)).double()
+        noise = uniform(m * n, draw_seed(seed, name, k, "rounding")).double()
         w = coded(dense, 255, weight_group, noise)
     return Run(w, gap, refreshed)

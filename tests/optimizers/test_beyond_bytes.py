@@ -13,24 +13,25 @@ from test_groups_and_registry import LLAMA, Llama
 from lowrank.optimizers import build, expected_state_bytes, state_bytes
 
 B = 2  # bytes of a bf16 number
+S = 4  # of a moment under bf16 weights
 STEP = 4
 SMALL = 4  # the limiter's norm
 
 
 def adam(count: int) -> int:
-    return 2 * B * count + STEP
+    return 2 * S * count + STEP
 
 
 def online(m: int, n: int, r: int) -> int:
-    return B * (3 * m * r + 2 * n * r) + STEP
+    return (B + 2 * S) * m * r + 2 * S * n * r + STEP
 
 
 def online_sgd(m: int, n: int, r: int) -> int:
-    return B * (m * r + 2 * n * r) + STEP
+    return B * m * r + 2 * S * n * r + STEP
 
 
 def apollo(m: int, n: int, r: int) -> int:
-    return 2 * B * n * r + STEP + SMALL
+    return 2 * S * n * r + STEP + SMALL
 
 
 def apollo_svd(m: int, n: int, r: int) -> int:
@@ -42,7 +43,7 @@ def mini(m: int, n: int, r: int) -> int:
 
 
 def frugal(m: int, n: int, r: int) -> int:
-    return 2 * B * n * (m // 4) + 4 * (m // 4) + STEP
+    return 2 * S * n * (m // 4) + 4 * (m // 4) + STEP
 
 
 def flora(m: int, n: int, r: int) -> int:

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 from support import set_gradients, tiny_model, weights
-from table import Row, assert_close, every, train, weight_of
+from table import Row, assert_close, every, every_with, representative, train, weight_of
 from torch import Tensor, nn
 
 from lowrank.optimizers import AdamW, build
@@ -17,7 +17,7 @@ from lowrank.optimizers.engine import step as stepping
 from lowrank.optimizers.engine.batching import read_steps
 
 
-@every
+@representative
 def test_missing_and_empty_gradients_are_left_alone(row: Row) -> None:
     model = tiny_model()
     model.mlp["empty"] = nn.Linear(4, 4, bias=False)
@@ -51,7 +51,7 @@ def test_non_contiguous_weights_and_gradients(row: Row) -> None:
     assert_close(plain, strided, rtol=1e-4, atol=max(row.slack, 1e-5))
 
 
-@every
+@representative
 def test_sparse_gradients_raise(row: Row) -> None:
     model = tiny_model()
     optimizer = row.build(model)
@@ -60,8 +60,7 @@ def test_sparse_gradients_raise(row: Row) -> None:
         optimizer.step()
 
 
-@every
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@every_with("bad", [math.nan, math.inf, -math.inf])
 def test_non_finite_gradients_leave_the_parameter_as_it_is(row: Row, bad: float) -> None:
     model = tiny_model()
     optimizer = row.build(model)
@@ -113,7 +112,7 @@ def test_extreme_gradient_scales(row: Row, scale: float) -> None:
     assert all(param.isfinite().all() for param in model.parameters())
 
 
-@every
+@representative
 def test_grad_scaler_skips_without_advancing(row: Row) -> None:
     model = tiny_model()
     optimizer = row.build(model)

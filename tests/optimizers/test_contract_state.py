@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support import TinyBlock, tiny_model, weights
-from table import DTYPES, Row, assert_same, every, train
+from table import DTYPES, Row, assert_same, every, every_with, representative, train
 from torch import Tensor
 
 from lowrank.optimizers import build, expected_state_bytes, state_bytes
@@ -32,8 +32,7 @@ def test_state_is_made_at_construction_and_plain(row: Row, dtype: torch.dtype) -
     assert keys == {param: sorted(state) for param, state in optimizer.state.items()}
 
 
-@every
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_with("dtype", DTYPES)
 def test_resume_through_a_file_is_exact(row: Row, dtype: torch.dtype) -> None:
     straight = tiny_model(dtype=dtype)
     optimizer = row.build(straight)
@@ -73,7 +72,7 @@ def test_load_keeps_each_tensors_dtype(row: Row) -> None:
                 assert loaded[key][name] == value
 
 
-@every
+@representative
 def test_load_of_a_state_that_does_not_fit_changes_nothing(row: Row) -> None:
     optimizer = row.build(tiny_model())
     before = copy.deepcopy(optimizer.state_dict())
@@ -90,8 +89,7 @@ def test_load_of_a_state_that_does_not_fit_changes_nothing(row: Row) -> None:
             assert torch.equal(now, value) if isinstance(value, Tensor) else now == value
 
 
-@every
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@every_with("how", ["pickle", "deepcopy"])
 def test_copies_continue_alike(row: Row, how: str) -> None:
     model = tiny_model()
     optimizer = row.build(model)
@@ -106,7 +104,7 @@ def test_copies_continue_alike(row: Row, how: str) -> None:
     assert_same(model, twin_model)
 
 
-@every
+@representative
 def test_older_pickle_gets_new_defaults(row: Row) -> None:
     optimizer = row.build(tiny_model())
     state = optimizer.__getstate__()

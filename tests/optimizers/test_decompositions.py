@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lowrank.optimizers.engine import chunks
 from lowrank.optimizers.engine.geometry import Side
 from lowrank.optimizers.projectors import decompositions, orthonormal, subspace
 from lowrank.optimizers.projectors import operand as operand_module
@@ -197,7 +198,7 @@ def test_pieces_do_not_matter(
 ) -> None:
     """Upcasting a bf16 gradient in pieces equals upcasting it whole."""
     grad = with_spectrum(shape, spectrum("decay_0.5", min(shape))).bfloat16()
-    monkeypatch.setattr(operand_module, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(chunks, "PRODUCT_ELEMENTS", chunk)
     operand = operand_module.Operand(grad, 1.0, Side.LEFT)
     whole = grad.float() if operand.wide else grad.float().T
     right = torch.randn(operand.long, 5)

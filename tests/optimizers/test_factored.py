@@ -21,12 +21,10 @@ from lowrank.optimizers import (
     param_groups,
     state_bytes,
 )
-from lowrank.optimizers.layers import FactoredLinear, LowRankLinear, SwitchedLinear
+from lowrank.optimizers.layers import FactoredLinear
 from lowrank.optimizers.layers.convert import factored_layers
 from lowrank.optimizers.layers.optimizer import FactoredAdamW
 from lowrank.optimizers.methods.low_rank import refactor_
-from lowrank.optimizers.methods.relora import prune_
-from lowrank.optimizers.methods.switchlora import interval
 
 #: Each method with options under which something happens every few steps.
 METHODS: dict[str, dict[str, Any]] = {
@@ -172,140 +170,6 @@ def test_accumulation_clipping_checkpointing_and_bf16(name: str) -> None:
     assert all(param.isfinite().all() for param in model.parameters())
 
 
-# ReLoRA
-
-
-def adam(param: Tensor, grad: Tensor, state: list[Tensor], step: int, lr: float) -> Tensor:
-    """Torch's Adam on plain tensors."""
-    state[0] = 0.9 * state[0] + 0.1 * grad
-    state[1] = 0.999 * state[1] + 0.001 * grad**2
-    corrected = state[0] / (1 - 0.9**step), state[1] / (1 - 0.999**step)
-    return param - lr * corrected[0] / (corrected[1].sqrt() + 1e-8)
-
-
-def test_relora_equals_its_reference() -> None:
-    """Three merges: factors by Adam, whose step count goes on and whose moments are zeroed."""
-    linear = nn.ModuleDict({"mlp": nn.Linear(6, 5, dtype=torch.float64)})
-    optimizer = build("relora_adamw", linear, lr=1e-2, rank=2, alpha=4.0, **METHODS["relora_adamw"])
-    layer = linear["mlp"]
-    frozen, a, b = layer.frozen.clone(), layer.lora_a.detach().clone(), torch.zeros(5, 2).double()
-    moments = [[torch.zeros_like(x), torch.zeros_like(x)] for x in (a, b)]
-    for step in range(1, 10):
-        grads = matrix(2, 6, step), matrix(5, 2, 100 + step)
-        layer.lora_a.grad, layer.lora_b.grad = (grad.clone() for grad in grads)
-        optimizer.step()
-        a = adam(a, grads[0], moments[0], step, 1e-2)
-        b = adam(b, grads[1], moments[1], step, 1e-2)
-        if step % 3 == 0:
-            frozen = frozen + 2.0 * b @ a
-            a, b = layer.lora_a.detach().clone(), torch.zeros_like(b)  # A is drawn anew
-            moments = [[torch.zeros_like(x), torch.zeros_like(x)] for x in (a, b)]
-            assert a.abs().max() <= 1 / math.sqrt(6)
-        torch.testing.assert_close(layer.frozen, frozen, rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(layer.lora_a.detach(), a, rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(layer.lora_b.detach(), b, rtol=1e-10, atol=1e-12)
-
-
-def test_relora_merges_small_products_into_bf16() -> None:
-    """What lies below half a unit of W_f's last place is kept in the mean."""
-    linear = nn.Linear(256, 64, bias=False, dtype=torch.bfloat16)
-    nn.init.constant_(linear.weight, 1.0)
-    layer = LowRankLinear(linear, 0, rank=1, alpha=1.0)
-    for seed in range(20):
-        nn.init.constant_(layer.lora_a, 2.0**-5)
-        nn.init.constant_(layer.lora_b, 2.0**-6)  # 2^-11 a merge; 1's neighbour is 2^-7 away
-        layer.merge(seed)
-    assert layer.frozen.float().mean() == pytest.approx(1 + 20 * 2.0**-11, rel=2e-4)
-
-
-def test_relora_draws_are_equal_for_equal_seeds() -> None:
-    first, one = made("relora_adamw", seed=5)
-    second, two = made("relora_adamw", seed=5)
-    torch.manual_seed(99)  # draws don't depend on the process's own generator
-    for model, optimizer in ((first, one), (second, two)):
-        torch.rand(3)
-        for step in range(4):
-            set_gradients(model, step)
-            optimizer.step()
-    assert all(map(torch.equal, first.parameters(), second.parameters()))
-
-
-@pytest.mark.parametrize("how", ["zero", "random", "magnitude", "none"])
-def test_pruning(how: str) -> None:
-    moment = matrix(40, 50, 3)
-    before = moment.clone()
-    prune_(moment, how, 0.9, seed=4)
-    kept = moment != 0
-    assert torch.equal(moment[kept], before[kept])
-    share = {"zero": 0.0, "random": 0.1, "magnitude": 0.1, "none": 1.0}[how]
-    assert kept.double().mean() == pytest.approx(share, abs=0.03 if how == "random" else 1e-9)
-    if how == "magnitude":
-        assert before[kept].abs().min() >= before[~kept].abs().max()
-
-
-# SwitchLoRA
-
-
-def test_switch_exchanges_vectors_and_keeps_the_old_ones() -> None:
-    linear = nn.Linear(7, 6, dtype=torch.float64)
-    layer = SwitchedLinear(linear, 3, rank=4)
-    torch.testing.assert_close(layer.effective_weight(), linear.weight.detach())
-    old, params = layer.rows_a.detach().clone(), layer.selected[0].clone()
-    with torch.no_grad():
-        layer.rows_a.add_(1.0)  # as if trained
-    before, candidates = layer.effective_weight(), layer.candidates_a.clone()
-    places = layer.switch(0, 3, 2, seed=0)
-    assert places.tolist() == [3, 0]
-    torch.testing.assert_close(layer.effective_weight(), before, rtol=1e-12, atol=1e-12)
-    fresh = layer.selected[0][places]
-    assert torch.equal(layer.rows_a[places], candidates[fresh])
-    assert torch.equal(layer.candidates_a[params[places]], old[places] + 1.0)
-    assert sorted(set(layer.selected[0].tolist())) == sorted(layer.selected[0].tolist())
-
-
-def test_switch_renews_and_holds_the_counterpart() -> None:
-    model, optimizer = made("switchlora_adamw", switch_interval=16.0, freeze_steps=5)
-    layer = model.self_attn["q_proj"]
-    held_at: dict[int, Tensor] = {}
-    for step in range(30):
-        set_gradients(model, step)
-        before = layer.rows_b.detach().clone()
-        optimizer.step()
-        state = optimizer.state[layer.rows_b]
-        held = state["held"] > 0
-        if held.any():
-            row = int(held.nonzero()[0])
-            if step > 0 and state["held"][row] < 4:
-                assert torch.equal(before[row], layer.rows_b[row])
-                assert not state["exp_avg"][row].any()
-            held_at[step] = held
-        assert (state["row_steps"] <= step + 1).all()
-    assert held_at
-
-
-def test_switching_falls_to_three_tenths() -> None:
-    group = {"switch_interval": 40.0, "descent_rate": 0.1, "total_steps": 1000}
-    assert interval(group, 99) == pytest.approx(40 / 0.3)
-    model, optimizer = made(
-        "switchlora_adamw", switch_interval=12.0, descent_rate=0.5, total_steps=200
-    )
-    steps: list[int] = []
-    optimizer.register_event_hook(lambda event: steps.append(event.step))
-    for step in range(200):
-        set_gradients(model, step)
-        optimizer.step()
-    early, late = sum(s < 50 for s in steps), sum(s >= 150 for s in steps)
-    assert late < 0.6 * early
-
-
-def test_offloaded_candidates_stay_on_the_cpu_and_are_saved() -> None:
-    layer = SwitchedLinear(nn.Linear(8, 6), 0, rank=2, offload=True)
-    layer.to(torch.bfloat16)
-    assert layer.candidates_a.dtype == torch.bfloat16
-    assert layer.selected.dtype == torch.int64
-    assert {"candidates_a", "candidates_b", "selected", "frozen"} <= layer.state_dict().keys()
-
-
 @pytest.mark.parametrize(
     ("name", "option", "value"),
     [
@@ -338,53 +202,3 @@ def test_refactorisation_balances_the_factors() -> None:
     kept = bad.clone()
     refactor_(bad, a)
     assert torch.equal(bad.nan_to_num(), kept.nan_to_num())
-
-
-# Heads
-
-
-def test_each_head_sees_its_share_of_the_batch() -> None:
-    linear = nn.Linear(10, 6, dtype=torch.float64)
-    layer = LowRankLinear.of(linear, 0, rank=2, alpha=3.0, heads=3)
-    with torch.no_grad():
-        layer.lora_b.copy_(matrix(6, 6, 1))
-    x = matrix(6 * 5, 10, 2).view(6, 5, 10)
-    y = layer(x)
-    for head in range(3):
-        rows = slice(2 * head, 2 * head + 2)
-        product = layer.lora_b[:, rows] @ layer.lora_a[rows]
-        alone = nn.functional.linear(x[rows], linear.weight + 1.5 * product, linear.bias)
-        torch.testing.assert_close(y[rows], alone)
-    layer.eval()
-    mean = nn.functional.linear(x, layer.effective_weight(), linear.bias)
-    torch.testing.assert_close(layer(x), mean)
-    before = layer.effective_weight()
-    layer.merge(1)
-    torch.testing.assert_close(layer.effective_weight(), before)
-    assert not layer.lora_b.any()
-    layer.train()
-    with pytest.raises(ValueError, match=r"a batch of 4 for 3 heads"):
-        layer(x[:4])
-
-
-def test_heads_train_merge_and_count_their_bytes() -> None:
-    options = {"rank": 4, "heads": 2, "update_proj_gap": 3}
-    model = tiny_model()
-    formula = expected_state_bytes("relora_adamw", model, **options)
-    optimizer = build("relora_adamw", model, lr=1e-2, **options)
-    tokens = torch.randint(0, 32, (4, 8))
-    losses = []
-    for _ in range(12):
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss))
-    assert losses[-1] < losses[0]
-    assert state_bytes(optimizer) == formula
-    layer = model.self_attn["q_proj"]
-    assert layer.lora_a.shape == (8, 16)
-    merged = merge(model)
-    assert isinstance(merged.self_attn["q_proj"], nn.Linear)
-    with pytest.raises(ValueError, match="heads=0"):
-        build("relora_adamw", tiny_model(), heads=0)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lowrank.cuda.noise import mix
 from lowrank.optimizers import Adafactor, FloraAdafactor, state_bytes
-from lowrank.optimizers.methods import flora as flora_module
+from lowrank.optimizers.engine import chunks
 from lowrank.optimizers.methods.flora import FloraRule
 from lowrank.optimizers.projectors.random import gaussian
 
@@ -49,7 +49,7 @@ def test_equals_the_written_out_rule(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Three moves of the moment, clipping, decay; row chunks of one row and of all."""
-    monkeypatch.setattr(flora_module, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(chunks, "CACHE_ELEMENTS", chunk)
     weight, grads = nn.Parameter(0.2 * matrix(*shape, 0)), gradients(shape)
     start = weight.detach().clone()
     group = {"params": [weight], "rank": 4, "kappa": 4, "proj_type": side, "seed": 7}
@@ -130,7 +130,10 @@ def test_matrices_have_seeds_of_their_own_that_are_saved() -> None:
     made = FloraAdafactor([{"params": pair, "rank": 2}], lr=1e-3)
     third = nn.Parameter(torch.zeros(8, 12))
     made.add_param_group({"params": [third], "rank": 2})
-    assert [made.state[p]["matrix"] for p in (*pair, third)] == [1, 2, 3]
+    numbers = [made.state[p]["matrix"] for p in (*pair, third)]
+    assert numbers == [mix(0, f"param.{i}") >> 1 for i in range(3)]
+    assert len(set(numbers)) == 3
+    assert max(numbers) < 1 << 63  # an int64 holds it
     for weight in (*pair, third):
         weight.grad = matrix(8, 12, 1).float()
     made.step()
@@ -138,7 +141,7 @@ def test_matrices_have_seeds_of_their_own_that_are_saved() -> None:
     assert not torch.equal(moments[0], moments[1])
     # another order of the same matrices, as in a resumed run: the saved numbers count
     saved = made.state_dict()
-    assert [saved["state"][i]["matrix"] for i in range(3)] == [1, 2, 3]
+    assert [saved["state"][i]["matrix"] for i in range(3)] == numbers
 
 
 def test_what_makes_no_sense_raises() -> None:

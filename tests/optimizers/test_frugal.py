@@ -184,7 +184,9 @@ def test_coordinates_by_rows_equal_the_whole(side: str) -> None:
     grad, weight = matrix(11, 7, 1), matrix(11, 7, 2)
     projector = CoordinateProjector()
     state = projector.init(geometry, weight) | {"refreshed_at": -1}
-    param = ProjectedParam(nn.Parameter(weight), grad, state, geometry, RowRange.whole(11), 0, 0)
+    param = ProjectedParam(
+        nn.Parameter(weight), grad, state, geometry, RowRange.whole(11), 0, 0, "w"
+    )
     projector.fit([param])
     low = projector.project(param)
     left, right = (
@@ -209,7 +211,7 @@ def test_coordinates_by_rows_equal_the_whole(side: str) -> None:
         parts = []
         for start, stop in ((0, 4), (4, 11)):
             rows = RowRange(start, stop)
-            local = ProjectedParam(param.weight, grad[start:stop], state, geometry, rows, 0, 0)
+            local = ProjectedParam(param.weight, grad[start:stop], state, geometry, rows, 0, 0, "w")
             parts.append(projector.project(local))
         torch.testing.assert_close(sum(parts), low)
 

@@ -168,7 +168,7 @@ def test_galore_bytes_of_llama_are_the_formula(size: str, bits8: bool) -> None:
 
     def moments(count: int) -> int:
         if not bits8:
-            return 2 * 2 * count
+            return 2 * 4 * count
         return 2 * (count + 4 * -(-count // 256)) if count >= 4096 else 2 * 4 * count
 
     expected = sum(2 * m * rank + moments(n * rank) for m, n in matrices)

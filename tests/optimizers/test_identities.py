@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lowrank.optimizers import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, LowRankOptimizer
 from lowrank.optimizers.engine.composition import Composition
+from lowrank.optimizers.engine.keywords import Keyword
 from lowrank.optimizers.engine.options import Group
 from lowrank.optimizers.engine.strategies import projection_of
 from lowrank.optimizers.projectors import Bases, ProjectedParam, Projector
@@ -97,10 +98,9 @@ class Momentum(UpdateRule):
 
 
 class GaLoreMomentum(LowRankOptimizer):
-    """GaLore's projector with SGD: what a new method needs is one `compose`."""
+    """GaLore's projector with a rule of its own: what it needs is one `compose`."""
 
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": 0.0})
+    own_keywords = (Keyword("lr", 0.02, ""), Keyword("weight_decay", 0.0, ""))
 
     def compose(self, group: Group) -> Composition:
         return Composition(Momentum(group["lr"]), projection_of(group))

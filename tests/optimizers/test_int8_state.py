@@ -90,7 +90,7 @@ def test_state_dict_is_plain_and_loads_strictly() -> None:
         key
         for name in tiny_model().state_dict()
         for key in (
-            [f"{name}.codes", f"{name}.scales", f"{name}.zeros"]
+            [f"{name}.{part}" for part in ("codes", "scales", "zeros", "group_size")]
             if name.startswith(("self_attn", "mlp")) and name.endswith("weight")
             else [name]
         )
@@ -114,6 +114,22 @@ def test_state_dict_is_plain_and_loads_strictly() -> None:
         small.load_state_dict(state)
     with pytest.raises(RuntimeError, match="Unexpected"):
         tiny_model().load_state_dict(state)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_other_groups_are_refused_even_where_they_would_fit(assign: bool) -> None:
+    """24 x 16 entries are two groups of 256, and of 200, whose bounds differ."""
+    model = convert(NAME, tiny_model(), patterns=("up_proj",), weight_group_size=256)
+    other = convert(NAME, tiny_model(seed=1), patterns=("up_proj",), weight_group_size=200)
+    with pytest.raises(RuntimeError, match=r"in groups of 256, and the layer has groups of 200"):
+        other.load_state_dict(model.state_dict(), assign=assign)
+
+
+def test_a_state_dict_of_an_earlier_version_loads() -> None:
+    model, other = convert(NAME, tiny_model()), convert(NAME, tiny_model(seed=1))
+    state = {k: v for k, v in model.state_dict().items() if not k.endswith("group_size")}
+    other.load_state_dict(state)
+    assert same(model.mlp["up_proj"].weight, other.mlp["up_proj"].weight)
 
 
 @pytest.mark.parametrize("assign", [False, True])

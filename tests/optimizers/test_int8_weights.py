@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowrank.cuda import groups
-from lowrank.optimizers import Int8Weight
+from lowrank.optimizers import AdamW8bit, Int8Weight
+from lowrank.optimizers.engine import chunks
 from lowrank.optimizers.engine.geometry import RowRange
 from lowrank.optimizers.weights import editable_rows
 
@@ -248,3 +249,19 @@ def test_rows_of_bfloat16_weights(shape: tuple[int, ...]) -> None:
     assert set(values.tolist()) <= {1.0, 1.0 + 2**-7}
     if weight.numel() > 1000:
         assert float(weight.double().mean()) == pytest.approx(1 + 2**-9, abs=1e-4)
+
+
+def test_pieces_end_with_a_block_of_the_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of 64 and 8-bit moments in blocks of 256, with rows of 64: by pieces as at once."""
+    grads = [1e-2 * matrix(64, 64, k + 1).float() for k in range(3)]
+    results = []
+    for bound in (64, 1 << 18):
+        monkeypatch.setattr(chunks, "CACHE_ELEMENTS", bound)
+        weight = parameter(64, 64, 64)
+        made = AdamW8bit([weight], lr=1e-2, min_8bit_size=0)
+        for grad in grads:
+            weight.grad = grad.clone()
+            made.step()
+        results.append((weight, made.state[weight]["exp_avg_absmax"]))
+    assert torch.equal(results[0][1], results[1][1])
+    assert same(results[0][0], results[1][0])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import references_beyond
 import torch
@@ -11,11 +9,8 @@ from support import matrix
 from torch import Tensor, nn
 
 from lowrank.optimizers import LowRankOptimizer
-from lowrank.optimizers.engine.composition import Composition
-from lowrank.optimizers.engine.options import Group
-from lowrank.optimizers.engine.projected import ProjectedLion
 from lowrank.optimizers.engine.rotation import Rotation
-from lowrank.optimizers.engine.strategies import projection_of
+from lowrank.optimizers.engine.rule_families import LION, SGD
 from lowrank.optimizers.rules import MOMENT_TRANSPORTS, Lion, Momentum
 
 SHAPE = (9, 14)
@@ -33,16 +28,15 @@ def train(made: torch.optim.Optimizer, weight: nn.Parameter) -> Tensor:
 
 
 class ProjectedSGD(LowRankOptimizer):
-    """SGD with momentum in a subspace: one `compose`."""
+    """SGD with momentum in a subspace."""
 
-    supports_capturable = True
+    rule = SGD
 
-    def __init__(self, params: Any, lr: float | Tensor, **form: Any) -> None:
-        self.form = form
-        super().__init__(params, {"lr": lr, "weight_decay": 0.0})
 
-    def compose(self, group: Group) -> Composition:
-        return Composition(Momentum(group["lr"], **self.form), projection_of(group))
+class ProjectedLion(LowRankOptimizer):
+    """Lion in a subspace."""
+
+    rule = LION
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from support import matrix, tiny_model
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank.optimizers import LayerEvent, build
 from lowrank.optimizers.layers import QuantizedLowRankLinear
 from lowrank.optimizers.layers.frozen import FORMATS, FrozenMatrix
-from lowrank.optimizers.methods.loqt import bases_by
+from lowrank.optimizers.methods.loqt import bases_by, largest_entry, mean_gradients
 
 SHAPES = ((6, 10), (10, 6), (7, 7))
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -192,6 +193,80 @@ def test_a_basis_waits_for_a_sound_gradient() -> None:
         optimizer.step()
     assert [event.step for event in events] == [0, 2]
     assert 0 < events[1].change < 0.2
+
+
+def test_gradients_are_the_users_at_an_event() -> None:
+    model = tiny_model()
+    optimizer = build("loqt_adamw", model, lr=1e-2, rank=4)
+    events: list[LayerEvent] = []
+    optimizer.register_event_hook(events.append)
+    with torch.no_grad():  # a basis, so that the factor has a gradient
+        model.mlp["up_proj"].basis.assign(torch.linalg.qr(matrix(16, 4, 2)).Q.float())
+    loss_of(model, 0).backward()
+    grads = [(param, param.grad, param.grad.clone()) for param in model.parameters()]
+    assert model.mlp["up_proj"].factor.grad.any()
+    optimizer.step()
+    assert len(events) == 1
+    assert not model.mlp["up_proj"].factor.any()  # the step was without it
+    for param, grad, value in grads:
+        assert param.grad is grad
+        assert torch.equal(grad, value)
+
+
+@pytest.mark.parametrize("there", [(True, False), (False, True), (False, False), (True, True)])
+def test_processes_reduce_the_same_gradients(
+    there: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever this process has: the other one has the second gradient."""
+    model = tiny_model()
+    optimizer = build("loqt_adamw", model, rank=4)
+    reduced: list[tuple[int, ...]] = []
+
+    def all_reduce(tensor: Tensor) -> None:
+        reduced.append(tuple(tensor.shape))
+        if tensor.dtype == torch.int32:
+            tensor.add_(torch.tensor([0, 1], dtype=torch.int32))
+
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_reduce", all_reduce)
+    links = optimizer._links[1:]
+    own = [
+        torch.ones(link.layer.out_features, link.layer.in_features) if has else None
+        for link, has in zip(links, there, strict=True)
+    ]
+    means = mean_gradients(own, links)
+    first = [(24, 16)] if there[0] else []
+    assert reduced == [(2,), *first, (16, 24)]
+    assert (means[0] is not None) == there[0]
+    assert means[1] is not None
+    assert float(means[1].max()) == (0.5 if there[1] else 0.0)
+
+
+class _Largest(TorchDispatchMode):
+    """The most entries that an operation's new result has had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.most = max(self.most, result.numel())
+        return result
+
+
+def test_the_largest_entry_takes_no_second_gradient() -> None:
+    gradient = matrix(30, 40, 1)
+    assert largest_entry(gradient) == largest_entry(-gradient) == float(gradient.abs().max())
+    with _Largest() as watched:
+        largest_entry(gradient)
+    assert watched.most == 1
+    gradient[2, 3] = float("nan")
+    assert largest_entry(gradient) != largest_entry(gradient)
 
 
 @pytest.mark.parametrize(

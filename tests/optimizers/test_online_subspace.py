@@ -69,7 +69,14 @@ def test_closed_form_gradient_is_autograds(
     basis = torch.linalg.qr(matrix(size, 4, 2)).Q + 0.1 * matrix(size, 4, 3)
     weight = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
     param = ProjectedParam(
-        weight, grad, {"basis": basis}, geometry, RowRange.whole(shape[0]), index=0, steps_done=1
+        weight,
+        grad,
+        {"basis": basis},
+        geometry,
+        RowRange.whole(shape[0]),
+        index=0,
+        steps_done=1,
+        seed_name="w",
     )
     projector = OnlineProjector(orthogonality=penalty)
     result = projector.gradient(param, projector.project(param))

@@ -9,6 +9,7 @@ import torch
 from support import matrix
 from torch import Tensor
 
+from lowrank.optimizers.engine import chunks
 from lowrank.optimizers.engine.geometry import Geometry, RowRange, Side, side_of
 from lowrank.optimizers.projectors import apply
 
@@ -89,7 +90,7 @@ def test_assemble_asks_for_the_other_rows() -> None:
 @pytest.mark.parametrize("slab", [8, 1 << 18])
 def test_low_precision_slabs(side: str, slab: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slabs give what one bf16 GEMM gives, within bf16's rounding, and keep the weight's dtype."""
-    monkeypatch.setattr(apply, "SLAB_ELEMENTS", slab)
+    monkeypatch.setattr(chunks, "CACHE_ELEMENTS", slab)
     geometry = Geometry.of((24, 16), 5, side)
     grad, weight = matrix(24, 16, 1).float(), matrix(24, 16, 2).float()
     bases = [basis.float() for basis in bases_for(geometry)]

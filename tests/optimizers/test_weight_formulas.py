@@ -17,6 +17,7 @@ import pytest
 from test_state_formulas import SIZES, B, Counts, model_of
 
 from lowrank.optimizers import build
+from lowrank.optimizers.layers.convert import factored_layers
 
 FORMULAS: dict[str, Callable[[int, int, int], int]] = {
     "low_rank_adamw": lambda m, n, r: r * (m + n),
@@ -41,7 +42,9 @@ OPTIONS = {"low_rank_adamw": {"alpha": 32.0}, "relora_adamw": {"alpha": 32.0}}
 def test_weight_bytes(name: str, size: str) -> None:
     counts, model = Counts(size), model_of(size)
     build(name, model, lr=1e-3, rank=counts.rank, **OPTIONS.get(name, {}))
-    tensors = [*model.parameters(), *model.buffers()]
+    layers = [layer for _, layer in factored_layers(model)]
+    host = [getattr(layer, name) for layer in layers for name in layer.host_tensors()]
+    tensors = [*model.parameters(), *model.buffers(), *host]
     found = sum(t.nbytes for t in tensors if t.is_floating_point())
     formula = FORMULAS[name]
     entries = sum(formula(m, n, counts.rank) for m, n in counts.matrices) + sum(counts.others)

@@ -12,7 +12,7 @@ from test_pretrain import crash
 from tiny_runs import comparable_metrics, summary
 
 from lowrank.optimizers import convert
-from lowrank.trainers.parts import QUANTISED, load_network
+from lowrank.trainers.parts import LAYERS, load_network
 from lowrank.trainers.report import write_report
 
 Run = Callable[[list[str]], tuple[int, str, str]]
@@ -66,7 +66,7 @@ def test_a_checkpoint_is_a_plain_model_with_the_same_logits(
     settings = [f"optimizer.{key}={value}" for key, value in own.items()]
     run(tiny(tmp_path / "run", 5, *METHODS[name], *settings, optimizer=name))
     saved = tmp_path / "run" / "checkpoints" / "step-00000005"
-    assert (saved / QUANTISED).is_file()
+    assert (saved / LAYERS).is_file()
     dense = AutoModelForCausalLM.from_pretrained(saved)
     converted = convert(name, AutoModelForCausalLM.from_config(dense.config), rank=8, **own)
     load_network(converted, saved)

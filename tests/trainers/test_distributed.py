@@ -57,7 +57,8 @@ def train(world: World) -> dict[str, Any]:
         inputs = tokens[:, :-1].chunk(world.size)[world.rank].chunk(2)
         own = targets.chunk(world.size)[world.rank].chunk(2)
         batches = [Batch(*pair) for pair in zip(inputs, own, strict=True)]
-        gradient = compute_gradient(module, batches, world)
+        gradient = compute_gradient(module, batches, world, flag=world.rank > 0)
+        assert gradient.flags == world.size - 1
         clip(model.parameters(), gradient.norm, 0.5)
         optimizer.step()
         optimizer.zero_grad()

@@ -14,9 +14,9 @@ from tiny_runs import comparable_metrics, summary
 from lowrank.optimizers import Int8Weight, build
 from lowrank.trainers.checkpoint import DamagedCheckpointError, verify
 from lowrank.trainers.config import ModelConfig
-from lowrank.trainers.memory import snapshot, weight_bytes
+from lowrank.trainers.memory import sizes, weight_bytes
 from lowrank.trainers.models import build_model
-from lowrank.trainers.parts import QUANTISED, load_network, save_network
+from lowrank.trainers.parts import LAYERS, load_network, save_network
 from lowrank.trainers.weights import weights_sha256
 
 Run = Callable[[list[str]], tuple[int, str, str]]
@@ -52,12 +52,12 @@ def test_a_checkpoint_is_dense_for_others_and_exact_for_us(
 
     run(tiny(tmp_path / "run", 3, optimizer=NAME))
     saved = tmp_path / "run" / "checkpoints" / "step-00000003"
-    assert QUANTISED in json.loads((saved / "manifest.json").read_text())["files"]
+    assert LAYERS in json.loads((saved / "manifest.json").read_text())["files"]
     model = AutoModelForCausalLM.from_pretrained(saved)
     assert weights_sha256(model) == summary(tmp_path / "run")["weights_sha256"]
     assert not any(isinstance(param, Int8Weight) for param in model.parameters())
-    (saved / QUANTISED).write_bytes((saved / QUANTISED).read_bytes()[:-1])
-    with pytest.raises(DamagedCheckpointError, match=QUANTISED):
+    (saved / LAYERS).write_bytes((saved / LAYERS).read_bytes()[:-1])
+    with pytest.raises(DamagedCheckpointError, match=LAYERS):
         verify(saved)
 
 
@@ -67,7 +67,7 @@ def test_dense_runs_write_no_such_file_and_can_be_asked_for(
     run(tiny(tmp_path / "run", 3, "optimizer.weight_bits=null", optimizer=NAME))
     content = summary(tmp_path / "run")
     assert content["weight_bytes"] == 4 * int(str(content["parameters"]))
-    assert not (tmp_path / "run" / "checkpoints" / "step-00000003" / QUANTISED).exists()
+    assert not (tmp_path / "run" / "checkpoints" / "step-00000003" / LAYERS).exists()
 
 
 def test_save_and_load_to_the_bit_after_steps(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_save_and_load_to_the_bit_after_steps(tmp_path: Path) -> None:
     optimizers = [build(NAME, model.network, lr=1e-2, rank=4) for model in models]
     tokens = torch.randint(31, (2, 8))
     models[0](tokens, tokens).backward()
-    memory = snapshot(models[0], optimizers[0], torch.device("cpu"))
+    memory = sizes(models[0], optimizers[0])
     assert memory["weights"] == weight_bytes(models[0].network)
     assert memory["gradients"] == 4 * sum(p.numel() for p in models[0].parameters())
     optimizers[0].step()

@@ -72,6 +72,33 @@ def test_a_batch_of_padding_alone_has_no_gradient() -> None:
     assert result == Gradient(0.0, 0.0, 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_and_clipping_are_those_of_single_tensors(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    weights = [torch.nn.Parameter(torch.zeros(5, n, dtype=dtype)) for n in (3, 70, 1)]
+    for weight in weights:
+        weight.grad = torch.randn(weight.shape, generator=generator).to(dtype)
+    before = [weight.grad.clone() for weight in weights if weight.grad is not None]
+    norms = [torch.linalg.vector_norm(one, dtype=torch.float32) for one in before]
+    norm = gradient_norm(weights)
+    assert torch.equal(norm, torch.linalg.vector_norm(torch.stack(norms)))
+    clip(weights, float(norm), 0.5)
+    for weight, one in zip(weights, before, strict=True):
+        assert weight.grad is not None
+        assert torch.equal(weight.grad, one * (0.5 / float(norm)))
+
+
+def test_packed_batches_need_no_count_before_the_backward_pass() -> None:
+    model, batch = build_model(SMALL, 8, 0, CPU), sequences(4)
+    full = Batch(batch.inputs, batch.targets.clamp(min=0))
+    found = compute_gradient(model, split(full, 2), ALONE, packed=True, flag=True)
+    assert (found.tokens, found.flags) == (32, 1)
+    expected = gradients(model)
+    model.zero_grad()
+    assert compute_gradient(model, split(full, 2), ALONE) == dataclasses.replace(found, flags=0)
+    assert all(map(torch.equal, gradients(model), expected))
+
+
 def test_clipping_to_a_norm() -> None:
     weights = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2))]
     weights.append(torch.nn.Parameter(torch.zeros(4)))  # without a gradient
@@ -119,8 +146,10 @@ def disturb(monkeypatch: pytest.MonkeyPatch, steps: set[int], field: str, value:
     compute = loop.compute_gradient
     seen: list[Gradient] = []
 
-    def disturbed(module: torch.nn.Module, batches: list[Batch], world: World) -> Gradient:
-        result = compute(module, batches, world)
+    def disturbed(
+        module: torch.nn.Module, batches: list[Batch], world: World, **options: bool
+    ) -> Gradient:
+        result = compute(module, batches, world, **options)
         seen.append(result)
         return dataclasses.replace(result, **{field: value}) if len(seen) in steps else result
 

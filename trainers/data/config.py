@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .records import TEXT_KEY
+
 PACKINGS = ("pack", "pad")
 BAD_DOCUMENTS = ("skip", "error")
 
@@ -27,6 +29,7 @@ class DataConfig:
         shuffle_block: Documents that are shuffled among themselves; 0 or 1 reads shards and
             documents in their order.
         workers: Loader processes per rank; 0 loads in the training process.
+        text_key: Field or column of a document's text in JSON and parquet files.
         bad_documents: ``"skip"`` counts and passes over unusable records, ``"error"`` stops at
             the first.
     """
@@ -38,9 +41,10 @@ class DataConfig:
     shuffle_block: int = 1024
     workers: int = 0
     bad_documents: str = "skip"
+    text_key: str = TEXT_KEY
 
     def __post_init__(self) -> None:
-        for name in ("source", "tokenizer"):
+        for name in ("source", "tokenizer", "text_key"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
                 raise ValueError(f"data.{name} must be a non-empty string, got {value!r}")

@@ -7,6 +7,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 
+from .diagnosis import why_unusable
 from .errors import BadDocumentError, DataError
 from .order import Plan
 from .records import Record, Shard, Source, where
@@ -147,11 +148,12 @@ class Cursor:
         plan = self._plan
         if plan.streams > 1:
             return (
-                f"the data {self._source.name!r} has no usable training document for stream "
+                f"{self._source.label} has no usable training document for stream "
                 f"{plan.stream} of {plan.streams} (ranks times workers); use fewer workers "
                 "or more data"
             )
-        return f"the data {self._source.name!r} has no usable training document"
+        problems = why_unusable(self._source, "train")
+        return f"{self._source.label} has no usable training document: {problems}"
 
     def _load(self) -> None:
         """Read the block at the position."""
@@ -166,7 +168,7 @@ class Cursor:
         count = at.loaded == 0
         for ordinal, record in islice(self._records, plan.span):
             read += 1
-            if not plan.owns(ordinal):
+            if not plan.owns(index, ordinal):
                 continue
             try:
                 if record.problem is not None:
@@ -181,6 +183,7 @@ class Cursor:
             read == 0
             and at.block == 0
             and (plan.whole_shards or index % plan.streams == plan.stream)
+            and self._is_empty(shard)
         ):
             skipped += 1
             if count:
@@ -192,6 +195,12 @@ class Cursor:
             self.position = replace(
                 at, loaded=1, found=at.found + len(texts), skipped=at.skipped + skipped
             )
+
+    def _is_empty(self, shard: Shard) -> bool:
+        """Whether a shard that gave nothing holds nothing, or all of it is held out."""
+        if shard.share == "all":
+            return True
+        return next(iter(self._source.records(replace(shard, share="all"))), None) is None
 
     def _complain(self, shard: Shard, problem: str, record: Record | None) -> None:
         if self._strict:

@@ -15,12 +15,16 @@ class Plan:
     evenly many, a stream reads whole shards, else every stream reads all shards and takes its
     records in turn. Either way all streams together see every document exactly once per epoch.
 
+    Where shards have fewer records than there are streams, turns that begin anew with each shard
+    would leave the last streams without any: there they go on from shard to shard (`rotated`).
+
     Attributes:
         seed: Of the order.
         stream: This stream's number, from 0.
         streams: How many there are.
         shards: How many shards there are.
         block: Documents that are shuffled among themselves; 0 or 1 keeps the order.
+        rotated: Whether shard i's first record is stream ``i % streams``'s turn, not stream 0's.
     """
 
     seed: int
@@ -28,6 +32,7 @@ class Plan:
     streams: int
     shards: int
     block: int
+    rotated: bool = False
 
     @property
     def whole_shards(self) -> bool:
@@ -56,9 +61,12 @@ class Plan:
             order = permutation(self.shards, self.seed, "shards", epoch)
         return order[self.stream :: self.streams] if self.whole_shards else order
 
-    def owns(self, ordinal: int) -> bool:
+    def owns(self, shard: int, ordinal: int) -> bool:
         """Whether a record of a shard that the stream reads is the stream's own."""
-        return self.whole_shards or ordinal % self.streams == self.stream
+        if self.whole_shards:
+            return True
+        turn = ordinal + shard if self.rotated else ordinal
+        return turn % self.streams == self.stream
 
     def block_order(self, documents: int, epoch: int, shard: int, block: int) -> list[int]:
         """The order of a block's documents."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -13,9 +13,11 @@ Split = Literal["train", "validation"]
 Format = Literal["json", "text", "parquet", "python"]
 Share = Literal["all", "held_out", "rest"]
 
-# Where a folder has no validation file, every record r of its shard s with (s + r) % 20 == 19 is
-# held out.
-HOLDOUT = 20
+# The field or column that holds a document's text, unless data.text_key names another.
+TEXT_KEY = "text"
+
+# Names of fields or columns that a message lists.
+_LISTED = 8
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Record:
     """One record before it is parsed.
 
     Attributes:
-        number: Line or row it starts on, from 1.
+        number: Line or row it starts on, from 1; 0 for a file of which nothing could be read.
         payload: What the source's ``text`` parses.
         problem: Set on the last record of a shard that broke off: why.
     """
@@ -53,9 +55,15 @@ class Record:
 
 
 class Source(Protocol):
-    """A corpus: lists of shards, and the documents in them."""
+    """A corpus: lists of shards, and the documents in them.
+
+    Attributes:
+        name: Its kind, the same wherever it lies.
+        label: How messages call it.
+    """
 
     name: str
+    label: str
 
     def shards(self, split: Split) -> Sequence[Shard]:
         """The shards of a split, in a fixed order."""
@@ -76,19 +84,12 @@ class Source(Protocol):
 
 def where(shard: Shard, number: int) -> str:
     """A place in a shard for messages, such as ``data/a.jsonl line 3``."""
-    return f"{shard.name} {'row' if shard.format == 'parquet' else 'line'} {number}"
+    return f"{shard.name}{place(shard, number)}"
 
 
-def select(shard: Shard, records: Iterator[Record]) -> Iterator[Record]:
-    """The records that belong to the shard's share; see `HOLDOUT`."""
-    if shard.share == "all":
-        yield from records
-        return
-    wanted = shard.share == "held_out"
-    for ordinal, record in enumerate(records):
-        held_out = (shard.index + ordinal) % HOLDOUT == HOLDOUT - 1
-        if record.problem is not None or held_out == wanted:
-            yield record
+def place(shard: Shard, number: int) -> str:
+    """The part of `where` after the shard's name: `` line 3``, or nothing for the whole file."""
+    return f" {'row' if shard.format == 'parquet' else 'line'} {number}" if number else ""
 
 
 def parse_text(raw: object, first: bool) -> str:
@@ -102,33 +103,37 @@ def parse_text(raw: object, first: bool) -> str:
         The text.
 
     Raises:
-        BadDocumentError: If it isn't UTF-8, or holds nothing but white space.
+        BadDocumentError: If it isn't UTF-8, holds NUL characters, or nothing but white space.
     """
+    return checked(_decoded(raw, first), "the passage")
+
+
+def _decoded(raw: object, first: bool) -> str:
     if not isinstance(raw, str):
         raise BadDocumentError(f"the record is {type(raw).__name__}, not text")
     try:
-        text = raw.encode("latin-1").decode("utf-8-sig" if first else "utf-8")
+        return raw.encode("latin-1").decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise BadDocumentError(f"not UTF-8 (byte 0x{byte:02x}: {error.reason})") from error
-    return checked(text)
 
 
-def parse_json(raw: object, first: bool) -> str:
-    """The ``text`` field of one JSON line that was read as Latin-1.
+def parse_json(raw: object, first: bool, key: str = TEXT_KEY) -> str:
+    """The text field of one JSON line that was read as Latin-1.
 
     Args:
         raw: The line.
         first: Whether it opens its file and so may carry a byte-order mark.
+        key: The field's name.
 
     Returns:
         The text.
 
     Raises:
-        BadDocumentError: If the line isn't UTF-8, JSON, or an object with a non-empty string
-            ``text``.
+        BadDocumentError: If the line isn't UTF-8, JSON, or an object with a non-empty string of
+            that name.
     """
-    line = parse_text(raw, first)
+    line = checked(_decoded(raw, first), "the line")
     try:
         fields = json.loads(line)
     except json.JSONDecodeError as error:
@@ -137,26 +142,43 @@ def parse_json(raw: object, first: bool) -> str:
         raise BadDocumentError(f"broken JSON ({type(error).__name__})") from error
     if not isinstance(fields, dict):
         raise BadDocumentError(f"the JSON value is {type(fields).__name__}, not an object")
-    if "text" not in fields:
-        raise BadDocumentError("the JSON object has no field 'text'")
-    return checked(fields["text"])
+    if key not in fields:
+        raise BadDocumentError(f"the JSON object has no field {key!r} ({other_names(fields)})")
+    return checked(fields[key], repr(key))
 
 
-def checked(text: object) -> str:
+def other_names(names: Iterable[object]) -> str:
+    """The fields or columns there are instead, and how to choose one of them."""
+    shown = [repr(str(name)[:40]) for name in names]
+    if not shown:
+        return "it has none"
+    more = f" and {len(shown) - _LISTED} more" if len(shown) > _LISTED else ""
+    return f"it has {', '.join(shown[:_LISTED])}{more}; data.text_key chooses one"
+
+
+def checked(text: object, what: str) -> str:
     """A document's text if it can be tokenised.
 
+    Args:
+        text: The document.
+        what: How messages call it.
+
     Raises:
-        BadDocumentError: If it is no string, is empty, or holds a lone surrogate.
+        BadDocumentError: If it is no string, is empty, or holds a lone surrogate or NULs.
     """
     if not isinstance(text, str):
         kind = "null" if text is None else type(text).__name__
-        raise BadDocumentError(f"'text' is {kind}, not a string")
+        raise BadDocumentError(f"{what} is {kind}, not a string")
     if not text or text.isspace():
-        raise BadDocumentError("'text' is empty")
+        raise BadDocumentError(f"{what} is empty")
+    if "\0" in text:
+        raise BadDocumentError(
+            f"{what} holds NUL characters: binary data, or UTF-16 without a byte-order mark"
+        )
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise BadDocumentError(
-            "'text' holds a lone surrogate, which UTF-8 can't express"
+            f"{what} holds a lone surrogate, which UTF-8 can't express"
         ) from error
     return text

@@ -43,6 +43,7 @@ class StdlibSource:
 
     def __init__(self, root: Path | None = None) -> None:
         self.name = "stdlib"
+        self.label = "the standard library's text"
         self._root = root or Path(sysconfig.get_path("stdlib"))
         if not self._names["train"] or not self._names["validation"]:
             raise DataError(
@@ -80,7 +81,7 @@ class StdlibSource:
             raise BadDocumentError("the record is no passage")
         name, passage = record.payload
         try:
-            return checked(passage)
+            return checked(passage, "the passage")
         except BadDocumentError as error:
             raise BadDocumentError(f"{name}: {error}") from error
 

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from .config import Batch, DataConfig
 from .cursor import Position
-from .errors import DataError, DataWarning
+from .errors import DataError, DataWarning, FirstFew
 from .order import Plan
 from .producer import Produced, produce, produce_in_workers
+from .records import Record
 from .source import open_source
 from .tokenizer import Tokenizer
 
-_VERSION = 1
+# 1: documents with NULs were trained on, those with characters beyond ASCII in gzip files were not,
+# and turns began anew with each shard.
+_VERSION = 2
+_OLDEST = 1
 
 
 class TrainingStream:
@@ -31,8 +37,9 @@ class TrainingStream:
         seed: Of the order of shards and documents.
         rank: This process's number.
         world_size: How many processes share the data.
-        on_warning: Takes one sentence for each file of which something was passed over; by
-            default it is issued as a `DataWarning`.
+        on_warning: Takes one sentence for each of the first few files of which something was
+            passed over, and on rank 0 one about files that aren't read at all; by default it is
+            issued as a `DataWarning`.
 
     Raises:
         ValueError: If an argument is out of range or the data can't be used.
@@ -78,23 +85,47 @@ class TrainingStream:
             "world_size": world_size,
             "workers": config.workers,
         }
-        self._on_warning = on_warning or _warn
+        report = on_warning or _warn
+        self._on_warning = report
+        self._on_bad_file = FirstFew(report)
+        self._rotated: bool | None = None
+        ignored = getattr(self._source, "ignored", "")
+        if ignored and rank == 0:
+            report(ignored)
         self._states = [Position().state() for _ in self._plans]
         self._next = 0
         self._produced: Iterator[Produced] | None = None
+        self._ahead: Produced | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
-    def __next__(self) -> Batch:
+    def prefetch(self) -> None:
+        """Makes the next batch already, so that data of no use are found before a run begins.
+
+        Raises:
+            DataError: If there is no such batch; the one line says why, and no warning beside it.
+        """
+        if self._ahead is None:
+            self._ahead = self._produce()
+        if self._ahead.batch is None:
+            error = self._ahead.error
+            self.close()
+            raise DataError(error or "the data stream can't go on")
+
+    def _produce(self) -> Produced:
         if self._produced is None:
             self._produced = self._start()
         try:
-            produced = next(self._produced)
+            return next(self._produced)
         except StopIteration:
             raise DataError("the data stream has ended after an error") from None
+
+    def __next__(self) -> Batch:
+        produced = self._ahead or self._produce()
+        self._ahead = None
         for message in produced.warnings:
-            self._on_warning(message)
+            self._on_bad_file(message)
         if produced.batch is None:
             self.close()
             raise DataError(produced.error or "the data stream can't go on")
@@ -120,6 +151,7 @@ class TrainingStream:
         """
         return {
             "version": _VERSION,
+            "rotated": self._turns_go_on(),
             **{key: dict(v) if isinstance(v, dict) else v for key, v in self._identity.items()},
             "next": self._next,
             "streams": [dict(state) for state in self._states],
@@ -134,7 +166,8 @@ class TrainingStream:
         Raises:
             ValueError: If the data, the tokenizer or a setting that decides the order differs.
         """
-        if not isinstance(state, dict) or state.get("version") != _VERSION:
+        version = state.get("version") if isinstance(state, dict) else None
+        if version not in (_OLDEST, _VERSION):
             raise ValueError(
                 f"the saved data position must be one of version {_VERSION}, got {_short(state)}"
             )
@@ -154,12 +187,29 @@ class TrainingStream:
         loaded = [Position.from_state(position).state() for position in positions]
         self.close()
         self._states, self._next = loaded, turn
+        self._rotated = bool(state.get("rotated", False))
+        if version == _OLDEST and self._config.source != "stdlib":
+            self._on_warning(
+                "the run was begun by an earlier version, which trained on documents with NUL "
+                "characters and skipped accented ones in gzip files; now it is the other way "
+                "round, so where the data hold any, the run goes on with other batches"
+            )
 
     def close(self) -> None:
         """End the loader processes; a stream that is asked for more starts them again."""
-        self._produced = None
+        self._produced = self._ahead = None
+
+    def _turns_go_on(self) -> bool:
+        """Whether streams' turns go on from shard to shard, see `Plan`; found out when needed."""
+        if self._rotated is None:
+            plan, shards = self._plans[0], self._source.shards("train")
+            shared = bool(shards) and not plan.whole_shards
+            self._rotated = shared and not _has(self._source.records(shards[0]), plan.streams)
+        return self._rotated
 
     def _start(self) -> Iterator[Produced]:
+        rotated = self._turns_go_on()
+        self._plans = [replace(plan, rotated=rotated) for plan in self._plans]
         if self._config.workers > 0:
             return produce_in_workers(
                 self._config,
@@ -194,6 +244,11 @@ def check_split(batch_size: int, rank: int, world_size: int) -> None:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     if rank >= world_size:
         raise ValueError(f"rank must be below world_size, got rank {rank} of {world_size}")
+
+
+def _has(records: Iterator[Record], count: int) -> bool:
+    """Whether there are at least so many."""
+    return sum(1 for _ in islice(records, count)) == count
 
 
 def _warn(message: str) -> None:

@@ -11,6 +11,7 @@ from ..files import write_text
 from ..missing import require
 from .cache import cache_folder
 from .config import DataConfig
+from .diagnosis import why_unusable
 from .errors import BadDocumentError, DataError, DataWarning, first_line
 from .records import Source, where
 from .source import open_source
@@ -21,6 +22,8 @@ from .tokenizer_backend import empty_byte_level, save_backend
 VERSION = 1
 TRAINING_CHARACTERS = 8_000_000
 TRAINING_SHARDS = 8
+# Where those shards hold fewer than this, the others are read too: there are many short files.
+ENOUGH_CHARACTERS = 1_000_000
 SMALLEST = 257
 
 
@@ -118,6 +121,8 @@ def trained_tokenizer(config: DataConfig, vocabulary_size: int) -> BPETokenizer:
 def training_texts(source: Source, bad_documents: str = "skip") -> Iterator[str]:
     """The training documents that a tokenizer is trained on: an equal part of up to eight shards.
 
+    Where these are short, what is missing is taken from the others in turn.
+
     Args:
         source: The data.
         bad_documents: ``"error"`` raises at the first unusable record; else it is left to the
@@ -130,12 +135,13 @@ def training_texts(source: Source, bad_documents: str = "skip") -> Iterator[str]
         DataError: If there is no document at all.
     """
     shards = source.shards("train")
-    chosen = [shards[i * len(shards) // TRAINING_SHARDS] for i in range(TRAINING_SHARDS)]
-    if len(shards) <= TRAINING_SHARDS:
-        chosen = list(shards)
-    budget = TRAINING_CHARACTERS // len(chosen)
-    found = False
-    for shard in chosen:
+    count = min(len(shards), TRAINING_SHARDS)
+    first = [shards[i * len(shards) // count] for i in range(count)]
+    budget = TRAINING_CHARACTERS // len(first)
+    read = 0
+    for shard in [*first, *(shard for shard in shards if shard not in first)]:
+        if shard not in first and read >= ENOUGH_CHARACTERS:
+            break
         left = budget
         for record in source.records(shard):
             try:
@@ -146,14 +152,15 @@ def training_texts(source: Source, bad_documents: str = "skip") -> Iterator[str]
                 if bad_documents == "error":
                     raise DataError(f"{where(shard, record.number)}: {error}") from error
                 continue
-            found = True
             yield text[:left]
+            read += min(left, len(text))
             left -= len(text)
             if left <= 0:
                 break
-    if not found:
+    if not read:
+        problems = why_unusable(source, "train")
         raise DataError(
-            f"the data {source.name!r} holds no usable training document for a tokenizer"
+            f"{source.label} holds no usable training document for a tokenizer: {problems}"
         )
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .config import IGNORED, Batch, DataConfig
-from .errors import BadDocumentError, DataError, DataWarning
+from .diagnosis import why_unusable
+from .errors import BadDocumentError, DataError, DataWarning, FirstFew
 from .records import Source, where
 from .sequences import pad
 from .source import open_source
@@ -36,9 +37,9 @@ class ValidationSet:
         tokens: Targets to predict over all ranks; exceeded by a part of the last document at most.
         rank: This process's number.
         world_size: How many processes share the set.
-        on_warning: Takes one sentence for each file of which something was passed over, and one
-            if the data holds fewer tokens than asked for; by default it is issued as a
-            `DataWarning`.
+        on_warning: Takes one sentence for each of the first few files of which something was
+            passed over, and one if the data holds fewer tokens than asked for; by default it is
+            issued as a `DataWarning`.
 
     Attributes:
         tokens: Targets that this rank predicts.
@@ -67,14 +68,18 @@ class ValidationSet:
             raise ValueError(f"the validation budget must be at least 1 token, got {tokens!r}")
         self._batch_size = batch_size
         report = on_warning or _warn
-        reader = _Reader(open_source(config), config.bad_documents == "error", report)
+        strict = config.bad_documents == "error"
+        passed_over: list[str] = []
+        reader = _Reader(open_source(config), strict, FirstFew(passed_over.append))
         cut = _padded_rows if config.packing == "pad" else _packed_rows
         inputs, targets, byte_counts = cut(reader, tokenizer, config.sequence_length, tokens)
         self.documents = reader.documents
         self.skipped_documents = reader.skipped
         predicted = int((targets != IGNORED).sum())
-        if predicted == 0:
-            raise DataError(f"the data {reader.source.name!r} has no usable validation document")
+        if predicted == 0 or not int(byte_counts.sum()):
+            raise DataError(_nothing_found(reader))
+        for message in passed_over:
+            report(message)
         if predicted < tokens:
             report(
                 f"the validation data holds {predicted} tokens, fewer than the {tokens} asked for; "
@@ -96,6 +101,17 @@ class ValidationSet:
         for start in range(0, self._inputs.shape[0], self._batch_size):
             rows = slice(start, start + self._batch_size)
             yield Batch(self._inputs[rows].to(torch.int64), self._targets[rows].to(torch.int64))
+
+
+def _nothing_found(reader: _Reader) -> str:
+    label = reader.source.label
+    if reader.documents:
+        return (
+            f"the validation documents of {label} ({reader.documents}) are too short to predict "
+            "a token; add text"
+        )
+    problems = why_unusable(reader.source, "validation")
+    return f"{label} has no usable validation document: {problems}"
 
 
 class _Reader:

@@ -120,10 +120,21 @@ def key_figures(run: Run) -> str:
         Card(
             "Steps",
             f"{figures.steps or 0:,.0f}",
-            f"{epochs}{figures.skipped_steps or 'none'} skipped",
+            f"{epochs}{figures.skipped_steps or 'none'} skipped{_also_skipped(figures)}",
         ),
     ]
     return cards(entries)
+
+
+def _also_skipped(figures: Headline) -> str:
+    """Updates and documents that were passed over, where there were any."""
+    counts = (
+        (figures.skipped_updates, "parameter update"),
+        (figures.skipped_documents, "document"),
+    )
+    return "".join(
+        f"; {count:,} {what}{'s' * (count != 1)} passed over" for count, what in counts if count
+    )
 
 
 def _mark_note(loss: float | None, unigram: float | None) -> str:

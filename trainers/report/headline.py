@@ -30,6 +30,8 @@ class Headline:
     epochs: float | None
     seconds: float | None
     skipped_steps: int
+    skipped_updates: int
+    skipped_documents: int
     initial_val_loss: float | None
     val_loss: float | None
     initial_perplexity: float | None
@@ -60,6 +62,11 @@ def headline(run: Run) -> Headline:
         epochs=_either(number(summary, "epochs"), run.epoch.last),
         seconds=number(summary, "wall_seconds"),
         skipped_steps=int(_either(number(summary, "skipped_steps"), float(len(run.skips))) or 0),
+        skipped_updates=int(_either(number(summary, "skipped"), run.skipped_updates.last) or 0),
+        skipped_documents=int(
+            (number(summary, "skipped_documents") or 0)
+            + (number(summary, "skipped_validation_documents") or 0)
+        ),
         initial_val_loss=first_loss,
         val_loss=loss,
         initial_perplexity=None if first_loss is None else perplexity(first_loss),

@@ -51,6 +51,7 @@ class Run:
         damaged_lines: Lines of metrics.jsonl that could not be read and were left out; a last
             line without its end, which a killed run leaves, is not counted.
         loss, learning_rate, gradient_norm, tokens, epoch: One point a step.
+        skipped_updates: Parameter updates that the optimizer left out so far, one point a step.
         tokens_per_second: One point a step.
         memory: Bytes by category, see MEMORY_CATEGORIES, and `process`, `peak`.
         val_loss, val_perplexity, bits_per_byte: One point an evaluation.
@@ -72,6 +73,7 @@ class Run:
     gradient_norm: Series
     tokens: Series
     epoch: Series
+    skipped_updates: Series
     tokens_per_second: Series
     memory: Mapping[str, Series]
     val_loss: Series
@@ -123,6 +125,7 @@ def read_run(folder: Path) -> Run:
         gradient_norm=_series(train, "grad_norm"),
         tokens=_series(train, "tokens"),
         epoch=_series(train, "epoch"),
+        skipped_updates=_series(train, "skipped"),
         tokens_per_second=_series(train, "tokens_per_second", within="time"),
         memory={key: _series(train, key, within="memory") for key in _MEMORY_KEYS},
         val_loss=_series(evals, "val_loss"),

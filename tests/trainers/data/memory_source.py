@@ -12,6 +12,7 @@ class MemorySource:
     """Shards of texts; ``None`` is an unusable record, a `Record` stands for itself."""
 
     name = "memory"
+    label = "the memory"
 
     def __init__(self, shards: Sequence[Sequence[str | Record | None]]) -> None:
         self._contents = shards

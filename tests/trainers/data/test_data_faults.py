@@ -46,7 +46,9 @@ def test_bad_data_are_counted_and_reported_once_per_file(corpus: Path, workers: 
     stream.close()
     first = {message.split(";")[0] for message in messages}
     assert len([m for m in first if "00000-of-00004.jsonl line 2: broken JSON" in m]) == 1
-    assert len([m for m in first if "00001-of-00004.json.gz line" in m and "EOFError" in m]) == 1
+    assert (
+        len([m for m in first if "00001-of-00004.json.gz: the file" in m and "EOFError" in m]) == 1
+    )
     assert len([m for m in first if m.endswith("00002-of-00004.json.gz is empty")]) == 1
     # Two lines, the cut and the empty file; streams that are ahead have met them again.
     assert counted >= 4
@@ -95,7 +97,10 @@ def test_data_without_any_document_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("nonsense\n")
     (tmp_path / "val.jsonl").write_text('{"text": "a"}\n')
     stream = open_stream(tmp_path, on_warning=lambda _: None)
-    with pytest.raises(DataError, match=r"has no usable training document$"):
+    with pytest.raises(
+        DataError,
+        match=r"has no usable training document: train.jsonl line 1: broken JSON \([^()]*\)$",
+    ):
         next(stream)
 
 
@@ -121,7 +126,7 @@ def test_shard_that_vanishes_is_an_error(corpus: Path) -> None:
     stream = open_stream(corpus)
     for shard in corpus.glob("c4-train*"):
         shard.unlink()
-    with pytest.raises(DataError, match="can't be opened: No such file"):
+    with pytest.raises(DataError, match="can't be read: No such file"):
         next(stream)
 
 
@@ -140,10 +145,14 @@ def test_wrong_arguments_are_named(corpus: Path, options: dict[str, Any], messag
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_missing_module_is_named(
-    corpus: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": ["a", "b"]}), tmp_path / "train.parquet")
+    (tmp_path / "val.txt").write_text("a")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
         DataError, match=r'^datasets is not installed .*lowrank-pretrain\[train\]"$'
     ):
-        next(open_stream(corpus, workers=workers))
+        next(open_stream(tmp_path, workers=workers))

@@ -86,7 +86,7 @@ def test_without_a_validation_file_every_twentieth_record_is_held_out(
     ("names", "message"),
     [
         ([], "holds nothing .accepted: .json.gz, .jsonl"),
-        (["a.md"], "holds no usable file .accepted"),
+        (["a.md"], r"holds no usable file, but 1 file \('a.md'\) \(accepted"),
         (["c4-validation.jsonl"], "validation files but no training file"),
         (["train.jsonl", "test.jsonl"], "looks like a test split"),
     ],

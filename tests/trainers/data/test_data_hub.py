@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import locale
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +76,27 @@ def test_streamed_run_goes_on_where_it_stopped(local_hub: list[str]) -> None:
     # It opened the shard it stands in and what follows, not those behind it.
     order = [int(address.split("train.")[1][:5]) for address in local_hub]
     assert len(order) <= 2
+
+
+def test_characters_of_the_hubs_files_stay_what_they_are(
+    local_hub: list[str], corpus: Path
+) -> None:
+    texts = ["gr\u00fc\u00dfe", "\u2603 and more", "plain"]
+    lines = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    # The layout's name needs as many shards as the fixture serves.
+    (corpus / "c4-train.00001-of-00004.json.gz").write_bytes(gzip.compress(lines.encode()))
+    source = c4_source()
+    shard = source.shards("train")[1]
+    assert [source.text(shard, record) for record in source.records(shard)] == texts
+
+
+def test_another_locale_is_refused_not_misread(
+    local_hub: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locale, "getpreferredencoding", lambda _: "ISO-8859-1")
+    stream = TrainingStream(CONFIG, ByteTokenizer(), batch_size=4, seed=3)
+    with pytest.raises(DataError, match=r"encoding is ISO-8859-1, .*; set PYTHONUTF8=1"):
+        next(stream)
 
 
 def test_streamed_validation(local_hub: list[str]) -> None:

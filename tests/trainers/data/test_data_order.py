@@ -60,7 +60,7 @@ def test_whole_shards_only_when_they_divide_evenly() -> None:
 
 def test_block_holds_as_many_documents_of_the_streams_own_either_way() -> None:
     for plan in (Plan(0, 1, 4, 8, 50), Plan(0, 1, 4, 2, 50)):
-        assert sum(plan.owns(ordinal) for ordinal in range(plan.span)) == 50
+        assert sum(plan.owns(0, ordinal) for ordinal in range(plan.span)) == 50
 
 
 def test_shuffling_depends_on_seed_and_epoch_and_stays_within_blocks() -> None:

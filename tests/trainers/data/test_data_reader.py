@@ -52,7 +52,9 @@ def test_truncated_gzip_gives_what_it_holds_and_says_where_it_ends(
     assert "rest of the file can't be read (EOFError" in last.problem
 
 
-@pytest.mark.parametrize("content", [b"this is no gzip", gzip.compress(b"x" * 99)[:-6] + b"\0" * 6])
+@pytest.mark.parametrize(
+    "content", [b"this is no gzip", gzip.compress(b"x" * 99, mtime=0)[:-6] + b"\0" * 6]
+)
 def test_broken_gzip_is_one_problem(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.json.gz"
     path.write_bytes(content)
@@ -61,9 +63,24 @@ def test_broken_gzip_is_one_problem(tmp_path: Path, content: bytes) -> None:
     assert "BadGzipFile" in last.problem
 
 
+def test_characters_and_broken_bytes_in_gzip_files_stay_what_they_are(tmp_path: Path) -> None:
+    lines = [
+        '{"text": "gr\u00fc\u00dfe"}'.encode(),
+        '{"text": "\u2603"}'.encode(),
+        b"\xff",
+        b"next",
+    ]
+    for name in ("a.json.gz", "a.jsonl"):
+        content = b"\n".join(lines)
+        (tmp_path / name).write_bytes(
+            gzip.compress(content, mtime=0) if name.endswith("gz") else content
+        )
+        assert [str(record.payload).encode("latin-1") for record in read(tmp_path / name)] == lines
+
+
 def test_text_before_a_break_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "a.txt.gz"
-    whole = gzip.compress(b"a line of text\n" * 20_000, compresslevel=0)
+    whole = gzip.compress(b"a line of text\n" * 20_000, compresslevel=0, mtime=0)
     path.write_bytes(whole[: len(whole) // 2])
     *good, last = read(path, "text")
     lines = sum(str(record.payload).count("\n") + 1 for record in good)
@@ -87,20 +104,22 @@ def test_broken_parquet_files_are_one_problem(tmp_path: Path) -> None:
     assert [record.payload for record in read(good, "parquet")] == ["one", None, "three"]
     parquet.write_table(pyarrow.table({"body": ["one"]}), other)
     (problem,) = read(other, "parquet")
-    assert "no column 'text'" in str(problem.problem)
+    assert "no column 'text': it has 'body'; data.text_key" in str(problem.problem)
     good.write_bytes(good.read_bytes()[:100])
     (problem,) = read(good, "parquet")
-    assert "rest of the file can't be read" in str(problem.problem)
+    assert "the file can't be read (not a parquet file" in str(problem.problem)
 
 
 def test_missing_file_and_pattern_characters_are_clear_errors(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"gone.jsonl can't be opened: No such file"):
+    with pytest.raises(DataError, match=r"gone.jsonl can't be read: No such file"):
         read(tmp_path / "gone.jsonl")
     folder = tmp_path / "run [1]"
     folder.mkdir()
     (folder / "a.jsonl").write_text('{"text": "a"}')
+    assert len(read(folder / "a.jsonl")) == 1
+    (folder / "a.parquet").write_bytes(b"")
     with pytest.raises(DataError, match=r"holds '\[', which streaming takes for a pattern"):
-        read(folder / "a.jsonl")
+        read(folder / "a.parquet", "parquet")
 
 
 @pytest.mark.parametrize(
@@ -128,8 +147,11 @@ def test_local_files_ask_nothing_of_the_network(
     assert asked == []
 
 
-def test_loads_are_not_counted_on_a_server(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loads_are_not_counted_on_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": ["one"]}), tmp_path / "a.parquet")
     load_dataset = datasets.load_dataset
     counting: list[bool] = []
 
@@ -139,6 +161,6 @@ def test_loads_are_not_counted_on_a_server(corpus: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(datasets, "load_dataset", watched)
     monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", True)
-    read(corpus / "c4-train.00000-of-00004.json.gz")
+    read(tmp_path / "a.parquet", "parquet")
     assert counting == [False]
     assert datasets.config.HF_UPDATE_DOWNLOAD_COUNTS is True

@@ -111,10 +111,30 @@ def test_bad_documents_are_counted_or_an_error(corpus: Path) -> None:
 @pytest.mark.parametrize("packing", ["pack", "pad"])
 def test_no_document_is_an_error(tmp_path: Path, packing: str) -> None:
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
-    with pytest.raises(DataError, match="no usable validation document"):
+    (tmp_path / "val-1.jsonl").write_text('{"text": 3}\n')
+    (tmp_path / "val-2.jsonl").write_text("")
+    message = (
+        "no usable validation document: val-1.jsonl line 1: 'text' is int, not a string; "
+        "val-2.jsonl is empty$"
+    )
+    with pytest.raises(DataError, match=message):
         ValidationSet(
-            config_of(tmp_path, packing=packing), ByteTokenizer(), batch_size=4, tokens=50
+            config_of(tmp_path, packing=packing),
+            ByteTokenizer(),
+            batch_size=4,
+            tokens=50,
+            on_warning=pytest.fail,
         )
+
+
+def test_documents_too_short_to_predict_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("text to train on")
+    (tmp_path / "val.txt").write_text("a")
+    config = config_of(tmp_path, packing="pad")
+    with pytest.raises(
+        DataError, match=r"validation documents of .* \(1\) are too short to predict"
+    ):
+        ValidationSet(config, ByteTokenizer(), batch_size=4, tokens=50, on_warning=pytest.fail)
 
 
 def test_wrong_budget_is_named(corpus: Path) -> None:

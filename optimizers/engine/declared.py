@@ -1,0 +1,210 @@
+"""What a method's class declares, and the one constructor that all classes get from it."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from . import checks
+from .keywords import Constructor, Keyword, documented, ordered
+from .options import COMMON_DEFAULTS, PROJECTION_DEFAULTS, Group, ProjectionOptions, make_plain
+from .rule_families import RuleFamily
+from .strategies import check_strategy_options, strategy_option_owners, strategy_options
+
+
+class DeclaredOptimizer(Optimizer):
+    """An optimizer whose constructor is made from what its class declares.
+
+    A subclass may have an `__init__` of its own, which calls this one with the keywords below.
+    """
+
+    #: The update rule, and the constructor's keywords for it.
+    rule: ClassVar[RuleFamily]
+    #: Whether a group with `rank` is projected; baselines ignore the key.
+    projects: ClassVar[bool] = True
+    #: Whether step counts may stay on the device; as the rule family has it unless declared.
+    supports_capturable: ClassVar[bool] = False
+    #: The method's own choice among the projection keywords.
+    projection_defaults: ClassVar[Mapping[str, Any]] = {}
+    #: Further keywords of the constructor, added to those of the base classes.
+    own_keywords: ClassVar[tuple[Keyword, ...]] = ()
+    #: Other names of group keys, as the official code has them.
+    aliases: ClassVar[Mapping[str, str]] = {}
+    #: Group keys of the official code that `translate` knows.
+    foreign_keys: ClassVar[tuple[str, ...]] = ()
+    #: Whether the constructor needs `params`; where it doesn't, `collect` finds them.
+    needs_params: ClassVar[bool] = True
+    #: What the constructor accepts, made from all these.
+    constructor: ClassVar[Constructor] = Constructor()
+    __signature__: ClassVar[inspect.Signature | None]
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """Makes the class's constructor and its signature."""
+        super().__init_subclass__(**arguments)
+        family = vars(cls).get("rule")
+        if family is not None and "supports_capturable" not in vars(cls):
+            cls.supports_capturable = family.capturable
+        cls.constructor = _constructor_of(cls)
+        # A class with an `__init__` of its own has that one's signature.
+        owner = next(base for base in cls.__mro__ if "__init__" in vars(base))
+        generic = owner is DeclaredOptimizer
+        cls.__signature__ = cls.constructor.signature() if generic else None
+
+    def __init__(self, params: ParamsT | None = None, *args: Any, **options: Any) -> None:
+        """Checks the groups and makes their state; the class's docstring lists the arguments.
+
+        Raises:
+            TypeError: the arguments don't fit the signature.
+            ValueError: an option is unknown or out of range, or a parameter can't be optimized.
+        """
+        name, constructor = type(self).__name__, self.constructor
+        given = constructor.bind(name, args, options)
+        make_plain(given)
+        self._check_names(given)
+        ineffective = constructor.ineffective(given)
+        if ineffective:
+            warnings.warn(f"{name}: {', '.join(ineffective)} has no effect here", stacklevel=2)
+        collected = self.collect(params, given)
+        given = self.translate(self._renamed(given), None)
+        roles = {keyword.name: keyword.role for keyword in constructor.keywords.values()}
+        given = {key: value for key, value in given.items() if roles.get(key) != "no effect"}
+        defaults = {**constructor.defaults(), **given}
+        if self.projects:
+            check_strategy_options(given, strategy_options({"rank": 1, **defaults}))
+        if hasattr(type(self), "rule"):
+            defaults = self.rule.complete(defaults)
+        self._make_attributes()
+        super().__init__(_own_groups(collected), defaults)
+        self._warn_of_groups()
+
+    def _warn_of_groups(self) -> None:
+        """Warns where groups lack what makes the method one."""
+        if self.projects and not any(ProjectionOptions.of(group) for group in self.param_groups):
+            warnings.warn(
+                f"{type(self).__name__}: no parameter group has a rank, so nothing is projected; "
+                "param_groups(model) makes groups that are",
+                stacklevel=3,
+            )
+
+    def _make_attributes(self) -> None:
+        """Makes the attributes that are not part of the state."""
+
+    @classmethod
+    def keywords(cls) -> set[str]:
+        """Names of the constructor's keywords that `build` accepts."""
+        return cls.constructor.names()
+
+    @classmethod
+    def group_keys(cls) -> set[str]:
+        """Names of the group keys about projection; baselines ignore `ProjectionOptions`'."""
+        if not cls.projects:
+            return set(ProjectionOptions.names())
+        own = {*cls.aliases, *cls.foreign_keys}
+        return {*ProjectionOptions.names(), *strategy_option_owners(), *own}
+
+    @classmethod
+    def translate(cls, options: Group, defaults: Group | None) -> Group:
+        """The official code's spellings in our options: pure.
+
+        Args:
+            options: those that were given, `aliases` renamed.
+            defaults: the optimizer's where `options` are a group's, None where they are the
+                constructor's.
+
+        Raises:
+            ValueError: a value is out of range, or two contradict each other.
+        """
+        return options
+
+    @classmethod
+    def collect(cls, params: ParamsT | None, given: Group) -> ParamsT:
+        """The parameters or groups that a call of the constructor means.
+
+        Args:
+            params: as given.
+            given: the keywords as given; those that only say what to collect are taken out.
+
+        Raises:
+            TypeError: there are none.
+        """
+        if params is None:
+            raise TypeError(f"{cls.__name__} needs params: parameters or groups")
+        return params
+
+    @classmethod
+    def _check_names(cls, given: Mapping[str, Any]) -> None:
+        known = cls.constructor.names()
+        for name in given.keys() - known:
+            if name in cls.group_keys():
+                shown = f"{name}={given[name]!r}"
+                raise ValueError(
+                    f"{shown} is not a keyword of {cls.__name__}: {cls._place_of(name, shown)}"
+                )
+            raise checks.unknown_name(f"keyword of {cls.__name__}", name, known)
+
+    @classmethod
+    def _place_of(cls, name: str, shown: str) -> str:
+        """Where an option belongs that the constructor doesn't take; `shown` is "name=value"."""
+        if not cls.projects:
+            return "it does not project (build accepts the option and ignores it)"
+        return f"it belongs in parameter groups, as param_groups(model, {shown}) makes them"
+
+    @classmethod
+    def _renamed(cls, options: Mapping[str, Any]) -> Group:
+        """Options under their own names.
+
+        Raises:
+            ValueError: one is given under two names.
+        """
+        renamed = dict(options)
+        for alias, name in cls.aliases.items():
+            if alias not in renamed:
+                continue
+            if name in renamed:
+                raise ValueError(
+                    f"{alias}={renamed[alias]!r} with {name}={renamed[name]!r}: these are two "
+                    "names of one thing, accepted is one of them"
+                )
+            renamed[name] = renamed.pop(alias)
+        return renamed
+
+    def _rename_aliases(self, group: Group) -> None:
+        """In place: a new group's options, as they were given, in our own."""
+        translated = self.translate(self._renamed(group), self.defaults)
+        group.clear()
+        group.update(translated)
+
+
+def _own_groups(params: ParamsT) -> ParamsT:
+    """Groups as dicts of our own, so that a caller's stay as they are."""
+    if isinstance(params, Tensor):
+        return params
+    return [dict(entry) if isinstance(entry, dict) else entry for entry in params]  # type: ignore[return-value]
+
+
+def _constructor_of(cls: type[DeclaredOptimizer]) -> Constructor:
+    family: RuleFamily | None = getattr(cls, "rule", None)
+    own = [k for base in reversed(cls.__mro__) for k in vars(base).get("own_keywords", ())]
+    by_position = ordered((*(family.keywords if family else ()), *own))
+    by_name = [*documented(COMMON_DEFAULTS)]
+    others: dict[str, str] = {}
+    if cls.projects:
+        defaults = {**PROJECTION_DEFAULTS, **cls.projection_defaults}
+        others = {name: " or ".join(at) for name, at in strategy_option_owners().items()}
+        by_name += documented(defaults, others)
+        chosen = strategy_options({"rank": 1, **defaults})
+        by_name += [
+            Keyword(name, chosen[name], f"an option of {where}.", "given")
+            for name, where in others.items()
+            if name in chosen and name not in defaults
+        ]
+    positional = {keyword.name for keyword in by_position}
+    by_name = [keyword for keyword in by_name if keyword.name not in positional]
+    named = positional | {keyword.name for keyword in by_name}
+    others = {name: where for name, where in others.items() if name not in named}
+    return Constructor(by_position, tuple(by_name), others, cls.needs_params)

@@ -1,0 +1,205 @@
+"""Keywords of constructors as data: from one list come signature, binding, defaults and `help`."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..projectors import REFRESH_MODES
+from ..rules import MOMENT_TRANSPORTS
+from . import checks
+from .strategies import PROJECTORS, RESIDUALS, SCHEDULES, STORAGES
+
+Role = Literal["option", "given", "no effect"]
+
+
+@dataclass(frozen=True)
+class Keyword:
+    """A keyword of a constructor.
+
+    Attributes:
+        name: as the official code calls it.
+        default: what the signature shows.
+        doc: a sentence for `help`.
+        role: "option" is a key of every group, with this default; "given" counts only where it is
+            given (another spelling, or an option of one strategy); "no effect" is accepted so that
+            calls of the official class work, and a value that differs from the default warns.
+        accepted: the accepted values, where they are few.
+        before: the keyword that it precedes by position; None is the end.
+    """
+
+    name: str
+    default: Any
+    doc: str
+    role: Role = "option"
+    accepted: tuple[Any, ...] | None = None
+    before: str | None = None
+
+
+@dataclass(frozen=True)
+class Constructor:
+    """What a class's constructor accepts after `params`.
+
+    Attributes:
+        by_position: keywords in the official order, accepted by position too.
+        by_name: further keywords.
+        others: names that are accepted as well, and which choice each belongs to:
+            {"limiter": "residual='norm_scaled'"}.
+        needs_params: whether `params` must be given.
+    """
+
+    by_position: tuple[Keyword, ...] = ()
+    by_name: tuple[Keyword, ...] = ()
+    others: Mapping[str, str] | None = None
+    needs_params: bool = True
+
+    @property
+    def keywords(self) -> dict[str, Keyword]:
+        """All keywords by name, without `others`."""
+        return {keyword.name: keyword for keyword in (*self.by_position, *self.by_name)}
+
+    def names(self) -> set[str]:
+        """Every accepted name."""
+        return {*self.keywords, *(self.others or {})}
+
+    def defaults(self) -> dict[str, Any]:
+        """The group keys that keywords stand for, with their defaults."""
+        return {k.name: k.default for k in self.keywords.values() if k.role == "option"}
+
+    def bind(self, owner: str, args: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+        """What a call gave, by name; names are not checked.
+
+        Raises:
+            TypeError: too many arguments, or one is given twice.
+        """
+        names = [keyword.name for keyword in self.by_position]
+        if len(args) > len(names):
+            raise TypeError(
+                f"{owner} takes params and {len(names)} further arguments by position "
+                f"({', '.join(names)}), but {len(args)} were given"
+            )
+        given = dict(zip(names, args, strict=False))
+        for name in names:
+            if name in given and name in options:
+                raise TypeError(f"{owner} got {name} by position and by name")
+        return {**given, **options}
+
+    def ineffective(self, given: Mapping[str, Any]) -> list[str]:
+        """Those of the given keywords whose values have no effect although they ask for one.
+
+        Raises:
+            ValueError: a value is not accepted.
+        """
+        found = []
+        for name, value in given.items():
+            keyword = self.keywords.get(name)
+            if keyword is None:
+                continue
+            if keyword.accepted is not None:
+                checks.choice(name, value, keyword.accepted)
+            elif keyword.role == "no effect" and value != keyword.default:
+                found.append(f"{name}={value!r}")
+        return found
+
+    def signature(self) -> inspect.Signature:
+        """As `inspect.signature` shows it."""
+        kind = inspect.Parameter
+        first = kind("params", kind.POSITIONAL_OR_KEYWORD)
+        parameters = [first if self.needs_params else first.replace(default=None)]
+        for keyword in self.by_position:
+            default = keyword.default
+            parameters.append(kind(keyword.name, kind.POSITIONAL_OR_KEYWORD, default=default))
+        for keyword in self.by_name:
+            parameters.append(kind(keyword.name, kind.KEYWORD_ONLY, default=keyword.default))
+        if self.others:
+            parameters.append(kind("strategy_options", kind.VAR_KEYWORD))
+        return inspect.Signature(parameters)
+
+    def args_section(self) -> str:
+        """The `Args:` and `Raises:` sections of a docstring."""
+        entries = {"params": "parameters, named parameters or groups, as for `torch.optim`."}
+        for keyword in (*self.by_position, *self.by_name):
+            entries[keyword.name] = f"{keyword.doc} Default {keyword.default!r}."
+        if self.others:
+            belonging = ", ".join(f"{name} ({where})" for name, where in self.others.items())
+            entries["**strategy_options"] = (
+                f"accepted with the choice that each belongs to: {belonging}."
+            )
+        lines = ["Args:"]
+        for name, text in entries.items():
+            lines += textwrap.wrap(
+                f"{name}: {text}", 96, initial_indent="    ", subsequent_indent="        "
+            )
+        lines += [
+            "",
+            "Raises:",
+            "    TypeError: the arguments don't fit the signature.",
+            "    ValueError: an option is unknown or out of range, or a parameter is not accepted.",
+        ]
+        return "\n".join(lines)
+
+
+def ordered(keywords: Iterable[Keyword]) -> tuple[Keyword, ...]:
+    """Keywords by position: each at the end, or before the one that it names.
+
+    A name that is there already is replaced where it stands.
+    """
+    found: list[Keyword] = []
+    for keyword in keywords:
+        names = [known.name for known in found]
+        if keyword.name in names:
+            found[names.index(keyword.name)] = keyword
+        elif keyword.before in names:
+            found.insert(names.index(keyword.before), keyword)
+        else:
+            found.append(keyword)
+    return tuple(found)
+
+
+def documented(
+    defaults: Mapping[str, Any], belonging: Mapping[str, str] | None = None
+) -> tuple[Keyword, ...]:
+    """Keywords for the options of `engine.options`, with what `help` says about them.
+
+    Args:
+        defaults: names and defaults.
+        belonging: which choice the options of single strategies belong to.
+    """
+    docs = {name: f"an option of {where}." for name, where in (belonging or {}).items()}
+    docs.update(DOCS)
+    return tuple(Keyword(name, value, docs.get(name, "")) for name, value in defaults.items())
+
+
+def _one_of(names: Iterable[Any]) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+DOCS: Mapping[str, str] = {
+    "maximize": "ascend instead.",
+    "foreach": "True runs lists of tensors at once, False one tensor at a time, None chooses.",
+    "capturable": "keep step counts on the device, so that steps between refreshes can be captured "
+    "in a CUDA graph (where the rule supports it).",
+    "differentiable": "must be False; differentiating through `step` is not supported.",
+    "fused": "False avoids torch's fused Adam kernel, None and True use it where it applies.",
+    "compile": "`torch.compile` the update of the moments (Adam-based rules).",
+    "skip_nonfinite": "leave a parameter as it is for a step in which its gradient holds NaN or "
+    "infinity.",
+    "moments_dtype": "precision of the moments, 'float32' or 'bfloat16'; None is fp32 under "
+    "16-bit weights, else the weight's own.",
+    "projector": f"the subspace: {_one_of(PROJECTORS)}.",
+    "refresh": f"how singular vectors are computed: {_one_of(REFRESH_MODES)}.",
+    "schedule": f"when a matrix is refitted: {_one_of(SCHEDULES)}.",
+    "stagger": "spread the matrices' refreshes over the steps of a gap.",
+    "basis": f"how bases are stored: {_one_of(STORAGES)}; None is the weight's precision.",
+    "residual": f"the gradient outside the subspace: {_one_of(RESIDUALS)}.",
+    "moments": f"the moments when the subspace moves: {_one_of(MOMENT_TRANSPORTS)}.",
+    "projection_dtype": "precision of the projection GEMMs ('bfloat16', ...); None is the "
+    "weight's.",
+    "stochastic_rounding": "round bf16 weights up or down with probabilities that keep the mean.",
+    "seed": "of everything random.",
+    "update_proj_gap": "steps between refreshes of the subspace.",
+    "scale": "factor on the back-projected update.",
+}

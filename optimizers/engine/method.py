@@ -1,0 +1,196 @@
+"""The table of methods: a class enters it with the decorator `method` on its page.
+
+    @method("fira_adamw", paper="2410.01623", summary="Fira", state="m r + 2 n r")
+    class FiraAdamW(LowRankOptimizer):
+        rule = ADAMW
+        projection_defaults = {"residual": "norm_scaled"}
+
+Signature, `build`, `available` and `lowrank methods` come from what stands there.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+from torch import nn
+
+from ..layers import FactoredLinear
+from ..layers.convert import to_factored
+from ..param_groups import factored_groups, param_groups, plain_groups
+from .optimizer import LowRankOptimizer
+from .options import Group
+
+GroupMaker = Callable[..., list[Group]]
+_Optimizer = TypeVar("_Optimizer", bound=LowRankOptimizer)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A change of a model's parametrisation, in place; what is converted already stays.
+
+    Attributes:
+        apply: changes the model; takes `patterns` and the options.
+        options: names of its own options.
+        replaces_layers: other parameters are trained afterwards.
+    """
+
+    apply: Callable[..., None]
+    options: tuple[str, ...]
+    replaces_layers: bool = False
+
+    @classmethod
+    def to_layers(cls, kind: type[FactoredLinear], *options: str, **fixed: Any) -> Conversion:
+        """To layers of `kind`, which have these options beside `rank` and `seed`.
+
+        Args:
+            kind: the layer.
+            *options: names.
+            **fixed: defaults of options, or arguments that are always so.
+        """
+        names = ("rank", "seed", *options)
+        return cls(partial(to_factored, kind=kind, **fixed), names, replaces_layers=True)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        name: snake-case name.
+        optimizer: its class.
+        summary: one line for people.
+        state: optimizer state of an m x n matrix, m <= n, at rank r: entries of the weight's
+            precision, or bytes where it says so.
+        weights: what stands for the weight, likewise, where that isn't m n entries.
+        paper: arXiv number.
+        groups: makes parameter groups from a model and the options of groups.
+        build: constructor arguments that `build` sets unless they are given.
+        conversion: how the method changes a model before, if it does.
+        spellings: other names of the class.
+    """
+
+    name: str
+    optimizer: type[LowRankOptimizer]
+    summary: str
+    state: str
+    weights: str | None
+    paper: str | None
+    groups: GroupMaker
+    build: Mapping[str, Any] = field(default_factory=dict)
+    conversion: Conversion | None = None
+    spellings: tuple[str, ...] = ()
+
+    def description(self) -> str:
+        """The summary and the paper."""
+        return f"{self.summary} (arXiv {self.paper})" if self.paper else self.summary
+
+    def linked(self) -> str:
+        """The summary and a link to the paper, in markdown."""
+        if self.paper is None:
+            return self.summary
+        return f"{self.summary} ([{self.paper}](https://arxiv.org/abs/{self.paper}))"
+
+    def constructor_options(self) -> set[str]:
+        """Names of the constructor's keywords."""
+        return self.optimizer.keywords()
+
+    def group_options(self) -> set[str]:
+        """Names of the options of the groups that `build` makes; baselines ignore most of them."""
+        return {*self.optimizer.group_keys(), "patterns", "plain_lr"}
+
+
+TABLE: dict[str, Method] = {}
+
+
+def method(
+    name: str,
+    *,
+    summary: str,
+    state: str,
+    weights: str | None = None,
+    paper: str | None = None,
+    groups: GroupMaker | None = None,
+    build: Mapping[str, Any] | None = None,
+    conversion: Conversion | None = None,
+    spellings: tuple[str, ...] = (),
+) -> Callable[[type[_Optimizer]], type[_Optimizer]]:
+    """Enters a class in the table, and writes its arguments into its docstring.
+
+    Args:
+        name: snake-case name, for `build`.
+        summary: one line for people.
+        state: see `Method`.
+        weights: see `Method`.
+        paper: arXiv number.
+        groups: makes groups from (model, **options); by default those that a class of its kind
+            needs.
+        build: constructor arguments that `build` sets unless given, beside the rule family's.
+        conversion: how the method changes a model before.
+        spellings: other names of the class.
+
+    Raises:
+        ValueError: a name is taken.
+    """
+
+    def enter(optimizer: type[_Optimizer]) -> type[_Optimizer]:
+        names = {optimizer.__name__, *spellings}
+        for other in TABLE.values():
+            taken = names & {other.optimizer.__name__, *other.spellings}
+            if name == other.name or taken:
+                raise ValueError(
+                    f"method {name!r} of class {optimizer.__name__}: {min(taken or {name})} is "
+                    f"{other.name!r} of {other.optimizer.__module__} already; accepted are other "
+                    f"names, or unregister({other.name!r}) first"
+                )
+        family = getattr(optimizer, "rule", None)
+        TABLE[name] = Method(
+            name,
+            optimizer,
+            summary,
+            state,
+            weights,
+            paper,
+            groups or _groups_of(optimizer, conversion),
+            {**(family.build if family else {}), **(build or {})},
+            conversion,
+            spellings,
+        )
+        if optimizer.__doc__ is not None:
+            body = inspect.cleandoc(optimizer.__doc__)
+            optimizer.__doc__ = f"{body}\n\n{optimizer.constructor.args_section()}"
+        return optimizer
+
+    return enter
+
+
+def unregister(name: str) -> None:
+    """Takes a method out of the table.
+
+    Raises:
+        KeyError: there is none of this name.
+    """
+    del TABLE[name]
+
+
+def exported() -> dict[str, type[LowRankOptimizer]]:
+    """Every class under its name and its other spellings."""
+    return {
+        spelling: row.optimizer
+        for row in TABLE.values()
+        for spelling in (row.optimizer.__name__, *row.spellings)
+    }
+
+
+def _groups_of(optimizer: type[LowRankOptimizer], conversion: Conversion | None) -> GroupMaker:
+    if conversion is not None and conversion.replaces_layers:
+        return _factored
+    return param_groups if optimizer.projects else plain_groups
+
+
+def _factored(model: nn.Module, patterns: Any = None, **options: Any) -> list[Group]:
+    """Groups of a converted model, where `patterns` has done its work."""
+    return factored_groups(model, **options)

@@ -1,0 +1,81 @@
+"""Seeds of all that a step draws at random.
+
+Each is a function of the user's seed, of a name, of a count (steps, refreshes) and of what it is
+for. So a parameter draws the same numbers whatever others there are (one that is frozen, removed or
+added shifts no other's), in every process, on every device, and in a resumed run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank.cuda.noise import mix, random_bits
+
+#: Names under which wrappers keep what they wrap: torch.compile, FSDP1, activation checkpointing.
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+#: What `parameters.name_alike` calls a parameter without a name, for the sake of other groups.
+_PLACE = re.compile(r"group\d+\.\d+_*")
+
+
+@lru_cache(maxsize=1 << 16)
+def unwrapped_name(name: str) -> str:
+    """A parameter's name as it is when nothing is compiled, sharded or in DDP ("module.")."""
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    while len(parts) > 1 and parts[0] == "module":
+        del parts[0]
+    return ".".join(parts)
+
+
+def seed_names(groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """For each parameter of each group the name that its draws are made from.
+
+    It is the recorded name without wrappers, or the position in the optimizer ("param.12") where
+    none is recorded. A name that comes again (two models in one optimizer) gets a number ("a#2"),
+    so that no two parameters share their draws.
+    """
+    made: list[list[str]] = []
+    seen: dict[str, int] = {}
+    position = 0
+    for group in groups:
+        recorded = group.get("param_names") or [""] * len(group["params"])
+        own = []
+        for name in recorded:
+            unnamed = not name or _PLACE.fullmatch(name)
+            called = f"param.{position}" if unnamed else unwrapped_name(name)
+            seen[called] = seen.get(called, 0) + 1
+            own.append(called if seen[called] == 1 else f"{called}#{seen[called]}")
+            position += 1
+        made.append(own)
+    return made
+
+
+def draw_seed(seed: int, name: str, count: int, use: str) -> int:
+    """The 64-bit seed of one draw.
+
+    Args:
+        seed: the user's.
+        name: whose draw it is, see `seed_names`.
+        count: steps done, or another number that tells this draw from earlier ones.
+        use: what is drawn ("basis", "rounding").
+    """
+    return mix(seed, name, count, use)
+
+
+def choose(count: int, size: int, seed: int, device: torch.device) -> Tensor:
+    """`count` different ones of 0, ..., size - 1, uniform, the same on every device.
+
+    Returns:
+        int64, ascending.
+    """
+    bits = random_bits(size, seed, device=device).long()
+    # The positions make equal bits different ones, so that there are no ties.
+    keys = bits.bitwise_left_shift_(32).bitwise_or_(torch.arange(size, device=device))
+    smallest = keys.topk(count, largest=False, sorted=False).values
+    chosen: Tensor = smallest.bitwise_and_((1 << 32) - 1).sort().values
+    return chosen

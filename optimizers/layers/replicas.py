@@ -1,0 +1,143 @@
+"""What processes that train copies of one model (DDP) send each other of factored layers.
+
+Factors travel as any parameter does. Frozen weights, bases and candidates are buffers that each
+process keeps equal by itself, so they are marked as ones that `DistributedDataParallel` leaves
+alone: by default it would broadcast all of them before each forward pass. The mark holds names
+relative to the module that is wrapped, so each module that contains factored layers has its own;
+`convert(name, parent)` marks a parent that is put around a converted model later.
+
+Whether the processes began with equal frozen weights is checked once, in the first forward pass
+inside DDP.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .base import FactoredLinear
+
+_MARK = "_ddp_params_and_buffers_to_ignore"
+#: `torch.compile(model)` shows its model's mark, under which names are longer by this.
+_COMPILED = "_orig_mod."
+#: Entries of each tensor that are compared.
+_SAMPLED = 16
+
+
+def mark_frozen(model: nn.Module) -> None:
+    """Keeps frozen tensors of `model`, or of any module of it that DDP wraps, out of DDP's reach.
+
+    Layers that have not run inside DDP yet are checked when they first do.
+    """
+    for module in model.modules():
+        if isinstance(module, FactoredLinear):
+            _remove_check(module)
+            module.register_forward_pre_hook(check_replicas)
+        names = _frozen_names(module)
+        if names:
+            present = getattr(module, _MARK, ())
+            setattr(module, _MARK, [*present, *(name for name in names if name not in present)])
+
+
+def unmark_frozen(model: nn.Module) -> None:
+    """Undoes `mark_frozen`; to be called while the layers are there."""
+    for module in model.modules():
+        if isinstance(module, FactoredLinear):
+            _remove_check(module)
+        names = set(_frozen_names(module))
+        if names and _MARK in vars(module):
+            rest = [name for name in getattr(module, _MARK) if name not in names]
+            if rest:
+                setattr(module, _MARK, rest)
+            else:
+                delattr(module, _MARK)
+
+
+def _frozen_names(module: nn.Module) -> list[str]:
+    names = [
+        name
+        for prefix, layer in module.named_modules()
+        if isinstance(layer, FactoredLinear)
+        for name, _ in layer.named_buffers(prefix)
+    ]
+    return names + [_COMPILED + name for name in names]
+
+
+def _remove_check(layer: nn.Module) -> None:
+    for key, hook in list(layer._forward_pre_hooks.items()):
+        if hook is check_replicas:
+            del layer._forward_pre_hooks[key]
+
+
+def check_replicas(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Forward pre-hook: in the first pass inside DDP, compares processes, once for all layers.
+
+    What `torch.compile` runs as a whole isn't checked.
+
+    Raises:
+        RuntimeError: frozen weights differ between processes.
+    """
+    if torch.compiler.is_compiling():
+        return
+    parallel = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    if parallel is None:
+        return
+    layers = [
+        (name, module)
+        for name, module in parallel.module.named_modules()
+        if isinstance(module, FactoredLinear)
+    ]
+    for _, each in layers:
+        _remove_check(each)
+    if parallel.process_group.size() == 1:
+        return
+    _warn_of_broadcasts(parallel, [each for _, each in layers])
+    samples = [(name, sample) for name, each in layers for sample in _samples(each)]
+    if not samples:
+        return
+    device = next(layer.parameters()).device
+    found = torch.cat([sample for _, sample in samples]).to(device)
+    # One maximum of both signs: it is the own value on every process only if all are equal.
+    both = torch.stack([found, -found])
+    distributed.all_reduce(both, op=distributed.ReduceOp.MAX, group=parallel.process_group)
+    unequal = (both[0] != -both[1]).cpu()
+    first = 0
+    for name, sample in samples:
+        if bool(unequal[first : first + len(sample)].any()):
+            raise RuntimeError(
+                f"frozen weights of {name} differ between processes, and DDP doesn't broadcast "
+                "them: accepted are equal models before convert or build (torch.manual_seed with "
+                "one seed, or one checkpoint, on each process)"
+            )
+        first += len(sample)
+
+
+def _samples(layer: FactoredLinear) -> Iterator[Tensor]:
+    """A few entries of each frozen tensor, in fp64 on the CPU."""
+    frozen = [*layer.buffers(), *(getattr(layer, name) for name in layer.host_tensors())]
+    for tensor in frozen:
+        flat = tensor.detach().flatten()
+        if len(flat):
+            stride = max(1, len(flat) // _SAMPLED)
+            yield flat[::stride][:_SAMPLED].to("cpu", torch.float64).nan_to_num()
+
+
+def _warn_of_broadcasts(parallel: DistributedDataParallel, layers: list[FactoredLinear]) -> None:
+    if not parallel.broadcast_buffers:
+        return
+    reached = {id(buffer) for buffer in parallel.modules_buffers}
+    broadcast = [b for layer in layers for b in layer.buffers() if id(b) in reached]
+    if broadcast:
+        size = sum(buffer.nbytes for buffer in broadcast)
+        warnings.warn(
+            f"DistributedDataParallel broadcasts {size} bytes of frozen weights before each "
+            f"forward pass, because it wraps a {type(parallel.module).__name__} around the module "
+            "that was converted: convert(name, module) with that module before it is wrapped keeps "
+            "them out, and so does broadcast_buffers=False",
+            stacklevel=2,
+        )

@@ -1,0 +1,97 @@
+"""A learning rate that rises again after each event of a layer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from ..engine.rotation import Rotation
+from ..rules import Adam, Update, UpdateRule
+from ..rules.base import State
+
+
+@dataclass(frozen=True)
+class Rewarmed(UpdateRule):
+    """Adam with a learning rate of lr min(1, s / (w + 1)) in the s-th step after an event.
+
+    Until the first event it is lr. Nothing is stored: s is `step - refreshed_at`.
+
+    Attributes:
+        inner: the rule, which has lr.
+        steps: w.
+    """
+
+    inner: Adam
+    steps: int
+
+    def at_rate(self, lr: float | Tensor | None) -> Rewarmed:
+        """See `UpdateRule.at_rate`."""
+        return replace(self, inner=self.inner.at_rate(lr))
+
+    def init(self, shape: Sequence[int], like: Tensor) -> State:
+        """See `UpdateRule.init`."""
+        return self.inner.init(shape, like)
+
+    def state_bytes(self, shape: Sequence[int], itemsize: int) -> int:
+        """See `UpdateRule.state_bytes`."""
+        return self.inner.state_bytes(shape, itemsize)
+
+    def share(self, state: State) -> float:
+        """This step's learning rate as a share of lr; `step` already counts this step."""
+        event = int(state["refreshed_at"])
+        return min(1.0, (int(state["step"]) - event) / (self.steps + 1)) if event > 0 else 1.0
+
+    def update(
+        self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
+    ) -> list[Update]:
+        """See `UpdateRule.update`."""
+        updates: dict[int, Update] = {}
+        for rule, picked in self._by_rate(states):
+            made = rule.update(*_picked(picked, grads, states, weights))
+            updates.update(zip(picked, made, strict=True))
+        return [updates[i] for i in range(len(grads))]
+
+    def apply(
+        self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
+    ) -> None:
+        """See `UpdateRule.apply`."""
+        for rule, picked in self._by_rate(states):
+            rule.apply(*_picked(picked, grads, states, weights))
+
+    def transport_moments(
+        self, state: State, how: str, rotation: Rotation, into: State | None = None
+    ) -> None:
+        """See `UpdateRule.transport_moments`."""
+        self.inner.transport_moments(state, how, rotation, into)
+
+    def carry(self, previous: UpdateRule, old: State, new: State) -> bool:
+        """See `UpdateRule.carry`."""
+        before = previous.inner if isinstance(previous, Rewarmed) else previous
+        return self.inner.carry(before, old, new)
+
+    def _by_rate(self, states: Sequence[State]) -> list[tuple[Adam, list[int]]]:
+        """Rules with their learning rates, and the positions of what each is for."""
+        shares: dict[float, list[int]] = defaultdict(list)
+        for i, state in enumerate(states):
+            shares[self.share(state)].append(i)
+        return [
+            (self.inner if share == 1.0 else replace(self.inner, lr=self.inner.lr * share), picked)
+            for share, picked in shares.items()
+        ]
+
+
+def _picked(
+    positions: Sequence[int],
+    grads: Sequence[Tensor],
+    states: Sequence[State],
+    weights: Sequence[Tensor],
+) -> tuple[list[Tensor], list[State], list[Tensor]]:
+    """Those of the three at `positions`."""
+    return (
+        [grads[i] for i in positions],
+        [states[i] for i in positions],
+        [weights[i] for i in positions],
+    )

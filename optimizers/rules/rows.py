@@ -1,0 +1,40 @@
+"""Working on a matrix by rows, so that scratch stays small."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine.chunks import row_chunks, wide_dtype
+
+#: Entries of a scale of 8-bit moments; pieces of a weight end where one does.
+BLOCK = 256
+
+
+def state_rows(state: dict[str, Any], rows: slice, grad: Tensor) -> dict[str, Any]:
+    """Views of what a state holds of some rows of an m x n gradient, 8-bit scales included."""
+    columns = grad.shape[1]
+    blocks = slice(rows.start * columns // BLOCK, -(-rows.stop * columns // BLOCK))
+    part: dict[str, Any] = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.shape == grad.shape:
+            part[key] = value[rows]
+        elif key.endswith("_absmax"):
+            part[key] = value[blocks]
+        else:
+            part[key] = value
+    return part
+
+
+def sum_of_squares(tensor: Tensor) -> Tensor:
+    """||tensor||^2 in fp32 (fp64 for fp64), 0-d; a matrix in half precision is read in chunks."""
+    wide = wide_dtype(tensor)
+    if tensor.dtype == wide or tensor.dim() != 2:
+        norm: Tensor = torch.linalg.vector_norm(tensor, dtype=wide)
+        return norm.square()
+    total = torch.zeros((), dtype=wide, device=tensor.device)
+    for rows in row_chunks(tensor):
+        total += torch.linalg.vector_norm(tensor[rows].to(wide)).square()
+    return total

@@ -1,0 +1,208 @@
+"""Compiles the native libraries into cuda/_lib, loads them, and calls each operation once."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowrank.cuda import build as native
+from lowrank.cuda import library, using_kernels
+
+from .files import Json
+from .record import Record
+from .section import Context
+
+#: A file that needs what the kernels need of nvcc and of its host compiler.
+_PROBE = """
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+template <typename F> __global__ void each(int n, F f) { if (threadIdx.x < n) f(threadIdx.x); }
+int main() {
+    each<<<1, 32>>>(32, [=] __device__(int i) { (void)i; });
+    return std::is_same_v<int, std::int32_t> ? 0 : 1;
+}
+"""
+_HOST_COMPILERS = (
+    *(f"g++-{version}" for version in (15, 14, 13, 12, 11)),
+    *(f"clang++-{version}" for version in (20, 19, 18, 17, 16, 15, 14)),
+    "clang++",
+)
+#: Registers of a thread with which two blocks of 256 threads fit on a multiprocessor.
+REGISTERS = 128
+
+
+def run(record: Record, context: Context) -> None:
+    """Builds, loads and smokes; a library that fails is a failed check, and stops nothing."""
+    record.attempt("compile", lambda: compile_libraries(record, context))
+    names = ("cuda", "host") if context.on_gpu else ("host",)
+    for name in names:
+        device = context.device if name == "cuda" else torch.device("cpu")
+        record.attempt(f"load {name}", functools.partial(_load, record, name, device))
+    record.attempt("smoke", lambda: _smoke(record, context))
+
+
+def compile_libraries(record: Record, context: Context) -> None:
+    """Compiles in place what is not there yet, for this card too."""
+    nvcc = native.find_nvcc()
+    record.facts["nvcc"] = nvcc
+    record.facts["architectures"] = target_architectures(context)
+    folder = context.root / "cuda" / "_lib"
+    begin = time.monotonic()
+    if native.read_report(folder).get("digest") != native.digest():
+        if not context.on_gpu:
+            os.environ.setdefault("LOWRANK_CUDA", "0")  # a CPU needs the host's library alone
+        elif nvcc is not None:
+            record.facts["host_compiler"] = choose_host_compiler(nvcc)
+    output: list[tuple[str, float, str]] = []
+    with recorded(output):
+        report = native.build(folder)
+    seconds = time.monotonic() - begin
+    record.facts["report"] = report
+    record.add("build", "compiled" if output else "already there", seconds, "s")
+    record.facts["commands"] = [{"file": name, "seconds": s} for name, s, _ in output]
+    found = registers("\n".join(text for _, _, text in output))
+    record.facts["registers"] = found
+    for target in sorted({kernel["target"] for kernel in found}):
+        own = [kernel for kernel in found if kernel["target"] == target]
+        most = max(own, key=lambda kernel: int(kernel["registers"]))
+        spilled = sum(kernel["spill_bytes"] > 0 for kernel in own)
+        note = f"{len(own)} kernels, {spilled} spill; the most in {most['kernel'][:60]}"
+        record.add("build", f"registers, {target}", most["registers"], "", aim=REGISTERS, note=note)
+
+
+def target_architectures(context: Context) -> str:
+    """What is compiled for: the default, and this card if the default leaves it out."""
+    if context.on_gpu and "LOWRANK_CUDA_ARCHS" not in os.environ:
+        major, minor = torch.cuda.get_device_capability()
+        own = f"{major}{minor}"
+        targets = native.architectures()
+        if not any(re.fullmatch(rf"{own}[af]?", target) for target in targets):
+            os.environ["LOWRANK_CUDA_ARCHS"] = " ".join([own, *targets])
+    return " ".join(native.architectures())
+
+
+def choose_host_compiler(nvcc: str, candidates: Sequence[str] = _HOST_COMPILERS) -> Json:
+    """Finds a host compiler that nvcc takes, and makes it nvcc's by NVCC_PREPEND_FLAGS.
+
+    Returns:
+        "chosen": nvcc's default, a program, or None where none works; "refused" says why others
+        do not.
+    """
+    refused: Json = {}
+    former = os.environ.get("NVCC_PREPEND_FLAGS", "")
+    found = [path for name in candidates if (path := shutil.which(name))]
+    choices = [("default", "")]
+    choices += [(path, f"-ccbin {path}") for path in found]
+    choices += [("default, although unsupported", "-allow-unsupported-compiler")]
+    for name, flags in choices:
+        problem = _tries(nvcc, f"{former} {flags}".strip())
+        if problem is None:
+            if flags:
+                os.environ["NVCC_PREPEND_FLAGS"] = f"{former} {flags}".strip()
+            return {"chosen": name, "refused": refused}
+        refused[name] = problem
+    return {"chosen": None, "refused": refused}
+
+
+def _tries(nvcc: str, flags: str) -> str | None:
+    """What nvcc says against the probe; None for nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cu"
+        source.write_text(_PROBE)
+        command = [nvcc, "-std=c++20", "-extended-lambda", "-c", str(source), "-o", f"{source}.o"]
+        former = os.environ.get("NVCC_PREPEND_FLAGS")
+        os.environ["NVCC_PREPEND_FLAGS"] = flags
+        try:
+            native.run(command)
+        except native.BuildError as error:
+            return str(error)[-600:]
+        finally:
+            if former is None:
+                del os.environ["NVCC_PREPEND_FLAGS"]
+            else:
+                os.environ["NVCC_PREPEND_FLAGS"] = former
+    return None
+
+
+@contextlib.contextmanager
+def recorded(output: list[tuple[str, float, str]]) -> Iterator[None]:
+    """Makes nvcc tell what ptxas finds, and keeps (file, seconds, what is said) of each command.
+
+    nvcc compiles for several targets at once meanwhile.
+    """
+    original: Callable[..., str] = native.run
+    flags = os.environ.get("NVCC_APPEND_FLAGS")
+
+    def kept(command: Sequence[str]) -> str:
+        begin = time.monotonic()
+        said = original(command)
+        if "-c" in command or "-shared" in command:
+            name = Path(command[command.index("-c") + 1] if "-c" in command else command[-1]).name
+            output.append((name, round(time.monotonic() - begin, 2), said))
+        return said
+
+    os.environ["NVCC_APPEND_FLAGS"] = f"{flags or ''} -Xptxas=-v --threads=4".strip()
+    setattr(native, "run", kept)  # noqa: B010 (a name that mypy takes for constant)
+    try:
+        yield
+    finally:
+        setattr(native, "run", original)  # noqa: B010
+        if flags is None:
+            del os.environ["NVCC_APPEND_FLAGS"]
+        else:
+            os.environ["NVCC_APPEND_FLAGS"] = flags
+
+
+def registers(text: str) -> list[Json]:
+    """What `ptxas -v` says of each kernel: target, registers, shared memory and spills in bytes."""
+    entry = re.compile(r"Compiling entry function '(\S+)' for '(\S+)'")
+    found: list[Json] = []
+    for line in text.splitlines():
+        if begins := entry.search(line):
+            name, target = begins.groups()
+            found.append({"kernel": name, "target": target, "registers": 0, "spill_bytes": 0})
+        elif found and (spills := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill", line)):
+            found[-1]["spill_bytes"] = int(spills[1]) + int(spills[2])
+        elif found and (used := re.search(r"Used (\d+) registers", line)):
+            found[-1]["registers"] = int(used[1])
+            shared = re.search(r"(\d+) bytes smem", line)
+            found[-1]["shared_bytes"] = int(shared[1]) if shared else 0
+    return [kernel for kernel in found if kernel["registers"]]
+
+
+def _load(record: Record, name: str, device: torch.device) -> None:
+    found = library.status(name)
+    good = found.runs_on(device)
+    record.facts[f"{name} library"] = found.detail
+    record.check(f"the {name} library is compiled and runs", good, found.detail)
+
+
+def _smoke(record: Record, context: Context) -> None:
+    """One call of each kind of operation, with finite results."""
+    from . import bandwidth
+
+    kernels = bandwidth.kernels(1 << 15, context.device)
+    calls: dict[str, Any] = {}
+    for name, kernel in kernels.items():
+        try:
+            with using_kernels("native"):
+                call = kernel.prepare()
+                call()
+            context.clock.synchronize()
+            calls[name] = "ran"
+        except Exception as error:
+            calls[name] = f"{type(error).__name__}: {error}"[:500]
+    broken = {name: said for name, said in calls.items() if said != "ran"}
+    detail = "; ".join(f"{name}: {said}" for name, said in broken.items())
+    record.check("each operation runs", not broken, detail or f"{len(calls)} operations")

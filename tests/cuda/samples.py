@@ -1,0 +1,50 @@
+"""Valid arguments of each operation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+SIZE = 600
+
+
+def samples() -> dict[str, tuple[Any, ...]]:
+    """Valid arguments of each operation."""
+    x = torch.randn(SIZE)
+    matrix = x.view(20, 30)
+    codes, packed = torch.zeros(SIZE, dtype=torch.uint8), torch.zeros(SIZE // 2, dtype=torch.uint8)
+    groups = torch.ones(3)
+    byte_matrix = codes.view(20, 30)
+    factors = torch.ones(1, 30)
+    return {
+        "quantize_blockwise": (x, codes, groups, True, 256),
+        "dequantize_blockwise": (codes, groups, x, False, 256),
+        "quantize_groups": (x, codes, groups, groups.clone(), 255, 256, 5, 0),
+        "dequantize_groups": (codes, groups, groups.clone(), x, 256),
+        "quantize_int4": (x, packed, groups, None, "nf4", 256),
+        "dequantize_int4": (packed, groups, groups.clone(), x, "asymmetric", 256),
+        "rademacher": (x, 5),
+        "gaussian": (x, 5, torch.tensor(7), 3),
+        "stochastic_bfloat16": (x, torch.empty(SIZE, dtype=torch.bfloat16), 5, 0),
+        "adam": (
+            *([x], [x.clone()], [x.abs()], [x.clone()], [], [], -1),
+            *(0.9, 0.999, 1e-8, 1.0, None),
+        ),
+        "adam_8bit": (
+            *([x], [codes], [groups], [codes.clone()], [groups.clone()], [x.clone()]),
+            *(0.9, 0.999, 1e-8, 1.0, torch.ones(1, 2)),
+        ),
+        "write_back": (matrix, matrix.clone(), matrix.clone(), factors, 0.9, 0.1, None, 0),
+        "write_back_int8": (
+            *(byte_matrix, groups, groups.clone(), matrix, None, None, 256),
+            *(0.9, 0.1, 5, 0),
+        ),
+    }
+
+
+def cloned(value: Any) -> Any:
+    """Tensors of their own, which opcheck may change."""
+    if isinstance(value, list):
+        return [cloned(item) for item in value]
+    return value.clone() if isinstance(value, torch.Tensor) else value
