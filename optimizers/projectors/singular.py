@@ -27,7 +27,7 @@ FALLBACKS = {
 
 
 def align_signs(basis_dr: Tensor, previous_dr: Tensor) -> Tensor:
-    """Flips columns with a negative inner product with the previous column, for the moments' sake."""
+    """Flips columns with a negative inner product with their previous ones, as moments need."""
     agreement_r = (basis_dr * previous_dr.to(basis_dr.dtype)).sum(0)
     return basis_dr * torch.where(agreement_r < 0, -1.0, 1.0)
 
