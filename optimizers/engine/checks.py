@@ -1,4 +1,4 @@
-"""Validation of what a person passes in: a `ValueError` with name, value and what is accepted."""
+"""Validation of options: a `ValueError` with the name, the value and what is accepted."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _PLAIN = (float, int, bool, str, type(None))
 
 
 def plain(value: Any) -> Any:
-    """A number of NumPy or torch (no dimensions) as a Python number; what is none stays as it is.
+    """Converts a 0-d NumPy or torch number to a Python number; other values are returned unchanged.
 
-    Tuples and lists are taken entry by entry. A tensor on a device is read back.
+    Tuples and lists are converted entry by entry. A tensor on a device is read back.
     """
     kind = type(value)
     if kind in _PLAIN:
@@ -47,7 +47,7 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
-    """The error for an unknown name: says the nearest known one, else lists all of them."""
+    """The error for an unknown name: names the nearest known one, else lists all of them."""
     choices = sorted(known)
     guess = nearest(name, choices)
     hint = f"did you mean {guess!r}?" if guess else f"accepted: {', '.join(choices)}"

@@ -1,4 +1,4 @@
-"""The optimizer that every method is: groups, state, and the order in which the seams act."""
+"""The base class of all methods: groups, state, and the order of operations in a step."""
 
 from __future__ import annotations
 
@@ -32,13 +32,12 @@ from .strategies import (
 class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
     """Base of all methods: a `torch.optim.Optimizer` whose groups may be projected.
 
-    A subclass declares its parts (`DeclaredOptimizer`), or says with `compose` what a group's
-    options mean. State is made at construction and in `add_param_group` and holds tensors and
-    integers only.
+    A subclass declares its parts (`DeclaredOptimizer`), or overrides `compose`. State is made at
+    construction and in `add_param_group` and holds tensors and integers only.
     """
 
     def compose(self, group: Group) -> Composition:
-        """What a group's options mean: pure, cheap, and raising `ValueError` for bad values."""
+        """The composition of a group's options; raises `ValueError` for bad values."""
         projection = projection_of(group) if self.projects else None
         return Composition(self.rule.make(group, projected=projection is not None), projection)
 
@@ -50,8 +49,7 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group and makes its parameters' state; on an error nothing is added.
 
-        A group without names beside such with names gets some ("group2.0"), and the other way
-        round.
+        If only some groups have parameter names, the others get generated ones ("group2.0").
 
         Raises:
             ValueError: as in the constructor.
@@ -91,7 +89,7 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
         return self.defaults.keys() | (self.group_keys() if self.projects else set())
 
     def _checked(self, group: Group, given: Set[str]) -> Composition:
-        """Checks a group, completes it, and says what it means; `given` was not by default."""
+        """Checks and completes a group and returns its composition; `given` are the options set."""
         known = self._known()
         for name in given - known - {"param_names", "initial_lr"}:
             guess = checks.nearest(name, known, cutoff=0.85)
@@ -106,7 +104,7 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
         options = ProjectionOptions.of(group) if self.projects else None
         if options is not None:
             own = strategy_options(group)
-            # What is as it would be without being given is in copies of groups.
+            # Copies of groups hold all options: one that equals the default doesn't count as given.
             chosen = {
                 name: group[name]
                 for name in given
@@ -201,7 +199,7 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
                 if plan.core.projection is None:
                     step_plain(plan, usable)
                 else:
-                    step_projected(plan, index, count, hooks, self._formers, usable)
+                    step_projected(plan, index, count, hooks, self._pending_moments, usable)
                     index += len(plan.params)
         return loss
 

@@ -17,7 +17,7 @@ from ..engine.seeds import draw_seed
 from . import decompositions, subspace
 from .base import Bases, ProjectedParam, Projector
 
-#: Tried in turn where a solver does not converge.
+#: Modes to try in turn if a solver does not converge.
 FALLBACKS = {
     "svd": ("eigh", "randomized"),
     "eigh": ("svd", "randomized"),
@@ -27,7 +27,7 @@ FALLBACKS = {
 
 
 def align_signs(basis_dr: Tensor, previous_dr: Tensor) -> Tensor:
-    """Flips columns that point away from their former selves, so that moments keep their sense."""
+    """Flips columns with a negative inner product with their previous ones, as moments need."""
     agreement_r = (basis_dr * previous_dr.to(basis_dr.dtype)).sum(0)
     return basis_dr * torch.where(agreement_r < 0, -1.0, 1.0)
 
@@ -48,10 +48,10 @@ class SingularProjector(Projector):
     Memory: min(m, n) r entries (std), or (m + n) r (full).
 
     Attributes:
-        refresh: one of `decompositions.REFRESH_MODES`; `seed` and the step fix the sketches of
-            "randomized".
-        rotate: bases of "randomized" and "warm" are singular vectors; False leaves any orthonormal
-            basis of their span, which saves an eigendecomposition of r x r a matrix.
+        refresh: one of `decompositions.REFRESH_MODES`; `seed` and the step determine the sketches
+            of "randomized".
+        rotate: bases of "randomized" and "warm" are singular vectors; False allows any orthonormal
+            basis of their span, which saves one r x r eigendecomposition per matrix.
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = ("refresh", "rotate")
@@ -83,7 +83,7 @@ class SingularProjector(Projector):
         return fitted
 
     def matrix(self, param: ProjectedParam, whole_mn: Tensor) -> Tensor:
-        """What to decompose of the gradient, assembled from all processes."""
+        """The matrix to decompose, from the gradient assembled over all processes."""
         return whole_mn
 
     def _fit_batch(self, params: Sequence[ProjectedParam]) -> list[Bases | None]:
@@ -112,7 +112,7 @@ class SingularProjector(Projector):
     ) -> list[Bases | None]:
         geometry = params[0].geometry
         previous = [self.bases(param)[0] if param.fitted else None for param in params]
-        # A batch shares its sketch, which is the same whichever matrices of the shape are in it.
+        # A batch shares its sketch, which doesn't depend on which matrices are in the batch.
         shape = "x".join(map(str, geometry.shape))
         seed = draw_seed(self.seed, shape, params[0].steps_done, "sketch")
 
