@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from .engine.parameters import check_unsharded
 from .layers.base import FactoredLinear
 
 Group = dict[str, Any]
@@ -28,13 +29,19 @@ SIZES = ("rank", "rank_ratio_matrix", "rank_ratio_cnn")
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
-    """Every trainable parameter once, under its first name, with the module that owns it."""
+    """Every trainable parameter once, under its first name, with the module that owns it.
+
+    Raises:
+        ValueError: one is sharded.
+    """
     seen: set[nn.Parameter] = set()
     for prefix, module in model.named_modules():
         for name, param in module.named_parameters(recurse=False):
             if param.requires_grad and param not in seen:
                 seen.add(param)
-                yield (f"{prefix}.{name}" if prefix else name), param, module
+                whole = f"{prefix}.{name}" if prefix else name
+                check_unsharded(param, whole)
+                yield whole, param, module
 
 
 def _tied(model: nn.Module) -> set[nn.Parameter]:

@@ -10,6 +10,8 @@ from . import methods as methods  # fills the table
 from .engine import checks
 from .engine.method import TABLE, Method
 from .engine.optimizer import LowRankOptimizer
+from .engine.options import make_plain
+from .engine.parameters import check_unsharded
 from .layers.convert import meta_copy
 from .layers.optimizer import FactoredAdamW
 
@@ -101,6 +103,8 @@ def convert(name: str, model: nn.Module, **options: Any) -> nn.Module:
     converted model's state dict, or moved between the two. Methods without a parametrisation of
     their own, and what is converted already, leave the model as it is; `merge` undoes it. Processes
     that train together need equal models here: DDP's broadcast of INT8 weights is rounded anew.
+    What is frozen in factored layers DDP leaves alone, under the model that is given here and any
+    part of it; where DDP wraps a module around that model, give that module here as well.
 
     Args:
         name: one of `available()`.
@@ -115,7 +119,10 @@ def convert(name: str, model: nn.Module, **options: Any) -> nn.Module:
         ValueError: the name or an option is unknown or out of range, or no layer matches.
     """
     method = _method(name)
+    make_plain(options)
     _sort_options(method, options)
+    for called, param in model.named_parameters():
+        check_unsharded(param, called)
     if method.conversion is not None:
         accepted = {*method.conversion.options, "patterns"}
         method.conversion.apply(model, **{key: options[key] for key in options if key in accepted})
@@ -147,6 +154,7 @@ def build(
         ValueError: the name or an option is unknown (the nearest one is named) or out of range.
     """
     method = _method(name)
+    make_plain(options)
     group_options, keywords = _sort_options(method, options)
     convert(name, model, **options)
     if lr is not None:
@@ -169,6 +177,7 @@ def expected_state_bytes(name: str, model: nn.Module, **options: Any) -> int:
         ValueError: as `build`.
     """
     method = _method(name)
+    make_plain(options)
     group_options, keywords = _sort_options(method, options)
     if method.conversion is not None and method.conversion.replaces_layers:
         model = convert(name, meta_copy(model), **options)

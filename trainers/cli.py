@@ -25,7 +25,7 @@ _PRETRAIN_EXAMPLES = """\
 settings that matter, for --set (the folder's config.yaml lists all of them):
   optimizer.lr, optimizer.rank, and any other option of the optimizer
   train.batch_size, train.accumulation, train.clip
-  data.sequence_length, data.packing=pack|pad, data.tokenizer=bpe|bytes|NAME
+  data.sequence_length, data.packing=pack|pad, data.tokenizer=bpe|bytes|NAME, data.text_key=FIELD
   schedule.name=cosine|linear|wsd|constant, schedule.warmup_ratio
   eval.every, eval.tokens, checkpoint.every, checkpoint.keep
   model.dtype=float32|bfloat16, model.activation_checkpointing, model.compile

@@ -95,6 +95,8 @@ def _run(config: RunConfig, place: Place, world: World, console: Console) -> Non
     with _build(config, world) as parts:
         if place.checkpoint is not None:
             read_parts(place.checkpoint.folder, parts)
+        if parts.state.step < config.train.steps:
+            parts.stream.prefetch()  # data of no use are found before a file is written
         carried = parts.state.wall_seconds
         if world.leads:
             _prepare(folder, config, place, store, console)

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from lowrank.optimizers.layers import FactoredLinear
+
 _CHUNK = 1 << 22
 
 
@@ -16,6 +18,11 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
     saved = model.state_dict().keys()
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+    # What stays on the CPU beside the buffers (SwitchLoRA's offloaded candidates).
+    for prefix, module in model.named_modules():
+        if isinstance(module, FactoredLinear):
+            for name in module.host_tensors():
+                yield f"{prefix}.{name}", getattr(module, name)
 
 
 def weights_sha256(model: nn.Module) -> str:

@@ -1,1 +1,1 @@
-"""What every method runs on: options, composition, and the optimizer's step."""
+"""The engine of every method: options, composition, and the optimizer's step."""

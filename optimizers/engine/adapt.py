@@ -1,10 +1,10 @@
 """A parameter's state after its group's options were changed in the middle of training.
 
-What the options leave as it is stays. A subspace of another size or kind is refitted at once, by
-the gradient of the step that saw the change, and the moments follow as the option `moments` says:
-"keep" keeps those of the same shape, "restore" and "rotate" carry them over by the overlap of the
-bases, also between ranks, "reset" sets them to zero. Moments that can't be kept start anew, and
-the step count with them, as in a new optimizer.
+Entries that the change doesn't affect are kept. A subspace of another size or kind is refitted with
+the gradient of the first step after the change, and the option `moments` decides about the moments:
+"keep" keeps those of the same shape, "restore" and "rotate" transport them by the overlap of the
+bases, also between ranks, "reset" sets them to zero. Moments that can't be kept are reset together
+with the step count, as in a new optimizer.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ State = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Former:
-    """A state whose moments are to be carried into a basis that is not fitted yet.
+class PendingMoments:
+    """A previous state whose moments are transported once the new basis is fitted.
 
     Attributes:
-        state: the state before.
-        composition: what made it.
+        state: the previous state.
+        composition: the composition that made it.
     """
 
     state: State
@@ -36,18 +36,18 @@ class Former:
 
 def adapt(
     param: Tensor, old: State, previous: Composition, new: State, composition: Composition
-) -> tuple[State, Former | None]:
-    """The state of a parameter that has taken steps, under a new composition.
+) -> tuple[State, PendingMoments | None]:
+    """The state of a parameter, after at least one step, under a new composition.
 
     Args:
         param: the parameter.
         old: its state.
-        previous: what made it.
-        new: what `composition.init_state` made.
-        composition: the new one.
+        previous: the composition that made it.
+        new: the result of `composition.init_state`.
+        composition: the new composition.
 
     Returns:
-        The state, and what is to be carried over once there is a basis.
+        The state, and the moments to transport once the basis is fitted, if any.
     """
     before, after = previous.projection, composition.projection
     if before is None or after is None:
@@ -57,7 +57,7 @@ def adapt(
         made |= {key: old[key] for key in composition.counters if key in old}
         return (made if _carry_moments(param, old, previous, made, composition) else new), None
     if _resets(before) and not _resets(after):
-        # Bias corrections count all steps again: let these be the ones that the moments have seen.
+        # Bias corrections count all steps again: count only those that the moments have averaged.
         seen = max(int(old["refreshed_at"]), 0)
         old = {**old, "step": old["step"] - seen, "refreshed_at": old["refreshed_at"] - seen}
     made = {**new, "step": old["step"]}
@@ -75,18 +75,17 @@ def adapt(
 
 
 def _resets(projection: Projection) -> bool:
-    """Whether moments start anew at each refresh, and bias corrections count from there."""
+    """Whether each refresh resets the moments and the step count of their bias corrections."""
     return projection.options.moments == "reset"
 
 
 def _same_bases(before: Projection, after: Projection, basis: State, old: State) -> bool:
-    """Whether stored bases mean the same; `basis` has the entries that are wanted."""
-    projector, former = after.projector, before.projector
-    if type(projector) is not type(former) or projector.storage != former.storage:
+    """Whether stored bases can be kept; `basis` has the entries that the new projector needs."""
+    projector, previous = after.projector, before.projector
+    if type(projector) is not type(previous) or projector.storage != previous.storage:
         return False
     if not basis:  # drawn from a seed whenever they are read
-        same: bool = replace(former, dtype=projector.dtype) == projector
-        return same
+        return replace(previous, dtype=projector.dtype) == projector
     return all(key in old and _alike(value, old[key]) for key, value in basis.items())
 
 
@@ -99,7 +98,7 @@ def _alike(value: Any, other: Any) -> bool:
 def _carry_moments(
     param: Tensor, old: State, previous: Composition, made: State, composition: Composition
 ) -> bool:
-    """In place: the rule's entries of `made`; False if they have to start anew."""
+    """In place: fills the rule's entries of `made`; False if the moments must be reset."""
     own = {key: made[key] for key in composition.moments(param.to("meta"))}
     carried = composition.rule.carry(previous.rule, old, own)
     made |= own
@@ -113,8 +112,8 @@ def _refitted(
     new: State,
     made: State,
     composition: Composition,
-) -> tuple[State, Former | None]:
-    """The same where the basis is to be fitted anew."""
+) -> tuple[State, PendingMoments | None]:
+    """`adapt` where the basis must be refitted."""
     assert previous.projection is not None
     assert composition.projection is not None
     how = composition.projection.options.moments
@@ -128,23 +127,25 @@ def _refitted(
         return (made if _carry_moments(param, old, previous, made, composition) else new), None
     if type(previous.rule) is not type(composition.rule) or old["refreshed_at"] < 0:
         return new, None
-    return made, Former(old, previous)
+    return made, PendingMoments(old, previous)
 
 
 def _same_axes(first: Geometry, second: Geometry) -> bool:
-    """Whether both project the same axes of the same matrix, of whatever ranks."""
+    """Whether both project the same axes of the same matrix; the ranks may differ."""
     same_heads: bool = getattr(first, "heads", None) == getattr(second, "heads", None)
     return type(first) is type(second) and first.side is second.side and same_heads
 
 
-def transport_former(param: ProjectedParam, former: Former, composition: Composition) -> None:
-    """In place: carries moments into a basis of another size or kind that was just fitted."""
-    before, after = former.composition.projection, composition.projection
+def transport_pending(
+    param: ProjectedParam, pending: PendingMoments, composition: Composition
+) -> None:
+    """In place: transports moments into a newly fitted basis of another size or kind."""
+    before, after = pending.composition.projection, composition.projection
     assert before is not None
     assert after is not None
     geometry = before.geometry(param.weight.shape)
-    place = replace(param, state=former.state, geometry=geometry, read=None)
+    place = replace(param, state=pending.state, geometry=geometry, read=None)
     rotation = after.projector.rotation(param, before.projector.bases(place))
     composition.rule.transport_moments(
-        former.state, after.options.moments, rotation, into=param.state
+        pending.state, after.options.moments, rotation, into=param.state
     )

@@ -1,4 +1,4 @@
-"""Which parameters are worked on together: few launches, bounded scratch."""
+"""Which parameters are updated together: few kernel launches, bounded scratch memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCRATCH_BYTES = 256 << 20
 
 
 def read_steps(states: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Steps done with each state; one synchronisation for all counts of a device."""
+    """The step count of each state; one synchronisation per device."""
     counts = [state["step"] for state in states]
     found = [0] * len(counts)
     by_device: dict[torch.device, list[int]] = defaultdict(list)
@@ -37,20 +37,20 @@ def update_batches(
     entries: Sequence[int],
     group: Group,
 ) -> Iterator[list[int]]:
-    """Positions of parameters to advance together: one device, dtype and step count.
+    """Positions of parameters to update together: same device, dtype and step count.
 
-    On a CPU one matrix at a time keeps its scratch in the cache; elsewhere lists save launches.
+    On a CPU one matrix at a time keeps its scratch in the cache; on GPUs lists save launches.
 
     Args:
         params: the parameters.
         states: their states.
-        steps_done: by each of them.
-        entries: of each one's (projected) gradient, which bound the scratch.
+        steps_done: the step count of each.
+        entries: number of entries of each (projected) gradient, which bounds the scratch.
         group: their options.
     """
     single = group["foreach"] is False
     kinds: dict[Hashable, list[int]] = defaultdict(list)
-    # Bias corrections that start anew at a refresh differ between staggered matrices.
+    # With bias corrections that restart at a refresh, staggered matrices have different ones.
     renewed = group.get("moments") == "reset" or group.get("factors")
     for i, (param, state) in enumerate(zip(params, states, strict=True)):
         cached = param.device.type == "cpu" and group["foreach"] is None and param.dim() > 1
@@ -72,7 +72,7 @@ def update_batches(
 
 
 def refresh_batches(params: Sequence[ProjectedParam]) -> Iterator[list[ProjectedParam]]:
-    """Matrices of one geometry together, as many as have bounded Gram matrices."""
+    """Batches of matrices of one geometry, whose Gram matrices fit in `SCRATCH_BYTES`."""
     kinds: dict[Hashable, list[ProjectedParam]] = defaultdict(list)
     for param in params:
         kinds[(param.geometry, param.weight.dtype, param.weight.device)].append(param)

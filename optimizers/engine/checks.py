@@ -1,4 +1,4 @@
-"""Validation of what a person passes in: a `ValueError` with name, value and what is accepted."""
+"""Validation of options: a `ValueError` with the name, the value and what is accepted."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _PLAIN = (float, int, bool, str, type(None))
 
 
 def plain(value: Any) -> Any:
-    """A number of NumPy or torch (no dimensions) as a Python number; what is none stays as it is.
+    """Converts a 0-d NumPy or torch number to a Python number; other values are returned unchanged.
 
-    Tuples and lists are taken entry by entry. A tensor on a device is read back.
+    Tuples and lists are converted entry by entry. A tensor on a device is read back.
     """
     kind = type(value)
     if kind in _PLAIN:
@@ -30,6 +30,16 @@ def plain(value: Any) -> Any:
     return value
 
 
+def same(value: Any, other: Any) -> bool:
+    """Whether an option has the same value and type; tensors are compared by identity."""
+    if isinstance(value, Tensor) or isinstance(other, Tensor):
+        return value is other
+    try:
+        return type(value) is type(other) and bool(value == other)
+    except (RuntimeError, ValueError):
+        return False
+
+
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Returns the known name closest to `name`, or None when none is close."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
@@ -37,7 +47,7 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
-    """The error for an unknown name: says the nearest known one, else lists all of them."""
+    """The error for an unknown name: names the nearest known one, else lists all of them."""
     choices = sorted(known)
     guess = nearest(name, choices)
     hint = f"did you mean {guess!r}?" if guess else f"accepted: {', '.join(choices)}"

@@ -1,4 +1,4 @@
-"""Work in pieces: which rows to take at once, and in which precision to sum."""
+"""Chunked passes over a matrix: how many rows at a time, and in which precision to sum."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from math import gcd
 import torch
 from torch import Tensor
 
-#: Entries of a pass over a matrix on a CPU: copies of a piece stay in its cache.
+#: Entries of a chunk on a CPU: copies of it stay in the cache.
 CACHE_ELEMENTS = 1 << 18
-#: Entries of a product with a piece on a CPU: fewer would not fill a GEMM.
+#: Entries of a chunk that enters a matrix product on a CPU: fewer would not fill a GEMM.
 PRODUCT_ELEMENTS = 1 << 22
-#: Entries of either on a GPU: copies in fp32 take 128 MiB, and launches next to no time.
+#: Entries of a chunk on a GPU: fp32 copies take 128 MiB, and launch overhead is negligible.
 DEVICE_ELEMENTS = 1 << 25
 
 
 def wide_dtype(like: Tensor | torch.dtype) -> torch.dtype:
-    """The precision of sums, norms and decompositions: fp64 stays, all else is fp32."""
+    """The precision of sums, norms and decompositions: fp64 for fp64, else fp32."""
     dtype = like.dtype if isinstance(like, Tensor) else like
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def row_chunks(tensor: Tensor, *, product: bool = False, block: int = 1) -> Iterator[slice]:
-    """Yields spans of a tensor's rows (entries of its first axis) to work on one after another.
+    """Yields consecutive slices of a tensor's rows (its first axis).
 
     Args:
-        tensor: of at least one dimension; only its shape and device are read. Its transpose gives
-            spans of columns.
-        product: the pieces go into matrix products, so larger ones pay on a CPU.
-        block: entries that belong together (those of a quantiser's scale): each piece but the last
-            ends where a block does.
+        tensor: at least 1-d; only its shape and device are read. Its transpose gives slices of
+            columns.
+        product: the chunks enter matrix products, for which larger ones are faster on a CPU.
+        block: entries that share a quantisation scale: each chunk but the last ends at the end of
+            a block.
 
     Yields:
-        Slices with both ends given, in order, of at most the bound's entries if one row, or the
-        fewest that end with a block, are not more.
+        Slices with explicit start and stop, in order. A chunk exceeds the bound on its entries only
+        if a single row (or the fewest rows that end with a block) does.
     """
     if tensor.device.type != "cpu":
         wanted = DEVICE_ELEMENTS

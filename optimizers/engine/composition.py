@@ -1,4 +1,4 @@
-"""A method is a composition of the seams; this is the record of one group's choice."""
+"""A method as a composition of an update rule, projector, storage, schedule and residual."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Projection:
     """The projecting half of a composition.
 
     Attributes:
-        projector: which subspace and how it is stored.
+        projector: which subspace and how its basis is stored.
         schedule: when it is refitted.
-        residual: what becomes of the gradient outside it.
-        options: rank, side, scale and what becomes of moments when the subspace moves.
+        residual: how the gradient outside it is used.
+        options: rank, side, scale and what happens to the moments when the subspace changes.
     """
 
     projector: Projector
@@ -45,9 +45,9 @@ class Composition:
     """An update rule, alone or in a subspace.
 
     Attributes:
-        rule: gives the updates.
-        projection: in which subspace, if in one.
-        counters: integers that the method itself keeps in a parameter's state, 0 at first.
+        rule: computes the updates.
+        projection: the subspace, or None for a full-rank update.
+        counters: integers that the method itself keeps in a parameter's state, initially 0.
     """
 
     rule: UpdateRule
@@ -64,9 +64,8 @@ class Composition:
                 )
 
     def at_rate(self, group: Mapping[str, Any]) -> Composition:
-        """The same with the learning rate that the group has now; nothing is checked."""
-        rule: Any = self.rule
-        made = replace(self, rule=replace(rule, lr=group["lr"]) if hasattr(rule, "lr") else rule)
+        """The composition with the group's current learning rate; nothing is checked."""
+        made = replace(self, rule=self.rule.at_rate(group["lr"]))
         if self.projection is None:
             return made
         if not self.reads_rate:
@@ -76,11 +75,11 @@ class Composition:
 
     @property
     def reads_rate(self) -> bool:
-        """Whether the projector has a rate that was computed from the learning rate."""
+        """Whether the projector has a rate that depends on the learning rate."""
         return self.projection is not None and hasattr(self.projection.projector, "rate")
 
     def init_state(self, param: Tensor, *, capturable: bool) -> dict[str, Any]:
-        """A parameter's whole state: `step`, and the entries of each seam."""
+        """A parameter's whole state: `step`, and the entries of each part."""
         device = param.device if capturable else torch.device("cpu")
         if param.device.type == "meta":
             device = param.device
@@ -103,7 +102,7 @@ class Composition:
         return self.rule.init(geometry.projected_shape(), param)
 
     def state_bytes(self, shape: Sequence[int], itemsize: int) -> int:
-        """Bytes of a parameter's state by formula: the step count and what each seam states."""
+        """Bytes of a parameter's state by formula: the step count and the entries of each part."""
         if self.projection is None:
             return STEP_BYTES + self.rule.state_bytes(shape, itemsize)
         projection = self.projection

@@ -1,4 +1,4 @@
-"""What a method's class declares, and the one constructor that all classes get from it."""
+"""The declarations of a method's class, and the constructor that is generated from them."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from .strategies import check_strategy_options, strategy_option_owners, strategy
 
 
 class DeclaredOptimizer(Optimizer):
-    """An optimizer whose constructor is made from what its class declares.
+    """An optimizer whose constructor is generated from the attributes of its class.
 
-    A subclass may have an `__init__` of its own, which calls this one with the keywords below.
+    A subclass may define its own `__init__`, which calls this one with the keywords below.
     """
 
     #: The update rule, and the constructor's keywords for it.
     rule: ClassVar[RuleFamily]
     #: Whether a group with `rank` is projected; baselines ignore the key.
     projects: ClassVar[bool] = True
-    #: Whether step counts may stay on the device; as the rule family has it unless declared.
+    #: Whether step counts may stay on the device; by default the rule family's value.
     supports_capturable: ClassVar[bool] = False
-    #: The method's own choice among the projection keywords.
+    #: Defaults of projection keywords that differ for this method.
     projection_defaults: ClassVar[Mapping[str, Any]] = {}
     #: Further keywords of the constructor, added to those of the base classes.
     own_keywords: ClassVar[tuple[Keyword, ...]] = ()
-    #: Other names of group keys, as the official code has them.
+    #: Other names of group keys, as in the official code: {alias: our name}.
     aliases: ClassVar[Mapping[str, str]] = {}
-    #: Group keys of the official code that `translate` knows.
+    #: Group keys of the official code that `translate` accepts.
     foreign_keys: ClassVar[tuple[str, ...]] = ()
-    #: Whether the constructor needs `params`; where it doesn't, `collect` finds them.
+    #: Whether the constructor requires `params`; otherwise `collect` supplies them.
     needs_params: ClassVar[bool] = True
-    #: What the constructor accepts, made from all these.
+    #: The constructor's signature, generated from the above.
     constructor: ClassVar[Constructor] = Constructor()
     __signature__: ClassVar[inspect.Signature | None]
 
@@ -50,7 +50,7 @@ class DeclaredOptimizer(Optimizer):
         if family is not None and "supports_capturable" not in vars(cls):
             cls.supports_capturable = family.capturable
         cls.constructor = _constructor_of(cls)
-        # A class with an `__init__` of its own has that one's signature.
+        # A class that defines `__init__` keeps that signature.
         owner = next(base for base in cls.__mro__ if "__init__" in vars(base))
         generic = owner is DeclaredOptimizer
         cls.__signature__ = cls.constructor.signature() if generic else None
@@ -83,7 +83,7 @@ class DeclaredOptimizer(Optimizer):
         self._warn_of_groups()
 
     def _warn_of_groups(self) -> None:
-        """Warns where groups lack what makes the method one."""
+        """Warns if no group is projected."""
         if self.projects and not any(ProjectionOptions.of(group) for group in self.param_groups):
             warnings.warn(
                 f"{type(self).__name__}: no parameter group has a rank, so nothing is projected; "
@@ -92,7 +92,7 @@ class DeclaredOptimizer(Optimizer):
             )
 
     def _make_attributes(self) -> None:
-        """Makes the attributes that are not part of the state."""
+        """Creates the attributes that are not part of the state."""
 
     @classmethod
     def keywords(cls) -> set[str]:
@@ -109,11 +109,11 @@ class DeclaredOptimizer(Optimizer):
 
     @classmethod
     def translate(cls, options: Group, defaults: Group | None) -> Group:
-        """The official code's spellings in our options: pure.
+        """Translates options of the official code into ours, without side effects.
 
         Args:
-            options: those that were given, `aliases` renamed.
-            defaults: the optimizer's where `options` are a group's, None where they are the
+            options: the given options, with `aliases` renamed.
+            defaults: the optimizer's defaults if `options` are a group's, None if they are the
                 constructor's.
 
         Raises:
@@ -123,11 +123,11 @@ class DeclaredOptimizer(Optimizer):
 
     @classmethod
     def collect(cls, params: ParamsT | None, given: Group) -> ParamsT:
-        """The parameters or groups that a call of the constructor means.
+        """The parameters or groups of a constructor call.
 
         Args:
             params: as given.
-            given: the keywords as given; those that only say what to collect are taken out.
+            given: the keywords as given; those that only select parameters are removed in place.
 
         Raises:
             TypeError: there are none.
@@ -149,14 +149,14 @@ class DeclaredOptimizer(Optimizer):
 
     @classmethod
     def _place_of(cls, name: str, shown: str) -> str:
-        """Where an option belongs that the constructor doesn't take; `shown` is "name=value"."""
+        """Where to give an option that is no constructor keyword; `shown` is "name=value"."""
         if not cls.projects:
             return "it does not project (build accepts the option and ignores it)"
         return f"it belongs in parameter groups, as param_groups(model, {shown}) makes them"
 
     @classmethod
     def _renamed(cls, options: Mapping[str, Any]) -> Group:
-        """Options under their own names.
+        """Options with aliases replaced.
 
         Raises:
             ValueError: one is given under two names.
@@ -174,14 +174,14 @@ class DeclaredOptimizer(Optimizer):
         return renamed
 
     def _rename_aliases(self, group: Group) -> None:
-        """In place: a new group's options, as they were given, in our own."""
+        """In place: replaces aliases and official spellings in a new group."""
         translated = self.translate(self._renamed(group), self.defaults)
         group.clear()
         group.update(translated)
 
 
 def _own_groups(params: ParamsT) -> ParamsT:
-    """Groups as dicts of our own, so that a caller's stay as they are."""
+    """Copies of the groups, so that the caller's dicts are not modified."""
     if isinstance(params, Tensor):
         return params
     return [dict(entry) if isinstance(entry, dict) else entry for entry in params]  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""fp32 products that are fp32, whatever precision the user lets matrix products have."""
+"""Matrix products in full fp32, whatever `torch.set_float32_matmul_precision` allows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 _LOCK = threading.RLock()
-#: How many regions are open, over all threads, and the settings to go back to after the last.
+#: Number of open regions over all threads, and the settings to restore after the last.
 _open = 0
 _settings: tuple[str, ...] = ()
 
@@ -22,16 +22,16 @@ def _backends() -> tuple[Any, ...]:
 
 @contextmanager
 def exact_fp32() -> Iterator[None]:
-    """Within it products of fp32 matrices use neither TF32 nor bf16, on GPUs or in oneDNN.
+    """Context in which products of fp32 matrices use neither TF32 nor bf16, on GPUs or in oneDNN.
 
     TF32 keeps 10 bits of each factor: good enough for a gradient's projection, which is the user's
     choice (`torch.set_float32_matmul_precision`), but a basis from a Gram matrix, or Cholesky
-    factors of one, would be orthonormal to 1e-3 instead of 1e-6. It is a decorator, too.
+    factors of one, would be orthonormal to 1e-3 instead of 1e-6. Also usable as a decorator.
 
-    The setting is one of the process: products that another thread makes meanwhile are exact as
-    well. Regions may be nested and overlap in several threads; the last one to end restores what
-    was set before the first. Only torch's newer settings (`fp32_precision`) are touched: the older
-    ones warn in some versions, and read as before once the region has ended.
+    The setting belongs to the process: products of other threads are affected meanwhile. Regions
+    may be nested and overlap in several threads; the last one to end restores what was set before
+    the first. Only torch's newer settings (`fp32_precision`) are changed: the older ones warn in
+    some versions, and read as before once the region has ended.
     """
     global _open, _settings
     with _LOCK:
@@ -52,7 +52,7 @@ def exact_fp32() -> Iterator[None]:
 
 
 def _restore(backend: Any, setting: str) -> None:
-    """Sets a backend's precision back; what it had from a more general setting it has so again."""
+    """Restores a backend's precision; an inherited value stays inherited."""
     if setting in ("ieee", "none"):
         return
     backend.fp32_precision = "none"

@@ -1,9 +1,10 @@
 """Which axis of a matrix is projected, and which of its rows this process holds.
 
 Legend of shape suffixes used in this package: a weight or gradient is m x n (`grad_mn`), its
-projection has rank r (`low_rn` when the left axis is projected, `low_mr` when the right one is),
-a basis has orthonormal columns (`basis_mr` or `basis_nr`). The short side is d = min(m, n), the
-long side l = max(m, n).
+projection has rank r (`projected_rn` when the left axis is projected, `projected_mr` when the right
+one is). The projection matrix P is called the basis (`basis_mr` or `basis_nr`); its columns are
+orthonormal unless a projector says otherwise. The short side is d = min(m, n), the long side
+l = max(m, n).
 """
 
 from __future__ import annotations
@@ -104,13 +105,13 @@ class RowRange:
         return cls(0, rows)
 
     def part(self, span: slice) -> RowRange:
-        """Those of these rows that `span` (both ends given, counted from `start`) takes."""
+        """The rows of `span`, which counts from `start` and has explicit ends."""
         return RowRange(self.start + span.start, self.start + span.stop, self.reduce)
 
     def assemble(self, local_kn: Tensor, shape: tuple[int, int]) -> Tensor:
-        """Returns the whole m x n matrix from the processes' rows; a view when they are all here.
+        """Returns the whole m x n matrix from the processes' rows; a view if all rows are local.
 
-        With several processes this is the only m x n temporary, and only a refresh asks for it.
+        With several processes this is the only m x n temporary, and only a refresh needs it.
         """
         if (self.start, self.stop) == (0, shape[0]):
             return local_kn

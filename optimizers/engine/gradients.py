@@ -1,4 +1,4 @@
-"""What a step is given: gradients, their checks, and how many are left out."""
+"""Gradients of a step: their checks, and the count of skipped updates."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_gradients(groups: Iterable[Group]) -> None:
 
 
 def descent_gradient(param: Tensor, group: Group) -> Tensor | None:
-    """The gradient to descend along, in the parameter's dtype; None where there is none."""
+    """The gradient, negated under `maximize`, in the parameter's dtype; None if there is none."""
     grad = param.grad
     if grad is None or param.numel() == 0:
         return None
@@ -35,9 +35,9 @@ def descent_gradient(param: Tensor, group: Group) -> Tensor | None:
 
 
 def finite(tensors: Sequence[Tensor], complain: Callable[[int], None]) -> list[bool]:
-    """Which tensors hold only finite numbers; calls `complain` with the position of each other.
+    """Whether each tensor is finite; calls `complain` with the position of each that is not.
 
-    Reads back once for each device.
+    One synchronisation per device.
     """
     good = [True] * len(tensors)
     by_device: dict[torch.device, list[int]] = {}
@@ -51,7 +51,7 @@ def finite(tensors: Sequence[Tensor], complain: Callable[[int], None]) -> list[b
         ]
         known = torch.stack([total.float() for total in sums]).isfinite().tolist()
         for position, sound in zip(positions, known, strict=True):
-            # the sum of finite numbers may overflow
+            # The sum of finite numbers may overflow.
             good[position] = sound or bool(tensors[position].isfinite().all())
             if not good[position]:
                 complain(position)
@@ -59,18 +59,18 @@ def finite(tensors: Sequence[Tensor], complain: Callable[[int], None]) -> list[b
 
 
 class SkippedUpdates:
-    """Updates that were left out because a gradient was not finite, by parameter."""
+    """Counts, by parameter, of updates skipped because the gradient was not finite."""
 
     def __init__(self) -> None:
         self._counts: dict[Tensor, int] = {}
 
     @property
     def total(self) -> int:
-        """Updates left out."""
+        """Number of skipped updates."""
         return sum(self._counts.values())
 
     def by_name(self, groups: Sequence[Group]) -> dict[str, int]:
-        """Updates left out of each parameter that has any, most first."""
+        """Skipped updates of each parameter that has any, most first."""
         params = [param for group in groups for param in group["params"]]
         found = {
             name: self._counts[param]
@@ -82,11 +82,11 @@ class SkippedUpdates:
     def usable(
         self, tensors: Sequence[Tensor], params: Sequence[Tensor], called: Sequence[str | None]
     ) -> list[int]:
-        """Positions of the tensors to go on with; counts the others and warns of the first ever.
+        """Positions of the finite tensors; counts the others and warns at the first one.
 
         Args:
             tensors: gradients or their projections.
-            params: whose they are.
+            params: the parameters.
             called: the parameters' names.
         """
 

@@ -1,4 +1,4 @@
-"""Keywords of constructors as data: from one list come signature, binding, defaults and `help`."""
+"""Constructor keywords as data, from which signature, binding, defaults and `help` are made."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Keyword:
 
     Attributes:
         name: as the official code calls it.
-        default: what the signature shows.
+        default: as the signature shows it.
         doc: a sentence for `help`.
         role: "option" is a key of every group, with this default; "given" counts only where it is
             given (another spelling, or an option of one strategy); "no effect" is accepted so that
             calls of the official class work, and a value that differs from the default warns.
-        accepted: the accepted values, where they are few.
-        before: the keyword that it precedes by position; None is the end.
+        accepted: the accepted values, if they are few.
+        before: the positional keyword that it precedes; None appends it.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Constructor:
     Attributes:
         by_position: keywords in the official order, accepted by position too.
         by_name: further keywords.
-        others: names that are accepted as well, and which choice each belongs to:
+        others: further accepted names, and the option value that each belongs to:
             {"limiter": "residual='norm_scaled'"}.
         needs_params: whether `params` must be given.
     """
@@ -70,7 +70,7 @@ class Constructor:
         return {k.name: k.default for k in self.keywords.values() if k.role == "option"}
 
     def bind(self, owner: str, args: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
-        """What a call gave, by name; names are not checked.
+        """The arguments of a call by name; names are not checked.
 
         Raises:
             TypeError: too many arguments, or one is given twice.
@@ -88,7 +88,7 @@ class Constructor:
         return {**given, **options}
 
     def ineffective(self, given: Mapping[str, Any]) -> list[str]:
-        """Those of the given keywords whose values have no effect although they ask for one.
+        """The given keywords whose values have no effect, as "name=value".
 
         Raises:
             ValueError: a value is not accepted.
@@ -143,9 +143,9 @@ class Constructor:
 
 
 def ordered(keywords: Iterable[Keyword]) -> tuple[Keyword, ...]:
-    """Keywords by position: each at the end, or before the one that it names.
+    """Orders keywords by position: each at the end, or before the one that it names.
 
-    A name that is there already is replaced where it stands.
+    A repeated name replaces the earlier keyword at its position.
     """
     found: list[Keyword] = []
     for keyword in keywords:
@@ -162,11 +162,11 @@ def ordered(keywords: Iterable[Keyword]) -> tuple[Keyword, ...]:
 def documented(
     defaults: Mapping[str, Any], belonging: Mapping[str, str] | None = None
 ) -> tuple[Keyword, ...]:
-    """Keywords for the options of `engine.options`, with what `help` says about them.
+    """Keywords for the options of `engine.options`, with their documentation.
 
     Args:
         defaults: names and defaults.
-        belonging: which choice the options of single strategies belong to.
+        belonging: the option value that each strategy's own options belong to.
     """
     docs = {name: f"an option of {where}." for name, where in (belonging or {}).items()}
     docs.update(DOCS)

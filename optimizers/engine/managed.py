@@ -1,4 +1,4 @@
-"""An optimizer whose groups, parameters and state are known to fit before each step."""
+"""An optimizer that checks groups, parameters and state for consistency before each step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import state_dict as policy
-from .adapt import Former
+from .adapt import PendingMoments
 from .composition import Composition
 from .gradients import SkippedUpdates
 from .options import Group, make_plain
@@ -21,15 +21,15 @@ from .step import capturing
 
 
 class ManagedOptimizer(Optimizer):
-    """Options that are changed, parameters that are exchanged, and state that is saved and loaded.
+    """Handles changed options, exchanged parameters, and saving and loading of state.
 
-    What a group means is composed once and kept for as long as its options stay. A subclass says
-    what groups mean and makes their state.
+    A group's composition is computed once and cached until its options change. A subclass defines
+    the composition and makes the state.
     """
 
     #: Options that can't be changed after construction.
     fixed_options: ClassVar[tuple[str, ...]] = ("capturable",)
-    #: Keywords of the constructor that no group has.
+    #: Keywords of the constructor that are not group keys.
     ungrouped: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
@@ -39,7 +39,7 @@ class ManagedOptimizer(Optimizer):
 
     @abstractmethod
     def compose(self, group: Group) -> Composition:
-        """What a group's options mean."""
+        """The composition that a group's options describe."""
 
     @abstractmethod
     def _known(self) -> set[str]:
@@ -51,17 +51,20 @@ class ManagedOptimizer(Optimizer):
 
     @abstractmethod
     def _meaning(self, saved_group: Group) -> Composition:
-        """Checks a saved group; what it means."""
+        """Checks a saved group and returns its composition."""
 
     def make_state(self, param: Tensor, composition: Composition, group: Group) -> dict[str, Any]:
         """A new state for a parameter of a group."""
         return composition.init_state(param, capturable=group["capturable"])
 
+    def _options_changed(self, group: Group, before: Group) -> None:
+        """Called after changed options of a group were accepted in the middle of training."""
+
     def _forget(self) -> None:
-        """Nothing is known of the groups, nor of updates left out."""
+        """Clears the cached plans and the counts of skipped updates."""
         self._plans: dict[int, Plan] = {}
         self._snapshots: dict[int, tuple[Group, Snapshot]] = {}
-        self._formers: dict[Tensor, Former] = {}
+        self._pending_moments: dict[Tensor, PendingMoments] = {}
         self._skipped = SkippedUpdates()
 
     def _record(self, group: Group, composition: Composition) -> None:
@@ -72,14 +75,14 @@ class ManagedOptimizer(Optimizer):
         return next(i for i, own in enumerate(self.param_groups) if own is group)
 
     def _maker(self) -> Maker:
-        return Maker(self._complete, self.make_state, self.fixed_options)
+        return Maker(self._complete, self.make_state, self._options_changed, self.fixed_options)
 
     def _plan_of(self, group: Group) -> Plan | None:
         plan = self._plans.get(id(group))
         return plan if plan is not None and plan.group is group else None
 
     def _snapshot_of(self, group: Group) -> Snapshot | None:
-        """Options that a group's state was made under, where that is known."""
+        """The options that a group's state was made with, if known."""
         plan = self._plan_of(group)
         if plan is not None:
             return plan.snapshot
@@ -87,7 +90,7 @@ class ManagedOptimizer(Optimizer):
         return found[1] if found is not None and found[0] is group else None
 
     def _made_by(self, snapshots: Sequence[Snapshot | None]) -> dict[int, Composition]:
-        """By a parameter's id, what made its state, where that is known."""
+        """By parameter id: the composition that made its state, if known."""
         found = {id(param): plan.core for plan in self._plans.values() for param in plan.params}
         for group, snapshot in zip(self.param_groups, snapshots, strict=True):
             if snapshot is None or self._plan_of(group) is not None or snapshot.holds(group):
@@ -97,10 +100,10 @@ class ManagedOptimizer(Optimizer):
         return found
 
     def _prepare(self) -> list[Plan]:
-        """Plans of all groups, once options, parameters and state are known to fit.
+        """Plans of all groups, after checking options, parameters and state.
 
         Raises:
-            ValueError: they don't; nothing is changed then.
+            ValueError: they are inconsistent; nothing is changed then.
         """
         plans = [self._plan_of(group) for group in self.param_groups]
         ready = [p for p in plans if p is not None and p.current() and p.settled(self.state)]
@@ -114,7 +117,7 @@ class ManagedOptimizer(Optimizer):
                 "is captured: accepted is a step before the capture"
             )
         snapshots = [self._snapshot_of(group) for group in self.param_groups]
-        revised, formers = revise(
+        revised, pending = revise(
             self.param_groups,
             plans,
             self.state,
@@ -124,24 +127,24 @@ class ManagedOptimizer(Optimizer):
         )
         self._plans = {id(plan.group): plan for plan in revised}
         self._snapshots = {}
-        self._formers |= formers
+        self._pending_moments |= pending
         return revised
 
     # Saving and loading
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a pickle or copy has; no hooks, and counts of what was left out start anew."""
+        """The state of a pickle or copy, without hooks; counts of skipped updates restart."""
         groups = [self._marked(group) or group for group in self.param_groups]
         return {**super().__getstate__(), "param_groups": groups}
 
     def _marked(self, group: Group, packed: Group | None = None) -> Group | None:
-        """A copy that says which options the state was made under, if they are others now."""
+        """A copy that records the options of the state, or None if they have not changed since."""
         snapshot = self._snapshot_of(group)
-        former = policy.former_options(group, snapshot) if snapshot is not None else {}
-        return {**(packed or group), policy.STATE_OPTIONS: former} if former else None
+        changed = policy.previous_options(group, snapshot) if snapshot is not None else {}
+        return {**(packed or group), policy.STATE_OPTIONS: changed} if changed else None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restores a pickle or copy, and fills in options that an older version lacked."""
+        """Restores a pickle or copy, and adds options that an older version lacked."""
         super().__setstate__(state)
         skipped = self.__dict__.get("_skipped")
         self._forget()
@@ -158,17 +161,17 @@ class ManagedOptimizer(Optimizer):
         """As `torch.optim.Optimizer.state_dict`; plain numbers and tensors, for `weights_only`.
 
         Raises:
-            ValueError: there is a trained state of a parameter that no group has.
+            ValueError: a parameter that is in no group has a trained state.
         """
         for group in self.param_groups:
             make_plain(group, self._known())
-        plans = [self._plan_of(group) for group in self.param_groups]
-        follow(self.param_groups, plans, self.state, self._maker())
         for param in drop_unused(self.param_groups, self.state):
             raise ValueError(
                 f"optimizer.state has an entry of a parameter of shape {tuple(param.shape)} that "
                 "is in no group: accepted is optimizer.state.pop(parameter) first"
             )
+        plans = [self._plan_of(group) for group in self.param_groups]
+        follow(self.param_groups, plans, self.state, self._maker())
 
         def mark(_: Optimizer, saved: dict[str, Any]) -> None:
             groups = saved["param_groups"]
@@ -182,7 +185,7 @@ class ManagedOptimizer(Optimizer):
             hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict()` gave; every tensor keeps the dtype it was saved with.
+        """Loads a `state_dict()`; every tensor keeps the dtype it was saved with.
 
         Raises:
             ValueError: the state doesn't fit these parameters; nothing is changed then.
@@ -208,12 +211,12 @@ class ManagedOptimizer(Optimizer):
 
     @property
     def skipped(self) -> int:
-        """Updates of parameters that were left out for a gradient that is not finite.
+        """Number of parameter updates skipped because the gradient was not finite.
 
         Counted since construction or unpickling, by this process; not part of the state.
         """
         return self._skipped.total
 
     def skipped_by_name(self) -> dict[str, int]:
-        """The same for each parameter that has any, most first; {name or "group0.3": count}."""
+        """`skipped` by parameter, most first: {name or "group0.3": count}."""
         return self._skipped.by_name(self.param_groups)

@@ -5,7 +5,7 @@
         rule = ADAMW
         projection_defaults = {"residual": "norm_scaled"}
 
-Signature, `build`, `available` and `lowrank methods` come from what stands there.
+Signature, `build`, `available` and `lowrank methods` are derived from it.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _Optimizer = TypeVar("_Optimizer", bound=LowRankOptimizer)
 
 @dataclass(frozen=True)
 class Conversion:
-    """A change of a model's parametrisation, in place; what is converted already stays.
+    """A change of a model's parametrisation, in place; converted layers are left unchanged.
 
     Attributes:
         apply: changes the model; takes `patterns` and the options.
         options: names of its own options.
-        replaces_layers: other parameters are trained afterwards.
+        replaces_layers: whether it replaces layers, so that other parameters are trained.
     """
 
     apply: Callable[..., None]
@@ -44,12 +44,12 @@ class Conversion:
 
     @classmethod
     def to_layers(cls, kind: type[FactoredLinear], *options: str, **fixed: Any) -> Conversion:
-        """To layers of `kind`, which have these options beside `rank` and `seed`.
+        """A conversion to layers of `kind`, with these options besides `rank` and `seed`.
 
         Args:
             kind: the layer.
             *options: names.
-            **fixed: defaults of options, or arguments that are always so.
+            **fixed: defaults of options, or fixed arguments.
         """
         names = ("rank", "seed", *options)
         return cls(partial(to_factored, kind=kind, **fixed), names, replaces_layers=True)
@@ -62,14 +62,14 @@ class Method:
     Attributes:
         name: snake-case name.
         optimizer: its class.
-        summary: one line for people.
+        summary: one line of text.
         state: optimizer state of an m x n matrix, m <= n, at rank r: entries of the weight's
-            precision, or bytes where it says so.
-        weights: what stands for the weight, likewise, where that isn't m n entries.
+            precision, or bytes where stated.
+        weights: the same for what replaces the weight, if that isn't m n entries.
         paper: arXiv number.
         groups: makes parameter groups from a model and the options of groups.
         build: constructor arguments that `build` sets unless they are given.
-        conversion: how the method changes a model before, if it does.
+        conversion: the method's change of the model, if any.
         spellings: other names of the class.
     """
 
@@ -118,18 +118,18 @@ def method(
     conversion: Conversion | None = None,
     spellings: tuple[str, ...] = (),
 ) -> Callable[[type[_Optimizer]], type[_Optimizer]]:
-    """Enters a class in the table, and writes its arguments into its docstring.
+    """Decorator: registers a class in the table and appends its arguments to its docstring.
 
     Args:
         name: snake-case name, for `build`.
-        summary: one line for people.
+        summary: one line of text.
         state: see `Method`.
         weights: see `Method`.
         paper: arXiv number.
-        groups: makes groups from (model, **options); by default those that a class of its kind
-            needs.
-        build: constructor arguments that `build` sets unless given, beside the rule family's.
-        conversion: how the method changes a model before.
+        groups: makes groups from (model, **options); the default depends on `projects` and
+            `conversion`.
+        build: constructor arguments that `build` sets unless given, besides the rule family's.
+        conversion: the method's change of the model, if any.
         spellings: other names of the class.
 
     Raises:
@@ -168,10 +168,10 @@ def method(
 
 
 def unregister(name: str) -> None:
-    """Takes a method out of the table.
+    """Removes a method from the table.
 
     Raises:
-        KeyError: there is none of this name.
+        KeyError: the name is unknown.
     """
     del TABLE[name]
 
@@ -192,5 +192,5 @@ def _groups_of(optimizer: type[LowRankOptimizer], conversion: Conversion | None)
 
 
 def _factored(model: nn.Module, patterns: Any = None, **options: Any) -> list[Group]:
-    """Groups of a converted model, where `patterns` has done its work."""
+    """Groups of a converted model; `patterns` was used by the conversion."""
     return factored_groups(model, **options)

@@ -1,4 +1,4 @@
-"""Carrying moments from a subspace to the one that replaces it."""
+"""Transport of moments from a subspace to the one that replaces it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def transport_moments(
     """In place: adapts a matrix's moments to its new bases, as its option `moments` says.
 
     Args:
-        param: the matrix, its new bases stored.
-        previous: the bases before.
+        param: the matrix, with its new bases stored.
+        previous: the previous bases.
         projection: the group's projection.
-        rule: whose moments these are.
+        rule: the update rule that owns the moments.
     """
     rotation = projection.projector.rotation(param, previous)
     rule.transport_moments(param.state, projection.options.moments, rotation)

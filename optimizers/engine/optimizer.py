@@ -1,4 +1,4 @@
-"""The optimizer that every method is: groups, state, and the order in which the seams act."""
+"""The base class of all methods: groups, state, and the order of operations in a step."""
 
 from __future__ import annotations
 
@@ -32,13 +32,12 @@ from .strategies import (
 class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
     """Base of all methods: a `torch.optim.Optimizer` whose groups may be projected.
 
-    A subclass declares its parts (`DeclaredOptimizer`), or says with `compose` what a group's
-    options mean. State is made at construction and in `add_param_group` and holds tensors and
-    integers only.
+    A subclass declares its parts (`DeclaredOptimizer`), or overrides `compose`. State is made at
+    construction and in `add_param_group` and holds tensors and integers only.
     """
 
     def compose(self, group: Group) -> Composition:
-        """What a group's options mean: pure, cheap, and raising `ValueError` for bad values."""
+        """The composition of a group's options; raises `ValueError` for bad values."""
         projection = projection_of(group) if self.projects else None
         return Composition(self.rule.make(group, projected=projection is not None), projection)
 
@@ -50,8 +49,7 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group and makes its parameters' state; on an error nothing is added.
 
-        A group without names beside such with names gets some ("group2.0"), and the other way
-        round.
+        If only some groups have parameter names, the others get generated ones ("group2.0").
 
         Raises:
             ValueError: as in the constructor.
@@ -91,7 +89,7 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
         return self.defaults.keys() | (self.group_keys() if self.projects else set())
 
     def _checked(self, group: Group, given: Set[str]) -> Composition:
-        """Checks a group, completes it, and says what it means; `given` was not by default."""
+        """Checks and completes a group and returns its composition; `given` are the options set."""
         known = self._known()
         for name in given - known - {"param_names", "initial_lr"}:
             guess = checks.nearest(name, known, cutoff=0.85)
@@ -106,18 +104,21 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
         options = ProjectionOptions.of(group) if self.projects else None
         if options is not None:
             own = strategy_options(group)
-            # What is as it would be without being given is in copies of groups.
+            # Copies of groups hold all options: one that equals the default doesn't count as given.
             chosen = {
                 name: group[name]
                 for name in given
-                if name not in self.defaults or group[name] != self.defaults[name]
+                if name not in self.defaults or not checks.same(group[name], self.defaults[name])
             }
             check_strategy_options(chosen, own)
             for name in ProjectionOptions.names():
                 group.setdefault(name, getattr(options, name))
             for name, value in own.items():
                 group.setdefault(name, value)
-        return self.compose(group)
+        composition = self.compose(group)
+        if group["lr"] is None and not getattr(composition.rule, "relative_step", False):
+            raise ValueError("lr=None: accepted is a number of at least 0 or a tensor with one")
+        return composition
 
     def _complete(self, group: Group, before: Snapshot | None) -> Composition:
         """Checks and completes a group that was changed since a snapshot."""
@@ -136,7 +137,11 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
                 f"{name}={group[name]!r} in a group after construction: accepted is "
                 f"{self.aliases.get(name, 'what it stands for among ' + str(sorted(group)))!r}"
             )
-        make_plain(group, self._known())
+        known = self._known()
+        make_plain(group, known)
+        for name in group.keys() - known - (before.options.keys() if before else set()):
+            if before is not None and checks.nearest(name, known, cutoff=0.85) is not None:
+                raise checks.unknown_name("group key", name, known)
         if before is not None and self.projects and ProjectionOptions.of(group) is not None:
             drop_left_over(group, before.options, self.defaults)
         return self._checked(group, group.keys() - {"params"})
@@ -194,7 +199,7 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
                 if plan.core.projection is None:
                     step_plain(plan, usable)
                 else:
-                    step_projected(plan, index, count, hooks, self._formers, usable)
+                    step_projected(plan, index, count, hooks, self._pending_moments, usable)
                     index += len(plan.params)
         return loss
 

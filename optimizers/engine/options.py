@@ -73,23 +73,23 @@ COMMON_DEFAULTS: CommonOptions = {
 class ProjectionKeywords(CommonOptions, total=False):
     """Further keywords of the projecting optimizers; groups may override them.
 
-    Each method is a choice of strategies; any of them can be chosen anew, and what makes no sense
-    together raises.
+    Each method is a choice of strategies. Any of them can be overridden; invalid combinations raise
+    `ValueError`.
 
     projector: which subspace, see `strategies.PROJECTORS`.
     refresh: "svd", "eigh", "randomized" or "warm", see `projectors.decompositions`.
     schedule: when a matrix is refitted, see `strategies.SCHEDULES`.
     stagger: spread the matrices' refreshes over the steps of a gap.
     basis: how bases are stored, None for the parameter's precision, see `strategies.STORAGES`.
-    residual: what becomes of the gradient outside the subspace, see `strategies.RESIDUALS`.
-    moments: what becomes of the moments when the subspace moves, see `rules.MOMENT_TRANSPORTS`.
+    residual: how the gradient outside the subspace is used, see `strategies.RESIDUALS`.
+    moments: how moments follow a change of the subspace, see `rules.MOMENT_TRANSPORTS`.
     projection_dtype: precision of the projection GEMMs ("bfloat16", ...); None is the weights'.
     stochastic_rounding: round bf16 weights up or down with probabilities that keep the mean, so
-        that updates below their precision count; other dtypes are left as they are, INT8 weights
-        are rounded so in any case.
+        that updates below their precision are not lost; other dtypes are not affected, INT8 weights
+        are always rounded stochastically.
     seed: of everything random.
 
-    A strategy's own options (`strategies.owners` lists them) are keywords too.
+    A strategy's own options (`strategies.strategy_option_owners` lists them) are keywords too.
     """
 
     projector: str
@@ -134,8 +134,8 @@ class ProjectionOptions:
         schedule: when a matrix is refitted.
         stagger: spread refreshes over the steps of a gap.
         basis: how bases are stored.
-        residual: what becomes of the gradient outside the subspace.
-        moments: what becomes of the moments when the subspace moves.
+        residual: how the gradient outside the subspace is used.
+        moments: how moments follow a change of the subspace.
         projection_dtype: precision of the projection GEMMs, None for the weights'.
         stochastic_rounding: of bf16 weights.
         seed: of everything random.
@@ -202,15 +202,15 @@ class ProjectionOptions:
         return PROJECTION_DTYPES[self.projection_dtype] if self.projection_dtype else None
 
 
-#: Keys of a group that are no options: what is trained, and what a scheduler may keep as a tensor.
+#: Keys of a group that are not options: parameters, and rates that a scheduler may change.
 NO_OPTIONS = ("params", "param_names", "lr", "initial_lr")
 
 
 def make_plain(options: MutableMapping[str, Any], known: Collection[str] | None = None) -> None:
-    """In place: numbers of NumPy, and of torch where `known` has the name, as Python numbers.
+    """In place: converts NumPy numbers, and tensors whose name is in `known`, to Python numbers.
 
-    A learning rate may be a tensor. What a group holds is saved, and a file with NumPy's numbers
-    in it does not load under `weights_only`.
+    A learning rate may remain a tensor. Groups are saved, and a file that contains NumPy numbers
+    does not load under `weights_only`.
     """
     for name, value in options.items():
         if name in ("params", "param_names"):

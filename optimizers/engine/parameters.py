@@ -1,4 +1,4 @@
-"""Which parameters a group may hold, and what messages call them."""
+"""Which parameters a group may hold, and their names in messages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def names(group: Group) -> Sequence[str | None]:
 
 
 def label(name: str | None, param: Tensor) -> str:
-    """How a message calls a parameter."""
+    """A parameter's name in messages."""
     return name or f"the parameter of shape {tuple(param.shape)}"
 
 
@@ -35,14 +35,14 @@ def unique_names(groups: Sequence[Group]) -> list[str]:
 
 
 def name_alike(group: Group, others: Sequence[Group]) -> list[Group]:
-    """In place: gives names ("group2.0") to a new group where others have some, or to the others.
+    """In place: if only the new group or only the others have names, generates the missing ones.
 
     Args:
-        group: a group as a person gave it.
+        group: a new group as the user gave it.
         others: the groups before it, all with or all without names.
 
     Returns:
-        The others, where they have names since.
+        The others if they were given names, else an empty list.
     """
     if not isinstance(group["params"], Tensor | set):
         group["params"] = list(group["params"])
@@ -82,7 +82,7 @@ def check_names(group: Group) -> None:
 
 
 def check_unsharded(param: Tensor, called: str) -> None:
-    """Raises `ValueError` for a parameter of which this process holds a part, or a flat one."""
+    """Raises `ValueError` for a sharded or flattened parameter."""
     kind = None
     if hasattr(param, "placements") and hasattr(param, "device_mesh"):
         kind = "a DTensor (FSDP2, tensor parallelism)"
@@ -94,30 +94,30 @@ def check_unsharded(param: Tensor, called: str) -> None:
         raise ValueError(f"{called} is {kind}: {_ACCEPTED}")
 
 
-def check_exchanged(group: Group, before: Sequence[Tensor]) -> None:
-    """Raises `ValueError` if a parameter's place in a group was taken by one of another shape.
+def check_exchanged(group: Group, before: Sequence[Tensor], called: Sequence[str | None]) -> None:
+    """Raises `ValueError` if a parameter of a group was replaced by one of another shape.
 
     Wrappers put flat partitions (ZeRO stages 1 and 2) into groups that were made for matrices.
 
     Args:
         group: its parameters now.
-        before: its parameters when they were last looked at.
+        before: its parameters at the last check.
+        called: their names.
     """
     params = group["params"]
     known, kept = set(map(id, before)), set(map(id, params))
-    shapes = [tuple(param.shape) for param in before if id(param) not in kept]
-    left = list(shapes)
-    called = names(group) if len(names(group)) == len(params) else [None] * len(params)
-    for param, name in zip(params, called, strict=True):
-        if id(param) in known or not shapes:
-            continue
-        check_unsharded(param, label(name, param))
+    gone = [(p, name) for p, name in zip(before, called, strict=True) if id(p) not in kept]
+    left = [tuple(param.shape) for param, _ in gone]
+    new = [param for param in params if id(param) not in known]
+    for param in new if gone else ():
         shape = tuple(param.shape)
+        first = label(gone[0][1], gone[0][0])
+        others = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
+        check_unsharded(param, f"what took the place of {first}{others}")
         if shape not in left:
             kind = "a flat partition" if len(shape) == 1 else "a tensor"
             raise ValueError(
-                f"{kind} of shape {shape} took the place of parameters of shapes "
-                f"{sorted(set(shapes))} in a group: {_ACCEPTED}"
+                f"{kind} of shape {shape} took the place of {first}{others} in a group: {_ACCEPTED}"
             )
         left.remove(shape)
 

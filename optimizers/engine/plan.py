@@ -1,13 +1,12 @@
-"""What a group's options mean, kept from step to step for as long as they stay.
+"""A group's composition, cached until one of its options changes.
 
-To compose a group takes far longer than to look whether one of its options was changed.
+Composing a group takes far longer than checking whether an option was changed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from operator import is_, itemgetter
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from .geometry import Geometry
 from .options import NO_OPTIONS, Group, check_lr
 from .parameters import names
 
-#: Options that change no entry of a state and not what one means.
+#: Options that affect neither the entries of a state nor their meaning.
 SCALARS = frozenset(
     (
         *("betas", "eps", "weight_decay", "momentum", "nesterov", "clip_threshold", "decay_rate"),
@@ -30,7 +29,7 @@ _NOTHING: State = {}
 
 
 class Snapshot:
-    """The values of a group's options, to see whether one was changed since."""
+    """A copy of a group's options, to detect changes."""
 
     def __init__(self, group: Group) -> None:
         self.options = {
@@ -44,46 +43,39 @@ class Snapshot:
         self._read = itemgetter(*self.options)
 
     def holds(self, group: Group) -> bool:
-        """Whether all options are as they were; may say no where they are."""
+        """Whether all options are unchanged; may return False although they are."""
         if len(group) != self._size:
             return False
         try:
             values = self._read(group)
             return tuple(map(type, values)) == self._types and bool(values == self._values)
-        except (KeyError, RuntimeError, ValueError):  # a key less; tensors of several entries
+        except (KeyError, RuntimeError, ValueError):  # a missing key; tensors of several entries
             return False
 
     def changed(self, group: Group) -> set[str]:
-        """Names of options that are other ones now, came or went."""
+        """Names of options that were changed, added or removed."""
         now = {key: value for key, value in group.items() if key not in NO_OPTIONS}
         return {
             key
             for key in now.keys() | self.options.keys()
-            if key not in now or key not in self.options or not _same(now[key], self.options[key])
+            if key not in now
+            or key not in self.options
+            or not checks.same(now[key], self.options[key])
         }
 
 
-def _same(value: Any, other: Any) -> bool:
-    if isinstance(value, Tensor) or isinstance(other, Tensor):
-        return value is other
-    try:
-        return type(value) is type(other) and bool(value == other)
-    except (RuntimeError, ValueError):
-        return False
-
-
 class Plan:
-    """A group, what its options mean, and the parameters whose state was checked against it.
+    """A group, its composition, and the parameters whose state was checked against it.
 
     Attributes:
         group: the group itself.
         snapshot: its options.
-        core: what they mean, whatever the learning rate.
-        composition: the same at the learning rate of this step.
+        core: their composition, up to the learning rate.
+        composition: the same with the learning rate of this step.
         params: the parameters.
-        states: their states; an empty one for a parameter without entries.
-        seed_names: what the parameters' draws are made from, see `seeds`.
-        geometries: of the parameters, in a projected group.
+        states: their states; empty for a parameter without entries.
+        seed_names: the names that seed the parameters' random numbers, see `seeds`.
+        geometries: of the parameters, if the group is projected.
     """
 
     def __init__(
@@ -94,7 +86,7 @@ class Plan:
         snapshot: Snapshot,
         seed_names: Sequence[str],
     ) -> None:
-        """Records a group and state that fit together."""
+        """Records a group and the state that was checked against it."""
         self.group, self.core, self.snapshot = group, core, snapshot
         self.composition, self._lr = core, group["lr"]
         self.params: list[Tensor] = list(group["params"])
@@ -110,11 +102,11 @@ class Plan:
             ]
 
     def current(self) -> bool:
-        """Whether options are those that were composed."""
+        """Whether the options are unchanged since they were composed."""
         return self.snapshot.holds(self.group) and (self.group["lr"] is None) == (self._lr is None)
 
     def settled(self, state: Mapping[Tensor, State]) -> bool:
-        """Whether parameters and state are those that were checked."""
+        """Whether parameters and state are unchanged since they were checked."""
         params = self.group["params"]
         if len(params) != len(self.params) or not all(map(is_, params, self.params)):
             return False
@@ -126,14 +118,14 @@ class Plan:
         )
 
     def read_rate(self) -> None:
-        """Takes the learning rate that the group has now.
+        """Updates `composition` with the group's current learning rate.
 
         Raises:
-            ValueError: it is not one.
+            ValueError: the learning rate is not accepted.
         """
         lr = self.group["lr"]
         if lr is self._lr and not (self.core.reads_rate and isinstance(lr, Tensor)):
-            return  # a tensor that is changed in place stays the rule's
+            return  # the rule holds the tensor itself, which may change in place
         if not isinstance(lr, Tensor):
             lr = checks.plain(lr)
             self.group["lr"] = lr

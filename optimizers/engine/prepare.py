@@ -1,6 +1,6 @@
-"""Before a step: options, parameters and state are checked and made to fit each other.
+"""Before a step: options, parameters and state are checked and made consistent.
 
-Everything is looked at before anything is changed, so that an error leaves all as it was.
+Everything is checked before anything is changed, so that an error leaves the optimizer unchanged.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .adapt import Former, adapt
+from .adapt import PendingMoments, adapt
 from .composition import Composition
 from .options import Group
 from .parameters import check_exchanged, check_names, check_param, label, names
@@ -25,28 +25,30 @@ States = MutableMapping[Tensor, State]
 
 @dataclass(frozen=True)
 class Maker:
-    """What an optimizer says of its groups and parameters.
+    """The optimizer's callbacks for groups and state.
 
     Attributes:
         complete: checks a group whose options were changed since a snapshot, completes it in place,
-            and says what it means.
-        make: a new state for a parameter.
+            and returns its composition.
+        make: makes a new state for a parameter.
+        changed: called with a group and its previous options after a change of options.
         fixed: options that can't be changed.
     """
 
     complete: Callable[[Group, Snapshot | None], Composition]
     make: Callable[[Tensor, Composition, Group], State]
+    changed: Callable[[Group, Group], None]
     fixed: Sequence[str]
 
 
 @dataclass(frozen=True)
-class _Remake:
-    """A parameter's state that is to be made, moved to its device, or adapted.
+class _StateChange:
+    """A pending change of a parameter's state: make it, move it to a device, or adapt it.
 
     Attributes:
         param: the parameter.
         how: "make", "move" or "adapt".
-        previous: what made the present state.
+        previous: the composition that made the present state.
     """
 
     param: Tensor
@@ -55,14 +57,24 @@ class _Remake:
 
 
 @dataclass(frozen=True)
-class _Revision:
-    """What was found out about a group, nothing of which is done yet."""
+class _GroupChange:
+    """The pending changes of a group, none of which is applied yet.
+
+    Attributes:
+        group: the group.
+        completed: its new keys and values.
+        core: their composition.
+        snapshot: of these options.
+        state_changes: pending changes of the parameters' state.
+        before: the previous options, if any were changed.
+    """
 
     group: Group
     completed: Group
     core: Composition
     snapshot: Snapshot
-    remakes: list[_Remake]
+    state_changes: list[_StateChange]
+    before: Group | None = None
 
 
 def revise(
@@ -72,37 +84,39 @@ def revise(
     previous: Mapping[int, Composition],
     snapshots: Sequence[Snapshot | None],
     maker: Maker,
-) -> tuple[list[Plan], dict[Tensor, Former]]:
-    """Plans of all groups, after their state was made to fit.
+) -> tuple[list[Plan], dict[Tensor, PendingMoments]]:
+    """Plans of all groups, after making their state consistent.
 
     Args:
         groups: the optimizer's groups.
-        plans: what is known of each, if anything.
+        plans: the cached plan of each, if any.
         state: the optimizer's state, changed in place.
-        previous: by a parameter's id, what made its state.
+        previous: by parameter id, the composition that made its state.
         snapshots: options of each group when its state was made, if known.
-        maker: what the optimizer says.
+        maker: the optimizer's callbacks.
 
     Returns:
-        The plans, and moments that are to be carried over at the refreshes of this step.
+        The plans, and moments to transport at the refreshes of this step.
 
     Raises:
-        ValueError: options, parameters and state don't go together; nothing is changed then.
+        ValueError: options, parameters and state are inconsistent; nothing is changed then.
     """
-    revisions = [
+    changes = [
         _examine_group(group, plan, snapshot, state, previous, maker)
         for group, plan, snapshot in zip(groups, plans, snapshots, strict=True)
     ]
-    formers: dict[Tensor, Former] = {}
-    for revision in revisions:
-        _complete(revision.group, revision.completed)
-        for remake in revision.remakes:
-            former = _carry_out(remake, revision, state, maker)
-            if former is not None:
-                formers[remake.param] = former
     drop_unused(groups, state)
-    revised = zip(revisions, seed_names(groups), strict=True)
-    return [Plan(r.group, r.core, state, r.snapshot, drawn) for r, drawn in revised], formers
+    pending: dict[Tensor, PendingMoments] = {}
+    for change in changes:
+        _complete(change.group, change.completed)
+        for state_change in change.state_changes:
+            moments = _apply_change(state_change, change, state, maker)
+            if moments is not None:
+                pending[state_change.param] = moments
+        if change.before is not None:
+            maker.changed(change.group, change.before)
+    revised = zip(changes, seed_names(groups), strict=True)
+    return [Plan(r.group, r.core, state, r.snapshot, drawn) for r, drawn in revised], pending
 
 
 def _complete(group: Group, completed: Group) -> None:
@@ -111,24 +125,26 @@ def _complete(group: Group, completed: Group) -> None:
     group.update(completed)
 
 
-def _carry_out(remake: _Remake, revision: _Revision, state: States, maker: Maker) -> Former | None:
-    param = remake.param
-    if remake.how == "move":
-        place(state[param], param, capturable=revision.group["capturable"])
+def _apply_change(
+    state_change: _StateChange, change: _GroupChange, state: States, maker: Maker
+) -> PendingMoments | None:
+    param = state_change.param
+    if state_change.how == "move":
+        place(state[param], param, capturable=change.group["capturable"])
         return None
-    new, former = maker.make(param, revision.core, revision.group), None
-    if remake.how == "adapt":
-        assert remake.previous is not None
-        new, former = adapt(param, state[param], remake.previous, new, revision.core)
+    new, moments = maker.make(param, change.core, change.group), None
+    if state_change.how == "adapt":
+        assert state_change.previous is not None
+        new, moments = adapt(param, state[param], state_change.previous, new, change.core)
     state[param] = new
-    return former
+    return moments
 
 
 def drop_unused(groups: Sequence[Group], state: States) -> list[Tensor]:
-    """In place: leaves out state without a step of parameters that no group has any more.
+    """In place: removes untrained state of parameters that are no longer in any group.
 
     Returns:
-        Such parameters whose state has steps.
+        Parameters in no group whose state was trained, which is kept.
     """
     used = {param for group in groups for param in group["params"]}
     unused = [key for key in state if isinstance(key, Tensor) and key not in used]
@@ -141,7 +157,7 @@ def drop_unused(groups: Sequence[Group], state: States) -> list[Tensor]:
 def follow(
     groups: Sequence[Group], plans: Sequence[Plan | None], state: States, maker: Maker
 ) -> None:
-    """In place: makes state that is missing or has no step yet; leaves errors to the next step."""
+    """In place: makes state that is missing or untrained; errors are left to the next step."""
     for group, plan in zip(groups, plans, strict=True):
         if plan is None or not plan.current() or plan.settled(state):
             continue
@@ -161,15 +177,15 @@ def _examine_group(
     state: States,
     previous: Mapping[int, Composition],
     maker: Maker,
-) -> _Revision:
+) -> _GroupChange:
     if plan is not None:
-        check_exchanged(group, plan.params)
+        check_exchanged(group, plan.params, plan.names)
     check_names(group)
     if plan is not None and plan.current():
         plan.read_rate()
         if plan.settled(state):
-            return _Revision(group, group, plan.core, plan.snapshot, [])
-        core, completed, snapshot = plan.core, group, plan.snapshot
+            return _GroupChange(group, group, plan.core, plan.snapshot, [])
+        core, completed, before, snapshot = plan.core, group, None, plan.snapshot
     else:
         changed = None if snapshot is None else snapshot.changed(group)
         for name in (changed or set()) & {*maker.fixed}:
@@ -181,15 +197,16 @@ def _examine_group(
         completed = {**group}
         core = maker.complete(completed, snapshot)
         if plan is not None and core == plan.core:
-            core = plan.core  # what was changed is no option of it
-        snapshot = Snapshot(completed)
+            core = plan.core  # the change does not affect the composition
+        before, snapshot = snapshot.options if changed and snapshot else None, Snapshot(completed)
         if plan is not None and changed is not None and changed <= SCALARS and plan.settled(state):
-            return _Revision(group, completed, core, snapshot, [])
+            return _GroupChange(group, completed, core, snapshot, [], before)
     found = [
         _examine(param, name, state.get(param), previous.get(id(param)), core, completed)
         for param, name in zip(group["params"], names(group), strict=True)
     ]
-    return _Revision(group, completed, core, snapshot, [remake for remake in found if remake])
+    state_changes = [state_change for state_change in found if state_change is not None]
+    return _GroupChange(group, completed, core, snapshot, state_changes, before)
 
 
 def _examine(
@@ -199,25 +216,25 @@ def _examine(
     previous: Composition | None,
     core: Composition,
     group: Group,
-) -> _Remake | None:
-    """What has to be done to a parameter's state."""
+) -> _StateChange | None:
+    """The change that a parameter's state needs, or None."""
     check_param(param, name, core)
     if not param.numel():
         return None
     if not state:
-        return _Remake(param, "make")
+        return _StateChange(param, "make")
     made_by = core if previous is None else previous
     expected = template(param, made_by)
     found = difference(state, expected)
     if found is not None:
         if expected.keys() == state.keys() and untouched(state):
-            return _Remake(param, "make")
+            return _StateChange(param, "make")
         called = label(name, param)
         hint = ", as the parameter is: cast the model first, then build the optimizer"
         raise ValueError(f"the state of {called} {found}{hint if 'of dtype' in found else ''}")
     moved = misplaced(state, param, capturable=group["capturable"])
     if (moved or made_by is not core) and untouched(state):
-        return _Remake(param, "make")
+        return _StateChange(param, "make")
     if made_by is not core:
-        return _Remake(param, "adapt", made_by)
-    return _Remake(param, "move") if moved else None
+        return _StateChange(param, "adapt", made_by)
+    return _StateChange(param, "move") if moved else None

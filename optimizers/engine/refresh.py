@@ -1,4 +1,4 @@
-"""Refitting bases, moving the moments along, and telling those who listen what it did."""
+"""Refitting bases, transporting the moments, and calling the refresh hooks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..projectors import ProjectedParam, RefreshEvent, telemetry
-from .adapt import Former, transport_former
+from .adapt import PendingMoments, transport_pending
 from .chunks import wide_dtype
 from .composition import Composition, Projection
 from .fp32 import exact_fp32
@@ -22,18 +22,18 @@ def refresh(
     params: Sequence[ProjectedParam],
     composition: Composition,
     hooks: Sequence[RefreshHook],
-    formers: MutableMapping[Tensor, Former],
+    pending: MutableMapping[Tensor, PendingMoments],
 ) -> None:
-    """Refits the bases of same-geometry matrices; measures what hooks are told only if any listen.
+    """Refits the bases of same-geometry matrices; measures events only if there are hooks.
 
     Args:
         params: matrices whose refresh is due.
         composition: their projection and rule.
         hooks: called once for each matrix that has a new basis.
-        formers: moments to carry over from before options were changed; what is done is taken out.
+        pending: moments to transport after changed options; entries are removed when done.
     """
     with exact_fp32():
-        events = _refresh(params, composition, formers, measured=bool(hooks))
+        events = _refresh(params, composition, pending, measured=bool(hooks))
     for event in events:
         for hook in hooks:
             hook(event)
@@ -42,7 +42,7 @@ def refresh(
 def _refresh(
     params: Sequence[ProjectedParam],
     composition: Composition,
-    formers: MutableMapping[Tensor, Former],
+    pending: MutableMapping[Tensor, PendingMoments],
     *,
     measured: bool,
 ) -> list[RefreshEvent]:
@@ -67,9 +67,9 @@ def _refresh(
         param.read = None
         if moving and old:
             transport_moments(param, old, projection, composition.rule)
-        former = formers.pop(param.weight, None)
-        if former is not None:
-            transport_former(param, former, composition)
+        moments = pending.pop(param.weight, None)
+        if moments is not None:
+            transport_pending(param, moments, composition)
         if measured:
             events.append(_event(param, projection, old, seconds))
     return events
@@ -81,7 +81,7 @@ def _event(
     projector = projection.projector
     bases = projector.bases(param)
     if not (projector.orthonormal and projector.storage.exact):
-        # Energy and overlap are those of the subspaces.
+        # Energy and overlap are defined for orthonormal bases.
         bases, previous = (tuple(_orthonormal(b) for b in t) for t in (bases, previous))
         param.read = bases
     projected = projector.project(param)

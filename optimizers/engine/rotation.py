@@ -1,4 +1,4 @@
-"""Coordinates in one subspace as coordinates in another."""
+"""Change of coordinates from one subspace to another."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rotation:
-    """How coordinates in one subspace become coordinates in another: R -> left R right^T.
+    """Change of coordinates from one subspace to another: R -> left R right^T.
 
     Attributes:
-        left: new r x old r, P_new^T P_old of a left projection; None where the left side stays.
-        right: the same of a right projection.
+        left: P_new^T P_old of a left projection, new r x old r; None if the left axis is not
+            projected.
+        right: the same for a right projection.
     """
 
     left: Tensor | None
@@ -29,5 +30,5 @@ class Rotation:
         return moved
 
     def squared(self) -> Rotation:
-        """The rotation with squared entries, which moves variances of independent coordinates."""
+        """The rotation with squared entries, for variances of independent coordinates."""
         return Rotation(*(None if m is None else m.square() for m in (self.left, self.right)))

@@ -35,7 +35,7 @@ def _moments_dtype(group: Group) -> torch.dtype | None:
 
 
 def _check_8bit(group: Group) -> None:
-    """Raises `ValueError` for options that moments in 8 bits don't have."""
+    """Raises `ValueError` for options that 8-bit moments don't accept."""
     checks.integer("min_8bit_size", group["min_8bit_size"], low=0)
     if group["moments_dtype"] is not None:
         raise ValueError(
@@ -44,7 +44,7 @@ def _check_8bit(group: Group) -> None:
 
 
 def _restarts(group: Group) -> bool:
-    """Whether the moments of a projected group start anew at each refresh."""
+    """Whether each refresh resets the moments of a projected group."""
     return ProjectionOptions.of(group) is not None and group.get("moments") == "reset"
 
 

@@ -1,6 +1,6 @@
-"""Update rules as data: a constructor's keywords in the official order, and what they stand for.
+"""Update rules as data: the constructor's keywords in the official order, and the rule they make.
 
-A method names its family (`rule = ADAMW`); `but` gives one with other defaults.
+A method names its family (`rule = ADAMW`); `but` returns one with other defaults.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def _unchanged(defaults: Group) -> Group:
 
 @dataclass(frozen=True)
 class RuleFamily:
-    """An update rule and the keywords that it is made from.
+    """An update rule and its constructor keywords.
 
     Attributes:
         keywords: of the constructor, in the official order.
-        make: the rule of a group, `make(group, projected=..., **form)`; `form` is as the rule's
-            fields. Raises `ValueError` for options out of range.
+        make: makes a group's rule, `make(group, projected=..., **form)`; `form` overrides fields of
+            the rule. Raises `ValueError` for options out of range.
         capturable: whether step counts may stay on the device.
-        complete: decides defaults that depend on others, once all keywords are known.
-        build: what `build` sets unless it is given.
+        complete: sets defaults that depend on other keywords.
+        build: constructor arguments that `build` sets unless they are given.
     """
 
     keywords: tuple[Keyword, ...]
@@ -101,7 +101,7 @@ def _muon(group: Group, *, projected: bool = False) -> UpdateRule:
 
 
 def _relative_step(defaults: Group) -> Group:
-    """`relative_step=None` is True exactly where `lr` is None; `beta1=0` is none."""
+    """`relative_step=None` becomes `lr is None`; `beta1=0` becomes None."""
     relative = defaults["relative_step"]
     relative = defaults["lr"] is None if relative is None else relative
     return {**defaults, "relative_step": relative, "beta1": defaults["beta1"] or None}
@@ -129,7 +129,7 @@ _8BIT = (
     ),
 )
 
-#: AdamW in transformers' form, as GaLore, Fira, COAP and APOLLO have it.
+#: AdamW in transformers' form, used by GaLore, Fira, COAP and APOLLO.
 ADAMW = RuleFamily(
     (
         _LR,
@@ -187,7 +187,7 @@ ADAMW_8BIT = RuleFamily(
     capturable=True,
 )
 
-#: The same in transformers' form, as COAP has it.
+#: The same in transformers' form, used by COAP.
 TRANSFORMERS_ADAMW_8BIT = RuleFamily(
     (*ADAMW.keywords, *_8BIT), _transformers_adam8bit, capturable=True
 )
@@ -214,7 +214,7 @@ ADAFACTOR = RuleFamily(
     build={"relative_step": False, "scale_parameter": False, "lr": 1e-3},
 )
 
-#: Adafactor whose first moment has 8 bits.
+#: Adafactor with an 8-bit first moment.
 ADAFACTOR_8BIT = replace(ADAFACTOR, keywords=(*ADAFACTOR.keywords, *_8BIT), make=_adafactor8bit)
 
 LION = RuleFamily(

@@ -1,8 +1,8 @@
-"""Seeds of all that a step draws at random.
+"""Seeds of all random numbers of a step.
 
-Each is a function of the user's seed, of a name, of a count (steps, refreshes) and of what it is
-for. So a parameter draws the same numbers whatever others there are (one that is frozen, removed or
-added shifts no other's), in every process, on every device, and in a resumed run.
+Each is a function of the user's seed, the parameter's name, a count (steps, refreshes) and the
+purpose. So a parameter's random numbers don't depend on which other parameters there are, nor on
+the process or the device, and are the same in a resumed run.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor
 
 from lowrank.cuda.noise import mix, random_bits
 
-#: Names under which wrappers keep what they wrap: torch.compile, FSDP1, activation checkpointing.
+#: Attributes that hold the wrapped module: torch.compile, FSDP1, activation checkpointing.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-#: What `parameters.name_alike` calls a parameter without a name, for the sake of other groups.
+#: Names that `parameters.name_alike` generates for parameters without one.
 _PLACE = re.compile(r"group\d+\.\d+_*")
 
 
 @lru_cache(maxsize=1 << 16)
 def unwrapped_name(name: str) -> str:
-    """A parameter's name as it is when nothing is compiled, sharded or in DDP ("module.")."""
+    """A parameter's name without the prefixes of wrappers and of DDP ("module.")."""
     parts = [part for part in name.split(".") if part not in WRAPPERS]
     while len(parts) > 1 and parts[0] == "module":
         del parts[0]
@@ -33,11 +33,11 @@ def unwrapped_name(name: str) -> str:
 
 
 def seed_names(groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """For each parameter of each group the name that its draws are made from.
+    """For each parameter of each group the name that seeds its random numbers.
 
-    It is the recorded name without wrappers, or the position in the optimizer ("param.12") where
-    none is recorded. A name that comes again (two models in one optimizer) gets a number ("a#2"),
-    so that no two parameters share their draws.
+    It is the recorded name without wrappers, or the position in the optimizer ("param.12") if none
+    is recorded. A repeated name (two models in one optimizer) gets a number ("a#2"), so that no two
+    parameters share their random numbers.
     """
     made: list[list[str]] = []
     seen: dict[str, int] = {}
@@ -56,25 +56,25 @@ def seed_names(groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def draw_seed(seed: int, name: str, count: int, use: str) -> int:
-    """The 64-bit seed of one draw.
+    """The 64-bit seed of one random draw.
 
     Args:
         seed: the user's.
-        name: whose draw it is, see `seed_names`.
-        count: steps done, or another number that tells this draw from earlier ones.
-        use: what is drawn ("basis", "rounding").
+        name: the parameter's name, see `seed_names`.
+        count: steps done, or another number that differs between draws.
+        use: the purpose ("basis", "rounding").
     """
     return mix(seed, name, count, use)
 
 
 def choose(count: int, size: int, seed: int, device: torch.device) -> Tensor:
-    """`count` different ones of 0, ..., size - 1, uniform, the same on every device.
+    """Draws `count` distinct integers of 0, ..., size - 1 uniformly, the same on every device.
 
     Returns:
         int64, ascending.
     """
     bits = random_bits(size, seed, device=device).long()
-    # The positions make equal bits different ones, so that there are no ties.
+    # The positions in the lower bits break ties.
     keys = bits.bitwise_left_shift_(32).bitwise_or_(torch.arange(size, device=device))
     smallest = keys.topk(count, largest=False, sorted=False).values
     chosen: Tensor = smallest.bitwise_and_((1 << 32) - 1).sort().values

@@ -1,4 +1,4 @@
-"""A parameter's state beside what its composition makes: what must agree, and what is made anew."""
+"""Checks of a parameter's state against the state that its composition would make."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from .composition import Composition
 
 State = Mapping[str, Any]
 
-#: Smallest value of an integer entry; of others it is 0.
+#: Smallest value of integer entries, if it is not 0.
 _LEAST = {"refreshed_at": -1, "gap": 1}
-_LARGEST = 1 << 62
+_LARGEST = 1 << 63
 
 
 def template(param: Tensor, composition: Composition) -> dict[str, Any]:
-    """What a parameter's state must look like, without memory."""
+    """A parameter's expected state, on the meta device."""
     made: dict[str, Any] = composition.init_state(param.detach().to("meta"), capturable=False)
     return made
 
 
 def difference(state: Any, expected: State) -> str | None:
-    """How a state differs from a template in entries, shapes, dtypes or integers, if it does."""
+    """How a state differs from a template in entries, shapes, dtypes or integers, or None."""
     if not isinstance(state, Mapping):
         return f"is a {type(state).__name__}; accepted is a dict with {sorted(expected)}"
     missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected)
@@ -64,7 +64,7 @@ def _integer_difference(entry: str, value: Any, wanted: int) -> str | None:
 
 
 def count_difference(state: State) -> str | None:
-    """What is wrong with the step count of a state that is loaded, if anything is; reads it."""
+    """What is wrong with the step count of a loaded state, or None; reads it back."""
     if state["step"].is_meta:
         return None
     count = float(state["step"])
@@ -77,7 +77,7 @@ def count_difference(state: State) -> str | None:
 
 
 def untouched(state: State) -> bool:
-    """Whether no step was taken with a state, so that it may be made anew."""
+    """Whether a state has taken no step, so that it may be replaced."""
     step = state.get("step") if isinstance(state, Mapping) else None
     if not isinstance(step, Tensor) or step.numel() != 1:
         return False
@@ -85,7 +85,7 @@ def untouched(state: State) -> bool:
 
 
 def misplaced(state: State, param: Tensor, *, capturable: bool) -> bool:
-    """Whether any tensor of a state lies on another device than it should."""
+    """Whether any tensor of a state is on the wrong device."""
     return any(
         isinstance(value, Tensor) and value.device != _device(entry, param, capturable)
         for entry, value in state.items()
@@ -93,13 +93,13 @@ def misplaced(state: State, param: Tensor, *, capturable: bool) -> bool:
 
 
 def place(state: dict[str, Any], param: Tensor, *, capturable: bool) -> None:
-    """In place: moves tensors of a state to the devices where they should be."""
+    """In place: moves tensors of a state to the right devices."""
     for entry, value in state.items():
         if isinstance(value, Tensor):
             state[entry] = value.to(_device(entry, param, capturable))
 
 
 def _device(entry: str, param: Tensor, capturable: bool) -> torch.device:
-    """Beside the parameter; the step count on the host unless it is to be captured."""
+    """The parameter's device; the host for the step count unless `capturable`."""
     on_host = entry == "step" and not capturable and not param.is_meta
     return torch.device("cpu") if on_host else param.device

@@ -4,8 +4,8 @@
 become bf16 and fp32 bases lose bits. Here each tensor keeps the dtype it was saved with and only
 moves to its parameter's device, after the whole file was checked against the parameters.
 
-A group whose options were changed since the last step has a key more in the file, `STATE_OPTIONS`:
-the options that the state was made under, where they are others. Loading takes it out again.
+A group whose options were changed since the last step has an additional key in the file,
+`STATE_OPTIONS`: the changed options as they were when the state was made. Loading removes it.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def check(
 
     Args:
         groups: the optimizer's groups.
-        state_dict: what is to be loaded.
-        compose: says what a saved group's options mean, or raises `ValueError`.
+        state_dict: the state to load.
+        compose: returns a saved group's composition, or raises `ValueError`.
     """
     saved_groups = _checked_groups(groups, state_dict)
     compositions = [compose(options_of_state(group)) for group in saved_groups]
@@ -78,10 +78,10 @@ def upgrade(
     state_dict: dict[str, Any],
     compose: Callable[[Group], Composition],
 ) -> dict[str, Any]:
-    """A saved state with moments in the precision that they have today.
+    """Casts the moments of a state that version 0.1.0 saved to their present precision.
 
-    Up to version 0.1.0, whose groups have no `moments_dtype`, moments had the weights' precision;
-    half-precision ones are cast. Arguments are as in `check`, which finds what doesn't fit.
+    In that version, whose groups have no `moments_dtype`, moments had the weights' precision;
+    half-precision ones are cast to fp32. Arguments are as in `check`, which reports mismatches.
     """
     old = [g for g in state_dict.get("param_groups", ()) if "moments_dtype" not in g]
     if not old:
@@ -107,8 +107,8 @@ def _in_precision(state: Mapping[str, Any], expected: Mapping[str, Any]) -> dict
     return made
 
 
-def former_options(group: Group, snapshot: Snapshot) -> dict[str, tuple[Any, ...]]:
-    """Options that a group's state was made under, where they are others now."""
+def previous_options(group: Group, snapshot: Snapshot) -> dict[str, tuple[Any, ...]]:
+    """Values of the changed options when a group's state was made."""
     options = snapshot.options
     return {
         key: (options[key],) if key in options else () for key in sorted(snapshot.changed(group))
@@ -116,11 +116,11 @@ def former_options(group: Group, snapshot: Snapshot) -> dict[str, tuple[Any, ...
 
 
 def options_of_state(saved: Group) -> Group:
-    """A saved group with the options that its state was made under."""
-    former: Mapping[str, Any] = saved.get(STATE_OPTIONS) or {}
-    made = {key: value for key, value in saved.items() if key not in (STATE_OPTIONS, *former)}
-    # An option that the state was made without has an empty tuple.
-    return made | {key: value[0] for key, value in former.items() if value}
+    """A saved group with the options that its state was made with."""
+    previous: Mapping[str, Any] = saved.get(STATE_OPTIONS) or {}
+    made = {key: value for key, value in saved.items() if key not in (STATE_OPTIONS, *previous)}
+    # An empty tuple stands for an option that the group did not have.
+    return made | {key: value[0] for key, value in previous.items() if value}
 
 
 def _checked_groups(groups: Sequence[Group], state_dict: Mapping[str, Any]) -> list[Group]:

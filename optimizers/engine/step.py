@@ -1,4 +1,4 @@
-"""One step of a group: refresh what is due, project, update, write back; or update alone."""
+"""One step of a group: refresh, project, update, write back; or a full-rank update."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..projectors import ProjectedParam
 from ..rules import UpdateRule
 from ..weights import apply_rule
-from .adapt import Former
+from .adapt import PendingMoments
 from .batching import read_steps, refresh_batches, update_batches
 from .composition import Composition, Projection
 from .geometry import RowRange, Side
@@ -22,12 +22,12 @@ from .plan import Plan
 from .refresh import RefreshHook, refresh
 from .write import apply_update
 
-#: Positions of the tensors to go on with, given tensors, whose they are, and names.
+#: Positions of the tensors to use, given tensors, their parameters and names.
 Usable = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[str | None]], Iterable[int]]
 
 
 def capturing() -> bool:
-    """Whether a CUDA graph is being captured, in which nothing may be read back."""
+    """Whether a CUDA graph is being captured, during which nothing may be read back."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
@@ -36,7 +36,7 @@ def step_plain(plan: Plan, usable: Usable) -> None:
 
     Args:
         plan: the group.
-        usable: leaves out gradients that are not finite.
+        usable: excludes gradients that are not finite.
     """
     group = plan.group
     grads = [descent_gradient(param, group) for param in plan.params]
@@ -46,7 +46,7 @@ def step_plain(plan: Plan, usable: Usable) -> None:
     chosen = [found[position] for position in kept]
     params = [plan.params[i] for i, _ in chosen]
     states = [plan.states[i] for i, _ in chosen]
-    # Captured steps are not told apart by their counts, which would have to be read back.
+    # Captured steps are not grouped by step count, which would have to be read back.
     steps = [0] * len(states) if group["capturable"] else read_steps(states)
     entries = [param.numel() for param in params]
     for batch in update_batches(params, states, steps, entries, group):
@@ -68,25 +68,25 @@ def step_projected(
     first: int,
     count: int,
     hooks: Sequence[RefreshHook],
-    formers: MutableMapping[Tensor, Former],
+    pending: MutableMapping[Tensor, PendingMoments],
     usable: Usable,
 ) -> None:
-    """Takes the step of a projected group, refreshes first.
+    """Takes the step of a projected group, after the refreshes that are due.
 
     Args:
         plan: the group.
         first: projected matrices before this group.
         count: projected matrices of all groups.
         hooks: called after each refresh.
-        formers: moments to carry over from before options were changed; none are left of these
-            matrices.
-        usable: leaves out gradients that are not finite.
+        pending: moments to transport after changed options; those of this group's matrices are
+            removed.
+        usable: excludes gradients that are not finite.
     """
     params = projected_params(plan, first)
     if not capturing():
-        refresh_due(params, plan.composition, count, hooks, formers)
-        if formers:
-            _start_anew(plan, params, formers)
+        refresh_due(params, plan.composition, count, hooks, pending)
+        if pending:
+            _start_anew(plan, params, pending)
     _update(plan, params, usable)
 
 
@@ -123,9 +123,9 @@ def refresh_due(
     composition: Composition,
     count: int,
     hooks: Sequence[RefreshHook],
-    formers: MutableMapping[Tensor, Former],
+    pending: MutableMapping[Tensor, PendingMoments],
 ) -> None:
-    """Refits the bases of the matrices whose turn it is, of `count` in all."""
+    """Refits the bases of the matrices that are due; `count` is the number of all matrices."""
     projection = composition.projection
     assert projection is not None
     due = [
@@ -134,15 +134,15 @@ def refresh_due(
         if projection.schedule.due(param.state, param.steps_done, param.index, count)
     ]
     for batch in refresh_batches(due):
-        refresh(batch, composition, hooks, formers)
+        refresh(batch, composition, hooks, pending)
 
 
 def _start_anew(
-    plan: Plan, params: Sequence[ProjectedParam], formers: MutableMapping[Tensor, Former]
+    plan: Plan, params: Sequence[ProjectedParam], pending: MutableMapping[Tensor, PendingMoments]
 ) -> None:
-    """Moments that found no new basis in this step, for want of a gradient, are given up."""
+    """Resets the step count of matrices whose pending moments got no new basis in this step."""
     for param, state in zip(plan.params, plan.states, strict=True):
-        if formers.pop(param, None) is not None:
+        if pending.pop(param, None) is not None:
             state["step"].zero_()
     for held in params:
         if int(held.state["step"]) == 0:
@@ -150,7 +150,7 @@ def _start_anew(
 
 
 def _update(plan: Plan, params: Sequence[ProjectedParam], usable: Usable) -> None:
-    """Advances the moments and writes, in batches of bounded scratch."""
+    """Updates moments and weights, in batches of bounded scratch."""
     projection, rule = plan.composition.projection, plan.composition.rule
     assert projection is not None
     weights, states = [param.weight for param in params], [param.state for param in params]
@@ -159,7 +159,7 @@ def _update(plan: Plan, params: Sequence[ProjectedParam], usable: Usable) -> Non
     for indices in update_batches(weights, states, steps, entries, plan.group):
         batch = [params[i] for i in indices]
         gradients = [projection.projector.project(param) for param in batch]
-        # A non-finite gradient always shows in its projection, which is smaller to read.
+        # A non-finite gradient always has a non-finite projection, which is cheaper to check.
         kept = usable(gradients, [p.weight for p in batch], [p.name for p in batch])
         pairs = [(batch[i], gradients[i]) for i in kept]
         if pairs:
@@ -180,8 +180,9 @@ def _update_batch(
     else:
         updates = rule.update(gradients, states, weights)
     for param, projected, update in zip(batch, gradients, updates, strict=True):
-        write = projection.residual.compute_update(param, projected, update, projection.projector)
-        apply_update(write, param, projection)
+        projector = projection.projector
+        written = projection.residual.compute_update(param, projected, update, projector)
+        apply_update(written, param, projection)
         if projection.projector.TRACKS:
             _track(param, projected, projection, rule)
         param.read = None

@@ -1,4 +1,4 @@
-"""The strategies of each seam by name, and a group's choice of them as one projection."""
+"""Projectors, schedules, storages and residuals by name, and the projection of a group."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SCHEDULES: dict[str, type[Schedule]] = {
     "lazy": LazyLayerwise,
     "once": Once,
 }
-#: Storage classes and the arguments that a name stands for; None is a group's `basis=None`.
+#: Storage class and its arguments by name; None is a group's `basis=None`.
 STORAGES: dict[str | None, tuple[type[BasisStorage], dict[str, Any]]] = {
     None: (DenseBasis, {}),
     "float32": (DenseBasis, {"dtype": torch.float32}),
@@ -57,7 +57,7 @@ _Strategy = type[Projector] | type[Schedule] | type[BasisStorage] | type[Residua
 
 
 class Strategies(NamedTuple):
-    """One strategy class for each seam."""
+    """One class of each kind of strategy."""
 
     projector: type[Projector]
     schedule: type[Schedule]
@@ -67,7 +67,10 @@ class Strategies(NamedTuple):
 
 @cache
 def strategy_option_owners() -> dict[str, list[str]]:
-    """Options that belong to single strategies, and which ones: {"limiter": ["residual=..."]}."""
+    """Options of single strategies, and the strategies that have them:
+
+    {"limiter": ["residual='norm_scaled'", ...]}.
+    """
     found: dict[str, list[str]] = {}
     tables: dict[str, Mapping[Any, Any]] = {
         "projector": PROJECTORS,
@@ -86,7 +89,7 @@ def strategy_option_owners() -> dict[str, list[str]]:
 
 @cache
 def strategy_defaults() -> dict[str, Any]:
-    """Options that belong to single strategies, with their defaults."""
+    """Options of single strategies, with their defaults."""
     found: dict[str, Any] = {}
     for table in (PROJECTORS, SCHEDULES, {k: v[0] for k, v in STORAGES.items()}, RESIDUALS):
         for strategy in table.values():
@@ -110,7 +113,7 @@ def _strategies_of(options: ProjectionOptions) -> Strategies:
 
 
 def strategy_options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a group's chosen strategies, those that it leaves out with their defaults.
+    """The options of a group's strategies, with defaults for those that are not given.
 
     Raises:
         ValueError: a strategy's name is unknown.
@@ -129,8 +132,8 @@ def check_strategy_options(given: Mapping[str, Any], own: Mapping[str, Any]) -> 
     """Raises `ValueError` for a given option of a strategy that was not chosen.
 
     Args:
-        given: options as a person gave them.
-        own: `own_options` of the group.
+        given: the options that the user gave.
+        own: `strategy_options` of the group.
     """
     for name, where in strategy_option_owners().items():
         if name in given and name not in own:
@@ -140,17 +143,19 @@ def check_strategy_options(given: Mapping[str, Any], own: Mapping[str, Any]) -> 
 def drop_left_over(
     group: dict[str, Any], options: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> None:
-    """In place: options that a strategy chosen before was completed with, and the new one lacks.
+    """In place: removes options that were added for a previous strategy and the new one lacks.
 
     Args:
-        group: options now.
+        group: current options.
         options: options when the group was completed.
-        defaults: of the optimizer; what is another value than by default is a person's, and stays.
+        defaults: of the optimizer; a value that differs from its default was given by the user
+            and is kept.
     """
     own = strategy_options(group)
     for name, value in strategy_defaults().items():
-        left_over = name in group and name not in own and group[name] == options.get(name)
-        if left_over and group[name] == defaults.get(name, value):
+        left_over = name in group and name not in own and name in options
+        wanted = (options.get(name), defaults.get(name, value))
+        if left_over and all(checks.same(group[name], other) for other in wanted):
             del group[name]
 
 

@@ -1,4 +1,4 @@
-"""Writing a planned update into a weight: by a fused kernel, or by rows."""
+"""Applying a `WeightUpdate` to a weight: by a fused kernel, or by rows."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .composition import Projection
 from .geometry import RowRange
 
 
-def apply_update(write: WeightUpdate, param: ProjectedParam, projection: Projection) -> None:
-    """Does to a weight what its residual planned, row chunk by row chunk where it is quantised."""
+def apply_update(update: WeightUpdate, param: ProjectedParam, projection: Projection) -> None:
+    """Applies an update to a weight, in chunks of rows if it is quantised."""
     options = projection.options
     seed = rounding_seed(options.seed, param.seed_name, param.steps_done)
     rounds = options.stochastic_rounding
-    direction, alpha, decay_factor = write.direction, write.alpha, write.decay_factor
+    direction, alpha, decay_factor = update.direction, update.alpha, update.decay_factor
     if isinstance(alpha, Tensor):
         direction, alpha = (None if direction is None else direction.mul_(alpha)), 1.0
-    plain = WeightUpdate(direction, alpha, decay_factor, write.scaled, write.edit)
+    plain = WeightUpdate(direction, alpha, decay_factor, update.scaled, update.edit)
     if _fused(plain, param, projection, seed, stochastic=rounds):
         return
     for weight_kn, rows in editable_rows(param.weight, param.rows, seed, stochastic=rounds):
@@ -33,11 +33,11 @@ def apply_update(write: WeightUpdate, param: ProjectedParam, projection: Project
             projection.projector.write_back(
                 param, weight_kn, rows, direction, alpha=alpha, decay_factor=scalar_decay
             )
-        if write.scaled is not None:
-            factors = write.scaled.of(rows, param.rows)
-            _take_off(weight_kn, param.grad[_span(rows, param.rows)], factors, write.scaled.alpha)
-        if write.edit is not None:
-            write.edit(weight_kn, rows)
+        if update.scaled is not None:
+            factors = update.scaled.of(rows, param.rows)
+            _take_off(weight_kn, param.grad[_span(rows, param.rows)], factors, update.scaled.alpha)
+        if update.edit is not None:
+            update.edit(weight_kn, rows)
 
 
 def _take_off(weight_kn: Tensor, grad_kn: Tensor, factors: Tensor, alpha: float) -> None:
@@ -57,24 +57,28 @@ def _span(rows: RowRange, held: RowRange) -> slice:
 
 
 def _fused(
-    write: WeightUpdate,
+    update: WeightUpdate,
     param: ProjectedParam,
     projection: Projection,
     seed: int,
     *,
     stochastic: bool,
 ) -> bool:
-    """One pass over the weight, if its kind, the plan and the kernels allow it."""
-    if write.edit is not None or isinstance(write.decay_factor, Tensor) or param.weight.dim() != 2:
+    """One pass over the weight by a kernel; False if there is none for this weight and update."""
+    if (
+        update.edit is not None
+        or isinstance(update.decay_factor, Tensor)
+        or param.weight.dim() != 2
+    ):
         return False
-    grad, factors, direction = None, None, write.direction
-    if write.scaled is not None:
+    grad, factors, direction = None, None, update.direction
+    if update.scaled is not None:
         grad = param.grad
-        factors = (write.scaled.factors * write.scaled.alpha).float()
+        factors = (update.scaled.factors * update.scaled.alpha).float()
     chunks = fused_rows(param.weight, grad, seed, stochastic=stochastic, first_row=param.rows.start)
     if chunks is None:
         return False
-    assert not isinstance(write.alpha, Tensor)
+    assert not isinstance(update.alpha, Tensor)
     for chunk in chunks:
         start = param.rows.start + chunk.start
         rows = RowRange(start, start + chunk.rows, param.rows.reduce)
@@ -89,5 +93,5 @@ def _fused(
         own = factors
         if factors is not None and factors.shape[0] > 1:
             own = factors[chunk.start : chunk.start + chunk.rows]
-        chunk.write(step, own, decay_factor=write.decay_factor, alpha=write.alpha)
+        chunk.write(step, own, decay_factor=update.decay_factor, alpha=update.alpha)
     return True

@@ -91,8 +91,8 @@ class LowRankLinear(FactoredLinear):
         a_hnr = self.lora_a.view(count, r, -1).mT
         b_hrm = self.lora_b.mT.view(count, r, -1)
         rows_htn = x.reshape(count, -1, x.shape[-1])
-        low_htm = ((rows_htn @ a_hnr) * self.scaling) @ b_hrm
-        projected = low_htm.reshape(*x.shape[:-1], self.out_features)
+        projected_htm = ((rows_htn @ a_hnr) * self.scaling) @ b_hrm
+        projected = projected_htm.reshape(*x.shape[:-1], self.out_features)
         if self.frozen is None:
             return projected if self.bias is None else projected + self.bias
         return functional.linear(x, self.frozen, self.bias) + projected

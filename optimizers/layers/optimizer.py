@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self, overload
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..engine.composition import Composition
+from ..engine.gradients import check_gradients
 from ..engine.optimizer import LowRankOptimizer, no_autocast
 from ..engine.options import Group
 from ..engine.parameters import label, names
@@ -56,8 +57,12 @@ class FactoredAdamW(LowRankOptimizer):
     projects: ClassVar[bool] = False
     fixed_options: ClassVar[tuple[str, ...]] = ("capturable", "factors")
     rule = TORCH_ADAMW.but(weight_decay=0.0, capturable=False)
+    #: Options that say after which steps there are events.
+    event_options: ClassVar[tuple[str, ...]] = ()
     #: The layer that this optimizer trains.
     layer_type: ClassVar[type[FactoredLinear]]
+    #: Which factors have to be trained for a layer's events, in words.
+    awaited: ClassVar[str] = "one of its factors is"
 
     def _make_attributes(self) -> None:
         super()._make_attributes()
@@ -106,6 +111,13 @@ class FactoredAdamW(LowRankOptimizer):
         self.__dict__.setdefault("_event_hooks", OrderedDict())
         super().__setstate__(state)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `LowRankOptimizer.load_state_dict`; links keep their layers."""
+        super().load_state_dict(state_dict)
+        # Torch has made new groups.
+        groups = {param: group for group in self.param_groups for param in group["params"]}
+        self._links = [replace(link, group=groups[link.factors()[0]]) for link in self._links]
+
     # Layers
 
     def attach(self, model: nn.Module) -> Self:
@@ -128,7 +140,8 @@ class FactoredAdamW(LowRankOptimizer):
                 continue
             own = [getattr(layer, factor) for factor in layer.FACTORS]
             for factor, param in zip(layer.FACTORS, own, strict=True):
-                if param in groups and not groups[param].get("factors"):
+                group = groups.get(param)
+                if group is not None and not group.get("factors") and self._needs_layers(group):
                     raise ValueError(
                         f"{name}.{factor} is in a parameter group without factors=True, in which "
                         "nothing would happen to its layer: accepted are the groups that "
@@ -199,6 +212,7 @@ class FactoredAdamW(LowRankOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        check_gradients(self.param_groups)
         self._prepare()
         with no_autocast():
             try:
@@ -248,8 +262,8 @@ class FactoredAdamW(LowRankOptimizer):
                 return
             warnings.warn(
                 f"{type(self).__name__} has taken {steps} steps without a finite gradient for "
-                f"{', '.join(idle)}: what is scheduled for a layer waits until one of its factors "
-                "is trained (convert(..., patterns=...) leaves layers out)",
+                f"{', '.join(idle)}: what is scheduled for a layer waits until {self.awaited} "
+                "trained (convert(..., patterns=...) leaves layers out)",
                 stacklevel=3,
             )
         self._all_stepped = True
@@ -261,6 +275,20 @@ class FactoredAdamW(LowRankOptimizer):
     def _passed(self, link: Link, gap: str) -> int:
         """Multiples of group[gap] that a layer's steps have passed."""
         return self._steps(link) // int(link.group[gap])
+
+    def _events_after(self, group: Group, steps: int) -> int:
+        """How many events this many steps have behind them; 0 where none are counted."""
+        gap = group[self.event_options[0]] if self.event_options else None
+        return 0 if gap is None else steps // int(gap)
+
+    def _options_changed(self, group: Group, before: Group) -> None:
+        """With another gap the next event is at the next of its multiples."""
+        if not group.get("factors") or all(group[k] == before.get(k) for k in self.event_options):
+            return
+        for param in group["params"]:
+            state = self.state.get(param, {})
+            if "events" in state:
+                state["events"] = self._events_after(group, int(state["step"]))
 
     def _events(self, link: Link) -> int:
         return max(int(self.state[param]["events"]) for param in link.factors())

@@ -66,14 +66,14 @@ class _LoQT(torch.autograd.Function):
         p = dense_matrix(tuple(parts[3:]), (min(m, n), r), ctx.formats[1], ctx.dtype)
         b = factor.to(ctx.dtype)
         grad_x = grad_factor = grad_bias = grad_weight = None
-        low_grad = grad_y @ (p if left else b)
+        projected_grad = grad_y @ (p if left else b)
         if ctx.needs_input_grad[0]:
             weight = dense_matrix(tuple(parts[:3]), (m, n), ctx.formats[0], ctx.dtype)
             grad_x = grad_y @ weight
             del weight
-            grad_x.addmm_(low_grad, b if left else p.mT, alpha=scale)
+            grad_x.addmm_(projected_grad, b if left else p.mT, alpha=scale)
         if ctx.needs_input_grad[1]:
-            product = low_grad.mT @ x if left else grad_y.mT @ projected
+            product = projected_grad.mT @ x if left else grad_y.mT @ projected
             grad_factor = product.mul_(scale).to(factor.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_y.sum(0)

@@ -38,7 +38,6 @@ def mark_frozen(model: nn.Module) -> None:
         if isinstance(module, FactoredLinear):
             _remove_check(module)
             module.register_forward_pre_hook(check_replicas)
-            continue
         names = _frozen_names(module)
         if names:
             present = getattr(module, _MARK, ())
@@ -50,7 +49,6 @@ def unmark_frozen(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FactoredLinear):
             _remove_check(module)
-            continue
         names = set(_frozen_names(module))
         if names and _MARK in vars(module):
             rest = [name for name in getattr(module, _MARK) if name not in names]
@@ -62,10 +60,10 @@ def unmark_frozen(model: nn.Module) -> None:
 
 def _frozen_names(module: nn.Module) -> list[str]:
     names = [
-        f"{prefix}.{name}"
+        name
         for prefix, layer in module.named_modules()
         if isinstance(layer, FactoredLinear)
-        for name, _ in layer.named_buffers()
+        for name, _ in layer.named_buffers(prefix)
     ]
     return names + [_COMPILED + name for name in names]
 

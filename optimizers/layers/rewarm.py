@@ -27,6 +27,10 @@ class Rewarmed(UpdateRule):
     inner: Adam
     steps: int
 
+    def at_rate(self, lr: float | Tensor | None) -> Rewarmed:
+        """See `UpdateRule.at_rate`."""
+        return replace(self, inner=self.inner.at_rate(lr))
+
     def init(self, shape: Sequence[int], like: Tensor) -> State:
         """See `UpdateRule.init`."""
         return self.inner.init(shape, like)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from ..engine import checks
 from ..engine.composition import Composition
 from ..engine.keywords import Keyword
 from ..engine.method import method
@@ -72,4 +73,5 @@ class Muon(LowRankOptimizer):
 
     def compose(self, group: Group) -> Composition:
         """Muon or AdamW, by the group's `use_muon`."""
+        checks.choice("use_muon", group["use_muon"], (True, False))
         return Composition(self.rule.make(group, projected=group["use_muon"]))

@@ -189,7 +189,8 @@ class FloraAdafactor(LowRankOptimizer):
             index = next(i for i, own in enumerate(group["params"]) if own is param)
             name = seed_names(self.param_groups)[self._index_of(group)][index]
             # 63 bits, which an int64 holds. States of 0.1.0 keep their 1, 2, 3.
-            state["matrix"] = mix(0, name) >> 1
+            own = self.state.get(param, {}).get("matrix")
+            state["matrix"] = mix(0, name) >> 1 if own is None else own
         return state
 
     def compose(self, group: Group) -> Composition:

@@ -60,6 +60,7 @@ class LoQTAdamW(FactoredAdamW):
     """
 
     layer_type: ClassVar[type[FactoredLinear]] = QuantizedLowRankLinear
+    event_options: ClassVar[tuple[str, ...]] = ("update_proj_gap", "gap_growth")
     rule = FactoredAdamW.rule.but(lr=1e-2)
     own_keywords = (
         Keyword("update_proj_gap", 100, "steps between bases, at first."),
@@ -93,8 +94,8 @@ class LoQTAdamW(FactoredAdamW):
         return super().compose(group)
 
     def factor_rule(self, group: Group) -> UpdateRule:
-        """Adam whose bias corrections start anew with each basis, if its moments do."""
-        return self.rule.make(group, restarts=group["reset"] == "zero")
+        """Adam whose bias corrections count from when its moments last started anew."""
+        return self.rule.make(group, restarts=True)
 
     def attach(self, model: nn.Module) -> Self:
         """See `FactoredAdamW.attach`."""
@@ -131,6 +132,10 @@ class LoQTAdamW(FactoredAdamW):
             self._call_event_hooks(LayerEvent("requantize", step, len(self._renewed), change))
         self._renewed = []
         self._watch()
+
+    def _events_after(self, group: Group, steps: int) -> int:
+        # A basis that is due now is found in the step to come.
+        return bases_by(group, steps - 1) if steps else 0
 
     def _restart(self) -> None:
         for link, _ in self._renewed:

@@ -41,6 +41,7 @@ class LowRankAdamW(FactoredAdamW):
     """AdamW on plain low-rank factors; all other parameters get plain AdamW."""
 
     layer_type: ClassVar[type[FactoredLinear]] = LowRankLinear
+    event_options: ClassVar[tuple[str, ...]] = ("refactor_gap",)
     own_keywords: ClassVar[tuple[Keyword, ...]] = (
         Keyword(
             "refactor_gap",
@@ -57,7 +58,7 @@ class LowRankAdamW(FactoredAdamW):
 
     def factor_rule(self, group: Group) -> UpdateRule:
         """Adam whose bias corrections start anew at each refactorisation."""
-        return self.rule.make(group, restarts=group["refactor_gap"] is not None)
+        return self.rule.make(group, restarts=True)
 
     def _needs_layers(self, group: Group) -> bool:
         return group["refactor_gap"] is not None

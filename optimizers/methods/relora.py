@@ -71,6 +71,7 @@ class ReLoRAAdamW(FactoredAdamW):
     """
 
     layer_type: ClassVar[type[FactoredLinear]] = LowRankLinear
+    event_options: ClassVar[tuple[str, ...]] = ("update_proj_gap",)
     aliases: ClassVar = {"relora": "update_proj_gap"}
     own_keywords = (
         Keyword("update_proj_gap", 1000, "steps between merges."),

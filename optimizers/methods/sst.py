@@ -60,6 +60,7 @@ class SSTAdamW(FactoredAdamW):
     """
 
     layer_type: ClassVar[type[FactoredLinear]] = SpectralLinear
+    event_options: ClassVar[tuple[str, ...]] = ("update_proj_gap",)
     own_keywords = (
         Keyword("update_proj_gap", 200, "steps between draws of the active vectors."),
         Keyword("sampling", "mixed", '"mixed", "singular" (by singular value alone) or "uniform".'),

@@ -110,12 +110,13 @@ class SwitchLoRAAdamW(FactoredAdamW):
         self._counted = []
 
     def _is_due(self, link: Link) -> bool:
-        """Whether this step is the layer's next: it hasn't been looked at, and will be taken."""
+        """Whether this step is the layer's next, and will be taken by both factors."""
         if self._events(link) > self._steps(link):
             return False
+        # A parameter without a gradient stays as it is, so its rows aren't exchanged.
         grads = [param.grad for param in link.factors() if param.grad is not None]
-        if not grads or not link.group["skip_nonfinite"]:
-            return bool(grads)
+        if len(grads) < 2 or not link.group["skip_nonfinite"]:
+            return len(grads) == 2
         return all(finite(grads, lambda position: None))
 
     def _switch(self, link: Link, step: int) -> bool:

@@ -1,7 +1,7 @@
-"""Projecting a gradient onto its bases and writing an update back: one GEMM each way.
+"""Projection of a gradient and back-projection of an update: one GEMM each.
 
 With `dtype` lower than the weights' (say bf16 under fp32) both GEMMs run in that precision, on
-slabs of bounded size along the axis that is not projected, so that no m x n temporary is made.
+chunks of bounded size along the axis that is not projected, so that no m x n temporary is made.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _left_rows(basis_mr: Tensor, rows: RowRange) -> Tensor:
 
 
 def rows_of(projected: Tensor, geometry: Geometry, held: RowRange, wanted: RowRange) -> Tensor:
-    """The part of a projected tensor that belongs to some of the rows; on the left all of it."""
+    """The part of a projected tensor that belongs to some rows; all of it for a left projection."""
     if geometry.side is not Side.RIGHT or held == wanted:
         return projected
     return projected[wanted.start - held.start : wanted.stop - held.start]
@@ -40,7 +40,7 @@ def project(
         grad_kn: rows [start, stop) of the m x n gradient.
         bases: the basis (m x r on the left, n x r on the right), or both.
         geometry: side, rank and global shape.
-        rows: which rows these are; a left projection is summed with its `reduce`.
+        rows: the rows of `grad_kn`; a left projection is summed with its `reduce`.
         dtype: precision of the GEMM; the gradient's own by default.
 
     Returns:
@@ -51,8 +51,8 @@ def project(
     own = [basis.to(grad_kn.dtype) for basis in bases]
     if geometry.side is Side.RIGHT:
         return grad_kn @ own[0]
-    low_rn = rows.reduce(_left_rows(own[0], rows).mT @ grad_kn)
-    return low_rn if geometry.side is Side.LEFT else low_rn @ own[1]
+    projected_rn = rows.reduce(_left_rows(own[0], rows).mT @ grad_kn)
+    return projected_rn if geometry.side is Side.LEFT else projected_rn @ own[1]
 
 
 def _project_slabs(
@@ -66,18 +66,18 @@ def _project_slabs(
     r = geometry.rank
     own = [basis.to(dtype) for basis in bases]
     if geometry.side is Side.RIGHT:
-        low_kr = grad_kn.new_empty(k, r)
+        projected_kr = grad_kn.new_empty(k, r)
         for span in row_chunks(grad_kn):
-            low_kr[span] = grad_kn[span].to(dtype) @ own[0]
-        return low_kr
+            projected_kr[span] = grad_kn[span].to(dtype) @ own[0]
+        return projected_kr
     basis_rk = _left_rows(own[0], rows).mT
-    low_rn = grad_kn.new_empty(r, n)
+    projected_rn = grad_kn.new_empty(r, n)
     for span in row_chunks(grad_kn.mT):
-        low_rn[:, span] = basis_rk @ grad_kn[:, span].to(dtype)
-    low_rn = rows.reduce(low_rn)
+        projected_rn[:, span] = basis_rk @ grad_kn[:, span].to(dtype)
+    projected_rn = rows.reduce(projected_rn)
     if geometry.side is Side.LEFT:
-        return low_rn
-    return (low_rn.to(dtype) @ own[1]).to(grad_kn.dtype)
+        return projected_rn
+    return (projected_rn.to(dtype) @ own[1]).to(grad_kn.dtype)
 
 
 def _factors(
@@ -96,7 +96,7 @@ def back_project(
 ) -> Tensor:
     """The back-projection of `direction` for some rows, k x n, in fp32 (fp64 for fp64).
 
-    On a GPU half-precision factors are multiplied as they are.
+    On a GPU half-precision factors are multiplied in their own precision.
     """
     half = direction.dtype in HALF and on_gpu(direction)
     compute = direction.dtype if half else torch.promote_types(direction.dtype, torch.float32)
@@ -115,7 +115,7 @@ def write_back(
     decay_factor: float,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """In place: weight <- keep * weight - alpha * back-projection of `direction`.
+    """In place: weight <- decay_factor * weight - alpha * back-projection of `direction`.
 
     Args:
         weight_kn: this process's rows of the weight.

@@ -1,4 +1,4 @@
-"""The projector seam: which subspace, when it is refitted, how a gradient gets there and back."""
+"""The projector interface: fitting a subspace, projection and back-projection."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Bases = tuple[Tensor, ...]
 
 
 def no_moment() -> Tensor | None:
-    """The `first_moment` of a rule that keeps none."""
+    """The `first_moment` of a rule without one."""
     return None
 
 
@@ -30,16 +30,17 @@ class ProjectedParam:
 
     Attributes:
         weight: the parameter, this process's rows of it (k x n).
-        grad: its gradient with the sign of a descent, k x n.
-        state: the parameter's flat state; projectors, schedules and rules own its keys.
+        grad: its gradient (negated under `maximize`), k x n.
+        state: the parameter's flat state; each key belongs to a projector, schedule, residual or
+            rule.
         geometry: global shape, side and rank.
-        rows: the rows held here.
+        rows: the rows that this process holds.
         index: position among the optimizer's projected matrices.
         steps_done: steps taken before this one.
-        seed_name: what its draws are made from, see `engine.seeds`.
+        seed_name: the name that seeds its random numbers, see `engine.seeds`.
         name: the parameter's recorded name, if any.
-        first_moment: reads the rule's first moment as it stands, in the projected shape.
-        read: the bases as read during this step; what changes them sets it to None.
+        first_moment: reads the rule's current first moment, in the projected shape.
+        read: cache of the bases during this step; None after they change.
     """
 
     weight: Tensor
@@ -62,10 +63,10 @@ class ProjectedParam:
 
 @dataclass(frozen=True)
 class Projector(ABC):
-    """A stateless strategy; every tensor it keeps lies in the parameter's flat state.
+    """A stateless strategy; all its tensors are in the parameter's flat state.
 
     Attributes:
-        storage: how bases are kept.
+        storage: how bases are stored.
         dtype: precision of the projection GEMMs, the weights' own when None.
         seed: of everything random.
     """
@@ -74,7 +75,7 @@ class Projector(ABC):
     OPTIONS: ClassVar[tuple[str, ...]] = ()
     #: Numbers of dimensions of the parameters it can project.
     DIMENSIONS: ClassVar[tuple[int, ...]] = (2,)
-    #: Whether `track` moves the bases.
+    #: Whether `track` changes the bases.
     TRACKS: ClassVar[bool] = False
     #: Whether bases have orthonormal columns (to the storage's precision).
     ORTHONORMAL: ClassVar[bool] = True
@@ -89,7 +90,7 @@ class Projector(ABC):
         return self.ORTHONORMAL
 
     def for_group(self, group: Mapping[str, Any]) -> Projector:
-        """This projector with what it needs of a group besides its options (a learning rate)."""
+        """This projector with the other values that it reads from a group (a learning rate)."""
         return self
 
     def geometry(self, shape: Sequence[int], rank: int, proj_type: str) -> Geometry:
@@ -114,8 +115,8 @@ class Projector(ABC):
         """Refits and stores the bases of the given matrices from their gradients (and moments).
 
         Returns:
-            For each parameter its new bases before their storage rounds them, or None where the
-            previous ones were kept.
+            For each parameter its new bases, not rounded by their storage, or None if the previous
+            ones are kept.
         """
 
     def bases(self, param: ProjectedParam) -> Bases:
@@ -128,7 +129,7 @@ class Projector(ABC):
         return tuple(self.storage.read(param.state, key) for key in param.geometry.basis_shapes)
 
     def store(self, param: ProjectedParam, bases: Bases) -> None:
-        """Makes these the parameter's bases."""
+        """Stores the parameter's bases."""
         for key, basis in zip(param.geometry.basis_shapes, bases, strict=True):
             self.storage.write(param.state, key, basis)
         param.read = None
@@ -147,12 +148,12 @@ class Projector(ABC):
         alpha: float,
         decay_factor: float,
     ) -> None:
-        """In place, on some rows: weight <- keep * weight - alpha * back-projection of `direction`.
+        """In place, on some rows: decays the weight, subtracts alpha * back-projected `direction`.
 
         Args:
-            param: whose bases to use.
-            weight_kn: rows of the weight, those of `rows`.
-            rows: which of the parameter's rows these are, in the whole matrix.
+            param: the matrix, with its bases.
+            weight_kn: these rows of the weight.
+            rows: the range of these rows in the whole matrix.
             direction: of the projected gradient's shape, for all of the parameter's rows.
             alpha: step size.
             decay_factor: 1 less the weight decay.
@@ -182,7 +183,7 @@ class Projector(ABC):
         return apply.back_project(own, self.bases(param), param.geometry, rows)
 
     def rotation(self, param: ProjectedParam, previous: Bases) -> Rotation:
-        """From coordinates in the former bases to those in the parameter's bases."""
+        """The change of coordinates from the previous bases to the parameter's bases."""
         wide = wide_dtype(param.weight)
         pairs = zip(self.bases(param), previous, strict=True)
         between = [new.to(wide).mT @ old.to(wide) for new, old in pairs]
@@ -195,13 +196,13 @@ class Projector(ABC):
     def outside(
         self, param: ProjectedParam, projected: Tensor, span: slice, share: float = 1.0
     ) -> Tensor:
-        """G - share up(R) for some of the parameter's rows, in a new tensor.
+        """G - share P R (left) or G - share R P^T (right) for some rows, in a new tensor.
 
         Args:
-            param: whose gradient and bases to use.
+            param: the matrix, with its gradient and bases.
             projected: R, the projected gradient.
-            span: which of the rows held here, with both ends given.
-            share: how much of the reconstruction is taken off.
+            span: slice of this process's rows, with explicit start and stop.
+            share: factor on the back-projection of R.
         """
         chunk = param.grad[span].clone()
         rows = param.rows.part(span)
@@ -209,4 +210,4 @@ class Projector(ABC):
         return chunk
 
     def track(self, param: ProjectedParam, projected: Tensor) -> None:  # noqa: B027 (optional)
-        """Called after the write-back; a projector that learns online moves its bases here."""
+        """Called after the write-back; an online projector updates its bases here."""

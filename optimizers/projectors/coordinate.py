@@ -1,7 +1,7 @@
 """Coordinate bases: r random rows or columns of the gradient (FRUGAL, arXiv 2411.07837).
 
-Projecting is a gather and back-projecting a scatter, so that no GEMM is needed. Redrawn from
-(`seed`, the matrix's name, the step) at each refresh. Memory: 4 r bytes (the indices, sorted).
+Projection is a gather and back-projection a scatter, without a GEMM. The coordinates are redrawn
+from (`seed`, the matrix's name, the step) at each refresh. Memory: 4 r bytes (sorted indices).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .base import Bases, ProjectedParam, Projector
 from .random import usable
 
 INDEX_BYTES = 4
-INDEX = "_index"  # after the key of the basis that the indices stand for
+INDEX = "_index"  # suffix of the key of the basis that the indices represent
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class CoordinateProjector(Projector):
             )
 
     def init(self, geometry: Geometry, like: Tensor) -> dict[str, Any]:
-        """Indices that stand for nothing yet."""
+        """Zero indices, to be drawn at the first fit."""
         return {
             key + INDEX: torch.zeros(rank, dtype=torch.int32, device=like.device)
             for key, (_, rank) in geometry.basis_shapes.items()
@@ -45,7 +45,7 @@ class CoordinateProjector(Projector):
         return INDEX_BYTES * sum(rank for _, rank in geometry.basis_shapes.values())
 
     def fit(self, params: Sequence[ProjectedParam]) -> list[Bases | None]:
-        """Draws new indices; a matrix with a non-finite gradient keeps its own."""
+        """Draws new indices; a matrix with a non-finite gradient keeps its previous ones."""
         fitted: list[Bases | None] = []
         for param in params:
             if not usable(param):
@@ -60,7 +60,7 @@ class CoordinateProjector(Projector):
         return fitted
 
     def _read(self, param: ProjectedParam) -> Bases:
-        """The indices as 0/1 matrices, for what asks for a basis in full."""
+        """The indices as 0/1 matrices, for callers that need a dense basis."""
         bases = []
         for key, shape in param.geometry.basis_shapes.items():
             basis_dr = torch.zeros(shape, dtype=param.grad.dtype, device=param.grad.device)
@@ -87,7 +87,7 @@ class CoordinateProjector(Projector):
             projected = param.rows.reduce(projected.masked_fill_(~inside[:, None], 0.0))
         if columns is not None:
             projected = projected.index_select(1, columns)
-        # What is not selected must not pass unseen: 0 where all is finite, else NaN.
+        # Entries that are not selected must be checked too: adds 0 if all are finite, else NaN.
         return projected.add_(torch.linalg.vector_norm(param.grad, torch.inf) * 0.0)
 
     def write_back(
@@ -132,16 +132,16 @@ class CoordinateProjector(Projector):
             assert columns is not None
             return chunk.index_fill_(1, columns.long(), 0.0)
         local, inside = _local(rows, start, start + len(chunk))
-        keep_k = torch.ones(len(chunk), dtype=chunk.dtype, device=chunk.device)
-        keep_k.index_add_(0, local, inside.to(chunk.dtype), alpha=-1.0)
+        mask_k = torch.ones(len(chunk), dtype=chunk.dtype, device=chunk.device)
+        mask_k.index_add_(0, local, inside.to(chunk.dtype), alpha=-1.0)
         if columns is None:
-            return chunk.mul_(keep_k[:, None])
-        kept_n = torch.zeros(chunk.shape[1], dtype=chunk.dtype, device=chunk.device)
-        kept_n.index_fill_(0, columns.long(), 1.0)
-        return chunk.mul_(1.0 - (1.0 - keep_k)[:, None] * kept_n)
+            return chunk.mul_(mask_k[:, None])
+        selected_n = torch.zeros(chunk.shape[1], dtype=chunk.dtype, device=chunk.device)
+        selected_n.index_fill_(0, columns.long(), 1.0)
+        return chunk.mul_(1.0 - (1.0 - mask_k)[:, None] * selected_n)
 
 
 def _local(index: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Positions within rows [start, stop), clamped, and which of them lie there."""
+    """Positions relative to rows [start, stop), clamped, and which of them are in that range."""
     local = index - start
     return local.clamp(0, stop - start - 1), (local >= 0) & (local < stop - start)

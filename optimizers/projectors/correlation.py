@@ -1,10 +1,10 @@
-"""COAP's projector: a basis that follows gradient and momentum, re-projected now and then.
+"""COAP's projector: a basis updated by gradient descent and re-projected at longer intervals.
 
 Chen et al., "COAP: Memory-Efficient Training with Correlation-Aware Gradient Projection" (arXiv
-2412.00071). At multiples of the interval, with R the projection, M the first moment before this
-step's update, up(.) the back-projection and g2 the squared row norms of G:
+2412.00071). At multiples of the interval, with R the projected gradient, M the first moment before
+this step's update, and the back-projections Ghat = P R and Mhat = P M (left) or R P^T and M P^T:
 
-    L(P) = L1 L2,    L1 = ||up(R) - G||^2 / (m n),    L2 = 1 - mean_i cos(up(M)_i, G_i)
+    L(P) = L1 L2,    L1 = ||Ghat - G||^2 / (m n),    L2 = 1 - mean_i cos(Mhat_i, G_i)
     g = dL/dP, scaled down to norm 1 at most;    P <- P - coap_lr g
 
 with the cosine over rows of the whole matrix on both sides. At every `reproject_factor`-th multiple
@@ -12,9 +12,9 @@ P becomes the right (left) singular vectors of Q^T G, Q = orth(G P): a warm-star
 first step the sketch is Gaussian. In closed form with K = P^T P a step takes 6 m n r: one GEMM for
 R and one with G for [R | w M], and nothing of size m x n (`correlation_gradient`).
 
-The released code's P step does not see the scale of the gradient: at the scale of language models'
-(entries of 1e-3 and less) it moves P by nothing, and COAP is the re-projection alone.
-`normalize_gradient=True` takes the step for G sqrt(m n) / ||G||. Memory: min(m, n) r entries.
+The released code's P step depends on the gradient's scale: at that of language models (entries of
+1e-3 and less) it leaves P unchanged, and COAP is the re-projection alone. With
+`normalize_gradient=True` the step uses G sqrt(m n) / ||G||. Memory: min(m, n) r entries.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from .singular import align_signs
 
 #: Seed of the first sketch, the released code's.
 SKETCH_SEED = 3407
-#: What torch's cosine similarity keeps norms above.
+#: Lower bound of norms in torch's cosine similarity.
 EPS = 1e-8
 
 
@@ -59,9 +59,9 @@ def correlation_gradient(
     Args:
         grad_mn: the gradient.
         basis_dr: the basis, m x r on the left, n x r on the right.
-        moment: the first moment, r x n or m x r; None leaves the factor L2 out.
-        side: the projected axis, one of them.
-        normalize: for G sqrt(m n) / ||G|| instead of G.
+        moment: the first moment, r x n or m x r; None omits the factor L2.
+        side: the projected axis, LEFT or RIGHT.
+        normalize: use G sqrt(m n) / ||G|| instead of G.
         dtype: precision of the GEMMs with G; its own by default.
     """
     m, n = grad_mn.shape
@@ -84,23 +84,23 @@ def correlation_gradient(
         return scaled(projected)
 
     projected = gemm(basis, side)  # r x n, or m x r
-    low_lr = projected.mT if left else projected  # the long axis first
-    gram, square = basis.mT @ basis, low_lr.mT @ low_lr
+    projected_lr = projected.mT if left else projected  # the long axis first
+    gram, square = basis.mT @ basis, projected_lr.mT @ projected_lr
     error = (row_norms.square().sum() - 2 * square.trace() + (gram * square).sum()) / (m * n)
     if moment is None:
-        product = gemm(low_lr.to(grad_mn.dtype), across)
+        product = gemm(projected_lr.to(grad_mn.dtype), across)
         product_dr = product if left else product.mT
         gram.diagonal().sub_(2.0)
         return (basis @ square).addmm_(product_dr, gram).mul_(2.0 / (m * n))
     moment_lr = scaled(moment.mT if left else moment)
     if left:
-        wanted = torch.cat((low_lr, moment_lr), dim=1)
+        wanted = torch.cat((projected_lr, moment_lr), dim=1)
         product_dr, aligned_dr = gemm(wanted.to(grad_mn.dtype), across).chunk(2, dim=1)
         inner = moment_lr.mT @ moment_lr
         turned = basis @ inner
         dots, moved = (basis * aligned_dr).sum(1), (basis * turned).sum(1)
     else:
-        dots, moved = (moment_lr * low_lr).sum(1), ((moment_lr @ gram) * moment_lr).sum(1)
+        dots, moved = (moment_lr * projected_lr).sum(1), ((moment_lr @ gram) * moment_lr).sum(1)
     moved_norms, norms = moved.clamp(min=0).sqrt().clamp(min=EPS), row_norms.clamp(min=EPS)
     cosines = dots / (moved_norms * norms)
     first = 1.0 / (moved_norms * norms)
@@ -109,14 +109,14 @@ def correlation_gradient(
         towards = first[:, None] * aligned_dr - second[:, None] * turned
         inner = torch.zeros_like(gram)
     else:
-        wanted = torch.cat((low_lr, first[:, None] * moment_lr), dim=1)
+        wanted = torch.cat((projected_lr, first[:, None] * moment_lr), dim=1)
         product_dr, towards = gemm(wanted.to(grad_mn.dtype), across).mT.chunk(2, dim=1)
         inner = moment_lr.mT @ (second[:, None] * moment_lr)
-    apart, share = (1.0 - cosines.mean()) * (2.0 / (m * n)), error / m
-    # L2 dL1/dP + L1 dL2/dP, the products with P taken together.
+    dissimilarity, share = (1.0 - cosines.mean()) * (2.0 / (m * n)), error / m
+    # L2 dL1/dP + L1 dL2/dP, with the products with P combined.
     gram.diagonal().sub_(2.0)
-    result = torch.addmm(towards * -share, basis, apart * square + share * inner)
-    return result.addmm_(product_dr, apart * gram)
+    result = torch.addmm(towards * -share, basis, dissimilarity * square + share * inner)
+    return result.addmm_(product_dr, dissimilarity * gram)
 
 
 def correlation_step(
@@ -129,7 +129,7 @@ def correlation_step(
     normalize: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The basis after one step against `correlation_gradient`, clipped to norm 1."""
+    """The basis after one descent step along `correlation_gradient`, clipped to norm 1."""
     grad_dr = correlation_gradient(
         grad_mn, basis_dr, moment, side, normalize=normalize, dtype=dtype
     )
@@ -137,18 +137,18 @@ def correlation_step(
 
 
 def descend(basis_dr: Tensor, grad_dr: Tensor, lr: float) -> Tensor:
-    """P - lr g / max(1, ||g||), as `clip_grad_norm_` does it, in g's precision."""
+    """P - lr g / max(1, ||g||), clipped as by `clip_grad_norm_`, in g's precision."""
     shrink = (1.0 / (torch.linalg.vector_norm(grad_dr) + 1e-6)).clamp(max=1.0)
     moved: Tensor = basis_dr.to(grad_dr.dtype) - lr * shrink * grad_dr
     return moved
 
 
 def reprojected(grad_mn: Tensor, sketch_dr: Tensor, side: Side, mode: str) -> Tensor:
-    """Singular vectors of the gradient within the range that a sketch finds, d x r.
+    """Singular vectors of the gradient restricted to the range found by a sketch, d x r.
 
     Args:
         grad_mn: the gradient.
-        sketch_dr: Gaussian or the former basis, n x r on the right, m x r on the left.
+        sketch_dr: Gaussian or the previous basis, n x r on the right, m x r on the left.
         side: the projected axis.
         mode: "svd" decomposes with `torch.linalg.svd`, signs untouched; anything else by `eigh`.
 
@@ -171,13 +171,13 @@ class CorrelationProjector(Projector):
     """COAP's basis; see the module.
 
     Attributes:
-        refresh: "svd" keeps the signs that `torch.linalg.svd` gives (the released code's); any
-            other mode aligns them with the former basis.
+        refresh: "svd" keeps the signs of `torch.linalg.svd` (as the released code); any other
+            mode aligns them with the previous basis.
         reproject_factor: intervals between re-projections, at least 1.
         coap_lr: step size of P.
-        normalize_gradient: take P's step for a gradient with entries of size 1.
+        normalize_gradient: scale the gradient to RMS 1 for P's step.
         rank_ratio_cnn: for 4-D weights (`tucker`): ranks are O / sqrt(ratio) and I / sqrt(ratio).
-        interval: steps between fits; `for_group` fills it in.
+        interval: steps between fits; set by `for_group`.
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = (
@@ -246,7 +246,7 @@ class CorrelationProjector(Projector):
                 bases = (self._reproject(param, self._whole(param)),)
             else:
                 bases = (self._move(param, self._whole(param)),)
-            # Squares of finite gradients may overflow; a lost basis would infect all later ones.
+            # Squares of finite gradients may overflow; all later bases would be non-finite too.
             if not all(bool(basis.isfinite().all()) for basis in bases):
                 failed = f"the step of the basis of {called} overflowed"
         except subspace.NotConverged:

@@ -42,7 +42,7 @@ class CrossHeadProjector(SingularProjector):
     """A basis of one head's gradient for all heads (GaLore+, arXiv 2412.19820).
 
     With G_1 ... G_h the blocks of m / h rows that belong to the heads of a query, key or value
-    matrix: P holds leading left singular vectors of one G_i, drawn anew at each refresh, and
+    matrix: P holds the leading left singular vectors of one G_i, redrawn at each refresh, and
     R_j = P^T G_j for every head j. A decomposition is h^2 times cheaper than the whole matrix's.
     `rank` counts the rows of all heads together: each has rank // h, at least 1.
 
@@ -94,7 +94,7 @@ class CrossHeadProjector(SingularProjector):
         return matrix_mn.reshape(self.heads, rows // self.heads, columns)
 
     def matrix(self, param: ProjectedParam, whole_mn: Tensor) -> Tensor:
-        """What to decompose: one head's rows, or all heads side by side."""
+        """The matrix to decompose: one head's rows, or all heads side by side."""
         blocks_hdn = self._blocks(whole_mn)
         if self.fit_on == "all":
             return blocks_hdn.transpose(0, 1).flatten(1)

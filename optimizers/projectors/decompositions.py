@@ -1,13 +1,13 @@
-"""Orthonormal bases of the leading singular subspace of a gradient, four ways.
+"""Orthonormal bases of the leading singular subspace of a gradient, by four algorithms.
 
 All functions take same-shape gradients and return, for each, a basis with orthonormal columns in
 the computing precision (fp32, or fp64 for fp64 gradients):
 
-- `svd`: `torch.linalg.svd` of the whole matrix, vectors and signs untouched: what the official
-  packages compute. The other three work on the short side d alone.
+- `svd`: `torch.linalg.svd` of the whole matrix, vectors and signs unchanged: as the official
+  packages compute. The other three decompose only matrices of the short side d.
 - `eigh`: exact, from the d x d Gram matrix.
 - `randomized`: range finder and subspace iteration, rotated to singular vectors; see `subspace`.
-- `warm`: the same from the former basis; on real gradients one iteration is enough.
+- `warm`: the same, started from the previous basis; on real gradients one iteration is enough.
 """
 
 from __future__ import annotations
@@ -74,12 +74,12 @@ def bases(
         grads: m x n gradients, finite and not zero.
         scales: largest absolute entry of each.
         rank: r, at most min(m, n).
-        side: which basis is wanted; BOTH gives (m x r, n x r).
-        mode: one of `REFRESH_MODES`; "warm" falls back to "randomized" without former bases.
-        previous: each matrix's former first basis, or None.
+        side: which basis to compute; BOTH gives (m x r, n x r).
+        mode: one of `REFRESH_MODES`; "warm" falls back to "randomized" without previous bases.
+        previous: each matrix's previous first basis, or None.
         seed: of the sketches in "randomized" and "warm".
-        rotate: to singular vectors; False leaves the vectors of "randomized" and "warm" as the
-            iteration gives them, which saves an eigendecomposition of r x r.
+        rotate: rotate to singular vectors; False returns the vectors of the iteration in
+            "randomized" and "warm", which saves an eigendecomposition of r x r.
 
     Returns:
         A tuple of one (or, for BOTH, two) bases for each gradient, in the computing precision.

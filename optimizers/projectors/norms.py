@@ -1,4 +1,4 @@
-"""Norms of a gradient and its projection by index of the long axis, with no m x n temporary."""
+"""Norms of a gradient and its projection along the projected axis, with no m x n temporary."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROUGH_SHARE = 0.3
 
 
 def axis_norms(matrix: Tensor, axis: int) -> Tensor:
-    """Euclidean norms along an axis, kept as one of length 1, in fp32 (fp64 for fp64)."""
+    """Euclidean norms along an axis (kept with length 1), in fp32 (fp64 for fp64)."""
     if matrix.dtype == wide_dtype(matrix):
         norms: Tensor = torch.linalg.vector_norm(matrix, dim=axis, keepdim=True)
         return norms
@@ -53,10 +53,10 @@ def reconstructed_squares(
     axis: int,
     beta: float,
 ) -> Tensor:
-    """||up(R)_j||^2 by index of the long axis: ||R_j||^2 where the basis is orthonormal.
+    """||(P R)_j||^2 (left; R P^T on the right) by column j (row j): ||R_j||^2 if P is orthonormal.
 
-    A basis in bf16 is so to half a percent, which enters with beta^2: for a small beta that is less
-    than the rounding of the rest.
+    A bf16 basis is orthonormal to 0.5 %, an error that enters with beta^2: for a small beta that is
+    below the other rounding errors.
     """
     (basis,) = projector.bases(param)
     small = abs(beta) <= ROUGH_SHARE
@@ -83,11 +83,11 @@ def outside_norm(
     kept: Tensor,
     beta: float,
 ) -> Tensor:
-    """||phi o (G - beta up(R))||, 0-d, from norms by index of the long axis.
+    """||phi o (G - beta P R)||, 0-d, from norms by column (by row for a right projection).
 
-    Where the difference would cancel (nearly all of the gradient lies in the subspace), a CPU takes
-    the norm directly, in chunks; elsewhere, where asking would synchronise, it is floored at what
-    rounding leaves.
+    If the difference would cancel (nearly all of the gradient lies in the subspace), the CPU
+    computes the norm directly, in chunks; on a GPU, where the test would synchronise, it is clamped
+    to the rounding error.
     """
     by_index = squares - 2 * beta * projected_squares + beta**2 * kept
     total = squares.sum()

@@ -1,4 +1,4 @@
-"""Online PCA: a basis that takes one optimizer step towards each gradient's subspace.
+"""Online PCA: a basis that takes one optimizer step on its loss at each training step.
 
 Liang et al., "Memory-Efficient LLM Training with Online Subspace Descent", NeurIPS 2024 (arXiv
 2408.12857). For a left projection (P of m x r; a right one is the same on G^T), Ghat = G / ||G||:
@@ -8,7 +8,7 @@ Liang et al., "Memory-Efficient LLM Training with Online Subspace Descent", Neur
     Rhat = P^T Ghat,  C = Ghat Rhat^T
 
 The projection gives Rhat, so a step costs one more GEMM, 2 m n r, and nothing of size m x n. P
-starts at the first gradient's singular vectors and moves after the weights did, with the step size
+starts at the first gradient's singular vectors and is updated after the weights, with the step size
 
     lr_P = online_lr lr / lr_0,    online_lr = 1 / update_proj_gap unless given
 
@@ -52,15 +52,15 @@ def total_norm(grad: Tensor, rows: RowRange) -> Tensor:
 
 @dataclass(frozen=True)
 class OnlineProjector(SingularProjector):
-    """A basis that learns with each gradient after its first fit.
+    """A basis that is updated with each gradient after its first fit.
 
     Attributes:
         online_optimizer: P's optimizer, one of `ONLINE_OPTIMIZERS`: torch's AdamW (weight decay
             0.01), plain SGD, Lion, or Adam with 8-bit moments.
         online_lr: its learning rate before the group's schedule; None is 1 / update_proj_gap.
         orthogonality: lambda, weight of the penalty ||P^T P - I||^2.
-        rate: P's learning rate at this step; `for_group` fills it in.
-        moments_dtype: precision of its optimizer's moments; `for_group` fills it in.
+        rate: P's learning rate at this step; set by `for_group`.
+        moments_dtype: precision of its optimizer's moments; set by `for_group`.
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = (
@@ -99,6 +99,8 @@ class OnlineProjector(SingularProjector):
         if rate is None:
             rate = 1.0 / group.get("update_proj_gap", 200)
         lr, base = group.get("lr"), group.get("base_lr")
+        if base is not None:
+            checks.number("base_lr", base, low=0.0)
         if lr is not None and base:
             rate *= lr / base
         return replace(self, rate=rate, moments_dtype=MOMENT_DTYPES[group["moments_dtype"]])
@@ -144,7 +146,7 @@ class OnlineProjector(SingularProjector):
         return super().state_bytes(geometry, itemsize) + moments
 
     def fit(self, params: Sequence[ProjectedParam]) -> list[Bases | None]:
-        """Singular vectors of the gradient; P's optimizer starts anew."""
+        """Singular vectors of the gradient; resets the state of P's optimizer."""
         fitted = super().fit(params)
         for param, bases in zip(params, fitted, strict=True):
             if bases is not None:
@@ -155,7 +157,7 @@ class OnlineProjector(SingularProjector):
         return fitted
 
     def _moments(self, param: ProjectedParam) -> dict[str, Any]:
-        """The state of P's optimizer, under its rule's own names."""
+        """The state of P's optimizer, under its rule's keys."""
         return {
             key.removeprefix(PREFIX): value
             for key, value in param.state.items()
@@ -167,7 +169,7 @@ class OnlineProjector(SingularProjector):
 
         Args:
             param: its matrix and gradient.
-            projected: the gradient projected by the present basis.
+            projected: the gradient projected by the current basis.
         """
         (basis_dr,) = self.bases(param)
         basis_dr = basis_dr.to(projected.dtype)
@@ -205,7 +207,7 @@ class OnlineProjector(SingularProjector):
         moved_dr = self.bases(param)[0].clone()
         grad_dr = self.gradient(param, projected)
         rule = self._rule(capturable=count.is_cuda, fused=moved_dr.dtype == grad_dr.dtype)
-        # The steps that this basis has tracked, this one included.
+        # The number of tracking steps of this basis, including this one.
         state = {**self._moments(param), "step": count - (1 + refreshed)}
         rule.apply([grad_dr], [state], [moved_dr])
         self.store(param, (moved_dr,))

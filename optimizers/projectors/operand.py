@@ -1,4 +1,4 @@
-"""A gradient as the matrix that decompositions see, without whole copies in another precision."""
+"""A gradient as an operand of decompositions, without full copies in another precision."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from ..engine.chunks import row_chunks, wide_dtype
 from ..engine.geometry import Side
 
 HALF = (torch.bfloat16, torch.float16)
-#: Devices on which half-precision products, Cholesky factors and batches pay.
+#: Devices on which half-precision products, Cholesky QR and batching are faster.
 GPUS = ("cuda",)
 
-# Entries in this range have squares that fp32 sums safely; others are rescaled first.
+# Entries in this range have squares that fp32 can sum; others are rescaled first.
 SAFE_SCALE = (1e-12, 1e12)
 
 
 def on_gpu(tensor: Tensor) -> bool:
-    """Whether a tensor lies on one of `GPUS`."""
+    """Whether a tensor is on one of `GPUS`."""
     return tensor.device.type in GPUS
 
 
 class Operand:
-    """A gradient seen as its short-by-long matrix A (d x l).
+    """A gradient viewed as a short-by-long matrix A (d x l).
 
-    Products with a half-precision gradient are made of half-precision factors and summed in fp32 on
-    a GPU, where that is many times faster; elsewhere of upcast pieces of the gradient.
+    On a GPU products with a half-precision gradient have half-precision factors and fp32 sums,
+    which is many times faster; elsewhere chunks of the gradient are upcast.
     """
 
     def __init__(self, grad_mn: Tensor, scale: float, side: Side) -> None:
         rows, columns = grad_mn.shape
         self.grad_mn = grad_mn
-        # A is the gradient itself, else its transpose; a square one is turned to the wanted side.
+        # A is the gradient or its transpose; for a square one, such that the short side is `side`.
         self.wide = rows < columns or (rows == columns and side is not Side.RIGHT)
         self.short, self.long = min(rows, columns), max(rows, columns)
         self.dtype = wide_dtype(grad_mn)
@@ -42,7 +42,7 @@ class Operand:
         self.half = on_gpu(grad_mn) and grad_mn.dtype in HALF and self.factor == 1.0
 
     def _pieces(self) -> Iterator[tuple[slice, Tensor]]:
-        """Chunks of rows, one copy at a time; the gradient itself where it needs none."""
+        """Chunks of rows, one copy at a time; the gradient itself if no cast is needed."""
         whole = [slice(0, len(self.grad_mn))]
         for span in whole if self.direct else row_chunks(self.grad_mn, product=True):
             piece = self.grad_mn[span].to(self.dtype)
@@ -73,7 +73,7 @@ class Operand:
 
     def energy(self) -> Tensor:
         """||A||^2, 0-d fp64."""
-        if self.half:  # a GPU's reduction upcasts as it reads
+        if self.half:  # GPU reductions upcast as they read
             norm = torch.linalg.vector_norm(self.grad_mn, dtype=torch.float32)
             energy: Tensor = norm.double().square()
             return energy

@@ -1,13 +1,14 @@
-"""Random bases, redrawn at each refresh: what they cost is a seed.
+"""Random bases, redrawn at each refresh.
 
 "gaussian" (APOLLO, arXiv 2412.05270; Flora, arXiv 2402.03293): P has entries N(0, 1/r), so that
-P^T G keeps norms in expectation; its columns are not orthonormal. P is drawn again whenever it is
+P^T G keeps norms in expectation; its columns are not orthonormal. P is regenerated whenever it is
 read, from (`seed`, the matrix's name, the step of the refresh), on the parameter's device: the
-same bits on each call, other bits on another kind of device. Memory: none.
+same values on each call, different values on another kind of device. Memory: none.
 
 "orthonormal" (FRUGAL, arXiv 2411.07837; "random" of Online Subspace Descent's code): the leading
-singular vectors of a Gaussian matrix. These are distributed as the Q factor of a d x r Gaussian
-one, which is what is computed. Drawing it at each step would cost 2 d r^2, so it is stored.
+singular vectors of a Gaussian matrix. They have the distribution of the Q factor of a d x r
+Gaussian matrix, which is what is computed. Regenerating it at each step would cost 2 d r^2 flops,
+so it is stored.
 Memory: min(m, n) r entries (std).
 """
 
@@ -48,7 +49,7 @@ def gaussian(shape: tuple[int, int], seed: int, like: Tensor) -> Tensor:
 
 
 def usable(param: ProjectedParam) -> bool:
-    """Whether the gradient is finite, so that its step will be taken; reads one number back."""
+    """Whether the gradient is finite; reads one number back."""
     return bool(torch.linalg.vector_norm(param.grad, torch.inf).isfinite())
 
 
@@ -95,7 +96,7 @@ class RandomProjector(Projector):
         )
 
     def fit(self, params: Sequence[ProjectedParam]) -> list[Bases | None]:
-        """Draws new bases; a matrix with a non-finite gradient keeps its own."""
+        """Draws new bases; a matrix with a non-finite gradient keeps its previous ones."""
         fitted: list[Bases | None] = []
         for param in params:
             if not usable(param):

@@ -17,7 +17,7 @@ from ..engine.seeds import draw_seed
 from . import decompositions, subspace
 from .base import Bases, ProjectedParam, Projector
 
-#: Tried in turn where a solver does not converge.
+#: Modes to try in turn if a solver does not converge.
 FALLBACKS = {
     "svd": ("eigh", "randomized"),
     "eigh": ("svd", "randomized"),
@@ -27,9 +27,18 @@ FALLBACKS = {
 
 
 def align_signs(basis_dr: Tensor, previous_dr: Tensor) -> Tensor:
-    """Flips columns that point away from their former selves, so that moments keep their sense."""
+    """Flips columns with a negative inner product with their previous ones, as moments need."""
     agreement_r = (basis_dr * previous_dr.to(basis_dr.dtype)).sum(0)
     return basis_dr * torch.where(agreement_r < 0, -1.0, 1.0)
+
+
+def largest_entries(matrices: Sequence[Tensor]) -> Tensor:
+    """The largest absolute entry of each matrix, fp64."""
+    return torch.stack([torch.linalg.vector_norm(m, torch.inf).double() for m in matrices])
+
+
+def _usable(scale: float, limit: float) -> bool:
+    return scale > 0.0 and limit < math.inf
 
 
 @dataclass(frozen=True)
@@ -39,10 +48,10 @@ class SingularProjector(Projector):
     Memory: min(m, n) r entries (std), or (m + n) r (full).
 
     Attributes:
-        refresh: one of `decompositions.REFRESH_MODES`; `seed` and the step fix the sketches of
-            "randomized".
-        rotate: bases of "randomized" and "warm" are singular vectors; False leaves any orthonormal
-            basis of their span, which saves an eigendecomposition of r x r a matrix.
+        refresh: one of `decompositions.REFRESH_MODES`; `seed` and the step determine the sketches
+            of "randomized".
+        rotate: bases of "randomized" and "warm" are singular vectors; False allows any orthonormal
+            basis of their span, which saves one r x r eigendecomposition per matrix.
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = ("refresh", "rotate")
@@ -74,16 +83,18 @@ class SingularProjector(Projector):
         return fitted
 
     def matrix(self, param: ProjectedParam, whole_mn: Tensor) -> Tensor:
-        """What to decompose of the gradient, assembled from all processes."""
+        """The matrix to decompose, from the gradient assembled over all processes."""
         return whole_mn
 
     def _fit_batch(self, params: Sequence[ProjectedParam]) -> list[Bases | None]:
-        wholes = [
-            self.matrix(param, param.rows.assemble(param.grad, param.geometry.shape))
-            for param in params
-        ]
-        scales = torch.stack([torch.linalg.vector_norm(w, torch.inf).double() for w in wholes])
-        usable = [i for i, scale in enumerate(scales.tolist()) if 0.0 < scale < math.inf]
+        gradients = [param.rows.assemble(param.grad, param.geometry.shape) for param in params]
+        wholes = [self.matrix(param, g) for param, g in zip(params, gradients, strict=True)]
+        scales = largest_entries(wholes)
+        # A part of a gradient may be finite where the whole, whose step is left out, is not.
+        parts = any(part is not whole for part, whole in zip(wholes, gradients, strict=True))
+        limits = largest_entries(gradients) if parts else scales
+        known = torch.stack([scales, limits]).tolist()
+        usable = [i for i, pair in enumerate(zip(*known, strict=True)) if _usable(*pair)]
         fitted: list[Bases | None] = [None] * len(params)
         if not usable:
             return fitted
@@ -101,7 +112,7 @@ class SingularProjector(Projector):
     ) -> list[Bases | None]:
         geometry = params[0].geometry
         previous = [self.bases(param)[0] if param.fitted else None for param in params]
-        # A batch shares its sketch, which is the same whichever matrices of the shape are in it.
+        # A batch shares its sketch, which doesn't depend on which matrices are in the batch.
         shape = "x".join(map(str, geometry.shape))
         seed = draw_seed(self.seed, shape, params[0].steps_done, "sketch")
 

@@ -1,9 +1,9 @@
 """Leading singular subspaces by subspace iteration, for several matrices of one shape together.
 
 Randomized range finder and subspace iteration (Halko, Martinsson and Tropp, "Finding structure with
-randomness", 2011), or the same from a former basis, of which on real gradients one iteration is
-enough. Products with the matrices are made one by one, so no gradient is copied; all that follows
-is done in batches. One iteration reads back one small table, whatever the number of matrices.
+randomness", 2011), or the same from the previous basis; on real gradients one iteration of it is
+enough. Products with the matrices are computed one by one, so no gradient is copied; all else is
+batched. One iteration reads back one small table, whatever the number of matrices.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from .orthonormal import householder, shifted_cholesky
 OVERSAMPLING = 16
 MAX_ITERATIONS = 12
 OUTSIDE = 1e-3  # share of the squared norm that may stay outside the subspace
-GAIN = 2e-5  # relative gain of an iteration that is not worth another one
-REMAINING = 1e-4  # what iterations would still gain in all that is not worth one
-SCRATCH_BYTES = 256 << 20  # bound on what is worked on together
+GAIN = 2e-5  # stop at this relative gain of an iteration
+REMAINING = 1e-4  # stop at this estimated relative gain of all further iterations
+SCRATCH_BYTES = 256 << 20  # bound on the scratch of a batch
 
-#: What a solver raises that does not converge.
+#: Raised by a solver that does not converge.
 NotConverged: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
 def orthonormal(matrices: Sequence[Tensor]) -> list[Tensor]:
     """Orthonormal bases of the columns of d x k matrices.
 
-    On a CPU by Householder's QR; on a GPU by shifted Cholesky QR, and by Householder's where that
-    reports a matrix of deficient rank.
+    On a CPU by Householder QR; on a GPU by shifted Cholesky QR, with Householder QR for matrices
+    on which that fails.
     """
     if not on_gpu(matrices[0]):
         return [householder(matrix) for matrix in matrices]
@@ -43,10 +43,12 @@ def orthonormal(matrices: Sequence[Tensor]) -> list[Tensor]:
 
 def cholesky_or_householder(matrices: Sequence[Tensor]) -> list[Tensor]:
     """See `orthonormal`; reads back one small table."""
-    made_bdk, fine_b = shifted_cholesky(torch.stack(list(matrices)))
+    made_bdk, succeeded_b = shifted_cholesky(torch.stack(list(matrices)))
     return [
-        made if fine else householder(matrix)
-        for made, fine, matrix in zip(made_bdk.unbind(0), fine_b.tolist(), matrices, strict=True)
+        made if succeeded else householder(matrix)
+        for made, succeeded, matrix in zip(
+            made_bdk.unbind(0), succeeded_b.tolist(), matrices, strict=True
+        )
     ]
 
 
@@ -60,7 +62,7 @@ def eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def together(operand: Operand, width: int) -> int:
-    """How many matrices to iterate on at once: one on a CPU, elsewhere bounded scratch."""
+    """Number of matrices per batch: one on a CPU, else as many as fit in `SCRATCH_BYTES`."""
     if not on_gpu(operand.grad_mn):
         return 1
     # A basis, its raw and scaled forms (one in fp64) and its image.
@@ -73,15 +75,15 @@ def iterate(
 ) -> list[Tensor]:
     """Subspace iteration from given ranges.
 
-    One iteration at least for each matrix; it stops when next to nothing of the gradient is left
-    outside, or when next to nothing is still to be gained. Each costs two products with A.
+    At least one iteration for each matrix, until little of the gradient is outside the subspace
+    or little more can be gained. Each costs two products with A.
 
     Args:
         operands: the matrices, d x l.
         starts: for each a d x k range, k >= rank, of which the first r columns are orthonormal.
         rank: r.
-        rotate: to singular vectors, and the leading r of them (Rayleigh and Ritz); otherwise k is r
-            and the vectors are those of orthogonal iteration, which tend to singular vectors.
+        rotate: rotate to the leading r singular vectors (Rayleigh-Ritz); otherwise k is r and the
+            vectors are those of orthogonal iteration, which converge to singular vectors.
 
     Returns:
         For each matrix d x r, orthonormal.
@@ -92,7 +94,7 @@ def iterate(
     bases = list(starts)
     images = [a.transposed_times(x) for a, x in zip(operands, bases, strict=True)]
     totals = torch.stack([operand.energy() for operand in operands]).tolist()
-    # Of starts that are only nearly orthonormal, the first r columns are.
+    # Where starts are only nearly orthonormal, their first r columns are orthonormal.
     captured = [[energy] for energy in _energies([image[:, :rank] for image in images])]
     active = list(range(len(operands)))
     for _ in range(MAX_ITERATIONS):
@@ -115,9 +117,9 @@ def iterate(
 
 
 def _settled(total: float, captured: Sequence[float]) -> bool:
-    """Whether another iteration isn't worth it.
+    """Whether to stop iterating.
 
-    Gains fall geometrically, so two of them tell what is left (Aitken's extrapolation).
+    Gains decrease geometrically, so two of them give an estimate of the rest (Aitken).
     """
     energy = captured[-1]
     gain = energy - captured[-2]
@@ -145,8 +147,8 @@ def randomized(
     Args:
         operands: the matrices, finite.
         rank: r.
-        seed: of the test matrix of random signs, which all of them share.
-        rotate: see `iterate`; with it, 16 more directions are sampled than are kept.
+        seed: of the test matrix of random signs, which all operands share.
+        rotate: see `iterate`; if True, `OVERSAMPLING` additional directions are sampled.
     """
     first = operands[0]
     width = min(rank + OVERSAMPLING, first.short) if rotate else rank
@@ -170,10 +172,10 @@ def warm(
     *,
     rotate: bool = True,
 ) -> list[Tensor]:
-    """Subspace iteration for each d x l operand from its former basis (d x r or l x r).
+    """Subspace iteration for each d x l operand from its previous basis (d x r or l x r).
 
-    With `rotate` 16 new directions are sampled beside the former ones: without them, a direction
-    that the former basis lacks grows from rounding alone.
+    With `rotate` 16 new directions are added to the previous ones: without them, a direction that
+    is missing in the previous basis would grow from rounding errors alone.
     """
     first = operands[0]
     extra = min(OVERSAMPLING, first.short - rank) if rotate else 0
@@ -185,7 +187,7 @@ def warm(
         if len(starts[0]) != first.short:
             starts = orthonormal([a.times(x) for a, x in zip(batch, starts, strict=True)])
         if extra > 0:
-            # Nearly orthonormal, which is enough: the first iteration makes them so.
+            # Nearly orthonormal, which suffices: the first iteration orthonormalises them.
             signs_de = rademacher((first.short, extra), seed, first.dtype, first.grad_mn.device)
             signs_de *= first.short**-0.5
             starts = [torch.cat((own, signs_de), 1) for own in starts]

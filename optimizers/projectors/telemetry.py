@@ -1,4 +1,4 @@
-"""What a refresh did, measured only when somebody listens."""
+"""Measurements of a refresh, made only if there are refresh hooks."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ class RefreshEvent:
         rank: r.
         seconds: wall time of the refresh; matrices refitted together share it evenly.
         captured_energy: ||projected G||^2 / ||G||^2 of the gradient that made the basis, in [0, 1].
-        overlap: mean squared cosine of the principal angles to the former subspace (1: the same,
-            about r / d: a random one), the smaller of both sides for `full`; None at the first.
+        overlap: mean squared cosine of the principal angles to the previous subspace (1: the same,
+            about r / d: a random one), the smaller of both sides for `full`; None at the first
+            refresh.
     """
 
     step: int
@@ -34,7 +35,7 @@ class RefreshEvent:
 
 
 def captured_energy(grad: Tensor, projected: Tensor) -> float:
-    """Share of the gradient's squared Frobenius norm that its projection keeps."""
+    """Share of the gradient's squared Frobenius norm in its projection."""
     kept, whole = (
         float(torch.linalg.vector_norm(t, dtype=torch.float32)) for t in (projected, grad)
     )

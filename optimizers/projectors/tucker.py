@@ -2,12 +2,14 @@
 
 COAP (arXiv 2412.00071, section on convolutions): with A0 of O x r0 and A1 of I x r1,
 
-    core = G x_0 A0^T x_1 A1^T    (r0 x r1 x kh x kw),    up(core) = core x_0 A0 x_1 A1
+    core = G x_0 A0^T x_1 A1^T    (r0 x r1 x kh x kw)
+    back-projection: core x_0 A0 x_1 A1
 
 and r0 = O // sqrt(ratio), r1 = I // sqrt(ratio), at least 1. A kernel whose last dimension is 1 has
-only A0, with r0 = O // ratio. The factors come from a higher-order orthogonal iteration, and move
-between these by one step on COAP's loss with the cosine over the input channels. Refits make
-temporaries of the weight's size; the steps between them go by output channels, in chunks.
+only A0, with r0 = O // ratio. The factors come from a higher-order orthogonal iteration; at
+the refreshes between these they take one step on COAP's loss, with the cosine over the input
+channels. Refits make temporaries of the weight's size; other steps work in chunks of output
+channels.
 
 Memory: O r0 + I r1 entries, and r0 r1 kh kw for each moment.
 """
@@ -66,7 +68,7 @@ def geometry(shape: tuple[int, ...], ratio: float) -> TuckerGeometry:
 
 
 def _times(tensor: Tensor, matrix: Tensor, axis: int) -> Tensor:
-    """The product along an axis: rows of `matrix` take that axis's place."""
+    """The mode product along an axis: that axis is replaced by the rows of `matrix`."""
     product: Tensor = torch.tensordot(tensor, matrix, dims=([axis], [1]))
     return product.movedim(-1, axis)
 
@@ -93,7 +95,7 @@ def write_back(
     alpha: float,
     decay_factor: float,
 ) -> None:
-    """In place on some output channels: weight <- keep weight - alpha up(delta)."""
+    """In place on some output channels: decay the weight, subtract alpha * back-projection."""
     left, *others = (basis.to(weight.dtype) for basis in bases)
     left, flat = left[rows.start : rows.stop], direction.to(weight.dtype).flatten(1)
     if not others and weight.is_contiguous():
@@ -103,7 +105,7 @@ def write_back(
         part = (left[span] @ flat).view(-1, *direction.shape[1:])
         for axis, basis in enumerate(others, start=1):
             part = _times(part, basis, axis)
-        # One rounding of the weight, so that a bf16 one doesn't lose its decay twice.
+        # Decay and update in one expression, so that a bf16 weight is rounded once.
         weight[span] = part.mul_(-alpha).add_(weight[span], alpha=decay_factor)
 
 
@@ -144,8 +146,8 @@ def gradients(
     Args:
         grad: O x I x kh x kw.
         bases: the factors.
-        moment: the core's first moment; None leaves the cosine out.
-        normalize: for a gradient with entries of size 1.
+        moment: the core's first moment; None omits the cosine.
+        normalize: scale the gradient to RMS 1.
     """
     wide = wide_dtype(grad)
     grad = grad.to(wide)
@@ -170,7 +172,7 @@ def gradients(
 
 @dataclass(frozen=True)
 class TuckerRotation(Rotation):
-    """Moves a core: `left` along the first axis, `right` along the second."""
+    """Change of coordinates of a core: `left` along the first axis, `right` along the second."""
 
     def __call__(self, projected: Tensor) -> Tensor:
         """The core in the new coordinates."""
@@ -185,6 +187,6 @@ class TuckerRotation(Rotation):
 
 
 def rotation(bases: Bases, previous: Bases) -> TuckerRotation:
-    """From coordinates in the former factors to those in the new ones."""
+    """The change of coordinates from the previous factors to the new ones."""
     between = [new.mT @ old.to(new.dtype) for new, old in zip(bases, previous, strict=True)]
     return TuckerRotation(between[0], between[1] if len(between) > 1 else None)

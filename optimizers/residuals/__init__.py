@@ -1,4 +1,4 @@
-"""Residuals: what becomes of the gradient outside the subspace."""
+"""Residuals: how the gradient outside the subspace is used."""
 
 from .base import Dropped, Residual, RowEdit, ScaledPart, WeightUpdate
 from .norm_scaled import NormScaled

@@ -1,4 +1,4 @@
-"""The residual seam: from a rule's update in the subspace to what is written into the weight."""
+"""The residual interface: from a rule's update in the subspace to the weight update."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..rules import Update
 
 @dataclass(frozen=True)
 class ScaledPart:
-    """A multiple of the gradient that is taken off a weight: W <- W - alpha factors o G.
+    """A scaled gradient that is subtracted from a weight: W <- W - alpha factors o G.
 
     Attributes:
         factors: (1 or k, 1 or n), broadcast over the parameter's rows; in fp32 for an fp16 weight.
@@ -27,25 +27,25 @@ class ScaledPart:
     alpha: float
 
     def of(self, rows: RowRange, held: RowRange) -> Tensor:
-        """The factors of some of the rows held here."""
+        """The factors of some of this process's rows."""
         if self.factors.shape[0] == 1:
             return self.factors
         return self.factors[rows.start - held.start : rows.stop - held.start]
 
 
-#: Adds the part that is no back-projection to rows of a weight: (weight rows, which rows).
+#: Adds a part that is not a back-projection to rows of a weight: (rows of the weight, range).
 RowEdit = Callable[[Tensor, RowRange], None]
 
 
 @dataclass(frozen=True)
 class WeightUpdate:
-    """What is to be done to a weight: W <- keep W - alpha (back-projection of) delta, then `edit`.
+    """An update of a weight: W <- decay_factor W - alpha (back-projected direction), then `edit`.
 
     Attributes:
         direction: a tensor of the projected gradient's shape, or None for no back-projection.
         alpha: its step size; a 0-d tensor where it is only known on the device.
         decay_factor: 1 less the weight decay.
-        scaled: a multiple of the gradient that is taken off after that.
+        scaled: a scaled gradient, subtracted after that.
         edit: called with each chunk of the weight's rows after that.
     """
 
@@ -58,7 +58,7 @@ class WeightUpdate:
 
 @dataclass(frozen=True)
 class Residual(ABC):
-    """A stateless strategy; what it keeps lies in the parameter's flat state.
+    """A stateless strategy; all its tensors are in the parameter's flat state.
 
     Attributes:
         scale: factor on the back-projected update (GaLore's alpha).
@@ -68,13 +68,13 @@ class Residual(ABC):
     OPTIONS: ClassVar[tuple[str, ...]] = ()
     #: Whether it uses the norms of the projected gradient and update along the projected axis.
     NORMS: ClassVar[bool] = False
-    #: Numbers of dimensions of the parameters it can treat.
+    #: Numbers of dimensions of the parameters it accepts.
     DIMENSIONS: ClassVar[tuple[int, ...]] = (2,)
 
     scale: float = 0.25
 
     def check(self, geometry: Geometry, projector: Projector) -> None:  # noqa: B027 (optional)
-        """Raises `ValueError` where this residual makes no sense for a matrix."""
+        """Raises `ValueError` if this residual is undefined for a matrix."""
 
     def init(self, geometry: Geometry, like: Tensor) -> dict[str, Any]:
         """State entries of a new matrix."""
@@ -88,13 +88,13 @@ class Residual(ABC):
     def compute_update(
         self, param: ProjectedParam, projected: Tensor, update: Update, projector: Projector
     ) -> WeightUpdate:
-        """What to do to the weight; advances the residual's own state.
+        """The weight update; advances the residual's own state.
 
         Args:
             param: the matrix and its gradient.
             projected: the projected gradient.
             update: the rule's update.
-            projector: gives norms and bases of the subspace.
+            projector: the projector, for norms and bases of the subspace.
         """
 
 

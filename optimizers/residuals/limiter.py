@@ -24,7 +24,7 @@ def limit_growth(stored: Tensor, norm: Tensor, limit: float) -> Tensor:
     """The factor that keeps a norm from growing by more than `limit` in one step.
 
     Args:
-        stored: 0-d, the norm after the last step, 0 for none; set to this step's, in place.
+        stored: 0-d, the norm after the last step, 0 for none; updated in place.
         norm: 0-d, the norm before limiting.
         limit: largest growth, such as 1.01.
 
@@ -39,7 +39,7 @@ def limit_growth(stored: Tensor, norm: Tensor, limit: float) -> Tensor:
 
 
 def update_norms(projected: Tensor, update: Update, axis: int) -> tuple[Tensor, Tensor]:
-    """Norms of the projected gradient and of the update's delta along an axis, which is kept."""
+    """Norms of the projected gradient and of `update.direction` along an axis, kept as length 1."""
     if update.norms is not None:
         return update.norms
     return axis_norms(projected, axis), axis_norms(update.direction, axis)
@@ -76,14 +76,14 @@ class LimitedResidual(Residual, ABC):
         update: Update,
         norm: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """Factors of the gradient such that the residual's norm doesn't outgrow the limit.
+        """Factors on the gradient, reduced so that the residual's norm grows at most by the limit.
 
         Args:
             param: the matrix, whose stored norm is advanced.
             ratios: factors that contain `update.factor`.
             update: the rule's update.
-            norm: of the residual (0-d) for factors without `update.factor`, so that what varies
-                from step to step in it (a bias correction) doesn't count as growth.
+            norm: the residual's norm (0-d) as a function of the factors without `update.factor`,
+                so that a change of that (a bias correction) doesn't count as growth.
         """
         if self.limiter is None:
             return ratios

@@ -1,11 +1,12 @@
 """Fira's residual: the gradient outside the subspace, scaled as Adam scales it inside.
 
 Chen et al., "Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?" (arXiv
-2410.01623). With R the projected gradient and N = M / (sqrt(V) + eps), by index j of the long axis:
+2410.01623). With R the projected gradient and N = M / (sqrt(V) + eps), for each column j of a left
+projection (a right one is the same on G^T):
 
-    phi_j = ||N_j|| / (||R_j|| + 1e-8),    S = phi o (G - beta up(R))
+    phi_j = ||N_j|| / (||R_j|| + 1e-8),    S = phi o (G - beta P R)
     L = max(||S|| / (s + 1e-8), limit) / limit,    S <- S / L,    s <- ||S||
-    W <- W - s_t (scale up(N) + S)
+    W <- W - s_t (scale P N + S)
 
 The released code has beta = scale, the paper beta = 1. No m x n temporary is made: the update is
 one back-projection of scale N - beta phi o R / L and one multiply-add of G, and ||S|| follows from
@@ -34,7 +35,7 @@ class NormScaled(LimitedResidual):
     """Fira's residual with its norm-growth limiter.
 
     Attributes:
-        residual_scale: beta, the share of the reconstruction that is taken off the gradient; None
+        residual_scale: beta, the factor on the reconstruction P R that is subtracted from G; None
             is `scale`, as in the released code, 1 is the paper's.
     """
 

@@ -7,7 +7,7 @@ projected gradient, N = M / (sqrt(V) + eps) and j an index of the axis that is n
     S = sqrt(scale) phi o G, limited to a growth of 1 % a step (`limiter`) before the factor
     sqrt(scale) or, with `scale_front`, after it;    W <- W - s_t S
 
-Nothing is projected back. The factor is the square root of `scale`, as in the released package.
+There is no back-projection. The factor is the square root of `scale`, as in the released package.
 Memory: one fp32 number a matrix, the limiter's norm.
 """
 

@@ -1,11 +1,11 @@
-"""FRUGAL's residual: what is outside the subspace takes a state-free step.
+"""FRUGAL's residual: a state-free step outside the subspace.
 
 Zmushko et al., "FRUGAL: Memory-Efficient Optimization by Reducing State Overhead for Scalable
 Training" (arXiv 2411.07837). With R the projected gradient and lr without any bias correction:
 
-    W <- W - lr scale inactive_lr_scale sign(G - up(R))    or, "sgd", without the sign
+    W <- W - lr scale inactive_lr_scale sign(G - P R)    or, "sgd", without the sign
 
-in row chunks, with no m x n temporary and no memory.
+(R P^T for a right projection) in row chunks, with no m x n temporary and no state.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ INACTIVE_UPDATES = ("sign", "sgd")
 
 
 def complete(geometry: Geometry) -> bool:
-    """Whether the subspace is the whole space, so that rounding is all that lies outside."""
+    """Whether the subspace is the whole space, so that the residual is rounding error."""
     m, n = geometry.shape
     left, right = geometry.rank == m, geometry.rank == n
     if geometry.side is Side.BOTH:

@@ -1,9 +1,8 @@
-"""The sign of the back-projected update, as Online Subspace Descent's Lion takes it.
+"""The sign of the back-projected update, as in Online Subspace Descent's Lion.
 
-    W <- keep W - lr sign(up(N))
+    W <- (1 - lr wd) W - lr sign(P N)    (N P^T for a right projection)
 
-in row chunks, with no m x n temporary and no memory. The scale of the back-projection has no effect
-but for its own sign.
+in row chunks, with no m x n temporary and no state. Only the sign of `scale` has an effect.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from .base import Residual, WeightUpdate
 
 @dataclass(frozen=True)
 class SignedBack(Residual):
-    """Nothing outside the subspace is used, and the step is its update's sign in full space."""
+    """Nothing outside the subspace is used; the step is the sign of the back-projected update."""
 
     def compute_update(
         self, param: ProjectedParam, projected: Tensor, update: Update, projector: Projector

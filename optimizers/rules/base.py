@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -59,6 +59,11 @@ class UpdateRule(ABC):
     matrices_only: ClassVar[bool] = False
     #: Which of `MOMENT_TRANSPORTS` its moments can follow.
     transports: ClassVar[tuple[str, ...]] = ("keep",)
+
+    def at_rate(self, lr: float | Tensor | None) -> Self:
+        """The same rule with another learning rate; a rule that wraps another passes it on."""
+        made: Any = replace(self, lr=lr)  # type: ignore[type-var]
+        return made  # type: ignore[no-any-return]
 
     @abstractmethod
     def init(self, shape: Sequence[int], like: Tensor) -> State:

@@ -1,4 +1,4 @@
-"""When a basis is refitted: the second seam of a method."""
+"""The schedule interface: when a basis is refitted."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ NEVER = -1
 
 @dataclass(frozen=True)
 class Schedule(ABC):
-    """When a matrix is refitted; what it remembers lies in the parameter's flat state.
+    """When a matrix is refitted; all its values are in the parameter's flat state.
 
     Attributes:
         gap: steps between refreshes, at least 1 (`update_proj_gap`).
-        stagger: spread the matrices' refreshes evenly over the gap, so that no step stalls; the
-            first refresh is everyone's first step all the same.
+        stagger: spread the matrices' refreshes evenly over the gap, so that no step is much
+            slower; the first refresh is at the first step for all of them.
     """
 
     #: Options that a group may set: the names of this class's fields.
@@ -40,34 +40,34 @@ class Schedule(ABC):
         return 0
 
     def carry(self, previous: Schedule, old: Mapping[str, Any], new: dict[str, Any]) -> None:
-        """Takes over what is remembered of a basis that stays when the schedule was changed.
+        """Carries over the entries of a basis that is kept when the schedule is changed.
 
         Args:
-            previous: the schedule before.
+            previous: the previous schedule.
             old: the parameter's state.
-            new: what `init` made; changed in place.
+            new: the result of `init`; changed in place.
         """
         new["refreshed_at"] = old["refreshed_at"]
 
     @abstractmethod
     def due(self, state: Mapping[str, Any], steps_done: int, index: int, count: int) -> bool:
-        """Whether matrix `index` of `count` refits its basis after `taken` steps."""
+        """Whether matrix `index` of `count` refits its basis after `steps_done` steps."""
 
     def refreshed(
         self, state: MutableMapping[str, Any], steps_done: int, bases: Sequence[Tensor]
     ) -> None:
-        """Records a refresh that succeeded and gave these bases."""
+        """Records a successful refresh and its bases."""
         state["refreshed_at"] = steps_done
 
 
 def passed(gap: int, last: int, steps_done: int, phase: int = 0) -> bool:
-    """Whether a multiple of `gap` (less `phase`) lies in (last, taken]; True before the first."""
+    """Whether a multiple of `gap` (less `phase`) is in (last, steps_done], or nothing is fitted."""
     return last == NEVER or (steps_done + phase) // gap > (last + phase) // gap
 
 
 @dataclass(frozen=True)
 class Once(Schedule):
-    """A first fit and no refresh, for a projector that learns online; a failed fit is retried."""
+    """One fit and no refresh, for an online projector; a failed fit is retried."""
 
     def due(self, state: Mapping[str, Any], steps_done: int, index: int, count: int) -> bool:
         """Until there is a basis."""

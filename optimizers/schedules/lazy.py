@@ -1,14 +1,14 @@
-"""Lazy layer-wise refreshes: a layer whose subspace holds still is refitted ever less often.
+"""Lazy layer-wise refreshes: a layer whose subspace is stable is refitted less often.
 
 Q-GaLore (arXiv 2407.08296, section 3.3): each matrix has its own gap, at first `update_proj_gap`.
 At a refresh the leading vectors of the old and the new basis are compared,
 
     c = <v_old, v_new> / (|v_old| |v_new|)
 
-and c joins the last `queue_size` ones. When there are that many and their mean is at least
+and c is appended to a queue of `queue_size` values. When it is full and its mean is at least
 `cos_threshold`, the gap is multiplied by `gamma_proj`. As in the official code, c keeps its sign
 (with `refresh="svd"`, where signs are arbitrary, a flip counts as -1; the other modes align signs),
-the queue is not emptied when the gap grows, and the gap neither shrinks nor has a largest value.
+the queue is not cleared when the gap grows, and the gap neither shrinks nor is bounded.
 
 Memory: one fp32 vector of d entries and `queue_size` fp32 numbers a matrix.
 """
@@ -34,7 +34,7 @@ class LazyLayerwise(Schedule):
     A refresh that failed is tried again at each following step until it succeeds.
 
     Attributes:
-        cos_threshold: mean similarity from which on the gap grows, in [-1, 1].
+        cos_threshold: smallest mean similarity at which the gap grows, in [-1, 1].
         gamma_proj: what the gap is multiplied by, at least 1.
         queue_size: similarities that are averaged.
     """
@@ -51,7 +51,7 @@ class LazyLayerwise(Schedule):
         checks.integer("queue_size", self.queue_size, low=1)
 
     def init(self, geometry: Geometry, like: Tensor) -> dict[str, Any]:
-        """The first gap, an empty queue and no vector."""
+        """The initial gap, an empty queue and a zero vector."""
         return super().init(geometry, like) | {
             "gap": self.gap,
             "similarities": torch.zeros(self.queue_size, dtype=torch.float32, device=like.device),
@@ -64,7 +64,7 @@ class LazyLayerwise(Schedule):
         return 4 * (self.queue_size + _length(geometry))
 
     def carry(self, previous: Schedule, old: Mapping[str, Any], new: dict[str, Any]) -> None:
-        """See `Schedule.carry`: another gap multiplies each matrix's own."""
+        """See `Schedule.carry`: each matrix's gap is scaled by the ratio of the options."""
         super().carry(previous, old, new)
         if isinstance(previous, LazyLayerwise):
             new["leading"] = old["leading"]
@@ -81,7 +81,7 @@ class LazyLayerwise(Schedule):
     def refreshed(
         self, state: MutableMapping[str, Any], steps_done: int, bases: Sequence[Tensor]
     ) -> None:
-        """Compares the leading vectors, and lengthens the gap if they have stayed alike."""
+        """Compares the leading vectors, and lengthens the gap if their mean similarity is high."""
         leading = bases[0][:, 0].to(torch.float32)
         if state["refreshed_at"] != NEVER:
             previous, queue = state["leading"], state["similarities"]

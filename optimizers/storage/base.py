@@ -1,4 +1,4 @@
-"""How a basis is kept between steps: the third seam of a method, behind it plain tensors."""
+"""The storage interface: how a basis is stored between steps, as plain tensors."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from torch import Tensor
 class BasisStorage(ABC):
     """Stores one basis of shape d x r under `key` in a parameter's flat state.
 
-    Keys begin with `key`, so that all of them count as the basis's memory.
+    All keys begin with `key`, so that they count as the basis's memory.
     """
 
     #: Options that a group may set: the names of this class's fields.
     OPTIONS: ClassVar[tuple[str, ...]] = ()
-    #: Whether a basis is read as it was written, but for its dtype's rounding.
+    #: Whether a basis is stored exactly, up to rounding to its dtype.
     exact: ClassVar[bool] = True
 
     @abstractmethod
     def init(self, key: str, shape: tuple[int, int], like: Tensor) -> dict[str, Tensor]:
-        """State entries of a basis not fitted yet: zero, so that it projects to zero."""
+        """State entries of a basis that is not fitted yet: zeros."""
 
     @abstractmethod
     def write(self, state: Mapping[str, Any], key: str, basis_dr: Tensor) -> None:
@@ -54,7 +54,7 @@ class DenseBasis(BasisStorage):
         return {key: torch.zeros(shape, dtype=self.dtype or like.dtype, device=like.device)}
 
     def write(self, state: Mapping[str, Any], key: str, basis_dr: Tensor) -> None:
-        """Copies, so that the state never pins the storage of a whole factor."""
+        """Copies, so that the state never keeps the storage of a whole factor alive."""
         state[key].copy_(basis_dr)
 
     def read(self, state: Mapping[str, Any], key: str) -> Tensor:
@@ -63,5 +63,5 @@ class DenseBasis(BasisStorage):
         return basis
 
     def state_bytes(self, shape: tuple[int, int], itemsize: int) -> int:
-        """D r entries of `dtype`, or of the parameter's size."""
+        """Bytes of d r entries, of `dtype` or else of the parameter's size."""
         return shape[0] * shape[1] * (self.dtype.itemsize if self.dtype else itemsize)

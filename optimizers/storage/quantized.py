@@ -2,9 +2,9 @@
 
 A basis of d x r entries is quantised in groups of `quant_group_size` entries, each with a scale and
 (asymmetric) a zero point in the parameter's precision; see `lowrank.cuda.groups` and `.int4` for
-the formulas. It is flattened as the official code has it: a left basis row by row, a right one
-singular vector by singular vector. What is read back is not orthonormal to better than the codes
-allow (5 % in four bits), and serves both projections, as it does there.
+the formulas. It is flattened as in the official code: a left basis row by row, a right one
+singular vector by singular vector. The dequantised basis is orthonormal only to the precision of
+the codes (5 % in four bits); as there, both projection and back-projection use it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .base import BasisStorage
 
 @dataclass(frozen=True)
 class QuantizedBasis(BasisStorage):
-    """What storages in groups share: the order of entries and the names of what is kept.
+    """Base of the group-quantised storages: the order of entries and the state keys.
 
     Under `key`: the codes; with suffixes: "_scales", (asymmetric) "_zeros", and the integers
     "_rows" and "_columns", d and r.

@@ -89,7 +89,6 @@ def machine(context: Context) -> Json:
         "device": "cpu",
         "cores": os.cpu_count(),
         "host": _cpu(),
-        "lowrank": str(Path(__import__("lowrank.optimizers").optimizers.__file__).parent),
     }
     if context.on_gpu:
         properties = torch.cuda.get_device_properties(0)

@@ -98,8 +98,8 @@ def read_rates(path: Path | None) -> Rates | None:
 def main(given: list[str] | None = None) -> int:
     """Runs a section; its file says what came of it."""
     options = arguments(given)
-    for message in (".*Failed to initialize NumPy", ".*Profiler clears events"):
-        warnings.filterwarnings("ignore", message=message)  # neither is used
+    # Each profile has one cycle.
+    warnings.filterwarnings("ignore", message=".*Profiler clears events")
     _die_with_parent()
     on_gpu = options.device == "cuda"
     if on_gpu and not torch.cuda.is_available():

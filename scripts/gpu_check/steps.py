@@ -18,7 +18,7 @@ from .files import Json
 from .methods import CORE, OTHERS, Method
 from .record import NO_TIME, Record
 from .section import Context
-from .workload import Model, fill, made
+from .workload import SIZES, Model, fill, made
 
 #: What a step may take of its floor.
 AIM = 1.25
@@ -41,6 +41,7 @@ def run(record: Record, context: Context) -> None:
     kind = "compiled" if found.runs_on(context.device) else "plain torch"
     record.facts["kernels"] = f"{kind}: {found.detail}"
     steps = Steps(record, context)
+    record.attempt("warm up", steps.warm_up)
     for label, work in steps.plan():
         record.attempt(label, work)
 
@@ -68,6 +69,14 @@ class Steps:
             for row in record.rows
             if "first_step_s" in row.details
         }
+
+    def warm_up(self) -> None:
+        """Loads kernels and solvers, which the first steps that are timed would pay for."""
+        if self._context.clock.left() < 3.0:
+            return
+        model = SIZES["tiny"].models["60m"]
+        for method in (*CORE, *OTHERS):
+            self._ready(model, method)
 
     def plan(self) -> Iterator[Step]:
         """Labels and what to do, in the order of their worth."""

@@ -38,6 +38,7 @@ def the_library_sees_the_device(device: torch.device) -> None:
     found = status("cuda")
     assert found.library is not None, found.detail
     assert found.library.devices >= 1
+    assert found.runs_on(device), found.detail
 
 
 def signs_are_those_of_the_cpu(device: torch.device) -> None:

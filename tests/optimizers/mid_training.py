@@ -31,6 +31,8 @@ from lowrank.optimizers import LowRankOptimizer
 #: Steps before a change, two of them with a refresh; after a change of options, and of a state,
 #: with at least one.
 BEFORE, AFTER, LOADED = 4, 5, 3
+#: Further steps for an effect that roundings or a schedule hide at first.
+LATER = 12
 REFUSALS = (ValueError, TypeError)
 #: Options that act when a basis is fitted, of which a schedule of "once" has none left.
 FITTING = ("refresh", "seed", "rotate", "stagger", "fit_on", "schedule")
@@ -252,7 +254,7 @@ def _check_groups(name: str, case: Case, model: nn.Module, optimizer: LowRankOpt
         return f"taken, though a constructor says {_short(new)}"
     if not finite(weights_of(model)):
         return "weights are not finite"
-    return unlike(optimizer, new) or _effect(name, case, model)
+    return unlike(optimizer, new) or _effect(name, case, model, optimizer)
 
 
 def _goes_on(
@@ -271,7 +273,7 @@ def _goes_on(
     return "" if finite(weights_of(model)) else "refused, but weights are not finite then"
 
 
-def _effect(name: str, case: Case, model: nn.Module) -> str:
+def _effect(name: str, case: Case, model: nn.Module, changed: LowRankOptimizer) -> str:
     """A change that a new optimizer heeds must not be without effect."""
     _, unchanged = reference(name)
     if not equal(weights_of(model), unchanged) or not case.undo:
@@ -288,9 +290,12 @@ def _effect(name: str, case: Case, model: nn.Module) -> str:
     if isinstance(new, Exception):
         return ""
     advance(other, new, range(BEFORE + AFTER))
-    return (
-        "" if equal(weights_of(other), unchanged) else "no effect, though a new optimizer has one"
-    )
+    if equal(weights_of(other), unchanged):
+        return ""
+    advance(model, changed, range(BEFORE + AFTER, BEFORE + AFTER + LATER))
+    _, unchanged = reference(name, AFTER + LATER)
+    no_effect = equal(weights_of(model), unchanged)
+    return "no effect, though a new optimizer has one" if no_effect else ""
 
 
 def _check_load(name: str, case: Case, model: nn.Module, optimizer: LowRankOptimizer) -> str:

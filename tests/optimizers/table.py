@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -213,14 +213,45 @@ def identifier(row: Row) -> str:
     return f"{row.name}-int8" if row.int8 else row.name
 
 
+#: One row of each kind; what is the engine's own is tried on these.
+KINDS = (
+    "adamw",
+    "galore_adamw",
+    "coap_adafactor_8bit",
+    "online_subspace_lion",
+    "qgalore_adamw_8bit-int8",
+    "relora_adamw",
+)
+REPRESENTATIVE = tuple(row for row in TABLE if identifier(row) in KINDS)
+
 every = pytest.mark.parametrize("row", TABLE, ids=identifier)
+representative = pytest.mark.parametrize("row", REPRESENTATIVE, ids=identifier)
 projecting = pytest.mark.parametrize("row", PROJECTING, ids=identifier)
+representative_projecting = pytest.mark.parametrize(
+    "row", [row for row in REPRESENTATIVE if row.projects], ids=identifier
+)
+
+
+def every_with(
+    name: str, values: Sequence[Any], rows: Sequence[Row] = TABLE, kinds: Sequence[str] = KINDS
+) -> pytest.MarkDecorator:
+    """Every row with the first value, and rows of the given kinds with all of them."""
+    pairs = [
+        pytest.param(row, value, id=f"{identifier(row)}-{value}")
+        for row in rows
+        for value in (values if identifier(row) in kinds else values[:1])
+    ]
+    return pytest.mark.parametrize(("row", name), pairs)
+
+
+def refitted(*kinds: str) -> list[Row]:
+    """The projecting rows whose bases come about in one of these ways."""
+    return [row for row in PROJECTING if row.refits in kinds]
 
 
 def refitting(*kinds: str) -> pytest.MarkDecorator:
-    """The projecting rows whose bases come about in one of these ways."""
-    rows = [row for row in PROJECTING if row.refits in kinds]
-    return pytest.mark.parametrize("row", rows, ids=identifier)
+    """A test of these rows."""
+    return pytest.mark.parametrize("row", refitted(*kinds), ids=identifier)
 
 
 def assert_same(first: nn.Module, second: nn.Module) -> None:

@@ -8,7 +8,16 @@ import math
 import pytest
 import torch
 from support import set_gradients, tiny_model, weights
-from table import TABLE, Row, assert_close, assert_same, every, train
+from table import (
+    TABLE,
+    Row,
+    assert_close,
+    assert_same,
+    every,
+    every_with,
+    representative,
+    train,
+)
 from torch import nn
 
 from lowrank.optimizers import available
@@ -43,7 +52,7 @@ def test_learns_a_task(row: Row) -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
-@every
+@representative
 def test_closure_gets_gradients(row: Row) -> None:
     model = tiny_model()
     optimizer = row.build(model)
@@ -85,7 +94,7 @@ def test_lr_is_read_each_step_as_float_or_tensor(row: Row) -> None:
     assert not any(torch.equal(a, b) for a, b in zip(frozen, by_float.parameters(), strict=True))
 
 
-@every
+@representative
 def test_maximize_ascends(row: Row) -> None:
     down, up = tiny_model(), tiny_model()
     descending, ascending = row.build(down), row.build(up, maximize=True)
@@ -99,11 +108,9 @@ def test_maximize_ascends(row: Row) -> None:
     assert_same(down, up)
 
 
-@every
-@pytest.mark.parametrize(
+@every_with(
     "options",
-    [{"foreach": True}, {"foreach": False}, {"fused": False}, {"skip_nonfinite": False}],
-    ids=str,
+    [{"foreach": False}, {"foreach": True}, {"fused": False}, {"skip_nonfinite": False}],
 )
 def test_implementations_agree(row: Row, options: dict[str, bool]) -> None:
     default, other = tiny_model(), tiny_model()
@@ -143,13 +150,13 @@ def test_weight_decay_shrinks_weights_by_lr_times_decay(row: Row) -> None:
         torch.testing.assert_close(param.detach(), expected)
 
 
-@every
+@representative
 def test_complex_parameters_raise(row: Row) -> None:
     with pytest.raises(ValueError, match="complex64"):
         row.optimizer([nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64))], lr=0.1)
 
 
-@every
+@representative
 def test_step_inside_autocast_equals_step_outside(row: Row) -> None:
     outside, inside = tiny_model(), tiny_model()
     first, second = row.build(outside), row.build(inside)
@@ -159,7 +166,7 @@ def test_step_inside_autocast_equals_step_outside(row: Row) -> None:
     assert_same(outside, inside)
 
 
-@every
+@representative
 def test_add_param_group_later_and_all_or_nothing(row: Row) -> None:
     model = tiny_model()
     optimizer = row.build(model)
@@ -177,7 +184,7 @@ def test_add_param_group_later_and_all_or_nothing(row: Row) -> None:
     assert not torch.equal(extra, torch.ones(3))
 
 
-@every
+@representative
 def test_parameter_names_are_recorded(row: Row) -> None:
     model = tiny_model()
     optimizer = row.build(model)
@@ -199,7 +206,7 @@ BAD_ARGUMENTS = (
 )
 
 
-@every
+@representative
 @pytest.mark.parametrize(("options", "message"), BAD_ARGUMENTS, ids=str)
 def test_bad_arguments_name_the_value(row: Row, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):

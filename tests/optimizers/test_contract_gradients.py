@@ -9,11 +9,15 @@ import warnings
 import pytest
 import torch
 from support import set_gradients, tiny_model, weights
-from table import Row, assert_close, every, train, weight_of
+from table import Row, assert_close, every, every_with, representative, train, weight_of
 from torch import Tensor, nn
 
+from lowrank.optimizers import AdamW, build
+from lowrank.optimizers.engine import step as stepping
+from lowrank.optimizers.engine.batching import read_steps
 
-@every
+
+@representative
 def test_missing_and_empty_gradients_are_left_alone(row: Row) -> None:
     model = tiny_model()
     model.mlp["empty"] = nn.Linear(4, 4, bias=False)
@@ -47,7 +51,7 @@ def test_non_contiguous_weights_and_gradients(row: Row) -> None:
     assert_close(plain, strided, rtol=1e-4, atol=max(row.slack, 1e-5))
 
 
-@every
+@representative
 def test_sparse_gradients_raise(row: Row) -> None:
     model = tiny_model()
     optimizer = row.build(model)
@@ -56,8 +60,7 @@ def test_sparse_gradients_raise(row: Row) -> None:
         optimizer.step()
 
 
-@every
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@every_with("bad", [math.nan, math.inf, -math.inf])
 def test_non_finite_gradients_leave_the_parameter_as_it_is(row: Row, bad: float) -> None:
     model = tiny_model()
     optimizer = row.build(model)
@@ -109,7 +112,7 @@ def test_extreme_gradient_scales(row: Row, scale: float) -> None:
     assert all(param.isfinite().all() for param in model.parameters())
 
 
-@every
+@representative
 def test_grad_scaler_skips_without_advancing(row: Row) -> None:
     model = tiny_model()
     optimizer = row.build(model)
@@ -125,3 +128,60 @@ def test_grad_scaler_skips_without_advancing(row: Row) -> None:
     set_gradients(model, 0)
     scaler.step(optimizer)
     assert all(int(state["step"]) == 1 for state in optimizer.state.values())
+
+
+@every
+def test_updates_that_are_left_out_are_counted(row: Row) -> None:
+    model = tiny_model()
+    optimizer = row.build(model)
+    assert optimizer.skipped == 0
+    assert optimizer.skipped_by_name() == {}
+    often, once = weight_of(model.self_attn["q_proj"]), model.norm.weight
+    called = {param: name for name, param in model.named_parameters()}
+    train(model, optimizer, range(1))
+    for k in range(4):
+        set_gradients(model, k + 1)
+        often.grad.view(-1)[5] = math.nan
+        if k == 2:
+            once.grad[0] = math.inf
+        with warnings.catch_warnings():
+            warnings.simplefilter("error" if k else "ignore")
+            optimizer.step()
+    assert optimizer.skipped == 5
+    assert list(optimizer.skipped_by_name().items()) == [(called[often], 4), (called[once], 1)]
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert saved.keys() == {"state", "param_groups"}
+    optimizer.load_state_dict(saved)
+    assert optimizer.skipped == 5  # of this process, whatever was loaded
+    assert copy.deepcopy(optimizer).skipped == 0
+
+
+def test_unnamed_parameters_are_counted_by_place() -> None:
+    weights = [nn.Parameter(torch.ones(3)) for _ in range(3)]
+    optimizer = AdamW([{"params": weights[:1]}, {"params": weights[1:]}])
+    for weight in weights:
+        weight.grad = torch.ones(3)
+    weights[2].grad[0] = math.nan
+    with pytest.warns(UserWarning, match=r"non-finite gradient of the parameter of shape \(3,\)"):
+        optimizer.step()
+    assert optimizer.skipped_by_name() == {"group1.1": 1}
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_step_counts_are_read_once_a_group(
+    capturable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device each reading is a synchronisation."""
+    model = tiny_model()
+    optimizer = build("galore_adamw", model, rank=4, capturable=capturable)
+    train(model, optimizer, range(2))
+    read: list[int] = []
+
+    def counting(states: list[dict[str, Tensor]]) -> list[int]:
+        read.append(len(states))
+        return read_steps(states)
+
+    monkeypatch.setattr(stepping, "read_steps", counting)
+    train(model, optimizer, range(2, 3))
+    # Captured steps of plain parameters are not told apart by their counts.
+    assert read == ([3] if capturable else [3, 2, 3])

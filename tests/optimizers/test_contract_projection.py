@@ -7,9 +7,21 @@ import copy
 import pytest
 import torch
 from support import set_gradients, tiny_model
-from table import Row, projecting, refitting, train
+from table import (
+    PROJECTING,
+    Row,
+    every_with,
+    projecting,
+    refitted,
+    refitting,
+    representative_projecting,
+    train,
+)
 from torch import nn
 
+MODES = ("eigh", "svd", "randomized", "warm")
+#: A row for each projector that computes singular vectors.
+SOLVERS = ("coap_adamw", "galore_adamw", "galore_plus_adamw", "online_subspace_adamw")
 BAD_PROJECTIONS = (
     ({"rank": 0}, "rank=0"),
     ({"rank": 2.5}, "rank=2.5"),
@@ -22,14 +34,14 @@ BAD_PROJECTIONS = (
 )
 
 
-@projecting
+@representative_projecting
 @pytest.mark.parametrize(("options", "message"), BAD_PROJECTIONS, ids=str)
 def test_bad_projections_name_the_value(row: Row, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         row.build(tiny_model(), **options)
 
 
-@projecting
+@representative_projecting
 def test_misspelt_group_key_raises_and_own_keys_pass(row: Row) -> None:
     weight = nn.Parameter(torch.zeros(4, 4))
     with pytest.raises(ValueError, match="update_proj_gap"):
@@ -45,15 +57,14 @@ def test_only_matrices_are_projected(row: Row, shape: tuple[int, ...]) -> None:
         row.optimizer([{"params": [nn.Parameter(torch.zeros(shape))], "rank": 2}], lr=0.1)
 
 
-@projecting
+@representative_projecting
 def test_no_rank_anywhere_warns_once(row: Row) -> None:
     with pytest.warns(UserWarning, match=r"param_groups\(model\)") as caught:
         row.optimizer(tiny_model().parameters(), lr=0.1)
     assert len(caught) == 1
 
 
-@refitting("solver")
-@pytest.mark.parametrize("mode", ["svd", "eigh", "randomized", "warm"])
+@every_with("mode", MODES, refitted("solver"), SOLVERS)
 def test_failing_solver_keeps_the_former_basis(
     row: Row, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,8 +87,7 @@ def test_failing_solver_keeps_the_former_basis(
     assert all(optimizer.state[p]["refreshed_at"] == 4 for p in former)
 
 
-@projecting
-@pytest.mark.parametrize("mode", ["svd", "eigh", "randomized", "warm"])
+@every_with("mode", MODES, PROJECTING, SOLVERS)
 @pytest.mark.parametrize("proj_type", ["std", "reverse_std", "left", "right", "full"])
 def test_rank_deficient_gradients(row: Row, mode: str, proj_type: str) -> None:
     model = tiny_model()

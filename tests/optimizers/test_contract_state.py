@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from support import TinyBlock, tiny_model, weights
-from table import DTYPES, Row, assert_same, every, train
+from table import DTYPES, Row, assert_same, every, every_with, representative, train
 from torch import Tensor
 
-from lowrank.optimizers import expected_state_bytes, state_bytes
+from lowrank.optimizers import build, expected_state_bytes, state_bytes
 
 
 @every
@@ -30,8 +32,7 @@ def test_state_is_made_at_construction_and_plain(row: Row, dtype: torch.dtype) -
     assert keys == {param: sorted(state) for param, state in optimizer.state.items()}
 
 
-@every
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_with("dtype", DTYPES)
 def test_resume_through_a_file_is_exact(row: Row, dtype: torch.dtype) -> None:
     straight = tiny_model(dtype=dtype)
     optimizer = row.build(straight)
@@ -71,7 +72,7 @@ def test_load_keeps_each_tensors_dtype(row: Row) -> None:
                 assert loaded[key][name] == value
 
 
-@every
+@representative
 def test_load_of_a_state_that_does_not_fit_changes_nothing(row: Row) -> None:
     optimizer = row.build(tiny_model())
     before = copy.deepcopy(optimizer.state_dict())
@@ -88,8 +89,7 @@ def test_load_of_a_state_that_does_not_fit_changes_nothing(row: Row) -> None:
             assert torch.equal(now, value) if isinstance(value, Tensor) else now == value
 
 
-@every
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@every_with("how", ["pickle", "deepcopy"])
 def test_copies_continue_alike(row: Row, how: str) -> None:
     model = tiny_model()
     optimizer = row.build(model)
@@ -104,7 +104,7 @@ def test_copies_continue_alike(row: Row, how: str) -> None:
     assert_same(model, twin_model)
 
 
-@every
+@representative
 def test_older_pickle_gets_new_defaults(row: Row) -> None:
     optimizer = row.build(tiny_model())
     state = optimizer.__getstate__()
@@ -143,3 +143,78 @@ def test_every_state_tensor_owns_its_storage(row: Row) -> None:
         for value in state.values():
             if isinstance(value, Tensor):
                 assert value.untyped_storage().nbytes() == value.numel() * value.element_size()
+
+
+@every
+def test_every_tensor_of_a_loaded_state_has_its_dtype(row: Row) -> None:
+    optimizer = row.build(tiny_model())
+    saved = copy.deepcopy(optimizer.state_dict())
+    for key, state in saved["state"].items():
+        for entry, value in state.items():
+            if not isinstance(value, Tensor):
+                continue
+            for dtype in (torch.int64, torch.float64, torch.uint8):
+                if dtype == value.dtype:
+                    continue
+                wrong = {**saved["state"], key: {**state, entry: value.to(dtype)}}
+                with pytest.raises(ValueError, match=f"has {entry} of dtype {dtype}; accepted is"):
+                    optimizer.load_state_dict({**saved, "state": wrong})
+
+
+BROKEN = (
+    ({"step": 3}, "has step as a int; accepted is a tensor"),
+    ({"step": torch.tensor([3.0])}, r"has step of shape \(1,\); accepted is \(\)"),
+    ({"step": torch.tensor(-1.0)}, "has step=-1.0; accepted is a whole number"),
+    ({"step": torch.tensor(float("nan"))}, "has step=nan"),
+    ({"step": torch.tensor(2.5)}, "has step=2.5"),
+    ({"refreshed_at": 2.0}, "has refreshed_at=2.0; accepted is an integer"),
+    ({"refreshed_at": True}, "has refreshed_at=True; accepted is an integer"),
+    ({"refreshed_at": -2}, "has refreshed_at=-2; accepted is an integer of at least -1"),
+    ({"refreshed_at": 99}, "has refreshed_at=99 after 4 steps"),
+    ({"side": 0}, "has side=0; accepted is 1"),
+    ({"basis_rows": 99}, "has basis_rows=99; accepted is 16"),
+    ({"gap": 0}, "has gap=0; accepted is an integer of at least 1"),
+    ({"gap": 1 << 70}, "has gap=1180591620717411303424; accepted"),
+)
+
+
+@pytest.mark.parametrize(("entries", "message"), BROKEN, ids=str)
+def test_loaded_numbers_are_those_of_a_state(entries: dict[str, Any], message: str) -> None:
+    model = tiny_model()
+    optimizer = build("qgalore_adamw_8bit", model, rank=4, weight_bits=None)
+    train(model, optimizer, range(4))
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0].update(entries)
+    with pytest.raises(
+        ValueError, match=rf"the saved state of self_attn\.q_proj\.weight {message}"
+    ):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("state"), "has no state"),
+        (lambda s: s.pop("param_groups"), "has no param_groups"),
+        (lambda s: s["param_groups"][0].pop("params"), "has no params"),
+        (lambda s: s["state"].update({99: {}}), r"entries for \[99\], which are in no group"),
+        (lambda s: s["state"].update({0: []}), "is a list; accepted is a dict"),
+        (lambda s: s["param_groups"][0].update(rank="4"), "rank='4'"),
+        (lambda s: s["param_groups"][1].update(lr=-1.0), "lr=-1.0"),
+        (lambda s: s["param_groups"][0]["param_names"].pop(), "3 parameters and 2 param_names"),
+    ],
+    ids=str,
+)
+def test_a_file_that_is_no_state_changes_nothing(
+    change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    model = tiny_model()
+    optimizer = build("galore_adamw", model, rank=4)
+    train(model, optimizer, range(2))
+    before = copy.deepcopy(optimizer.state_dict())
+    saved = copy.deepcopy(before)
+    change(saved)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(saved)
+    assert str(before) == str(optimizer.state_dict())
+    train(model, optimizer, range(2, 3))

@@ -104,10 +104,10 @@ def test_nothing_but_what_is_trained_travels(name: str) -> None:
 def test_a_part_or_a_parent_may_be_wrapped(name: str) -> None:
     parent = Parent(tiny_model())
     build(name, parent.network, rank=4, **METHODS[name])
-    mlp = parent.network.mlp
-    with recorded() as sent:
-        DistributedDataParallel(mlp)
-    assert size(sent) == size(mlp.parameters())
+    for part in (parent.network.mlp, parent.network.mlp["up_proj"]):
+        with recorded() as sent:
+            DistributedDataParallel(part)
+        assert size(sent) == size(part.parameters())
     convert(name, parent)  # converted already: marks the parent
     own = parent.seen.nbytes
     expected = size(parent.parameters()) + own, [own] * 3

@@ -93,6 +93,22 @@ def test_the_datas_folder_is_no_output(tiny: Tiny, run: Run, tmp_path: Path) -> 
     assert len(list(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.parametrize("settings", [(), ("data.workers=1",), ("data.tokenizer=bpe",)])
+def test_data_of_no_use_leave_no_folder_and_one_line(
+    settings: tuple[str, ...], tiny: Tiny, run: Run, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "val.txt").write_text("some words to validate on")
+    (data / "train.jsonl").write_text('{"body": "a"}\n')
+    settings = ("eval.tokens=8", *settings)
+    status, output, errors = run(tiny(tmp_path / "run", 2, f"--data={data}", *settings))
+    assert (status, output) == (2, "")
+    assert errors.count("\n") == 1
+    assert "train.jsonl line 1: the JSON object has no field 'text' (it has 'body'" in errors
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -95,17 +95,35 @@ class TrainingStream:
         self._states = [Position().state() for _ in self._plans]
         self._next = 0
         self._produced: Iterator[Produced] | None = None
+        self._ahead: Produced | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
-    def __next__(self) -> Batch:
+    def prefetch(self) -> None:
+        """Makes the next batch already, so that data of no use are found before a run begins.
+
+        Raises:
+            DataError: If there is no such batch; the one line says why, and no warning beside it.
+        """
+        if self._ahead is None:
+            self._ahead = self._produce()
+        if self._ahead.batch is None:
+            error = self._ahead.error
+            self.close()
+            raise DataError(error or "the data stream can't go on")
+
+    def _produce(self) -> Produced:
         if self._produced is None:
             self._produced = self._start()
         try:
-            produced = next(self._produced)
+            return next(self._produced)
         except StopIteration:
             raise DataError("the data stream has ended after an error") from None
+
+    def __next__(self) -> Batch:
+        produced = self._ahead or self._produce()
+        self._ahead = None
         for message in produced.warnings:
             self._on_bad_file(message)
         if produced.batch is None:
@@ -170,7 +188,7 @@ class TrainingStream:
         self.close()
         self._states, self._next = loaded, turn
         self._rotated = bool(state.get("rotated", False))
-        if version == _OLDEST:
+        if version == _OLDEST and self._config.source != "stdlib":
             self._on_warning(
                 "the run was begun by an earlier version, which trained on documents with NUL "
                 "characters and skipped accented ones in gzip files; now it is the other way "
@@ -179,7 +197,7 @@ class TrainingStream:
 
     def close(self) -> None:
         """End the loader processes; a stream that is asked for more starts them again."""
-        self._produced = None
+        self._produced = self._ahead = None
 
     def _turns_go_on(self) -> bool:
         """Whether streams' turns go on from shard to shard, see `Plan`; found out when needed."""

@@ -69,14 +69,17 @@ class ValidationSet:
         self._batch_size = batch_size
         report = on_warning or _warn
         strict = config.bad_documents == "error"
-        reader = _Reader(open_source(config), strict, FirstFew(report))
+        passed_over: list[str] = []
+        reader = _Reader(open_source(config), strict, FirstFew(passed_over.append))
         cut = _padded_rows if config.packing == "pad" else _packed_rows
         inputs, targets, byte_counts = cut(reader, tokenizer, config.sequence_length, tokens)
         self.documents = reader.documents
         self.skipped_documents = reader.skipped
         predicted = int((targets != IGNORED).sum())
-        if predicted == 0:
+        if predicted == 0 or not int(byte_counts.sum()):
             raise DataError(_nothing_found(reader))
+        for message in passed_over:
+            report(message)
         if predicted < tokens:
             report(
                 f"the validation data holds {predicted} tokens, fewer than the {tokens} asked for; "

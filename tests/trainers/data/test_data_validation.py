@@ -123,8 +123,18 @@ def test_no_document_is_an_error(tmp_path: Path, packing: str) -> None:
             ByteTokenizer(),
             batch_size=4,
             tokens=50,
-            on_warning=lambda _: None,
+            on_warning=pytest.fail,
         )
+
+
+def test_documents_too_short_to_predict_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("text to train on")
+    (tmp_path / "val.txt").write_text("a")
+    config = config_of(tmp_path, packing="pad")
+    with pytest.raises(
+        DataError, match=r"validation documents of .* \(1\) are too short to predict"
+    ):
+        ValidationSet(config, ByteTokenizer(), batch_size=4, tokens=50, on_warning=pytest.fail)
 
 
 def test_wrong_budget_is_named(corpus: Path) -> None:
