@@ -24,7 +24,6 @@ from .strategies import (
     check_strategy_options,
     drop_left_over,
     projection_of,
-    strategy_option_owners,
     strategy_options,
 )
 
@@ -122,16 +121,7 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
 
     def _complete(self, group: Group, before: Snapshot | None) -> Composition:
         """Checks and completes a group that was changed since a snapshot."""
-        spellings = {*self.aliases, *self.ungrouped}
-        if self.projects:
-            spellings |= (
-                self.group_keys()
-                - self.defaults.keys()
-                - {
-                    *ProjectionOptions.names(),
-                    *strategy_option_owners(),
-                }
-            )
+        spellings = {*self.aliases, *self.ungrouped, *self.foreign_keys}
         for name in group.keys() & spellings:
             raise ValueError(
                 f"{name}={group[name]!r} in a group after construction: accepted is "

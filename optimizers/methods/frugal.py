@@ -30,8 +30,6 @@ from ..engine.optimizer import LowRankOptimizer
 from ..engine.options import Group
 from ..engine.rule_families import TORCH_ADAMW
 
-DENSITY = 0.25
-
 
 @method(
     "frugal_adamw",
@@ -49,29 +47,26 @@ class FrugalAdamW(LowRankOptimizer):
 
     rule = TORCH_ADAMW
     # As a default it says nothing of a group; one that is given becomes a rank ratio.
-    ungrouped = ("default_density",)
+    ungrouped = ("density",)
     projection_defaults: ClassVar = {
         "projector": "coordinate",
         "residual": "sign",
         "moments": "reset",
         "scale": 1.0,
     }
-    own_keywords = (
-        Keyword("density", DENSITY, "of groups with `is_proj_params=True`, in (0, 1].", "given"),
-    )
+    own_keywords = (Keyword("density", 0.25, "of groups with `is_proj_params=True`, in (0, 1]."),)
     foreign_keys = ("density", "is_proj_params")
 
     @classmethod
     def translate(cls, options: Group, defaults: Group | None) -> Group:
-        """A group's density as a rank ratio, which wins over a rank."""
+        """A group's density as a rank ratio, which takes precedence over a rank."""
         options = dict(options)
         if defaults is None:
-            density = options.pop("density", DENSITY)
-            checks.number("density", density, low=0.0, high=1.0, low_open=True)
-            return {**options, "default_density": density}
+            rank_ratio(options.get("density", 1.0))
+            return options
         density = options.pop("density", None)
         if options.pop("is_proj_params", False) and density is None and "rank" not in options:
-            density = defaults.get("default_density", DENSITY)
+            density = defaults["density"]
         if density is not None:
             options["rank_ratio_matrix"] = rank_ratio(density)
         return options
