@@ -56,6 +56,7 @@ class SwitchLoRAAdamW(FactoredAdamW):
     """
 
     layer_type: ClassVar[type[FactoredLinear]] = SwitchedLinear
+    awaited: ClassVar[str] = "both of its factors are"
     own_keywords = (
         Keyword(
             "switch_interval",
