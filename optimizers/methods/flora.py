@@ -13,15 +13,26 @@ column, so that A^T U = (D_r A)^T G D_c is one GEMM with G; all else works in ro
 nothing of size m x n is made. Memory per m x n matrix, in fp32: max(m, n) r for C, m + n for the
 factors; A costs nothing.
 
+A move adds noise. Let y = A C be what the moment stands for, of one column; A_new is independent of
+it. With ||y|| = 1 along the first axis, a = A_new^T y is A_new's first row, of entries N(0, 1/r),
+and the other d - 1 rows are independent of it:
+
+    E||A_new a||^2 = E||a||^4 + (d - 1) E||a||^2 / r = (1 + 2 / r) + (d - 1) / r = 1 + (d + 1) / r
+
+Between two moves y decays by b1^kappa, and what gradients add is bounded. So the moment's mean
+square is bounded exactly where (1 + (d + 1) / r) b1^(2 kappa) < 1, and grows like that number to
+the power of the moves elsewhere (`moment_growth`); there the optimizer warns.
+
 Unlike the released code there is no rule that decides which matrices are compressed: groups with
 `rank` are, all others get plain Adafactor with the same `beta1`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +49,7 @@ from ..engine.options import PROJECTION_DEFAULTS, Group, ProjectionOptions
 from ..engine.rule_factories import adafactor_rule
 from ..engine.rule_families import ADAFACTOR
 from ..engine.seeds import seed_names
+from ..engine.warn import warn_user
 from ..projectors.operand import cast_product
 from ..projectors.random import gaussian
 from ..rules import Adafactor, Update, UpdateRule
@@ -45,6 +57,21 @@ from ..rules.base import RowUpdates, State
 
 #: Projection options that mean nothing to a moment that is compressed at random.
 FIXED = ("projector", "schedule", "stagger", "basis", "residual", "moments", "projection_dtype")
+
+
+def moment_growth(d: int, r: int, beta1: float, kappa: int) -> float:
+    """What a move and kappa steps multiply the moment's mean square by; unstable from 1 on."""
+    return float((1 + (d + 1) / r) * beta1 ** (2 * kappa))
+
+
+def smallest_gap(d: int, r: int, beta1: float) -> int:
+    """The smallest kappa for which `moment_growth` is below 1."""
+    if beta1 == 0.0:
+        return 1
+    gap = max(1, math.floor(math.log(1 + (d + 1) / r) / (-2 * math.log(beta1))))
+    while moment_growth(d, r, beta1, gap) >= 1.0:
+        gap += 1
+    return gap
 
 
 @dataclass(frozen=True)
@@ -63,6 +90,11 @@ class FloraRule(Adafactor):
         rows, columns = shape
         rank = self.options.rank_of((rows, columns))
         return Geometry.of((rows, columns), rank, self.options.proj_type)
+
+    def basis_shape(self, shape: Sequence[int]) -> tuple[int, int]:
+        """(d, r) of the random matrix for a weight of this shape."""
+        (size,) = self._geometry(shape).basis_shapes.values()
+        return size
 
     def _shapes(self, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
         rows, columns = shape
@@ -191,7 +223,26 @@ class FloraAdafactor(LowRankOptimizer):
             # 63 bits, which an int64 holds. States of 0.1.0 keep their 1, 2, 3.
             own = self.state.get(param, {}).get("matrix")
             state["matrix"] = mix(0, name) >> 1 if own is None else own
+            assert isinstance(composition.rule, FloraRule)
+            self._warn_of_growth(composition.rule, group)
         return state
+
+    def _warn_of_growth(self, rule: FloraRule, group: Group) -> None:
+        """Warns once for each choice of options under which the moment of a matrix grows."""
+        kappa, beta1 = rule.options.update_proj_gap, rule.beta1
+        known: set[Any] = self.__dict__.setdefault("_warned_of_growth", set())
+        if beta1 is None or (rule.options, beta1) in known:
+            return
+        known.add((rule.options, beta1))
+        sizes = [rule.basis_shape(param.shape) for param in group["params"] if param.numel()]
+        growth, (d, r) = max((moment_growth(d, r, beta1, kappa), (d, r)) for d, r in sizes)
+        if growth >= 1.0:
+            warn_user(
+                f"update_proj_gap={kappa} with beta1={beta1} and random matrices of {d} x {r}: "
+                f"each move of the moment multiplies its mean square by {growth:.3g}, so that it "
+                f"grows without bound; accepted are update_proj_gap={smallest_gap(d, r, beta1)} or "
+                "more, a higher rank, a lower beta1 or none"
+            )
 
     def compose(self, group: Group) -> Composition:
         """Flora's rule where the group has a rank, else Adafactor."""
