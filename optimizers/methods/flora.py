@@ -1,4 +1,4 @@
-"""Flora: Adafactor whose first moment lives in a random projection that is moved now and then.
+"""Flora: Adafactor with a first moment compressed by a random projection, redrawn at intervals.
 
 Hao et al., "Flora: Low-Rank Adapters Are Secretly Gradient Compressors", ICML 2024 (arXiv
 2402.03293). With U_t Adafactor's update (normalised, clipped, times lr_t; `rules.adafactor`), and A
@@ -8,10 +8,10 @@ of d x r with entries N(0, 1/r), drawn from a seed of each matrix; for m < n (el
     C <- b1 C + (1 - b1) A^T U
     every kappa steps, first:  C <- A_new^T (A C),  A <- A_new
 
-Only the moment is compressed, the update itself is not. U = D_r G D_c has factors by row and by
-column, so that A^T U = (D_r A)^T G D_c is one GEMM with G; all else works in row chunks, and
-nothing of size m x n is made. Memory per m x n matrix, in fp32: max(m, n) r for C, m + n for the
-factors; A costs nothing.
+Only the moment is compressed, not the update itself. U = D_r G D_c has factors by row and by
+column, so that A^T U = (D_r A)^T G D_c is one GEMM with G; the rest works in row chunks, without
+a temporary of size m x n. Memory per m x n matrix, in fp32: max(m, n) r for C, m + n for the
+factors; A is not stored.
 
 A move adds noise. Let y = A C be what the moment stands for, of one column; A_new is independent of
 it. With ||y|| = 1 along the first axis, a = A_new^T y is A_new's first row, of entries N(0, 1/r),
@@ -23,8 +23,8 @@ Between two moves y decays by b1^kappa, and what gradients add is bounded. So th
 square is bounded exactly where (1 + (d + 1) / r) b1^(2 kappa) < 1, and grows like that number to
 the power of the moves elsewhere (`moment_growth`); there the optimizer warns.
 
-Unlike the released code there is no rule that decides which matrices are compressed: groups with
-`rank` are, all others get plain Adafactor with the same `beta1`.
+Unlike in the released code, the groups decide which matrices are compressed: those with `rank`
+are, all others get plain Adafactor with the same `beta1`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from ..projectors.random import gaussian
 from ..rules import Adafactor, Update, UpdateRule
 from ..rules.base import RowUpdates, State
 
-#: Projection options that mean nothing to a moment that is compressed at random.
+#: Projection options that don't apply to a randomly compressed moment.
 FIXED = ("projector", "schedule", "stagger", "basis", "residual", "moments", "projection_dtype")
 
 
@@ -107,16 +107,16 @@ class FloraRule(Adafactor):
         return shapes
 
     def init(self, shape: Sequence[int], like: Tensor) -> State:
-        """Zero factors and moment, and the number of the matrix's name, for its seeds."""
+        """Zero factors and moment, and a hash of the matrix's name, for its seeds."""
         return super().init(shape, like) | {"matrix": 0}
 
     def basis(self, state: State, geometry: Geometry, period: int, like: Tensor) -> Tensor:
-        """A, d x r, of a matrix in its `period`-th run of kappa steps."""
+        """A, d x r, of a matrix in its `period`-th interval of kappa steps."""
         (shape,) = geometry.basis_shapes.values()
         return gaussian(shape, mix(self.options.seed, state["matrix"], period), like)
 
     def carry(self, previous: UpdateRule, old: State, new: State) -> bool:
-        """See `UpdateRule.carry`: under other options the moment moves as at each kappa-th step."""
+        """See `UpdateRule.carry`: changed bases transform the moment as every kappa steps."""
         if not isinstance(previous, FloraRule):
             return False
         if "exp_avg" not in old or "exp_avg" not in new or self._draws_as(previous):
@@ -132,14 +132,14 @@ class FloraRule(Adafactor):
         return super().carry(previous, others, new)
 
     def _draws_as(self, other: FloraRule) -> bool:
-        """Whether bases are the same under other options."""
+        """Whether another rule has the same bases."""
         names = ("rank", "rank_ratio_matrix", "proj_type", "seed", "update_proj_gap")
         return all(getattr(self.options, n) == getattr(other.options, n) for n in names)
 
     def _moment(
         self, grad_mn: Tensor, state: State, by_row: Tensor, by_col: Tensor, size: Tensor
     ) -> tuple[Tensor, Tensor, Geometry]:
-        """Advances the compressed moment; gives it as it was before, its basis and geometry."""
+        """Advances the compressed moment; returns its previous value, basis and geometry."""
         assert self.beta1 is not None
         geometry = self._geometry(grad_mn.shape)
         stored: Tensor = state["exp_avg"]
@@ -166,7 +166,7 @@ class FloraRule(Adafactor):
         return before, basis, geometry
 
     def by_rows(self, grad: Tensor, state: State, weight: Tensor) -> RowUpdates:
-        """See `UpdateRule.by_rows`: factors and moment first, then rows alone."""
+        """See `UpdateRule.by_rows`: first factors and moment, then single rows."""
         rate = self._rate(state["step"], weight)
         by_row, by_col, clip = self._factors(grad, state, self._decay(state))
         size = rate * clip
@@ -191,7 +191,7 @@ class FloraRule(Adafactor):
 
 @exact_fp32()
 def _between(moment: Tensor, side: Side, basis: Tensor, new_side: Side, new: Tensor) -> Tensor:
-    """What a compressed moment stands for, compressed by another basis."""
+    """A compressed moment, decompressed and compressed again with another basis."""
     if side is Side.LEFT:
         return (new.mT @ basis) @ moment if new_side is Side.LEFT else basis @ (moment @ new)
     return (new.mT @ moment) @ basis.mT if new_side is Side.LEFT else moment @ (basis.mT @ new)
@@ -215,7 +215,7 @@ class FloraAdafactor(LowRankOptimizer):
     aliases: ClassVar = {"kappa": "update_proj_gap"}
 
     def make_state(self, param: Tensor, composition: Composition, group: Group) -> State:
-        """A new state; a matrix's has the number of its name, which its seeds are made from."""
+        """A new state; a matrix's contains a hash of its name, for its seeds."""
         state = super().make_state(param, composition, group)
         if "matrix" in state:
             index = next(i for i, own in enumerate(group["params"]) if own is param)
