@@ -284,7 +284,7 @@ def sorted_groups(params: ParamsT, **sizes: Any) -> ParamsT:
         **sizes: each of `SIZES`, None if not given.
 
     Raises:
-        ValueError: a rank or ratio is given beside groups, none of which is projected.
+        ValueError: a rank or ratio is given with groups, none of which is projected.
     """
     given: list[Any] = list(params)
     if any(isinstance(entry, dict) for entry in given):

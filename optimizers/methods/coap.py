@@ -99,7 +99,7 @@ class Coap(LowRankOptimizer):
             if defaults is not None and not is_sized(options):
                 raise ValueError(
                     f"proj_method={projection!r} in a group without a rank: accepted with one of "
-                    f"{', '.join(SIZES)}, in the group or beside the groups"
+                    f"{', '.join(SIZES)}, in the group or as a keyword"
                 )
         if "restore_state" in options:
             restore = options.pop("restore_state")
