@@ -150,11 +150,19 @@ class OnlineProjector(SingularProjector):
         fitted = super().fit(params)
         for param, bases in zip(params, fitted, strict=True):
             if bases is not None:
-                (shape,) = param.geometry.basis_shapes.values()
-                fresh = self._rule(capturable=False, fused=False).init(shape, param.weight)
-                for key, value in fresh.items():
-                    param.state[PREFIX + key].copy_(value)
+                self._reset(param)
         return fitted
+
+    def received(self, param: ProjectedParam) -> None:
+        """Resets the state of P's optimizer, as `fit`."""
+        super().received(param)
+        self._reset(param)
+
+    def _reset(self, param: ProjectedParam) -> None:
+        (shape,) = param.geometry.basis_shapes.values()
+        fresh = self._rule(capturable=False, fused=False).init(shape, param.weight)
+        for key, value in fresh.items():
+            param.state[PREFIX + key].copy_(value)
 
     def _moments(self, param: ProjectedParam) -> dict[str, Any]:
         """The state of P's optimizer, under its rule's keys."""

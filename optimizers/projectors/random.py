@@ -62,6 +62,7 @@ class RandomProjector(Projector):
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = ("distribution",)
+    FITS_GRADIENT: ClassVar[bool] = False
 
     distribution: str = "gaussian"
 
