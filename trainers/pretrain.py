@@ -246,6 +246,8 @@ def _build(config: RunConfig, world: World) -> Iterator[Parts]:
     if accepts(config.optimizer.name, "total_steps"):
         options.setdefault("total_steps", config.train.steps)
     optimizer = build(config.optimizer.name, model.network, lr=config.optimizer.lr, **options)
+    if world.size > 1:
+        optimizer.share_refreshes()
     stream = TrainingStream(
         config.data,
         tokenizer,
