@@ -26,7 +26,6 @@ from .strategies import (
     check_strategy_options,
     drop_left_over,
     projection_of,
-    strategy_option_owners,
     strategy_options,
 )
 
@@ -125,21 +124,12 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
 
     def _complete(self, group: Group, before: Snapshot | None) -> Composition:
         """Checks and completes a group that was changed since a snapshot."""
-        spellings = {*self.aliases, *self.ungrouped}
-        if self.projects:
-            spellings |= (
-                self.group_keys()
-                - self.defaults.keys()
-                - {
-                    *ProjectionOptions.names(),
-                    *strategy_option_owners(),
-                }
-            )
+        spellings = {*self.aliases, *self.ungrouped, *self.foreign_keys}
         for name in group.keys() & spellings:
-            raise ValueError(
-                f"{name}={group[name]!r} in a group after construction: accepted is "
-                f"{self.aliases.get(name, 'what it stands for among ' + str(sorted(group)))!r}"
-            )
+            own = self.aliases.get(name)
+            options = sorted(group.keys() - spellings - {"params", "param_names"})
+            accepted = f"accepted is {own!r}" if own else f"accepted are {', '.join(options)}"
+            raise ValueError(f"{name}={group[name]!r} in a group after construction: {accepted}")
         known = self._known()
         make_plain(group, known)
         for name in group.keys() - known - (before.options.keys() if before else set()):

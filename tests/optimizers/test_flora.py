@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from lowrank.cuda.noise import mix
 from lowrank.optimizers import Adafactor, FloraAdafactor, state_bytes
 from lowrank.optimizers.engine import chunks
-from lowrank.optimizers.methods.flora import FloraRule, moment_growth, smallest_gap
 from lowrank.optimizers.projectors.random import gaussian
+from lowrank.optimizers.rules.flora import FloraRule, moment_growth, smallest_gap
 
 SHAPES = ((14, 9), (9, 14), (11, 11))
 
