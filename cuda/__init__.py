@@ -4,7 +4,7 @@ Importing this package registers the operations `torch.ops.lowrank.*`.
 """
 
 if __name__ == "cuda":
-    # From the repository's root this folder would be taken for NVIDIA's `cuda`, which torch tries.
+    # Run from the repository's root, torch would import this folder as NVIDIA's `cuda`.
     raise ImportError("this folder is installed as lowrank.cuda")
 
 from . import ops as _ops  # noqa: F401 (registers the operations)

@@ -1,8 +1,8 @@
 """Adam on lists of projected gradients, in plain torch.
 
-    M <- b1 M + (1 - b1) G,    V <- b2 V + (1 - b2) G o G,    delta = size M / (sqrt(V) + eps)
+    M <- b1 M + (1 - b1) G,    V <- b2 V + (1 - b2) G o G,    direction = size M / (sqrt(V) + eps)
 
-`size` and `eps` hold the bias corrections; what else a rule does is the caller's.
+`size` and `eps` contain the bias corrections; weight decay and learning rate are the caller's.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ def adam_step(
     torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
     denominators = torch._foreach_sqrt(v)
     torch._foreach_add_(denominators, eps)
-    deltas = torch._foreach_div(m, denominators)
-    torch._foreach_mul_(deltas, size)
+    directions = torch._foreach_div(m, denominators)
+    torch._foreach_mul_(directions, size)
     if narrow:
         torch._foreach_copy_(exp_avgs, m)
         torch._foreach_copy_(exp_avg_sqs, v)
-    return list(deltas)
+    return list(directions)
 
 
 def adam(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    deltas: list[Tensor],
+    directions: list[Tensor],
     grad_norms: list[Tensor],
-    delta_norms: list[Tensor],
+    direction_norms: list[Tensor],
     axis: int,
     beta1: float,
     beta2: float,
@@ -69,16 +69,16 @@ def adam(
         grads: gradients of one precision, of any shapes.
         exp_avgs: M, advanced in place.
         exp_avg_sqs: V, advanced in place.
-        deltas: what is written, of the gradients' shapes.
+        directions: outputs, of the gradients' shapes.
         grad_norms: with `axis` 0 (1), fp32 norms of the columns (rows) of each matrix, written.
-        delta_norms: the same of the deltas.
+        direction_norms: the same for the directions.
         axis: -1 for no norms.
         beta1: b1.
         beta2: b2.
         eps: added to sqrt(V).
-        size: factor of the delta.
+        size: factor on the direction.
         sizes: fp32 (count, 2), (eps, size) of each tensor, which replaces those arguments without
-            being read by the host.
+            being read back.
     """
     if sizes is not None:
         made = [
@@ -87,9 +87,9 @@ def adam(
         ]
     else:
         made = adam_step(grads, exp_avgs, exp_avg_sqs, beta1, beta2, eps, size)
-    torch._foreach_copy_(deltas, made)
+    torch._foreach_copy_(directions, made)
     if axis >= 0:
-        for tensors, norms in ((grads, grad_norms), (made, delta_norms)):
+        for tensors, norms in ((grads, grad_norms), (made, direction_norms)):
             for tensor, norm in zip(tensors, norms, strict=True):
                 torch.linalg.vector_norm(tensor.float(), dim=axis, out=norm)
 
@@ -100,7 +100,7 @@ def adam_8bit(
     exp_avg_absmax: list[Tensor],
     exp_avg_sqs: list[Tensor],
     exp_avg_sq_absmax: list[Tensor],
-    deltas: list[Tensor],
+    directions: list[Tensor],
     beta1: float,
     beta2: float,
     eps: float,
@@ -108,7 +108,7 @@ def adam_8bit(
     sizes: Tensor | None,
 ) -> None:
     """The reference of `torch.ops.lowrank.adam_8bit`: `adam` on moments in blocks of 256 codes."""
-    for i, (grad, delta) in enumerate(zip(grads, deltas, strict=True)):
+    for i, (grad, direction) in enumerate(zip(grads, directions, strict=True)):
         stored = (
             (exp_avgs[i], exp_avg_absmax[i], True),
             (exp_avg_sqs[i], exp_avg_sq_absmax[i], False),
@@ -120,6 +120,6 @@ def adam_8bit(
             moments.append(dense)
         m, v = moments
         own = None if sizes is None else sizes[i : i + 1]
-        adam([grad], [m], [v], [delta], [], [], -1, beta1, beta2, eps, size, own)
+        adam([grad], [m], [v], [direction], [], [], -1, beta1, beta2, eps, size, own)
         for moment, (codes, absmax, signed) in zip(moments, stored, strict=True):
             quantize_flat(moment.view(-1), codes.view(-1), absmax, signed, BLOCK)

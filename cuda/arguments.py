@@ -1,4 +1,4 @@
-"""What compiled implementations share: which tensors they take, and how these are passed on."""
+"""Argument checks and conversion for compiled implementations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MASK64 = (1 << 64) - 1
 
 
 def usable(*tensors: Tensor | None) -> Library | None:
-    """The library, if these tensors are contiguous, on one device and of types that it knows."""
+    """The library, if the tensors are contiguous, on one device and of supported types, or None."""
     given = [t for t in tensors if t is not None]
     library = library_for(given)
     if library is None:
@@ -28,7 +28,7 @@ def usable(*tensors: Tensor | None) -> Library | None:
 
 
 def expect(name: str, tensor: Tensor | None, count: int, dtype: torch.dtype | None = None) -> None:
-    """Raises `ValueError` for a buffer that a kernel would read or write beyond."""
+    """Raises `ValueError` for a buffer that is too small for a kernel."""
     if tensor is None:
         return
     wanted = dtype or tensor.dtype
@@ -46,10 +46,10 @@ def expect_groups(scales: Tensor, zeros: Tensor | None, numel: int, group_size: 
 
 
 def pointer(tensor: Tensor | None) -> int | None:
-    """Where its entries begin."""
+    """The address of its data."""
     return None if tensor is None else tensor.data_ptr()
 
 
 def dtype_code(tensor: Tensor | None) -> int:
-    """Its type's code in core/common.h."""
+    """Its dtype's code in core/common.h."""
     return 0 if tensor is None else DTYPES[tensor.dtype]

@@ -21,8 +21,8 @@ from torch import Tensor
 DEFAULT_BLOCK = 256
 _DECADES = 7
 _FIRST_ENTRY, _LAST_ENTRY = 0x32FF, 0x3F80
-# Elements worked on at once, which bounds the scratch (12 bytes each): small enough to stay in a
-# CPU's caches, long enough to hide the cost of dispatching ten operations.
+# Elements per chunk, which bounds the scratch (12 bytes each): few enough for a CPU's caches, and
+# enough to hide the cost of dispatching ten operations.
 _CPU_CHUNK = 1 << 18
 _DEVICE_CHUNK = 1 << 22
 
@@ -46,11 +46,11 @@ def blockwise_bytes(numel: int, block: int = DEFAULT_BLOCK) -> int:
 
 
 def dynamic_map(signed: bool, device: torch.device | str = "cpu") -> Tensor:
-    """Returns the 256 values that the codes 0 to 255 stand for, in ascending order.
+    """Returns the 256 values of the codes 0 to 255, in ascending order.
 
     Args:
         signed: Whether the map covers [-1, 1] (first moments) or [0, 1] (second moments).
-        device: Where the values live.
+        device: Of the result.
 
     Returns:
         fp32 tensor of shape (256,). It is cached and shared: do not write to it.
@@ -218,7 +218,7 @@ def _cached_map(signed: bool, device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=32)
 def rank_table(signed: bool, device: torch.device) -> Tensor:
-    """What the kernels look magnitudes up in, see core/blockwise.h: int32 (3202,), cached.
+    """The kernels' look-up table of magnitudes, see core/blockwise.h: int32 (3202,), cached.
 
     Entry i belongs to the fp32 magnitudes up to 1 whose upper 16 bits are 0x32FF + i; the first one
     to smaller ones too.
@@ -244,7 +244,7 @@ def both_tables(device: torch.device) -> tuple[Tensor, Tensor]:
 
 @functools.lru_cache(maxsize=32)
 def _lookup_table(signed: bool, device: torch.device) -> Tensor:
-    """Returns int32 (65536,): what to add to an fp32 pattern to find its code in bits 16 to 23."""
+    """Returns int32 (65536,): addends to fp32 patterns that give the code in bits 16 to 23."""
     positive = _cached_map(signed, torch.device("cpu"))
     positive = positive[positive >= 0]
     zero_code = 256 - positive.numel()

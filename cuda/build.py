@@ -5,8 +5,8 @@ release of torch. Both libraries have the C interface of `core/api.h`.
 
     python cuda/build.py FOLDER     compiles into FOLDER and prints what was made
 
-Environment: `LOWRANK_CUDA` is `auto` (the device's library where nvcc is found; a failure is
-reported and lived with), `1` (a failure is an error) or `0` (not at all). `LOWRANK_CUDA_ARCHS`
+Environment: `LOWRANK_CUDA` is `auto` (the device's library if nvcc is found; a failure is
+only reported), `1` (a failure is an error) or `0` (not built). `LOWRANK_CUDA_ARCHS`
 lists the targets (default `80 90a`; PTX for the first one is added, which newer cards compile).
 `CXX` and `CUDACXX` name the compilers.
 """
@@ -29,8 +29,8 @@ from typing import Any
 
 SOURCES = Path(__file__).resolve().parent
 DEVICE = "liblowrank_cuda.so"
-#: The host's library for each level of instructions, as `torch.backends.cpu` calls them. Only the
-#: first one has to be there.
+#: The host's library for each CPU capability, named as in `torch.backends.cpu`. Only the first is
+#: required.
 HOSTS = {
     "DEFAULT": ("liblowrank_host.so", ()),
     "AVX2": ("liblowrank_host_avx2.so", ("-march=x86-64-v3",)),
@@ -52,11 +52,11 @@ DEVICE_FLAGS = (
 
 
 class BuildError(RuntimeError):
-    """A library that was asked for could not be compiled."""
+    """A requested library could not be compiled."""
 
 
 def source_files() -> list[Path]:
-    """Everything that is compiled, sorted."""
+    """All source files, sorted."""
     patterns = ("core/*.h", "host/*.h", "host/*.cpp", "device/*.h", "device/*.cu")
     return sorted(path for pattern in patterns for path in SOURCES.glob(pattern))
 
@@ -105,7 +105,7 @@ def architecture_flags(archs: Sequence[str]) -> list[str]:
 
 
 def run(command: Sequence[str]) -> str:
-    """What a command prints.
+    """Runs a command and returns its output.
 
     Raises:
         BuildError: it failed, with its output.
@@ -127,7 +127,7 @@ def compile_library(
     target: Path,
     link: Sequence[str] | None = None,
 ) -> None:
-    """Compiles each source, several at a time, and links them; `target` appears whole or not.
+    """Compiles each source, several at a time, and links them; writes `target` atomically.
 
     Args:
         compiler: program.
@@ -168,7 +168,7 @@ def build_host(folder: Path) -> dict[str, Any]:
             continue
         try:
             compile_library(compiler, [*HOST_FLAGS, *flags], sources, folder / name)
-        except BuildError:  # of an optional one: a compiler that doesn't know the level
+        except BuildError:  # optional: the compiler doesn't support this CPU capability
             if level == "DEFAULT":
                 raise
         else:
@@ -194,7 +194,7 @@ def build_device(folder: Path) -> dict[str, Any]:
 
 
 def digest() -> str:
-    """Of all that decides what is compiled."""
+    """Hash of everything that affects the result of the compilation."""
     names = ("CXX", "CUDACXX", "CUDA_HOME", "CUDA_PATH", "LOWRANK_CUDA", "LOWRANK_CUDA_ARCHS")
     state = hashlib.sha256()
     for name in names:
@@ -207,10 +207,10 @@ def digest() -> str:
 
 
 def build(folder: Path) -> dict[str, Any]:
-    """Compiles what can be compiled into `folder`, unless that was done already.
+    """Compiles the libraries into `folder`, unless they are up to date.
 
     Args:
-        folder: made if it is missing. `build.json` in it says what was made, and why not.
+        folder: created if missing. Its `build.json` reports what was built, or why not.
 
     Returns:
         That report: for "host" and "cuda" {"built": bool} with "compiler", "files" and (cuda)
@@ -244,12 +244,12 @@ def build(folder: Path) -> dict[str, Any]:
 
 
 def files(report: dict[str, Any]) -> list[str]:
-    """Names of the libraries that a report says were made."""
+    """Names of the libraries in a report."""
     return [name for key in ("host", "cuda") for name in report.get(key, {}).get("files", ())]
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """What `build` wrote into a folder; empty where it wrote nothing whole."""
+    """The report that `build` wrote into a folder; empty if there is none."""
     try:
         report = json.loads((folder / REPORT).read_text())
     except (OSError, ValueError):

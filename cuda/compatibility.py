@@ -1,4 +1,4 @@
-"""Which GPUs a compiled library has code for, and what to do where it has none."""
+"""GPUs for which a compiled library has code, and advice for others."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def targets(architectures: Sequence[str]) -> str:
 
 
 def no_code(architectures: Sequence[str], capability: int) -> str:
-    """Says that there is no code for a device, and what to do."""
+    """The message that there is no code for a device, with advice."""
     return (
         f"it has code for {targets(architectures) or 'no target'}, and the device has compute "
         f"capability {capability / 10:.1f}. {_install(str(capability))}"
@@ -52,7 +52,7 @@ def no_code(architectures: Sequence[str], capability: int) -> str:
 
 
 def advice(code: int) -> str:
-    """What to do after one of the errors in `UNUSABLE`; empty for others."""
+    """Advice after one of the errors in `UNUSABLE`; empty for others."""
     if code in _DRIVER:
         return (
             "Update NVIDIA's driver, or install the package again with an older CUDA toolkit "

@@ -11,8 +11,8 @@ released code clips it. Groups that straddle zero, as nearly all do, are quantis
 reciprocal of L is rounded to the precision of s: torch divides by a number in that way on GPUs, but
 not on CPUs, where the released code's s may differ in the last bit.
 
-With a seed q = floor(x / s + u) + z for u in [0, 1) from `noise.uniform`: rounding up or down with
-probabilities that keep the mean.
+With a seed q = floor(x / s + u) + z for u in [0, 1) from `noise.uniform`: unbiased stochastic
+rounding.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .noise import signed_seed, uniform
 
 DEFAULT_GROUP = 256
 SMALLEST_RANGE = 1e-5
-# Elements worked on at once, as in `blockwise`.
+# Elements per chunk, as in `blockwise`.
 _CPU_CHUNK = 1 << 18
 _DEVICE_CHUNK = 1 << 22
 
@@ -34,7 +34,7 @@ Out = tuple[Tensor, Tensor, Tensor]
 
 
 def group_count(numel: int, group_size: int = DEFAULT_GROUP) -> int:
-    """How many groups `numel` entries have, a last partial one included.
+    """Number of groups of `numel` entries, including a partial last one.
 
     Raises:
         ValueError: `group_size` is not positive.
@@ -110,7 +110,7 @@ def dequantize_groups(
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Turns codes back into numbers: s (q - z), rounded once.
+    """Dequantises codes: s (q - z), rounded once.
 
     Args:
         codes: contiguous uint8 of any shape.
@@ -205,7 +205,7 @@ def spans(numel: int, group_size: int, device: torch.device) -> Iterator[tuple[i
 
 
 def chunk_elements(device: torch.device, multiple: int) -> int:
-    """Entries worked on at once: a bounded number, divisible by `multiple`."""
+    """Entries per chunk: a bounded number, divisible by `multiple`."""
     wanted = _CPU_CHUNK if device.type == "cpu" else _DEVICE_CHUNK
     return max(1, wanted // multiple) * multiple
 

@@ -68,11 +68,11 @@ def pack(codes: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def unpack(packed: Tensor, count: int, out: Tensor | None = None) -> Tensor:
-    """The `count` codes that `pack` put together.
+    """Unpacks `count` codes.
 
     Args:
         packed: uint8 (ceil(count / 2),).
-        count: how many codes.
+        count: number of codes.
         out: uint8 (count,) to write to.
     """
     if out is None:
@@ -97,7 +97,7 @@ def quantize_int4(
         format: one of `FORMATS`.
         group_size: entries that share a scale.
         dtype: of scales and zeros, that of `x` by default.
-        out: what to write to instead of new tensors.
+        out: tensors to write to instead of new ones.
 
     Raises:
         ValueError: `x` is not floating, or `format` or `group_size` is not accepted.
@@ -123,7 +123,7 @@ def dequantize_int4(
     """Turns codes back into numbers.
 
     Args:
-        packed: what `quantize_int4` gave.
+        packed: the result of `quantize_int4`.
         numel: number of entries.
         format: as it was quantised.
         group_size: as it was quantised.

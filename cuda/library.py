@@ -1,4 +1,4 @@
-"""The compiled libraries: finding them, loading them, and choosing between them and pure torch."""
+"""Finding and loading the compiled libraries, and choosing between them and pure torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,14 @@ KERNELS = ("native", "torch")
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SEED, _FLOAT, _DOUBLE = ctypes.c_uint64, ctypes.c_float, ctypes.c_double
-_UPDATE = [_POINTER, _INT, _POINTER, _INT, _POINTER, *[_LONG] * 4]  # delta, grad, factors, shape
+_UPDATE = [
+    _POINTER,
+    _INT,
+    _POINTER,
+    _INT,
+    _POINTER,
+    *[_LONG] * 4,
+]  # direction, grad, factors, shape
 
 #: Argument types of the functions in core/api.h, without the stream that comes last.
 SIGNATURES: dict[str, list[type]] = {
@@ -62,8 +69,8 @@ class UnusableError(RuntimeError):
     """A library's kernels can't be started on a device; nothing was computed or written.
 
     Attributes:
-        device: where it was tried.
-        reason: why not, and what to do.
+        device: the device.
+        reason: the reason, and advice.
     """
 
     def __init__(self, device: torch.device, reason: str) -> None:
@@ -102,11 +109,11 @@ class Library:
 
     @property
     def devices(self) -> int:
-        """How many devices the driver has; 0 for the host's library."""
+        """Number of the driver's devices; 0 for the host's library."""
         return self.count_devices()[0]
 
     def count_devices(self) -> tuple[int, str]:
-        """How many devices the driver has, and why it has none or gives no answer."""
+        """Number of the driver's devices, and the reason if there is none."""
         count = ctypes.c_int(0)
         code = self._loaded.lowrank_devices(ctypes.byref(count))
         return count.value, self._problem(code)
@@ -121,7 +128,7 @@ class Library:
         """Why no kernel can be started on a device; empty if one can. Launches nothing."""
         with torch.cuda.device(device):
             code = self._loaded.lowrank_probe()
-        # Others, such as a lack of memory, may pass: a call that fails says so itself.
+        # Other errors, such as a lack of memory, may be temporary; a failing call reports them.
         return self._problem(code) if code in compatibility.UNUSABLE else ""
 
     def _problem(self, code: int) -> str:
@@ -153,14 +160,14 @@ class Library:
 
 @dataclass(frozen=True)
 class Status:
-    """What became of one library.
+    """The status of one library.
 
     Attributes:
         name: "host" or "cuda".
-        library: what is loaded, or None.
+        library: the loaded library, or None.
         made: how it was compiled, or why there is none.
-        problems: of each device on which it was tried and isn't used, why not; empty for one on
-            which it is. Filled when the library is loaded, and by the first use of a device.
+        problems: by device, why the library isn't used there; an empty string if it is used. Filled
+            when the library is loaded, and by the first use of a device.
     """
 
     name: str
@@ -170,12 +177,12 @@ class Status:
 
     @property
     def detail(self) -> str:
-        """How it was compiled, or why there is none; and where it can't be used, and why."""
+        """How it was compiled, or why not; and devices on which it can't be used, with reasons."""
         unusable = [f"not used on {on}: {why}" for on, why in self.problems.items() if why]
         return "; ".join([self.made, *unusable])
 
     def runs_on(self, device: torch.device) -> bool:
-        """Whether the library can be used on a device; where not, warns once."""
+        """Whether the library can be used on a device; warns once if not."""
         if self.library is None:
             return False
         if device.type == "cuda" and str(device) not in self.problems:
@@ -188,7 +195,7 @@ class Status:
 
 @functools.cache
 def status(name: str) -> Status:
-    """Loads the library "host" or "cuda" once, and says what it is or why there is none."""
+    """Loads the library "host" or "cuda" once, and returns its status."""
     report = read_report(FOLDER).get(name, {})
     files = [file for file in report.get("files", ()) if (FOLDER / file).exists()]
     if not files:
@@ -207,7 +214,7 @@ def status(name: str) -> Status:
 
 
 def _device_problems(library: Library, architectures: Sequence[str]) -> dict[str, str]:
-    """The devices for which there is no code, as far as can be said without using them."""
+    """Devices without compiled code, as far as known without using them."""
     count, problem = library.count_devices()
     if problem or not count:
         return {"cuda": problem or "the driver has no device"}
@@ -220,7 +227,7 @@ def _device_problems(library: Library, architectures: Sequence[str]) -> dict[str
 
 
 def _best_host(made: Sequence[str]) -> str:
-    """The library for the highest level of instructions that this CPU has."""
+    """The library for the highest capability of this CPU."""
     levels = list(HOSTS)
     level = torch.backends.cpu.get_cpu_capability()
     usable = levels[: levels.index(level) + 1] if level in levels else levels[:1]
@@ -228,7 +235,7 @@ def _best_host(made: Sequence[str]) -> str:
 
 
 class _Choice:
-    """Which kernels are used; a namespace, because a switch has to be shared."""
+    """The choice of kernels, shared by the process."""
 
     name = os.environ.get("LOWRANK_KERNELS", "native")
 
@@ -286,7 +293,7 @@ def _say_unusable(name: str, made: str, device: str, reason: str) -> None:
 
 
 def give_up(error: UnusableError) -> None:
-    """Leaves a device to pure torch from now on, and warns."""
+    """Uses pure torch on a device from now on, and warns."""
     found = status("cuda" if error.device.type == "cuda" else "host")
     found.problems[str(error.device)] = error.reason
     found.runs_on(error.device)

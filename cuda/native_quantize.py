@@ -1,8 +1,8 @@
 """Compiled quantisation, signs and rounding: tensors in, a call through the C interface.
 
-Each function takes what the operation's schema says and returns whether it did the work: False
-where the library is not there, kernels are switched off, or the types are not theirs, so that the
-reference in plain torch does it.
+Each function takes the operation's arguments and returns whether it ran: False if the library is
+missing, kernels are switched off, or the types are not supported, so that the reference in plain
+torch runs instead.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .groups import group_count
 from .int4 import MIDRISE_SHARE, nf4_values
 
 _FORMATS = {"asymmetric": 0, "midrise": 1, "nf4": 2}
-#: Scales, as shares of what a group spans.
+#: Scales, as shares of a group's range.
 _SHARES = {"asymmetric": 1 / 15, "midrise": MIDRISE_SHARE, "nf4": 1.0}
 _SIGNED_ZERO = 127
 

@@ -24,11 +24,11 @@ def _sizes(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
 
 def _expect_like(grads: list[Tensor], tensors: list[Tensor]) -> None:
     for grad, tensor in zip(grads, tensors, strict=True):
-        expect("a state or delta", tensor, grad.numel())
+        expect("a state or direction", tensor, grad.numel())
 
 
 def knows_adam(grads: list[Tensor], moments: list[Tensor], eight_bit: bool = False) -> bool:
-    """Whether there is a compiled Adam for these tensors, with deltas of the gradients' type.
+    """Whether there is a compiled Adam for these tensors, with directions of the gradients' type.
 
     Args:
         grads: gradients.
@@ -39,11 +39,11 @@ def knows_adam(grads: list[Tensor], moments: list[Tensor], eight_bit: bool = Fal
     return usable(*grads, *moments) is not None and _adam_types(grads, stated, grads)
 
 
-def _adam_types(grads: list[Tensor], moments: list[Tensor], deltas: list[Tensor]) -> bool:
-    """Whether the kernels know them: fp32, or bf16 with moments and deltas in either."""
+def _adam_types(grads: list[Tensor], moments: list[Tensor], directions: list[Tensor]) -> bool:
+    """Whether the kernels support them: fp32, or bf16 with moments and directions in either."""
     known = (torch.float32,), (torch.float32, torch.bfloat16)
     allowed = known[int(grads[0].dtype == torch.bfloat16)]
-    kinds = [{t.dtype for t in tensors} for tensors in (grads, moments, deltas)]
+    kinds = [{t.dtype for t in tensors} for tensors in (grads, moments, directions)]
     return all(len(kind) == 1 for kind in kinds) and all(kind <= set(allowed) for kind in kinds)
 
 
@@ -51,9 +51,9 @@ def adam(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    deltas: list[Tensor],
+    directions: list[Tensor],
     grad_norms: list[Tensor],
-    delta_norms: list[Tensor],
+    direction_norms: list[Tensor],
     axis: int,
     beta1: float,
     beta2: float,
@@ -63,24 +63,24 @@ def adam(
 ) -> bool:
     """See `adam.adam`; norms are those of matrices."""
     moments = [*exp_avgs, *exp_avg_sqs]
-    library = usable(*grads, *moments, *deltas, *grad_norms, *delta_norms, sizes)
-    if library is None or not _adam_types(grads, moments, deltas):
+    library = usable(*grads, *moments, *directions, *grad_norms, *direction_norms, sizes)
+    if library is None or not _adam_types(grads, moments, directions):
         return False
-    for lists in (exp_avgs, exp_avg_sqs, deltas):
+    for lists in (exp_avgs, exp_avg_sqs, directions):
         _expect_like(grads, lists)
     expect("sizes", sizes, 2 * len(grads), torch.float32)
     shapes = [(1, t.numel()) if axis < 0 else (t.shape[0], t.shape[1]) for t in grads]
     if axis >= 0:
-        for shape, *norms in zip(shapes, grad_norms, delta_norms, strict=True):
+        for shape, *norms in zip(shapes, grad_norms, direction_norms, strict=True):
             for norm in norms:
                 expect("norms", norm, shape[1 - axis], torch.float32)
     library.call(
         "adam",
         grads[0].device,
         *(len(grads), _addresses(grads), _addresses(exp_avgs), _addresses(exp_avg_sqs)),
-        *(_addresses(deltas), _addresses(grad_norms), _addresses(delta_norms)),
+        *(_addresses(directions), _addresses(grad_norms), _addresses(direction_norms)),
         *(_sizes([rows for rows, _ in shapes]), _sizes([columns for _, columns in shapes])),
-        *(axis, dtype_code(grads[0]), dtype_code(exp_avgs[0]), dtype_code(deltas[0])),
+        *(axis, dtype_code(grads[0]), dtype_code(exp_avgs[0]), dtype_code(directions[0])),
         *(beta1, beta2, eps, size, pointer(sizes)),
     )
     return True
@@ -92,7 +92,7 @@ def adam_8bit(
     exp_avg_absmax: list[Tensor],
     exp_avg_sqs: list[Tensor],
     exp_avg_sq_absmax: list[Tensor],
-    deltas: list[Tensor],
+    directions: list[Tensor],
     beta1: float,
     beta2: float,
     eps: float,
@@ -100,30 +100,30 @@ def adam_8bit(
     sizes: Tensor | None,
 ) -> bool:
     """See `adam.adam_8bit`."""
-    lists = grads, exp_avgs, exp_avg_absmax, exp_avg_sqs, exp_avg_sq_absmax, deltas
+    lists = grads, exp_avgs, exp_avg_absmax, exp_avg_sqs, exp_avg_sq_absmax, directions
     library = usable(*(t for tensors in lists for t in tensors), sizes)
-    if library is None or not _adam_types(grads, [grads[0]], deltas):
+    if library is None or not _adam_types(grads, [grads[0]], directions):
         return False
     blocks = [group_count(t.numel(), adam_reference.BLOCK) for t in grads]
     for codes, absmax in ((exp_avgs, exp_avg_absmax), (exp_avg_sqs, exp_avg_sq_absmax)):
         _expect_like(grads, codes)
         for tensor, count in zip(absmax, blocks, strict=True):
             expect("absmax", tensor, count, torch.float32)
-    _expect_like(grads, deltas)
+    _expect_like(grads, directions)
     expect("sizes", sizes, 2 * len(grads), torch.float32)
     tables, maps = both_tables(grads[0].device)
     library.call(
         "adam_8bit",
         grads[0].device,
         *(len(grads), *map(_addresses, lists), _sizes([t.numel() for t in grads])),
-        *(dtype_code(grads[0]), dtype_code(deltas[0]), beta1, beta2, eps, size, pointer(sizes)),
+        *(dtype_code(grads[0]), dtype_code(directions[0]), beta1, beta2, eps, size, pointer(sizes)),
         *(tables.data_ptr(), maps.data_ptr()),
     )
     return True
 
 
 def _update(
-    delta: Tensor | None, grad: Tensor | None, factors: Tensor | None
+    direction: Tensor | None, grad: Tensor | None, factors: Tensor | None
 ) -> tuple[object, ...]:
     """Pointers and types of an update's parts, and the strides of the factors."""
     strides = (0, 0)
@@ -131,16 +131,22 @@ def _update(
         rows, columns = factors.shape
         strides = (columns if rows > 1 else 0, 1 if columns > 1 else 0)
     return (
-        *(pointer(delta), dtype_code(delta), pointer(grad), dtype_code(grad), pointer(factors)),
+        *(
+            pointer(direction),
+            dtype_code(direction),
+            pointer(grad),
+            dtype_code(grad),
+            pointer(factors),
+        ),
         *strides,
     )
 
 
 def _expect_update(
-    weight: Tensor, delta: Tensor | None, grad: Tensor | None, factors: Tensor | None
+    weight: Tensor, direction: Tensor | None, grad: Tensor | None, factors: Tensor | None
 ) -> None:
     rows, columns = weight.shape
-    expect("delta", delta, weight.numel())
+    expect("direction", direction, weight.numel())
     expect("grad", grad, weight.numel())
     if (grad is None) != (factors is None):
         raise ValueError("grad without factors, or factors without grad: both or neither")
@@ -158,24 +164,24 @@ def _expect_update(
 
 def write_back(
     weight: Tensor,
-    delta: Tensor | None,
+    direction: Tensor | None,
     grad: Tensor | None,
     factors: Tensor | None,
-    keep: float,
+    decay_factor: float,
     alpha: float,
     seed: int | None,
     first: int,
 ) -> bool:
     """See `write_back.write_back`."""
-    library = usable(weight, delta, grad, factors)
+    library = usable(weight, direction, grad, factors)
     if library is None:
         return False
-    _expect_update(weight, delta, grad, factors)
+    _expect_update(weight, direction, grad, factors)
     library.call(
         "write_back",
         weight.device,
-        *(weight.data_ptr(), dtype_code(weight), *_update(delta, grad, factors), *weight.shape),
-        *(keep, alpha, int(seed is not None), (seed or 0) & MASK64, first & MASK64),
+        *(weight.data_ptr(), dtype_code(weight), *_update(direction, grad, factors), *weight.shape),
+        *(decay_factor, alpha, int(seed is not None), (seed or 0) & MASK64, first & MASK64),
     )
     return True
 
@@ -184,26 +190,26 @@ def write_back_int8(
     codes: Tensor,
     scales: Tensor,
     zeros: Tensor,
-    delta: Tensor | None,
+    direction: Tensor | None,
     grad: Tensor | None,
     factors: Tensor | None,
     group_size: int,
-    keep: float,
+    decay_factor: float,
     alpha: float,
     seed: int,
     first: int,
 ) -> bool:
     """See `write_back.write_back_int8`."""
-    library = usable(codes, scales, zeros, delta, grad, factors)
+    library = usable(codes, scales, zeros, direction, grad, factors)
     if library is None:
         return False
-    _expect_update(codes, delta, grad, factors)
+    _expect_update(codes, direction, grad, factors)
     expect_groups(scales, zeros, codes.numel(), group_size)
     library.call(
         "write_back_int8",
         codes.device,
         *(codes.data_ptr(), scales.data_ptr(), zeros.data_ptr(), dtype_code(scales)),
-        *(*_update(delta, grad, factors), *codes.shape),
-        *(group_size, keep, alpha, seed & MASK64, first & MASK64),
+        *(*_update(direction, grad, factors), *codes.shape),
+        *(group_size, decay_factor, alpha, seed & MASK64, first & MASK64),
     )
     return True

@@ -1,6 +1,6 @@
 """Random numbers that are a function of a seed and a position.
 
-Stochastic rounding asks for one number per entry of a matrix. Here it is a hash of the entry's
+Stochastic rounding needs one number per entry of a matrix. Here it is a hash of the entry's
 position, keyed by a 64-bit seed, so it is the same however the matrix is cut into chunks or shards,
 and on every device. The hash has two rounds of xor-shift and multiplication (the 32-bit finaliser
 of MurmurHash's family); its key enters before each.
@@ -23,7 +23,7 @@ _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B
 
 
 def mix(seed: int, *parts: int | str) -> int:
-    """One 64-bit seed from a seed and what it is for; changing any of them changes it entirely.
+    """Combines a seed with integers and names into one 64-bit seed, by hashing.
 
     The same on all machines and in all processes.
 
@@ -44,7 +44,7 @@ def mix(seed: int, *parts: int | str) -> int:
 
 
 def _number(part: int | str) -> int:
-    """Of a name the first eight bytes of its SHA-256, lowest first: Python's own hash differs."""
+    """An integer, or a name's first eight bytes of SHA-256 (Python's hash is randomised)."""
     if isinstance(part, str):
         return int.from_bytes(hashlib.sha256(part.encode()).digest()[:8], "little")
     try:
@@ -61,10 +61,10 @@ def random_bits(
     """Hashes of the positions first, ..., first + count - 1.
 
     Args:
-        count: how many.
+        count: of numbers.
         seed: 64 bits, see `mix`.
         first: the first position, at least 0; positions repeat after 2^32.
-        device: where the numbers are made.
+        device: of the result.
 
     Returns:
         int32 of shape (count,), all 32 bits random.
@@ -91,7 +91,7 @@ def uniform(count: int, seed: int, first: int = 0, device: torch.device | str = 
 
 
 def stochastic_bfloat16(x: Tensor, seed: int, first: int = 0) -> Tensor:
-    """Rounds fp32 to bf16, up or down with probabilities that keep the mean.
+    """Rounds fp32 to bf16 stochastically, without bias.
 
     Args:
         x: fp32 of any shape.
@@ -99,7 +99,7 @@ def stochastic_bfloat16(x: Tensor, seed: int, first: int = 0) -> Tensor:
         first: position of the first entry.
 
     Returns:
-        A bf16 tensor of the shape of `x`; numbers that bf16 holds exactly, infinities and NaN stay.
+        A bf16 tensor of the shape of `x`; exact numbers, infinities and NaN are unchanged.
     """
     out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
     seed = signed_seed(seed)
@@ -125,7 +125,7 @@ def signed_seed(seed: None) -> None: ...
 
 
 def signed_seed(seed: int | None) -> int | None:
-    """The int64 with the lowest 64 bits of a seed, as operations take it; None stays."""
+    """The int64 with the lowest 64 bits of a seed, as operations take it; None for None."""
     if seed is None:
         return None
     seed &= _MASK64

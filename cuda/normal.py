@@ -28,7 +28,7 @@ _SINE = (0.0772201270, -0.598045170, 2.55003142, -5.16770697, 3.14159250)
 _TWO_LN_2 = 1.38629436
 _ROOT_HALF = 0x3F3504F3  # pattern of sqrt(1/2)
 _ENTRIES = 4  # of one counter
-# Counters worked on at once, as in `blockwise`; about 150 bytes each.
+# Counters per chunk, as in `blockwise`; about 150 bytes each.
 _CPU_CHUNK = 1 << 14
 _DEVICE_CHUNK = 1 << 22
 
@@ -51,7 +51,7 @@ def gaussian(
         seed: 64 bits, see `noise.mix` (lower ones are kept of a longer number), or an int64 tensor
             of one entry, which the host doesn't read.
         dtype: floating. Numbers are drawn in fp32 and cast: fp64 has the same values.
-        device: where they are made; the seed's by default, or the CPU.
+        device: of the result; the seed's by default, or the CPU.
         first: position of the first entry, at least 0. A tensor drawn from `first` on equals the
             entries from there on of a larger one.
 
@@ -89,7 +89,7 @@ def fill_flat(flat: Tensor, seed: int, device_seed: Tensor | None, first: int) -
         first: position of the first entry.
     """
     key = seed if device_seed is None else device_seed.view(())
-    skip = first % _ENTRIES  # entries of the first counter that are not wanted
+    skip = first % _ENTRIES  # entries of the first counter before `first`
     wanted = flat.numel() + skip
     chunk = _ENTRIES * (_CPU_CHUNK if flat.device.type == "cpu" else _DEVICE_CHUNK)
     for start in range(0, wanted, chunk):

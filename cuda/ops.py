@@ -1,9 +1,9 @@
 """The operations `torch.ops.lowrank.*`: schemas, checks, fakes and dispatch.
 
 Every operation writes into tensors that it is given and returns nothing. Each has a reference in
-plain torch for every device, and on CPUs and GPUs a compiled implementation, which leaves what it
-does not know (other types, strides, a missing library, `set_kernels("torch")`) to the reference.
-What the arguments mean is said at the references.
+plain torch for every device, and on CPUs and GPUs a compiled implementation, with a
+fallback to the reference (other types or strides, a missing library, `set_kernels("torch")`).
+The references document the arguments.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from . import write_back as writing
 
 _LIBRARY: Any = torch.library.Library("lowrank", "DEF")  # type: ignore[no-untyped-call]
 
-_UPDATE = "Tensor? delta, Tensor? grad, Tensor? factors"
+_UPDATE = "Tensor? direction, Tensor? grad, Tensor? factors"
 _SIZES = "float beta1, float beta2, float eps, float size, Tensor? sizes"
 
 Implementation = Callable[..., Any]
@@ -80,25 +80,26 @@ OPERATIONS: dict[str, tuple[str, Implementation, Implementation]] = {
         native_quantize.stochastic_bfloat16,
     ),
     "adam": (
-        "Tensor[] grads, Tensor(a!)[] exp_avgs, Tensor(b!)[] exp_avg_sqs, Tensor(c!)[] deltas, "
-        f"Tensor(d!)[] grad_norms, Tensor(e!)[] delta_norms, int axis, {_SIZES}",
+        "Tensor[] grads, Tensor(a!)[] exp_avgs, Tensor(b!)[] exp_avg_sqs, Tensor(c!)[] directions, "
+        f"Tensor(d!)[] grad_norms, Tensor(e!)[] direction_norms, int axis, {_SIZES}",
         adam.adam,
         native_update.adam,
     ),
     "adam_8bit": (
         "Tensor[] grads, Tensor(a!)[] exp_avgs, Tensor(b!)[] exp_avg_absmax, "
-        "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] exp_avg_sq_absmax, Tensor(e!)[] deltas, " + _SIZES,
+        "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] exp_avg_sq_absmax, Tensor(e!)[] directions, "
+        + _SIZES,
         adam.adam_8bit,
         native_update.adam_8bit,
     ),
     "write_back": (
-        f"Tensor(a!) weight, {_UPDATE}, float keep, float alpha, int? seed, int first",
+        f"Tensor(a!) weight, {_UPDATE}, float decay_factor, float alpha, int? seed, int first",
         writing.write_back,
         native_update.write_back,
     ),
     "write_back_int8": (
         f"Tensor(a!) codes, Tensor(b!) scales, Tensor(c!) zeros, {_UPDATE}, int group_size, "
-        "float keep, float alpha, int seed, int first",
+        "float decay_factor, float alpha, int seed, int first",
         writing.write_back_int8,
         native_update.write_back_int8,
     ),
@@ -121,10 +122,10 @@ def _dispatched(reference: Implementation, compiled: Implementation) -> Implemen
 
 
 def _marking(implementation: Implementation, written: list[int]) -> Implementation:
-    """Tells autograd of what an implementation wrote, as torch's own in-place operations do.
+    """Increments the version counters of written tensors, as torch's in-place operations do.
 
-    Autograd sees neither what compiled code writes nor what is written below it. Untold, a backward
-    pass that needs the old values would compute with the new ones.
+    Autograd doesn't detect the writes of compiled code. Without this, a backward pass that needs
+    the old values would silently use the new ones.
 
     Args:
         implementation: of an operation.
@@ -144,7 +145,7 @@ def _marking(implementation: Implementation, written: list[int]) -> Implementati
 
 
 def _nothing(*arguments: Any) -> None:
-    """The fake of every operation: nothing is returned, and shapes stay."""
+    """The fake of every operation: returns nothing; shapes don't change."""
 
 
 def _register(name: str) -> None:

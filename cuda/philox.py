@@ -1,8 +1,8 @@
 """Philox4x32-10 in plain torch: random bits that are a function of a key and a counter.
 
 The generator of Salmon et al. ("Parallel random numbers: as easy as 1, 2, 3", 2011): 128 bits from
-a 64-bit key and a 128-bit counter. The counter's lower half says where in a tensor the bits belong;
-its upper half keeps what is drawn from one seed for different purposes apart.
+a 64-bit key and a 128-bit counter. The counter's lower half is the position in a tensor;
+its upper half distinguishes purposes under one seed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def philox(counters: Tensor, key: int | Tensor) -> Tensor:
         c0.bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_MASK32)
         torch.bitwise_right_shift(first, 32, out=c2)
         c2.bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_MASK32)
-        # The lower halves, whose upper bits the masks above drop; the old ones are free.
+        # The lower halves, whose upper bits the masks above drop, in place.
         c1, second = second, c1
         c3, first = first, c3
         k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK32, (k1 + _KEY_STEPS[1]) & _MASK32
@@ -52,10 +52,10 @@ def words(first: int, count: int, purpose: int, key: int | Tensor, device: torch
 
     Args:
         first: at least 0.
-        count: how many.
+        count: of counters.
         purpose: `SIGNS` or `NORMALS`.
         key: as in `philox`.
-        device: where they are made.
+        device: of the result.
 
     Returns:
         int64 (4, count) of 32-bit words.

@@ -14,7 +14,7 @@ from .noise import signed_seed
 from .philox import SIGNS, words
 
 _BITS = 128
-_CHUNK = 1 << 15  # counters worked on at once
+_CHUNK = 1 << 15  # counters per chunk
 
 
 def rademacher(
@@ -29,7 +29,7 @@ def rademacher(
         shape: of the tensor.
         seed: 64 bits; lower ones are kept of a longer number.
         dtype: floating.
-        device: where they are made.
+        device: of the result.
 
     Returns:
         A tensor of -1 and 1.

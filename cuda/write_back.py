@@ -1,6 +1,6 @@
-"""Writing an update into a weight in one pass, in plain torch.
+"""Applying an update to a weight in one pass, in plain torch.
 
-    W <- keep W - alpha D - f o G
+    W <- decay_factor W - alpha D - f o G
 
 D is an update in the weight's shape, G a gradient and f its factors by row, by column or neither.
 A bf16 weight may be rounded stochastically; groups of an INT8 weight that change get a new range
@@ -18,10 +18,10 @@ from .noise import stochastic_flat
 
 def write_back(
     weight: Tensor,
-    delta: Tensor | None,
+    direction: Tensor | None,
     grad: Tensor | None,
     factors: Tensor | None,
-    keep: float,
+    decay_factor: float,
     alpha: float,
     seed: int | None,
     first: int,
@@ -30,10 +30,10 @@ def write_back(
 
     Args:
         weight: k x n, contiguous; changed in place.
-        delta: D, k x n, or None.
+        direction: D, k x n, or None.
         grad: G, k x n, or None.
         factors: f, fp32 of shape (1 or k, 1 or n); given exactly with `grad`.
-        keep: 1 less the weight decay.
+        decay_factor: 1 less the weight decay.
         alpha: step size of D.
         seed: rounds a bf16 weight stochastically when given.
         first: position of the first entry, for the noise.
@@ -46,7 +46,7 @@ def write_back(
         chunk = weight[span].to(wide)
         if chunk.dtype == weight.dtype:
             chunk = chunk.clone()
-        _apply(chunk, delta, grad, factors, keep, alpha, span)
+        _apply(chunk, direction, grad, factors, decay_factor, alpha, span)
         if seed is not None and weight.dtype == torch.bfloat16:
             stochastic_flat(chunk, weight[span], seed, first + start * columns)
         else:
@@ -57,11 +57,11 @@ def write_back_int8(
     codes: Tensor,
     scales: Tensor,
     zeros: Tensor,
-    delta: Tensor | None,
+    direction: Tensor | None,
     grad: Tensor | None,
     factors: Tensor | None,
     group_size: int,
-    keep: float,
+    decay_factor: float,
     alpha: float,
     seed: int,
     first: int,
@@ -73,11 +73,11 @@ def write_back_int8(
             group; the last one may be shorter.
         scales: one a group.
         zeros: one a group.
-        delta: as in `write_back`.
+        direction: as in `write_back`.
         grad: as in `write_back`.
         factors: as in `write_back`.
         group_size: entries that share a scale.
-        keep: as in `write_back`.
+        decay_factor: as in `write_back`.
         alpha: as in `write_back`.
         seed: of the rounding.
         first: position of the first entry, for the noise.
@@ -86,7 +86,7 @@ def write_back_int8(
     old = torch.empty(codes.shape, dtype=wide, device=codes.device)
     dequantize_flat(codes.view(-1), scales, zeros, old.view(-1), group_size)
     new = old.clone()
-    _apply(new, delta, grad, factors, keep, alpha, slice(None))
+    _apply(new, direction, grad, factors, decay_factor, alpha, slice(None))
     store_changed(
         new.view(-1), old.view(-1), codes.view(-1), scales, zeros, group_size, seed, first
     )
@@ -106,7 +106,7 @@ def store_changed(
 
     Args:
         new: flat entries.
-        old: the entries that codes, scales and zeros stand for.
+        old: the dequantised entries.
         codes: flat, changed in place like scales and zeros.
         scales: one a group.
         zeros: one a group.
@@ -129,18 +129,18 @@ def store_changed(
 
 def _apply(
     wide_kn: Tensor,
-    delta: Tensor | None,
+    direction: Tensor | None,
     grad: Tensor | None,
     factors: Tensor | None,
-    keep: float,
+    decay_factor: float,
     alpha: float,
     span: slice,
 ) -> None:
-    """In place on some rows: W <- keep W - alpha D - f o G."""
-    if keep != 1.0:
-        wide_kn.mul_(keep)
-    if delta is not None:
-        wide_kn.sub_(delta[span].to(wide_kn.dtype) * alpha)
+    """In place on some rows: W <- decay_factor W - alpha D - f o G."""
+    if decay_factor != 1.0:
+        wide_kn.mul_(decay_factor)
+    if direction is not None:
+        wide_kn.sub_(direction[span].to(wide_kn.dtype) * alpha)
     if grad is not None and factors is not None:
         own = factors[span] if factors.shape[0] > 1 else factors
         wide_kn.sub_(grad[span].to(wide_kn.dtype) * own.to(wide_kn.dtype))

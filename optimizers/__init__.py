@@ -1,7 +1,7 @@
-"""Drop-in `torch.optim` optimizers that pretrain in little memory. Needs torch alone.
+"""Drop-in `torch.optim` optimizers for pretraining in little memory. Requires torch only.
 
-The classes come from the pages in `methods`: each under its name, and under the official packages'
-other spellings (`APOLLOAdamW`).
+The classes come from the modules in `methods`, under their names and the official packages'
+spellings (`APOLLOAdamW`).
 """
 
 from typing import TYPE_CHECKING
@@ -27,7 +27,7 @@ from .weights import Int8Weight as Int8Weight
 from .weights import dense_state_dict as dense_state_dict
 from .weights.convert import merge as merge
 
-if TYPE_CHECKING:  # at run time every class comes from its page
+if TYPE_CHECKING:  # at run time every class comes from `methods`
     from .methods.apollo import ApolloAdamW as ApolloAdamW
     from .methods.apollo import ApolloMiniAdamW as ApolloMiniAdamW
     from .methods.baselines import Adafactor as Adafactor

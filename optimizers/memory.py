@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.optim import Optimizer
 
-#: State keys of projection bases; later storages add scales and zeros with the same prefix.
+#: Prefix of the state keys of bases, their scales and zero points.
 BASIS_PREFIX = "basis"
 MOMENT_PREFIXES = ("exp_avg", "momentum_buffer")
 
@@ -19,7 +19,7 @@ def _category(key: str) -> str:
 def state_bytes_by_category(optimizer: Optimizer) -> dict[str, int]:
     """Bytes of `optimizer.state` as "moments", "basis" and "other" (step counts, ...).
 
-    Every storage counts once and whole, also where a tensor is a slice of it.
+    Every storage counts once and in full, even if a tensor is a slice of it.
     """
     totals = {"moments": 0, "basis": 0, "other": 0}
     seen: set[int] = set()

@@ -1,4 +1,4 @@
-"""Sorting a model's parameters into groups: projected, plain with decay, plain without."""
+"""Parameter groups of a model: projected, plain with weight decay, plain without."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from .layers.base import FactoredLinear
 
 Group = dict[str, Any]
 
-#: A linear layer is projected when one of these occurs in its name (GaLore's targets).
+#: A linear layer is projected if its name contains one of these (GaLore's targets).
 PATTERNS = ("attn", "attention", "mlp")
 DEFAULT_RANK = 128
-#: Options of `param_groups` that factored layers have no use for.
+#: Options of `param_groups` that have no effect on factored layers.
 _PROJECTION = (
     *("rank", "rank_ratio_matrix", "rank_ratio_cnn", "scale", "proj_type", "projector", "basis"),
     "residual",
 )
-#: Convolution weights with no more entries are not worth projecting (COAP, released code).
+#: Convolution weights with at most as many entries are not projected (COAP, released code).
 SMALL_CONVOLUTION = 32 * 32 * 9
-#: What says how far a group is projected.
+#: Options that determine the rank of a group.
 SIZES = ("rank", "rank_ratio_matrix", "rank_ratio_cnn")
 
 
@@ -68,7 +68,7 @@ def param_groups(
     else is plain, split into matrices (decayed) and vectors such as biases and norms (not
     decayed). Tied weights appear once and are never projected. Parameter names are recorded. With
     `rank_ratio_cnn` (COAP) convolutions of more than 9216 entries are projected too. For a model
-    that `convert` gave factored layers see `factored_groups`.
+    with factored layers (`convert`) see `factored_groups`.
 
     Args:
         model: the model, before any wrapping that flattens parameters.
@@ -85,9 +85,11 @@ def param_groups(
         Groups, projected ones first; empty ones are left out.
 
     Raises:
-        ValueError: no linear layer that is trained matches the patterns, or the model has factored
-            layers and options of a projection are given.
+        ValueError: no linear layer that is trained matches the patterns, no method has an option of
+            a name that is given, or the model has factored layers and options of a projection are
+            given.
     """
+    _check_known(method_options)
     if any(isinstance(module, FactoredLinear) for module in model.modules()):
         given = {"patterns": None if tuple(patterns) == PATTERNS else patterns, "rank": rank}
         _refuse_projection(model, {**method_options, **given})
@@ -118,6 +120,17 @@ def param_groups(
         _group(undecayed, {"weight_decay": 0.0, **rate}),
     ]
     return [group for group in groups if group["params"]]
+
+
+def _check_known(options: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for an option that no method has: nothing would read the group key."""
+    from .engine import checks  # the table of methods is made from pages that import this module
+    from .engine.method import TABLE
+
+    known = {name for row in TABLE.values() for name in row.group_options()}
+    known |= {name for row in TABLE.values() for name in row.constructor_options()}
+    for name in options.keys() - known:
+        raise checks.unknown_name("option", name, known)
 
 
 def factored_groups(
@@ -177,7 +190,7 @@ def plain_groups(
         patterns: as in `param_groups`; what matches is a hidden matrix.
         weight_decay: of the matrices; the optimizer's own when None.
         plain_lr: as in `param_groups`; hidden matrices keep the optimizer's.
-        apart: hidden matrices come in a group of their own, first and even if empty.
+        apart: return hidden matrices in a separate first group, even if it is empty.
 
     Returns:
         Groups; empty ones are left out.
@@ -248,7 +261,7 @@ def _no_match(model: nn.Module, patterns: Sequence[str]) -> ValueError:
 
 
 def _refuse_projection(model: nn.Module, options: Group) -> None:
-    """Raises `ValueError` for options that groups of factors would drop."""
+    """Raises `ValueError` for projection options, which groups of factors would ignore."""
     given = [name for name in ("patterns", *_PROJECTION) if options.get(name) is not None]
     if given:
         said = ", ".join(f"{name}={options[name]!r}" for name in given)
@@ -268,23 +281,23 @@ def _group(named: Sequence[tuple[str, torch.Tensor]], options: Group) -> Group:
 
 
 def is_sized(group: Mapping[str, Any]) -> bool:
-    """Whether a group says how far it is projected."""
+    """Whether a group has a rank or ratio."""
     return any(group.get(name) is not None for name in SIZES)
 
 
 def sorted_groups(params: ParamsT, **sizes: Any) -> ParamsT:
-    """Parameters sorted as the released code does where a rank is given beside plain `params`.
+    """Sorts parameters as the released code if a rank is given with plain `params`.
 
     Matrices whose shorter side exceeds the rank are projected, embeddings included; 4-D weights
     with more than 9216 entries too where `rank_ratio_cnn` is given; all others are plain. Groups
-    stay together; those with `proj_method` take what they lack.
+    are not split; those with `proj_method` get the sizes that they lack.
 
     Args:
         params: parameters, named parameters or groups.
-        **sizes: each of `SIZES`, None where it isn't given.
+        **sizes: each of `SIZES`, None if not given.
 
     Raises:
-        ValueError: a rank or ratio is given beside groups, none of which is projected.
+        ValueError: a rank or ratio is given with groups, none of which is projected.
     """
     given: list[Any] = list(params)
     if any(isinstance(entry, dict) for entry in given):
@@ -312,11 +325,11 @@ def _kind(param: Tensor, sizes: Group) -> str:
 
 
 def _completed(groups: list[Any], sizes: Group) -> list[Any]:
-    """Groups that are to be projected, with the constructor's rank and ratios where they lack."""
+    """Completes groups to be projected with the constructor's rank and ratios."""
     made = []
     for group in groups:
         if isinstance(group, dict) and is_sized(group):
-            # A rank of its own stands; convolutions beside the matrices still need their ratio.
+            # The group's own rank is kept; convolutions in it still need their ratio.
             ratio = sizes.get("rank_ratio_cnn")
             if ratio is not None and group.get("rank_ratio_cnn") is None:
                 group = {**group, "rank_ratio_cnn": ratio}

@@ -15,7 +15,7 @@ from .engine.parameters import check_unsharded
 from .layers.convert import meta_copy
 from .layers.optimizer import FactoredAdamW
 
-#: Group options that `build` gives to plain parameters, too.
+#: Group options that `build` passes to plain parameters, too.
 _EVERYWHERE = ("seed", "stochastic_rounding")
 
 
@@ -25,7 +25,7 @@ def available() -> list[str]:
 
 
 def describe(name: str) -> str:
-    """One line about a method.
+    """A one-line description of a method.
 
     Raises:
         ValueError: the name is unknown.
@@ -34,11 +34,10 @@ def describe(name: str) -> str:
 
 
 def method_table() -> str:
-    """All methods as a markdown table, from what stands on their pages.
+    """All methods as a markdown table.
 
     The state's and the weights' sizes are those of an m x n matrix, m <= n, at rank r: entries in
-    the precision that the tensor has, or bytes where it says so; blocks' scales and step counts
-    are left out.
+    the tensor's precision, or bytes where stated; blocks' scales and step counts are omitted.
     """
     rows = ["| name | class | what it is | optimizer state | weights |", "|---|---|---|---|---|"]
     for name in available():
@@ -49,7 +48,7 @@ def method_table() -> str:
 
 
 def option_aliases(name: str) -> dict[str, str]:
-    """Other names of a method's options, as its official code has them, and ours: {alias: ours}.
+    """Option names of a method's official code that differ from ours: {alias: ours}.
 
     Raises:
         ValueError: the name is unknown.
@@ -73,7 +72,7 @@ def _method(name: str) -> Method:
 
 
 def _sort_options(method: Method, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Splits options into the groups' and the constructor's; those of a conversion are left out."""
+    """Splits options into the groups' and the constructor's; omits those of a conversion."""
     constructor, groups = method.constructor_options(), method.group_options()
     conversion = method.conversion.options if method.conversion else ()
     group_options: dict[str, Any] = {}
@@ -99,18 +98,18 @@ def _sort_options(method: Method, options: dict[str, Any]) -> tuple[dict[str, An
 def convert(name: str, model: nn.Module, **options: Any) -> nn.Module:
     """Changes a model's parametrisation, in place, to the one that a method trains.
 
-    `build` does this by itself. Call it before where the model is wrapped (DDP), loaded from a
-    converted model's state dict, or moved between the two. Methods without a parametrisation of
-    their own, and what is converted already, leave the model as it is; `merge` undoes it. Processes
-    that train together need equal models here: DDP's broadcast of INT8 weights is rounded anew.
-    What is frozen in factored layers DDP leaves alone, under the model that is given here and any
-    part of it; where DDP wraps a module around that model, give that module here as well.
+    `build` calls it. Call it yourself if, before `build`, the model is wrapped (DDP), moved, or
+    loaded from a converted model's state dict. Methods without a parametrisation and converted
+    layers leave the model unchanged; `merge` undoes it. Processes that train together need equal
+    models here, because DDP broadcasts INT8 weights as dense copies, which are requantised. DDP
+    ignores frozen tensors of factored layers if it wraps the given model or a part of it; if it
+    wraps a parent module, pass that module here as well.
 
     Args:
         name: one of `available()`.
         model: the model.
-        **options: as for `build`; `qgalore_adamw_8bit` has `weight_bits` (8, or None for weights as
-            they are), `weight_group_size` (256) and `patterns`.
+        **options: as for `build`; `qgalore_adamw_8bit` has `weight_bits` (8, or None for dense
+            weights), `weight_group_size` (256) and `patterns`.
 
     Returns:
         The model.
@@ -135,9 +134,9 @@ def build(
     """Builds an optimizer for a model by name.
 
     Linear layers of attention and MLP are projected (see `param_groups`), everything else gets the
-    method's plain rule. Defaults: rank 128 (clamped to each matrix), gap 200, scale 0.25;
-    Adafactor with `relative_step` and `scale_parameter` off. A method with a parametrisation of its
-    own changes the model in place first, see `convert`.
+    method's full-rank rule. Defaults: rank 128 (clamped to each matrix), gap 200, scale 0.25;
+    Adafactor with `relative_step` and `scale_parameter` off. A method with its own parametrisation
+    changes the model in place first, see `convert`.
 
     Args:
         name: one of `available()`.
@@ -168,7 +167,7 @@ def build(
 def expected_state_bytes(name: str, model: nn.Module, **options: Any) -> int:
     """Bytes of optimizer state by formula, with `build`'s defaults and options.
 
-    The model may live on the meta device; only its shapes and dtypes are read.
+    The model may be on the meta device; only its shapes and dtypes are read.
 
     Returns:
         The integer that `state_bytes(build(name, model, **options))` measures.
@@ -182,7 +181,7 @@ def expected_state_bytes(name: str, model: nn.Module, **options: Any) -> int:
     if method.conversion is not None and method.conversion.replaces_layers:
         model = convert(name, meta_copy(model), **options)
     groups = method.groups(model, **group_options)
-    # An optimizer of the same groups without their parameters knows defaults and composition.
+    # An optimizer of the same groups without parameters completes the defaults.
     template = method.optimizer(
         [{**group, "params": [], "param_names": []} for group in groups], **keywords
     )

@@ -1,10 +1,10 @@
-"""Checkpoints: folders that are whole or absent, checksummed, and few.
+"""Checkpoints: folders that are written atomically, checksummed, and limited in number.
 
 A checkpoint ``step-00000200`` holds ``model.safetensors`` with Hugging Face's ``config.json`` and
 the tokenizer's files (so the folder loads with ``AutoModelForCausalLM.from_pretrained``),
 ``optimizer.pt`` and ``trainer.pt`` (both load with ``weights_only=True``), for quantised weights
 and converted layers ``layers.safetensors``, and ``manifest.json``: the size and SHA-256 of each of
-the others. It is written into a temporary folder beside, flushed to the disk and renamed.
+the others. It is written into a temporary folder, flushed to the disk and renamed.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ _DISCARDED = ".discarded-"
 
 
 class CheckpointError(OSError):
-    """A checkpoint can't be written; the message is one line that says what to do."""
+    """A checkpoint can't be written; the message is one line with advice."""
 
 
 class DamagedCheckpointError(ValueError):
-    """A checkpoint is not what its manifest says; the message names the file."""
+    """A checkpoint doesn't match its manifest; the message names the file."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` says of a checkpoint that was found whole.
+    """The manifest of an intact checkpoint.
 
     Attributes:
         folder: the checkpoint.
@@ -56,8 +56,8 @@ class CheckpointStore:
 
     Args:
         folder: made when the first checkpoint is written.
-        keep: newest checkpoints that stay.
-        keep_best: whether the one with the lowest validation loss stays too.
+        keep: number of newest checkpoints to keep.
+        keep_best: also keep the one with the lowest validation loss.
     """
 
     def __init__(self, folder: Path, *, keep: int, keep_best: bool) -> None:
@@ -66,7 +66,7 @@ class CheckpointStore:
         self._keep_best = keep_best
 
     def save(self, step: int, val_loss: float | None, write: Callable[[Path], None]) -> Path:
-        """Writes a checkpoint and removes those that no longer count.
+        """Writes a checkpoint and removes those that are not to be kept.
 
         Args:
             step: optimizer steps done.
@@ -77,8 +77,8 @@ class CheckpointStore:
             The checkpoint's folder.
 
         Raises:
-            CheckpointError: the disk is full or failing; nothing of the checkpoint stays, and the
-                former ones are as they were.
+            CheckpointError: the disk is full or failing; nothing of the checkpoint remains,
+                and the previous ones are unchanged.
         """
         final = self.folder / step_name(step)
         temporary = self.folder / f"{_TEMPORARY}{final.name}"
@@ -135,7 +135,7 @@ class CheckpointStore:
         )
 
     def folders(self) -> list[Path]:
-        """All checkpoints, whole or not, newest first."""
+        """All checkpoints, intact or not, newest first."""
         if not self.folder.is_dir():
             return []
         found = [
@@ -194,7 +194,7 @@ class CheckpointStore:
         self.remove_leftovers()
 
     def _discard(self, folder: Path) -> None:
-        # Renamed first: half a checkpoint must never stand under a checkpoint's name.
+        # Renamed first: a partial checkpoint must never have a checkpoint's name.
         gone = folder.with_name(f"{_DISCARDED}{folder.name}")
         if gone.exists():
             shutil.rmtree(gone, ignore_errors=True)

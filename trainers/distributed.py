@@ -1,4 +1,4 @@
-"""One process or several: what torchrun's environment says, and sums over processes."""
+"""One process or several: torchrun's environment, and sums over processes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that train together.
+    """This process and its process group.
 
     Attributes:
-        rank: this process's number; 0 writes the files and speaks.
+        rank: this process's number; 0 writes files and messages.
         size: number of processes.
         device: where this process computes.
     """
@@ -29,7 +29,7 @@ class World:
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes the files and speaks."""
+        """Whether this process writes files and messages."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def join(device_name: str, environment: Mapping[str, str] = os.environ) -> Itera
     dist.init_process_group(backend, rank=rank, world_size=size)
     try:
         yield World(rank, size, device)
-        # Together: who leaves while another is still busy may be torn down with its connections.
+        # Together: a process that ends earlier may close connections that others still use.
         dist.barrier()
     finally:
         dist.destroy_process_group()

@@ -114,7 +114,7 @@ def count_targets(counts_v: Tensor, targets: Tensor) -> int:
 def unigram_loss(training_counts_v: Tensor, validation_counts_v: Tensor) -> float:
     """Nats per validation token under the training tokens' frequencies, one added to each count.
 
-    This is what a model reaches that knows how common each token is, and nothing else.
+    A model that only knows the token frequencies reaches this loss.
     """
     log_share_v = torch.log(training_counts_v.double() + 1)
     log_share_v -= torch.log(training_counts_v.double().sum() + training_counts_v.shape[0])

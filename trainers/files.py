@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written beside, flushed to the disk, renamed."""
+"""Atomic writes: to a temporary file, flushed to the disk, renamed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class WriteError(OSError):
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what a failing write raises, in Python or in a library below, into one `WriteError`.
+    """Converts the errors of a failing write, in Python or in a library, to one `WriteError`.
 
-    Libraries tell of a full disk by types of their own: torch by a `RuntimeError` that came of the
-    operating system's, safetensors by an exception that has it as text alone.
+    Libraries report a full disk with their own types: torch with a `RuntimeError` caused by the
+    operating system's, safetensors with an exception that contains it only as text.
 
     Args:
         path: the file that the block writes.
@@ -50,7 +50,7 @@ def _system_error(error: BaseException | None) -> OSError | None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes `text` (UTF-8) to `path`: a reader sees the old content or the new, never a part.
+    """Writes `text` (UTF-8) to `path`: atomically, so that no reader sees a part of it.
 
     Raises:
         WriteError: it can't be written; nothing of it stays.

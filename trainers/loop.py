@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluations, checkpoints, and an orderly end."""
+"""The training loop: steps, evaluations, checkpoints, and a graceful end."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class TrainingError(RuntimeError):
 
 
 class Loop:
-    """Carries a run from where it stands to its last step.
+    """Runs the training from its current state to the last step.
 
     Args:
-        parts: what is trained and on what; `parts.state` says where the run stands.
-        recorder: where numbers go.
-        store: where checkpoints go.
+        parts: model, optimizer, data and counters.
+        recorder: writes the metrics.
+        store: writes the checkpoints.
         wish: whether the run was asked to end.
     """
 
@@ -44,13 +44,13 @@ class Loop:
         self._layer_events: list[LayerEvent] = []
         self._meter = MemoryMeter(parts.model, parts.optimizer, parts.world.device)
         self._asked = False
-        # A counter that isn't saved with the optimizer begins anew in every process.
+        # A counter that isn't saved with the optimizer restarts in every process.
         self._uncounted = parts.state.skipped_updates - _skipped_updates(parts.optimizer)
         self._warned = False
         self._started = time.perf_counter() - parts.state.wall_seconds
 
     def run(self) -> None:
-        """Evaluates once if nothing was done yet, then takes every step that is left.
+        """Evaluates once before the first step, then takes all remaining steps.
 
         Raises:
             Terminated: SIGTERM came; the state is saved.
@@ -71,7 +71,7 @@ class Loop:
                 if self._asked or (parts.world.size == 1 and self._wish.came):
                     raise Terminated(parts.state.step, saved or self._save())
             if parts.state.last_step != parts.state.step:
-                # A run that was made shorter may end where it wasn't evaluated.
+                # A shortened run may end at a step without an evaluation.
                 self._evaluate()
         finally:
             for handle in handles:
@@ -93,7 +93,7 @@ class Loop:
             packed=parts.config.data.packing == "pack",
             flag=self._wish.came,
         )
-        # Processes end together: one that was asked to later is heard in the next step.
+        # Processes end together: a later request takes effect in the next step.
         self._asked = gradient.flags > 0
         reason = reason_to_skip(gradient, state.mean_loss, config)
         self._events.clear()
@@ -160,7 +160,7 @@ class Loop:
         return result
 
     def _evaluate_if_due(self) -> bool:
-        """Evaluates when it is time; whether the result is the best so far."""
+        """Evaluates if it is due; returns whether the result is the best so far."""
         parts, state = self._parts, self._parts.state
         every, last = parts.config.eval.every, state.step == parts.config.train.steps
         if not last and (every == 0 or state.step % every):

@@ -1,8 +1,8 @@
-"""Cross-entropy of a linear head in chunks of tokens, so that the logits never exist whole.
+"""Cross-entropy of a linear head in chunks of tokens, without storing all logits.
 
 With T tokens, width d and vocabulary V the logits would take T x V numbers, more than everything
 else at small widths. Here a chunk of C tokens is turned into logits, loss and gradients at once, in
-the forward pass; what is kept for the backward pass are two finished gradients, T x d and V x d.
+the forward pass; only the two gradients, T x d and V x d, are saved for the backward pass.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _forward(
         # softmax minus one-hot, in place of the logits
         grad_cv = logits_cv.sub_(log_sum_c1).exp_()
         grad_cv.scatter_add_(1, index_c1, torch.full_like(log_sum_c1, -1.0))
-        # masked_fill_ and not a product: a row that doesn't count may hold inf or nan
+        # masked_fill_ instead of a product: a masked row may hold inf or nan
         grad_cv.masked_fill_(~counts_c.unsqueeze(1), 0)
         grad_cv = grad_cv.to(weight_vd.dtype)
         if grad_hidden_td is not None:

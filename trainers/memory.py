@@ -1,4 +1,4 @@
-"""How many bytes training takes, by what they are for."""
+"""Memory of a training run by category, in bytes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .weights import stored_tensors
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of what a checkpoint holds of a model, every shared tensor once."""
+    """Bytes of a model's tensors in a checkpoint, every shared tensor once."""
     return sum(tensor.nbytes for _, tensor in stored_tensors(model))
 
 
 def gradient_bytes(model: nn.Module) -> int:
-    """Bytes of the gradients that exist now."""
+    """Bytes of the existing gradients."""
     return sum(item.grad.nbytes for item in model.parameters() if item.grad is not None)
 
 
@@ -47,7 +47,7 @@ def peak_bytes(device: torch.device) -> int:
 def sizes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Bytes of weights, gradients and optimizer state, as a ``train`` record names them.
 
-    Call it while the gradients exist. It looks at every tensor, which takes as long as a small
+    Call it while the gradients exist. It visits every tensor, which takes as long as a small
     step: `MemoryMeter` calls it rarely.
     """
     state = state_bytes_by_category(optimizer)
@@ -63,17 +63,16 @@ def sizes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
 class MemoryMeter:
     """Bytes by category after each step, as a ``train`` record holds them under ``memory``.
 
-    Sizes change when state is made or given up and when layers are changed, so they are measured
-    when the optimizer has more or fewer entries of state, when it told of an event, and now and
-    then.
+    Sizes change when state is made or removed and when layers are changed, so they are measured
+    when the number of the optimizer's state entries changes, after events, and at intervals.
 
     Args:
-        model: what is trained.
-        optimizer: trains it.
-        device: where.
+        model: the model.
+        optimizer: its optimizer.
+        device: the device.
     """
 
-    #: Steps after which sizes are measured again for no reason that is known.
+    #: Steps after which sizes are measured again in any case.
     EVERY = 100
 
     def __init__(

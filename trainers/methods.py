@@ -1,4 +1,4 @@
-"""`lowrank methods`: the optimizers there are, and the machine they would run on."""
+"""`lowrank methods`: the available optimizers, and the system."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def methods_page() -> str:
 
 
 def print_methods(console: Console | None = None) -> None:
-    """Prints every optimizer with a line on what it is."""
+    """Prints every optimizer with a one-line description."""
     table = Table(box=None, pad_edge=False, show_header=False)
     for name in available():
         table.add_row(name, describe(name))
@@ -40,7 +40,7 @@ def print_methods(console: Console | None = None) -> None:
 
 
 def print_system(console: Console | None = None) -> None:
-    """Prints versions, threads, CUDA devices, and what became of the compiled libraries."""
+    """Prints versions, threads, CUDA devices, and the status of the compiled libraries."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_row("lowrank", package_version())
     table.add_row("torch", torch.__version__)

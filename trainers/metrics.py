@@ -41,7 +41,7 @@ class MetricsWriter:
             os.fsync(self._stream.fileno())
 
     def close(self) -> None:
-        """Closes the file; what a failed write left behind was told of then."""
+        """Closes the file; failed writes were reported before."""
         with contextlib.suppress(OSError):
             self._stream.close()
 
@@ -58,7 +58,7 @@ class MetricsWriter:
 
 
 def cut_after(path: Path, step: int) -> None:
-    """Drops every record past `step`, and a torn last line, so that a run can go on from there.
+    """Drops all records past `step`, and an incomplete last line, before a run is resumed.
 
     The file is replaced atomically. A file that is missing counts as empty.
     """
@@ -73,7 +73,7 @@ def cut_after(path: Path, step: int) -> None:
 
 
 def _record(line: str) -> dict[str, Any] | None:
-    """The record of a whole line, or None for a torn one."""
+    """The record of a complete line, or None for an incomplete one."""
     if not line.endswith("\n"):
         return None
     try:

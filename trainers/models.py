@@ -40,10 +40,10 @@ def build_model(
     """A freshly initialised model; the same seed gives the same weights on every device.
 
     Args:
-        config: shape, dtype and how activations are held.
+        config: shape, dtype and activation checkpointing.
         sequence_length: longest input in tokens.
-        seed: seeds torch's generator, so it also fixes what random numbers follow.
-        device: where the weights live.
+        seed: seeds torch's generator, and so the random numbers after it.
+        device: of the weights.
 
     Raises:
         MissingExtraError: `transformers` is not installed.
@@ -76,7 +76,7 @@ def _checkpoint_activations(network: Any) -> None:
 def network_config(config: ModelConfig, sequence_length: int) -> Any:
     """The `transformers.LlamaConfig` of a model.
 
-    Special tokens are left open: the tokenizer saved beside the weights says which there are.
+    Special tokens are not set: the tokenizer saved with the weights defines them.
     """
     transformers = require("transformers", "train")
     return transformers.LlamaConfig(
@@ -99,5 +99,5 @@ def network_config(config: ModelConfig, sequence_length: int) -> Any:
 
 
 def parameter_count(model: nn.Module) -> int:
-    """How many numbers are trained, every shared tensor once."""
+    """Number of trained parameters, every shared tensor once."""
     return sum(parameter.numel() for parameter in model.parameters())

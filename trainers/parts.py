@@ -1,4 +1,4 @@
-"""What a run is made of while it goes, and how that is saved and put back."""
+"""The components of a run, and saving and restoring them."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ FORMER_LAYERS = "quantized.safetensors"
 
 @dataclass
 class Parts:
-    """The things that change as a run goes on, and those that they are made from.
+    """The components of a run.
 
     Attributes:
         config: the run's settings.
-        world: this process among the others.
-        tokenizer: saved beside the weights.
+        world: the process group.
+        tokenizer: saved with the weights.
         model: the model itself; evaluation and checkpoints use it.
-        module: what training calls: the model, or the model inside `DistributedDataParallel`.
+        module: the module that training calls: the model, or `DistributedDataParallel` around it.
         optimizer: trains the model's parameters.
         base_rates: peak learning rate of each parameter group.
         stream: training batches of this process.
@@ -60,7 +60,7 @@ class Parts:
 
 
 def rank_state(parts: Parts) -> dict[str, Any]:
-    """What this process alone knows: its random numbers, its place in the data, its counts."""
+    """The state of this process: random numbers, position in the data, counts."""
     return {
         "random": random_state(parts.world.device),
         "stream": parts.stream.state_dict(),
@@ -72,7 +72,7 @@ def write_parts(folder: Path, parts: Parts, ranks: list[dict[str, Any]]) -> None
     """Writes a checkpoint's files into an empty folder.
 
     Args:
-        folder: where to.
+        folder: the folder.
         parts: of rank 0.
         ranks: `rank_state` of every process.
 
@@ -101,8 +101,8 @@ def save_network(network: Any, folder: Path) -> None:
     """Writes a Hugging Face model's weights and configuration, as ``from_pretrained`` reads them.
 
     One file whatever the size; `save_pretrained` would split it, and show a bar of its own.
-    Quantised weights and converted layers are dense in it, and lie beside as they are for this run
-    to go on from.
+    Quantised weights and converted layers are dense in it, and also saved unchanged in another
+    file for resuming.
 
     Raises:
         WriteError: a file can't be written.
@@ -129,7 +129,7 @@ def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def load_network(network: nn.Module, folder: Path) -> None:
-    """Puts back the weights that `save_network` wrote, to the bit.
+    """Restores the weights that `save_network` wrote, bit by bit.
 
     Raises:
         RuntimeError: they are not those of this network.
@@ -146,7 +146,7 @@ def load_network(network: nn.Module, folder: Path) -> None:
 
 
 def load_initial(network: nn.Module, folder: Path) -> None:
-    """Puts a checkpoint's dense weights into a network of the same shape.
+    """Loads a checkpoint's dense weights into a network of the same shape.
 
     Raises:
         ValueError: the folder has no `model.safetensors`, or its weights are of other shapes.
@@ -181,7 +181,7 @@ def saved_config(folder: Path) -> dict[str, Any]:
 
 
 def read_parts(folder: Path, parts: Parts) -> None:
-    """Puts a run back to where a checkpoint was written; touches nothing unless all is whole.
+    """Restores a run from a checkpoint; changes nothing unless the checkpoint is intact.
 
     Raises:
         DamagedCheckpointError: a file is not as it was written.

@@ -38,7 +38,7 @@ from .termination import catch_termination
 
 @dataclass(frozen=True)
 class Request:
-    """What a person asks for.
+    """The user's request.
 
     Attributes:
         settings: what was given explicitly (configuration file, flags, ``--set``), already layered.
@@ -66,11 +66,11 @@ def resolve(settings: Layer) -> RunConfig:
 
 
 def pretrain(request: Request, console: Console) -> Path:
-    """Trains, evaluates, and leaves the run's folder.
+    """Trains, evaluates, and writes the run's folder.
 
     Args:
         request: what to train and where.
-        console: what a person reads: progress and the closing table.
+        console: shows progress and the final table.
 
     Returns:
         The run's folder.
@@ -246,6 +246,8 @@ def _build(config: RunConfig, world: World) -> Iterator[Parts]:
     if accepts(config.optimizer.name, "total_steps"):
         options.setdefault("total_steps", config.train.steps)
     optimizer = build(config.optimizer.name, model.network, lr=config.optimizer.lr, **options)
+    if world.size > 1:
+        optimizer.share_refreshes()
     stream = TrainingStream(
         config.data,
         tokenizer,

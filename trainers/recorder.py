@@ -21,7 +21,7 @@ from .state import TrainState
 
 
 class LayerEvent(Protocol):
-    """What an optimizer tells when it has done something to its layers on schedule."""
+    """An optimizer's event of its layers."""
 
     @property
     def kind(self) -> str:
@@ -29,11 +29,11 @@ class LayerEvent(Protocol):
 
     @property
     def layers(self) -> int:
-        """How many layers took part."""
+        """Number of layers."""
 
 
 class RefreshEvent(Protocol):
-    """What an optimizer tells when it has chosen a new basis for one matrix."""
+    """An optimizer's refresh of one matrix's basis."""
 
     @property
     def seconds(self) -> float:
@@ -45,18 +45,18 @@ class RefreshEvent(Protocol):
 
     @property
     def overlap(self) -> float | None:
-        """Mean squared cosine between the new and the former basis; None at first."""
+        """Mean squared cosine between the new and the previous basis; None at first."""
 
 
 class Recorder:
-    """Writes records as they come; only the process that leads does anything.
+    """Writes records; only the leading process does anything.
 
     Args:
         folder: the run's folder.
         config: the run's settings.
-        state: where the run stands when it starts or goes on.
+        state: the run's counters at its start or resumption.
         leads: whether this process writes at all.
-        console: where progress is shown.
+        console: shows progress.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Recorder:
         )
 
     def refresh(self, step: int, events: Sequence[RefreshEvent]) -> None:
-        """Records the bases chosen anew during one step, all matrices together."""
+        """Records the refreshes of one step, all matrices together."""
         if not events:
             return
         energies = [event.captured_energy for event in events]
@@ -159,7 +159,7 @@ class Recorder:
         )
 
     def layers(self, step: int, events: Sequence[LayerEvent]) -> None:
-        """Records what the method did to its layers during one step: merges, switches, draws."""
+        """Records the layer events of one step: merges, switches, draws."""
         for event in events:
             detail = f"{event.layers} layer" + ("s" if event.layers != 1 else "")
             self._write("event", step, name=event.kind, detail=detail, layers=event.layers)

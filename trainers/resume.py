@@ -39,7 +39,7 @@ def resumed_config(saved: Layer, settings: Layer) -> RunConfig:
 
 
 def check_unchanged(saved: RunConfig, now: RunConfig, checkpoint: Path, step: int) -> None:
-    """Refuses to go on with settings that would make it another run.
+    """Refuses to resume with settings that would change the run.
 
     The length and the schedule may change where that gives every step so far the learning rate
     that it had.

@@ -1,7 +1,7 @@
 """Learning-rate schedules: pure functions from a step to a multiplier of the peak.
 
 ``step`` counts the optimizer steps already taken: 0 for the first. With w warmup steps the
-multiplier rises as (step + 1) / (w + 1), so that no step is wasted at zero, is 1 at step w, and
+multiplier rises as (step + 1) / (w + 1), so that no step has a zero rate, is 1 at step w, and
 reaches `min_ratio` when all `total` steps have been taken.
 """
 

@@ -1,4 +1,4 @@
-"""What a run knows beside weights and optimizer: counters, averages, random numbers."""
+"""A run's state besides weights and optimizer: counters, averages, random numbers."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ EMA_STEPS = 20  # finite losses before the running mean is trusted
 
 @dataclass
 class TrainState:
-    """The run's counters, the same on every process; plain values, so it travels in a checkpoint.
+    """The run's counters, the same on every process; plain values, saved in checkpoints.
 
     Attributes:
         step: optimizer steps done, skipped ones included.
         tokens: training targets consumed, over all processes.
-        epoch: passes over the data that are behind it, on rank 0.
+        epoch: completed passes over the data, on rank 0.
         skipped: skipped steps in all.
-        skipped_updates: single parameters' updates that the optimizer left out.
-        skipped_in_row: skipped steps up to now without one between.
+        skipped_updates: updates of single parameters that the optimizer skipped.
+        skipped_in_row: consecutive skipped steps up to now.
         ema_sum: exponentially weighted sum of the losses of steps that were not skipped.
         ema_weight: the weight in that sum.
         ema_count: how many losses went in.
@@ -107,7 +107,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Puts the generators back to what `random_state` saw."""
+    """Restores the generators from `random_state`."""
     import numpy
 
     torch.set_rng_state(state["torch"])

@@ -20,7 +20,7 @@ from .loss import IGNORED
 
 @dataclass(frozen=True)
 class Gradient:
-    """What the backward passes of one step came to, the same on every process.
+    """The result of a step's backward passes, the same on every process.
 
     Attributes:
         loss: nats per token, over all micro-batches and processes.
@@ -46,19 +46,19 @@ def compute_gradient(
     """Leaves in ``.grad`` the gradient of the mean loss over all tokens of the step.
 
     The mean is over the tokens of all micro-batches and processes together, so it doesn't matter
-    how they are split and how many of them are padding. All that processes tell each other beside
-    the gradient goes in one vector after the backward passes; with padding, the number of tokens
-    before them, too, for which nothing waits on a GPU.
+    how they are split and how many of them are padding. Besides the gradient, processes
+    exchange one vector after the backward passes; with padding, also the number of tokens before
+    them, without synchronising a GPU.
 
     Args:
         module: a `LanguageModel`, or one inside `DistributedDataParallel`.
         batches: this process's micro-batches.
         world: the processes.
         packed: whether there is no padding, so that every process has equally many tokens.
-        flag: this process's word to the others, summed up in `Gradient.flags`.
+        flag: this process's flag, summed in `Gradient.flags`.
 
     Raises:
-        RuntimeError: `packed` is said, and processes have differently many tokens.
+        RuntimeError: `packed` is True, and processes have different numbers of tokens.
     """
     own = sum(count(batch.targets) for batch in batches)
     device = _accumulator_device(world)
@@ -106,7 +106,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 def clip(parameters: Iterable[nn.Parameter], norm: float, limit: float) -> None:
-    """Scales the gradients, whose norm is `norm`, down to `limit` at most; 0 leaves them."""
+    """Scales the gradients, whose norm is `norm`, down to `limit` at most; 0 disables clipping."""
     if limit > 0 and norm > limit and (gradients := _gradients(parameters)):
         # Not `clip_grads_with_norm_`: it also scales what is below the limit, by 1 - 1e-6 / norm.
         # A tensor: as a number the factor would be rounded to the gradients' dtype on a CPU.
@@ -121,11 +121,11 @@ def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
 def reason_to_skip(
     gradient: Gradient, mean_loss: float | None, config: TrainConfig
 ) -> tuple[str, float] | None:
-    """Why a step must not be taken, and the value that says so; None if it may.
+    """Why a step must be skipped, with the offending value; None if it is taken.
 
     Args:
         gradient: of the step.
-        mean_loss: running mean of the former losses, None while there are too few.
+        mean_loss: running mean of the previous losses, None while there are too few.
         config: holds how many nats above the mean are a spike.
     """
     if not math.isfinite(gradient.loss):

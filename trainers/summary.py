@@ -1,4 +1,4 @@
-"""summary.json: what came out of a run, written once, at its end."""
+"""summary.json: the results of a run, written once, at its end."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def write_summary(summary: dict[str, Any], path: Path) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """The device in words a person knows: "cpu", or a GPU's own name."""
+    """The device's name: "cpu", or the GPU's model."""
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
     return device.type

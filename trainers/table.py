@@ -1,4 +1,4 @@
-"""The short table that closes a run."""
+"""The summary table at the end of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SIGTERM as a wish, not an end: the step under way is finished and saved first."""
+"""Handling of SIGTERM: the current step is finished and saved before the run ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers as a person reads them: bytes, counts, durations, losses."""
+"""Formatting of numbers: bytes, counts, durations, losses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 _BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _COUNT_UNITS = ("", "k", "M", "B", "T")
-# exp() of more nats than this says nothing more than "very large" to a reader.
+# exp() of more nats than this is not informative.
 _MAX_NATS = 700.0
 MISSING = "--"
 

@@ -1,4 +1,4 @@
-"""What a model's weights are, and a fingerprint of them."""
+"""A model's stored tensors, and a fingerprint of them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def weights_sha256(model: nn.Module) -> str:
         header = f"{name}\n{tensor.dtype}\n{tuple(tensor.shape)}\n"
         digest.update(header.encode())
         flat = tensor.detach().contiguous().flatten()
-        # In pieces, so that a model on a GPU needs no second copy in the computer's memory.
+        # In chunks, so that a model on a GPU needs no full copy in host memory.
         for piece in torch.split(flat, _CHUNK):
             digest.update(piece.cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -94,9 +94,9 @@ class SkippedUpdates:
             param = params[position]
             if not self._counts:
                 warnings.warn(
-                    f"non-finite gradient of {label(called[position], param)}: this step leaves it "
-                    "as it is (said once, `skipped_by_name()` counts; skip_nonfinite=False turns "
-                    "the check off)",
+                    f"non-finite gradient of {label(called[position], param)}: this step does not "
+                    "update it (warned once; `skipped_by_name()` counts; skip_nonfinite=False "
+                    "turns the check off)",
                     stacklevel=6,
                 )
             self._counts[param] = self._counts.get(param, 0) + 1

@@ -186,9 +186,9 @@ DOCS: Mapping[str, str] = {
     "fused": "False avoids torch's fused Adam kernel, None and True use it where it applies.",
     "compile": "`torch.compile` the update of the moments (Adam-based rules).",
     "skip_nonfinite": "leave a parameter as it is for a step in which its gradient holds NaN or "
-    "infinity.",
+    "infinity; off under `capturable`.",
     "moments_dtype": "precision of the moments, 'float32' or 'bfloat16'; None is fp32 under "
-    "16-bit weights, else the weight's own.",
+    "16-bit weights, else the weight's own. Moments in 8 bits accept None.",
     "projector": f"the subspace: {_one_of(PROJECTORS)}.",
     "refresh": f"how singular vectors are computed: {_one_of(REFRESH_MODES)}.",
     "schedule": f"when a matrix is refitted: {_one_of(SCHEDULES)}.",
@@ -198,7 +198,8 @@ DOCS: Mapping[str, str] = {
     "moments": f"the moments when the subspace moves: {_one_of(MOMENT_TRANSPORTS)}.",
     "projection_dtype": "precision of the projection GEMMs ('bfloat16', ...); None is the "
     "weight's.",
-    "stochastic_rounding": "round bf16 weights up or down with probabilities that keep the mean.",
+    "stochastic_rounding": "round bf16 weights up or down with probabilities that keep the mean, "
+    "so that updates below their precision are not lost; INT8 weights always are.",
     "seed": "of everything random.",
     "update_proj_gap": "steps between refreshes of the subspace.",
     "scale": "factor on the back-projected update.",

@@ -5,7 +5,10 @@
         rule = ADAMW
         projection_defaults = {"residual": "norm_scaled"}
 
-Signature, `build`, `available` and `lowrank methods` are derived from it.
+Signature, `help`, `build`, `available`, `lowrank methods` and the export from `lowrank.optimizers`
+are derived from it. A page in `methods` is found by itself; beside it a method needs a row in the
+tests' table, and for type checkers its import in `optimizers/__init__.py`. Class attributes are
+listed in `DeclaredOptimizer`, update rules in `rule_families`, the other parts in `strategies`.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any, overload
 
 import torch
+from torch.distributed import ProcessGroup
 from torch.utils.hooks import RemovableHandle
 
 from . import checks
@@ -19,12 +20,12 @@ from .options import Group, ProjectionOptions, check_common, check_lr, make_plai
 from .parameters import check_names, check_param, name_alike, names
 from .plan import Plan, Snapshot
 from .refresh import RefreshHook
+from .shared_refresh import SharedRefreshes
 from .step import Usable, step_plain, step_projected
 from .strategies import (
     check_strategy_options,
     drop_left_over,
     projection_of,
-    strategy_option_owners,
     strategy_options,
 )
 
@@ -43,6 +44,7 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
 
     def _make_attributes(self) -> None:
         self._refresh_hooks: dict[int, RefreshHook] = OrderedDict()
+        self._shared: SharedRefreshes | None = None
 
     # Groups and state
 
@@ -122,21 +124,12 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
 
     def _complete(self, group: Group, before: Snapshot | None) -> Composition:
         """Checks and completes a group that was changed since a snapshot."""
-        spellings = {*self.aliases, *self.ungrouped}
-        if self.projects:
-            spellings |= (
-                self.group_keys()
-                - self.defaults.keys()
-                - {
-                    *ProjectionOptions.names(),
-                    *strategy_option_owners(),
-                }
-            )
+        spellings = {*self.aliases, *self.ungrouped, *self.foreign_keys}
         for name in group.keys() & spellings:
-            raise ValueError(
-                f"{name}={group[name]!r} in a group after construction: accepted is "
-                f"{self.aliases.get(name, 'what it stands for among ' + str(sorted(group)))!r}"
-            )
+            own = self.aliases.get(name)
+            options = sorted(group.keys() - spellings - {"params", "param_names"})
+            accepted = f"accepted is {own!r}" if own else f"accepted are {', '.join(options)}"
+            raise ValueError(f"{name}={group[name]!r} in a group after construction: {accepted}")
         known = self._known()
         make_plain(group, known)
         for name in group.keys() - known - (before.options.keys() if before else set()):
@@ -153,9 +146,10 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
         return self._checked(group, given)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restores a pickle or copy, without hooks."""
+        """Restores a pickle or copy, without hooks; it shares no refreshes."""
         super().__setstate__(state)
         self.__dict__.setdefault("_refresh_hooks", OrderedDict())
+        self.__dict__.setdefault("_shared", None)
 
     def register_refresh_hook(self, hook: RefreshHook) -> RemovableHandle:
         """Calls `hook(event)` after each refresh of a matrix; measuring costs one projection.
@@ -165,6 +159,27 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
         handle = RemovableHandle(self._refresh_hooks)
         self._refresh_hooks[handle.id] = hook
         return handle
+
+    def share_refreshes(self, process_group: ProcessGroup | None = None) -> None:
+        """Lets processes that train copies of one model (DDP) refit a part of the bases each.
+
+        A refresh then takes 1 / world of the time, and bases are equal on all processes to the bit.
+        Only for copies: never where processes train different models, or one model on different
+        gradients between synchronisations (local SGD, federated training), which is why nothing
+        turns this on by itself. Each process of the group must call this, take the same steps,
+        load the same states, and change options alike; steps whose gradients differ in what is
+        `None` or not finite are fine. Random bases are drawn by each process and need no sending.
+
+        It is not part of the state: a pickle or copy shares nothing.
+
+        Args:
+            process_group: whose processes share; None is all of them. It must have a backend for
+                the parameters' device.
+
+        Raises:
+            RuntimeError: `torch.distributed` is not initialised.
+        """
+        self._shared = SharedRefreshes(process_group)
 
     # The step
 
@@ -203,12 +218,15 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
         """Takes the step of all groups in turn."""
         count = sum(len(plan.params) for plan in plans if plan.core.projection is not None)
         hooks, index = tuple(self._refresh_hooks.values()), 0
+        if self._shared is not None:
+            self._shared.count_step()
         for plan in plans:
             usable = self._usable(plan.group)
             if plan.core.projection is None:
                 step_plain(plan, usable)
             else:
-                step_projected(plan, index, count, hooks, self._pending_moments, usable)
+                pending = self._pending_moments
+                step_projected(plan, index, count, hooks, pending, usable, self._shared)
                 index += len(plan.params)
 
     def _usable(self, group: Group) -> Usable:

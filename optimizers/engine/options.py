@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,35 +30,8 @@ PROJECTION_DTYPES = {
 }
 
 
-class CommonOptions(TypedDict, total=False):
-    """Keywords that every optimizer takes, as constructor keywords or group keys.
-
-    maximize: ascend instead.
-    foreach: True runs lists of tensors at once, False one tensor at a time, None chooses.
-    capturable: keep step counts on the device, so that steps between refreshes can be captured in a
-        CUDA graph (Adam-based methods).
-    differentiable: must be False; differentiating through `step` is not supported.
-    fused: False avoids torch's fused Adam kernel, None and True use it where it applies.
-    compile: `torch.compile` the update of the moments (Adam-based methods).
-    skip_nonfinite: a parameter whose gradient holds NaN or infinity is left as it is for that step.
-        Costs one read of each gradient (of each projected gradient) and, on CUDA, a
-        synchronisation; off under `capturable`.
-    moments_dtype: precision of the moments, "float32" or "bfloat16"; None is fp32 under
-        half-precision weights (whose own precision is too coarse for their decay), else the
-        weights' own. Moments in 8 bits accept None.
-    """
-
-    maximize: bool
-    foreach: bool | None
-    capturable: bool
-    differentiable: bool
-    fused: bool | None
-    compile: bool
-    skip_nonfinite: bool
-    moments_dtype: str | None
-
-
-COMMON_DEFAULTS: CommonOptions = {
+#: Options of every optimizer, as keywords or group keys; `keywords.DOCS` describes them.
+COMMON_DEFAULTS: dict[str, Any] = {
     "maximize": False,
     "foreach": None,
     "capturable": False,
@@ -70,41 +43,9 @@ COMMON_DEFAULTS: CommonOptions = {
 }
 
 
-class ProjectionKeywords(CommonOptions, total=False):
-    """Further keywords of the projecting optimizers; groups may override them.
-
-    Each method is a choice of strategies. Any of them can be overridden; invalid combinations raise
-    `ValueError`.
-
-    projector: which subspace, see `strategies.PROJECTORS`.
-    refresh: "svd", "eigh", "randomized" or "warm", see `projectors.decompositions`.
-    schedule: when a matrix is refitted, see `strategies.SCHEDULES`.
-    stagger: spread the matrices' refreshes over the steps of a gap.
-    basis: how bases are stored, None for the parameter's precision, see `strategies.STORAGES`.
-    residual: how the gradient outside the subspace is used, see `strategies.RESIDUALS`.
-    moments: how moments follow a change of the subspace, see `rules.MOMENT_TRANSPORTS`.
-    projection_dtype: precision of the projection GEMMs ("bfloat16", ...); None is the weights'.
-    stochastic_rounding: round bf16 weights up or down with probabilities that keep the mean, so
-        that updates below their precision are not lost; other dtypes are not affected, INT8 weights
-        are always rounded stochastically.
-    seed: of everything random.
-
-    A strategy's own options (`strategies.strategy_option_owners` lists them) are keywords too.
-    """
-
-    projector: str
-    refresh: str
-    schedule: str
-    stagger: bool
-    basis: str | None
-    residual: str
-    moments: str
-    projection_dtype: str | None
-    stochastic_rounding: bool
-    seed: int
-
-
-PROJECTION_DEFAULTS: ProjectionKeywords = {
+#: Further options of the projecting optimizers, and groups'; a strategy's own options
+#: (`strategies.strategy_option_owners` lists them) are keywords too.
+PROJECTION_DEFAULTS: dict[str, Any] = {
     "projector": "singular",
     "refresh": "eigh",
     "schedule": "every",

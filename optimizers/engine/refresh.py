@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..projectors import ProjectedParam, RefreshEvent, telemetry
+from ..projectors import Bases, ProjectedParam, RefreshEvent, telemetry
 from .adapt import PendingMoments, transport_pending
+from .batching import refresh_batches
 from .chunks import wide_dtype
 from .composition import Composition, Projection
 from .fp32 import exact_fp32
@@ -18,61 +20,84 @@ from .moments import transport_moments
 RefreshHook = Callable[[RefreshEvent], None]
 
 
-def refresh(
-    params: Sequence[ProjectedParam],
-    composition: Composition,
-    hooks: Sequence[RefreshHook],
-    pending: MutableMapping[Tensor, PendingMoments],
-) -> None:
-    """Refits the bases of same-geometry matrices; measures events only if there are hooks.
+@dataclass
+class Refresh:
+    """What a step's refreshes have in common.
 
-    Args:
-        params: matrices whose refresh is due.
-        composition: their projection and rule.
-        hooks: called once for each matrix that has a new basis.
+    Attributes:
+        composition: projection and rule of the matrices.
+        hooks: called once for each matrix that has a new basis; events are measured only for them.
         pending: moments to transport after changed options; entries are removed when done.
     """
-    with exact_fp32():
-        events = _refresh(params, composition, pending, measured=bool(hooks))
-    for event in events:
-        for hook in hooks:
-            hook(event)
 
+    composition: Composition
+    hooks: Sequence[RefreshHook]
+    pending: MutableMapping[Tensor, PendingMoments]
+    _events: list[RefreshEvent] = field(default_factory=list)
 
-def _refresh(
-    params: Sequence[ProjectedParam],
-    composition: Composition,
-    pending: MutableMapping[Tensor, PendingMoments],
-    *,
-    measured: bool,
-) -> list[RefreshEvent]:
-    projection = composition.projection
-    assert projection is not None
-    projector = projection.projector
-    moving = projection.options.moments != "keep"
-    previous = [
-        tuple(basis.clone() for basis in projector.bases(param))
-        if (measured or moving) and param.fitted
-        else ()
-        for param in params
-    ]
-    start = _now(params[0].weight, measured)
-    fitted = projector.fit(params)
-    seconds = (_now(params[0].weight, measured) - start) / len(params)
-    events = []
-    for param, old, bases in zip(params, previous, fitted, strict=True):
-        if bases is None:
-            continue
-        projection.schedule.refreshed(param.state, param.steps_done, bases)
+    @property
+    def projection(self) -> Projection:
+        """The projecting half of the composition."""
+        assert self.composition.projection is not None
+        return self.composition.projection
+
+    def now(self, like: ProjectedParam) -> float:
+        """The time in seconds, where somebody is told of it after what a GPU has been given."""
+        if self.hooks and like.weight.is_cuda:
+            torch.cuda.synchronize(like.weight.device)
+        return time.perf_counter()
+
+    def previous(self, param: ProjectedParam) -> Bases:
+        """Copies of a matrix's bases, if they will be needed once there are new ones."""
+        if not param.fitted or not (self.hooks or self._transports):
+            return ()
+        return tuple(basis.clone() for basis in self.projection.projector.bases(param))
+
+    @property
+    def _transports(self) -> bool:
+        return self.projection.options.moments != "keep"
+
+    def finish(self, param: ProjectedParam, previous: Bases, bases: Bases, seconds: float) -> None:
+        """Records a refit and transports the moments.
+
+        Args:
+            param: the matrix, its new bases stored.
+            previous: copies of its previous ones.
+            bases: the new ones before storage rounded them, as far as the schedule reads them.
+            seconds: time that the refit took.
+        """
+        self.projection.schedule.refreshed(param.state, param.steps_done, bases)
         param.read = None
-        if moving and old:
-            transport_moments(param, old, projection, composition.rule)
-        moments = pending.pop(param.weight, None)
+        if self._transports and previous:
+            transport_moments(param, previous, self.projection, self.composition.rule)
+        moments = self.pending.pop(param.weight, None)
         if moments is not None:
-            transport_pending(param, moments, composition)
-        if measured:
-            events.append(_event(param, projection, old, seconds))
-    return events
+            transport_pending(param, moments, self.composition)
+        if self.hooks:
+            self._events.append(_event(param, self.projection, previous, seconds))
+
+    def call_hooks(self) -> None:
+        """Tells the hooks what was finished since the last call."""
+        events, self._events = self._events, []
+        for event in events:
+            for hook in self.hooks:
+                hook(event)
+
+
+def refresh_due(params: Sequence[ProjectedParam], count: int, refresh: Refresh) -> None:
+    """Refits the bases of the matrices that are due; `count` is the number of all matrices."""
+    schedule = refresh.projection.schedule
+    due = [p for p in params if schedule.due(p.state, p.steps_done, p.index, count)]
+    for batch in refresh_batches(due):
+        with exact_fp32():
+            previous = [refresh.previous(param) for param in batch]
+            start = refresh.now(batch[0])
+            fits = refresh.projection.projector.fit(batch)
+            seconds = (refresh.now(batch[0]) - start) / len(batch)
+            for param, old, bases in zip(batch, previous, fits, strict=True):
+                if bases is not None:
+                    refresh.finish(param, old, bases, seconds)
+        refresh.call_hooks()
 
 
 def _event(
@@ -100,9 +125,3 @@ def _event(
 def _orthonormal(basis_dr: Tensor) -> Tensor:
     factor: Tensor = torch.linalg.qr(basis_dr.to(wide_dtype(basis_dr))).Q
     return factor
-
-
-def _now(like: Tensor, measured: bool) -> float:
-    if measured and like.device.type == "cuda":
-        torch.cuda.synchronize(like.device)
-    return time.perf_counter()

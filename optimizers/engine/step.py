@@ -13,13 +13,14 @@ from ..projectors import ProjectedParam
 from ..rules import UpdateRule
 from ..weights import apply_rule
 from .adapt import PendingMoments
-from .batching import read_steps, refresh_batches, update_batches
-from .composition import Composition, Projection
+from .batching import read_steps, update_batches
+from .composition import Projection
 from .geometry import RowRange, Side
 from .gradients import descent_gradient
 from .moments import transport_moments
 from .plan import Plan
-from .refresh import RefreshHook, refresh
+from .refresh import Refresh, RefreshHook, refresh_due
+from .shared_refresh import SharedRefreshes
 from .write import apply_update
 
 #: Positions of the tensors to use, given tensors, their parameters and names.
@@ -70,6 +71,7 @@ def step_projected(
     hooks: Sequence[RefreshHook],
     pending: MutableMapping[Tensor, PendingMoments],
     usable: Usable,
+    shared: SharedRefreshes | None,
 ) -> None:
     """Takes the step of a projected group, after the refreshes that are due.
 
@@ -81,10 +83,15 @@ def step_projected(
         pending: moments to transport after changed options; those of this group's matrices are
             removed.
         usable: excludes gradients that are not finite.
+        shared: refreshes that processes share, if they do.
     """
     params = projected_params(plan, first)
     if not capturing():
-        refresh_due(params, plan.composition, count, hooks, pending)
+        refresh = Refresh(plan.composition, hooks, pending)
+        if shared is not None and refresh.projection.projector.FITS_GRADIENT:
+            shared.refresh_due(plan, params, count, refresh)
+        else:
+            refresh_due(params, count, refresh)
         if pending:
             _start_anew(plan, params, pending)
     _update(plan, params, usable)
@@ -116,25 +123,6 @@ def projected_params(plan: Plan, first: int) -> list[ProjectedParam]:
             )
         )
     return params
-
-
-def refresh_due(
-    params: Sequence[ProjectedParam],
-    composition: Composition,
-    count: int,
-    hooks: Sequence[RefreshHook],
-    pending: MutableMapping[Tensor, PendingMoments],
-) -> None:
-    """Refits the bases of the matrices that are due; `count` is the number of all matrices."""
-    projection = composition.projection
-    assert projection is not None
-    due = [
-        param
-        for param in params
-        if projection.schedule.due(param.state, param.steps_done, param.index, count)
-    ]
-    for batch in refresh_batches(due):
-        refresh(batch, composition, hooks, pending)
 
 
 def _start_anew(

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..projectors import ProjectedParam
 from ..residuals import WeightUpdate
 from ..weights import editable_rows, fused_rows, rounding_seed
+from .chunks import row_chunks
 from .composition import Projection
 from .geometry import RowRange
 
@@ -33,11 +34,22 @@ def apply_update(update: WeightUpdate, param: ProjectedParam, projection: Projec
                 param, weight_kn, rows, direction, alpha=alpha, decay_factor=scalar_decay
             )
         if update.scaled is not None:
-            factors = update.scaled.of(rows, param.rows).to(weight_kn.dtype)
-            grad = param.grad[_span(rows, param.rows)]
-            weight_kn.addcmul_(grad, factors, value=-update.scaled.alpha)
+            factors = update.scaled.of(rows, param.rows)
+            _take_off(weight_kn, param.grad[_span(rows, param.rows)], factors, update.scaled.alpha)
         if update.edit is not None:
             update.edit(weight_kn, rows)
+
+
+def _take_off(weight_kn: Tensor, grad_kn: Tensor, factors: Tensor, alpha: float) -> None:
+    """In place: weight <- weight - alpha factors o grad."""
+    if weight_kn.dtype != torch.float16:
+        weight_kn.addcmul_(grad_kn, factors.to(weight_kn.dtype), value=-alpha)
+        return
+    # fp16 doesn't hold large factors; their products with small gradients it does.
+    for span in row_chunks(weight_kn):
+        own = factors if len(factors) == 1 else factors[span]
+        wide = weight_kn[span].float().addcmul_(grad_kn[span].float(), own, value=-alpha)
+        weight_kn[span] = wide
 
 
 def _span(rows: RowRange, held: RowRange) -> slice:

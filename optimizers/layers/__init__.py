@@ -1,4 +1,4 @@
-"""Linear layers whose weight is made of trained parts."""
+"""Linear layers with a factored weight."""
 
 from .base import FactoredLinear
 from .low_rank import LowRankLinear

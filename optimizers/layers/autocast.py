@@ -1,4 +1,4 @@
-"""The precision that a layer of our own computes in, and the shape it computes on."""
+"""The computing precision and input shape of factored layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Autocast's precision where that is on, else that of `x`."""
+    """Autocast's precision if enabled, else that of `x`."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 

@@ -1,12 +1,11 @@
-"""The layer seam: a linear layer whose weight is a product (and sum) of trained parts.
+"""The layer interface: a linear layer whose weight is a product (and sum) of trained parts.
 
-A factored layer takes the place of an `nn.Linear`. It says which matrix it stands for
-(`effective_weight`), so that any of them can be merged into a plain layer, compared or exported.
-What happens to it on a schedule (merges, switches, resampling) is the optimizer's; a layer only
-knows how to carry it out.
+A factored layer replaces an `nn.Linear`. `effective_weight` returns the equivalent dense matrix, so
+that any layer can be merged into a plain one, compared or exported. The optimizer schedules events
+(merges, switches, resampling); a layer only implements them.
 
-A state dict holds, beside the tensors, those options that the function depends on and that shapes
-don't show (`SETTINGS`), so that another value is an error at loading.
+Besides the tensors, a state dict holds the options that determine the layer's function but not its
+shapes (`SETTINGS`), so that loading with a different value is an error.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ class FactoredLinear(nn.Module):
         in_features: n.
         out_features: m.
         rank: r of the trained factors, at most min(m, n).
-        bias: (m,) or None, trained plainly.
+        bias: (m,) or None, trained as in `nn.Linear`.
     """
 
     #: Trained parts, by the names of their parameters.
     FACTORS: ClassVar[tuple[str, ...]]
-    #: Numbers that the function depends on, by the names of attributes; new ones come last.
+    #: Attributes with numbers that determine the function; new ones come last.
     SETTINGS: ClassVar[tuple[str, ...]] = ()
 
     in_features: int
@@ -56,22 +55,23 @@ class FactoredLinear(nn.Module):
     @classmethod
     @abstractmethod
     def of(cls, linear: nn.Linear, seed: int, **options: Any) -> Self:
-        """A layer in the place of `linear`.
+        """Makes a layer that replaces `linear`.
 
         Args:
-            linear: the layer, whose bias is taken over and whose weight is read.
+            linear: the layer, whose bias is shared and whose weight is read.
             seed: of everything random about this layer.
             **options: the method's own.
         """
 
     @abstractmethod
     def effective_weight(self) -> Tensor:
-        """W as a new m x n tensor without gradient, in fp32 (fp64 where the parts are)."""
+        """W as a new m x n tensor without gradient, in fp32 (fp64 for fp64)."""
 
     def host_tensors(self) -> tuple[str, ...]:
-        """Names of tensors that stay on the CPU wherever the layer moves.
+        """Names of tensors that stay on the CPU when the layer is moved.
 
-        They are saved and loaded like buffers and are none, so that nothing broadcasts them.
+        They are saved and loaded like buffers but are not registered, so that nothing broadcasts
+        them.
         """
         return ()
 
@@ -83,10 +83,10 @@ class FactoredLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W as a new m x n tensor in the parts' precision, for modules that read it of a layer.
+        """W as a new m x n tensor in the parts' precision, for modules that read `layer.weight`.
 
-        Gradients flow to the factors. Where a layer's own backward pass differs from that of a
-        dense W, they raise `RuntimeError` instead.
+        Gradients flow to the factors. If the layer's backward pass differs from that of a dense W,
+        the backward pass raises `RuntimeError` instead.
         """
         factors = [getattr(self, name) for name in self.FACTORS]
         if not (torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)):
@@ -99,7 +99,7 @@ class FactoredLinear(nn.Module):
         return dense
 
     def differentiable_weight(self) -> Tensor | None:
-        """W by operations that autograd follows; None where the layer's gradients are others."""
+        """W, differentiable by autograd; None if the layer defines other gradients."""
         return None
 
     @torch.no_grad()
@@ -115,7 +115,7 @@ class FactoredLinear(nn.Module):
     # Saving and loading
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves or casts the layer; what stays on the CPU is cast alone."""
+        """Moves or casts the layer; host tensors are cast only."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         part = getattr(self, self.FACTORS[0])
         for name in self.host_tensors():
@@ -136,7 +136,7 @@ class FactoredLinear(nn.Module):
             destination[prefix + name] = getattr(self, name)
         if self.SETTINGS:
             values = [float(getattr(self, name)) for name in self.SETTINGS]
-            # A tensor, which every file format holds, under the name that torch has for such.
+            # A tensor, which every file format can store, under torch's key for extra state.
             destination[prefix + _EXTRA] = torch.tensor(values, dtype=torch.float64, device="cpu")
 
     def _load_from_state_dict(
@@ -152,7 +152,7 @@ class FactoredLinear(nn.Module):
         others = self._other_settings(state_dict.pop(prefix + _EXTRA, None))
         if others:
             error_msgs.append(f"{prefix[:-1]}: {others}")
-            state_dict.update(self.state_dict(prefix=prefix))  # for the modules within
+            state_dict.update(self.state_dict(prefix=prefix))  # for the submodules
             return
         for name in self.host_tensors():
             self._load_host(
@@ -164,7 +164,7 @@ class FactoredLinear(nn.Module):
         )
 
     def _other_settings(self, saved: Tensor | None) -> str:
-        """What to say of saved settings that aren't the layer's; a state dict may have none."""
+        """The error text for saved settings that differ from the layer's, or an empty string."""
         values = [] if saved is None else saved.tolist()
         return ", ".join(
             f"saved with {name}={value:g}, and this layer has {name}={getattr(self, name):g}: "
@@ -207,7 +207,7 @@ class FactoredLinear(nn.Module):
 
 
 class _RefusesGradients(torch.autograd.Function):
-    """A dense weight through which a layer can't be trained."""
+    """The identity, whose backward pass raises: a dense weight that can't train the layer."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, kind: str, *factors: Tensor) -> Tensor:
@@ -223,13 +223,13 @@ class _RefusesGradients(torch.autograd.Function):
 
 
 def uniform(shape: tuple[int, ...], bound: float, like: Tensor, *seed: int) -> Tensor:
-    """U(-bound, bound), equal on every device and process for equal seeds.
+    """Samples U(-bound, bound), equal on every device and process for equal seeds.
 
     Args:
         shape: of the result.
         bound: largest magnitude.
-        like: gives dtype and device.
-        *seed: integers that are mixed into one seed.
+        like: tensor of the result's dtype and device.
+        *seed: integers that are combined into one seed.
     """
     if like.device.type == "meta":
         return torch.empty(shape, dtype=like.dtype, device="meta")
@@ -249,7 +249,7 @@ def add_product(
 ) -> None:
     """In place: weight <- weight + scale * left right, summed in fp32 (fp64) in chunks of rows.
 
-    A bf16 weight is rounded stochastically: to the nearest, small products would be lost each time.
+    A bf16 weight is rounded stochastically: rounding to nearest would lose small products.
 
     Args:
         weight_mn: m x n.

@@ -1,4 +1,4 @@
-"""Putting factored layers in the place of a model's linear layers, and plain ones back."""
+"""Conversion of a model's linear layers to factored layers and back."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def to_factored(
     seed: int = 0,
     **options: Any,
 ) -> None:
-    """In place: a layer of `kind` for each linear layer that matches; those that are one stay.
+    """In place: replaces each linear layer that matches by a layer of `kind`, unless it is one.
 
-    Layers that can't be replaced stay dense, with one warning that names them: a subclass with a
-    forward pass of its own, and what `nn.MultiheadAttention` computes with the weight of.
-    `DistributedDataParallel` leaves what is frozen alone afterwards (`layers.replicas`).
+    Layers that can't be replaced stay dense, with one warning that names them: subclasses with a
+    forward pass of their own, and `out_proj` of `nn.MultiheadAttention`, which reads the weight.
+    `DistributedDataParallel` will not broadcast frozen tensors (`layers.replicas`).
 
     Args:
         model: the model, before an optimizer is made or it is wrapped.
@@ -61,7 +61,7 @@ def to_factored(
                 "models (merge(model) makes one)"
             )
     if present:
-        mark_frozen(model)  # it may be a parent of the model that was converted
+        mark_frozen(model)  # `model` may be a parent of the converted model
         return
     targets = projected_layers(model, patterns)
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
@@ -90,7 +90,7 @@ def to_factored(
 
 
 def _irreplaceable(model: nn.Module) -> dict[nn.Module, str]:
-    """Linear layers that another module can't take the place of, and why."""
+    """Linear layers that can't be replaced, and the reasons."""
     reasons: dict[nn.Module, str] = {}
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):
@@ -101,13 +101,13 @@ def _irreplaceable(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def merge_factored(model: nn.Module) -> None:
-    """In place: a plain linear layer for each factored one."""
+    """In place: replaces each factored layer by a plain linear one."""
     unmark_frozen(model)
     replace_modules(model, {layer: layer.to_linear() for _, layer in factored_layers(model)})
 
 
 def replace_modules(model: nn.Module, made: dict[nn.Module, nn.Module]) -> None:
-    """In place: exchanges submodules, wherever they are registered."""
+    """In place: replaces submodules, wherever they are registered."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is not None and child in made:
@@ -115,7 +115,7 @@ def replace_modules(model: nn.Module, made: dict[nn.Module, nn.Module]) -> None:
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of a model's structure on the meta device, whose tensors have no memory."""
+    """A copy of a model on the meta device, without memory for tensors."""
     memo: dict[int, Any] = {}
     host = [getattr(layer, n) for _, layer in factored_layers(model) for n in layer.host_tensors()]
     for tensor in (*model.parameters(), *model.buffers(), *host):

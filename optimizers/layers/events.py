@@ -1,4 +1,4 @@
-"""What a method's schedule does to its layers, as hooks hear of it."""
+"""Scheduled events of factored layers, as passed to hooks."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LayerEvent:
-    """Something that happened to factored layers in one step.
+    """An event of factored layers in one step.
 
     Attributes:
         kind: "merge", "switch", "resample", "redecompose", "refactor" or "requantize".
-        step: optimizer steps taken when it happened.
-        layers: how many layers took part.
-        change: largest relative change of an effective weight, ||W' - W|| / ||W||, where the method
-            rounds it ("requantize"); None where it stays.
+        step: optimizer steps done at the event.
+        layers: number of layers.
+        change: largest relative change of an effective weight, ||W' - W|| / ||W||, if the event
+            rounds it ("requantize"); None if W is unchanged.
     """
 
     kind: str

@@ -1,4 +1,4 @@
-"""A matrix that no gradient reaches, in full precision or quantised."""
+"""A frozen matrix, in full precision or quantised."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lowrank.cuda import groups, int4
 
 from ..engine import checks
 
-#: Formats of `FrozenMatrix`, with the entries that share a scale; None keeps the precision.
+#: Formats of `FrozenMatrix`, with their group sizes; None stands for full precision.
 FORMATS = {"nf4": 64, "int8": 256}
 
 
@@ -20,8 +20,8 @@ class FrozenMatrix(nn.Module):
         format: None, "nf4" (QLoRA's four bits, arXiv 2305.14314) or "int8" (`cuda.groups`).
         shape: (m, n).
         codes: the matrix itself, or uint8 codes of it.
-        scales: one a group, in the precision of the matrix; None where `format` is.
-        zeros: one a group, for "int8" alone.
+        scales: one a group, in the precision of the matrix; None if `format` is None.
+        zeros: one a group, for "int8" only.
     """
 
     codes: Tensor
@@ -43,14 +43,14 @@ class FrozenMatrix(nn.Module):
 
     @torch.no_grad()
     def assign(self, matrix_mn: Tensor) -> None:
-        """In place: the nearest that the format holds."""
+        """In place: rounds a matrix to the nearest values of the format."""
         like = self.codes if self.scales is None else self.scales
         for mine, part in zip(self.parts(), self._encode(matrix_mn, like.dtype), strict=True):
             if mine is not None and part is not None:
                 mine.copy_(part)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The matrix, m x n; its own storage where the format is None and the precision fits."""
+        """The matrix, m x n; not a copy if the format is None and the dtype is its own."""
         return dense_matrix(self.parts(), self.shape, self.format, dtype)
 
     def _encode(
@@ -77,7 +77,7 @@ class FrozenMatrix(nn.Module):
 def dense_matrix(
     parts: tuple[Tensor | None, ...], shape: tuple[int, int], format: str | None, dtype: torch.dtype
 ) -> Tensor:
-    """The matrix that the parts of a `FrozenMatrix` stand for, m x n.
+    """The dequantised matrix of the parts of a `FrozenMatrix`, m x n.
 
     Args:
         parts: its three tensors.

@@ -1,10 +1,10 @@
-"""Plain low-rank factors beside a frozen weight: W = W_f + c B A (Hu et al., LoRA, 2021).
+"""Low-rank factors added to a frozen weight: W = W_f + c B A (Hu et al., LoRA, 2021).
 
-The frozen weight is a buffer and may be left out (`W = c B A`). Forward and backward never make a
-dense product: 2 T r (m + n) flops beside the frozen layer's, and no gradient of W_f.
+The frozen weight is a buffer and may be omitted (`W = c B A`). Forward and backward never make a
+dense product: 2 T r (m + n) flops besides the frozen layer's, and no gradient of W_f.
 
 With several heads (LoRA-the-Explorer, Huh et al., arXiv 2402.16728) W = W_f + (c / H) sum B_h A_h,
-and in training each head alone stands beside W_f for its share of the batch.
+and in training each head is added to W_f alone, for its share of the batch.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class LowRankLinear(FactoredLinear):
 
     Attributes:
         frozen: m x n buffer, or None.
-        lora_a: A, r x n, from U(+-1/sqrt(n)); those of all heads below each other, H r x n.
-        lora_b: B, m x r, zeros beside a frozen weight; m x H r.
+        lora_a: A, r x n, from U(+-1/sqrt(n)); the heads' factors stacked, H r x n.
+        lora_b: B, m x r, zeros if there is a frozen weight; m x H r.
         alpha: c r.
         scaling: c = alpha / r.
         heads: H.
@@ -69,7 +69,7 @@ class LowRankLinear(FactoredLinear):
         """(..., n) to (..., m).
 
         Raises:
-            ValueError: in training, with several heads that can't share the batch evenly.
+            ValueError: in training, if the batch can't be divided evenly among the heads.
         """
         if self.heads > 1 and self.training:
             return self._by_heads(x)
@@ -81,7 +81,7 @@ class LowRankLinear(FactoredLinear):
         return y + functional.linear(projected * scaling, self.lora_b)
 
     def _by_heads(self, x: Tensor) -> Tensor:
-        """The first sequences go through the first head, the next through the second."""
+        """Divides the batch among the heads in order."""
         count, r = self.heads, self.rank
         if x.dim() < 2 or x.shape[0] % count:
             raise ValueError(
@@ -99,16 +99,16 @@ class LowRankLinear(FactoredLinear):
 
     @torch.no_grad()
     def product(self) -> Tensor:
-        """c B A, the mean of all heads', m x n, in fp32 or fp64."""
+        """c B A, the mean over heads, m x n, in fp32 or fp64."""
         wide = wide_dtype(self.lora_a)
         return (self.lora_b.to(wide) @ self.lora_a.to(wide)).mul_(self.scaling / self.heads)
 
     @torch.no_grad()
     def merge(self, seed: int) -> None:
-        """In place: W_f <- W_f + c B A with new factors, A random and B zero; W stays.
+        """In place: W_f <- W_f + c B A with new factors, A random and B zero; W is unchanged.
 
-        The sum is made in fp32 and rounded stochastically where W_f is bf16: to the nearest, what
-        a merge adds below W_f's precision would be lost each time.
+        The sum is computed in fp32 and rounded stochastically if W_f is bf16: rounding to nearest
+        would lose additions below W_f's precision.
 
         Args:
             seed: of A and the rounding.

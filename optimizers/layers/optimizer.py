@@ -1,4 +1,4 @@
-"""The classes that a method with factored layers derives from."""
+"""The base class of methods with factored layers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Link:
     """A layer that an optimizer trains.
 
     Attributes:
-        name: of the layer in its model, without wrappers.
+        name: the layer's name in its model, without wrappers.
         layer: the layer.
         group: options of its factors.
     """
@@ -44,24 +44,24 @@ class Link:
         return [getattr(self.layer, name) for name in self.layer.FACTORS]
 
     def seed(self, *parts: int) -> int:
-        """A seed of the layer's own, from its group's."""
+        """The layer's seed, from its group's."""
         return layer_seed(self.group["seed"], self.name, *parts)
 
 
 class FactoredAdamW(LowRankOptimizer):
-    """AdamW in torch's form on a converted model; `step` carries out what the method schedules.
+    """AdamW in torch's form on a converted model; `step` runs the scheduled events of the layers.
 
-    The layers are held beside the state, so a pickle or copy has none: `attach` links them again.
+    The layers are not part of the state, so a pickle or copy has none: `attach` links them again.
     """
 
     projects: ClassVar[bool] = False
     fixed_options: ClassVar[tuple[str, ...]] = ("capturable", "factors")
     rule = TORCH_ADAMW.but(weight_decay=0.0, capturable=False)
-    #: Options that say after which steps there are events.
+    #: Options that determine the steps of events.
     event_options: ClassVar[tuple[str, ...]] = ()
     #: The layer that this optimizer trains.
     layer_type: ClassVar[type[FactoredLinear]]
-    #: Which factors have to be trained for a layer's events, in words.
+    #: Which factors have to be trained for a layer's events, for messages.
     awaited: ClassVar[str] = "one of its factors is"
 
     def _make_attributes(self) -> None:
@@ -82,7 +82,7 @@ class FactoredAdamW(LowRankOptimizer):
 
     @classmethod
     def group_keys(cls) -> set[str]:
-        """Group keys that `build` accepts and that mean nothing here."""
+        """Group keys that `build` accepts and that have no effect here."""
         return {"rank", "update_proj_gap"}
 
     @classmethod
@@ -90,7 +90,7 @@ class FactoredAdamW(LowRankOptimizer):
         return f"accepted is convert(name, model, {shown}) or build(name, model, {shown})"
 
     def compose(self, group: Group) -> Composition:
-        """The rules of factors, whose state counts events, and of the rest."""
+        """The rule of factors, with counters of events, or of other parameters."""
         if group.get("factors"):
             return Composition(self.factor_rule(group), counters=("events", "refreshed_at"))
         return Composition(self.plain_rule(group))
@@ -100,7 +100,7 @@ class FactoredAdamW(LowRankOptimizer):
         return self.plain_rule(group)
 
     def plain_rule(self, group: Group) -> UpdateRule:
-        """The rule of everything else."""
+        """The rule of all other parameters."""
         return self.rule.make(group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -112,26 +112,26 @@ class FactoredAdamW(LowRankOptimizer):
         super().__setstate__(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `LowRankOptimizer.load_state_dict`; links keep their layers."""
+        """See `LowRankOptimizer.load_state_dict`; layers stay attached."""
         super().load_state_dict(state_dict)
-        # Torch has made new groups.
+        # Torch replaces the groups by new ones.
         groups = {param: group for group in self.param_groups for param in group["params"]}
         self._links = [replace(link, group=groups[link.factors()[0]]) for link in self._links]
 
     # Layers
 
     def attach(self, model: nn.Module) -> Self:
-        """Links the layers whose factors this optimizer trains; `build` does it by itself.
+        """Links the layers whose factors this optimizer trains; `build` calls it.
 
         Args:
-            model: the model that the parameters are of, wrapped or not.
+            model: the model of the parameters, wrapped or not.
 
         Returns:
             The optimizer.
 
         Raises:
-            ValueError: a factor is not among the model's, or in a group without `factors`, or a
-                layer's factors are trained in part.
+            ValueError: a factor is not the model's, or in a group without `factors`, or only a part
+                of a layer's factors is trained.
         """
         groups = {param: group for group in self.param_groups for param in group["params"]}
         links, untrained = [], []
@@ -196,10 +196,10 @@ class FactoredAdamW(LowRankOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Takes one step, and what is scheduled before or after it.
+        """Takes one step, with the events before and after it.
 
         Raises:
-            ValueError: a gradient is sparse, or the method schedules something and no layers are
+            ValueError: a gradient is sparse, or there are scheduled events and no layers are
                 attached.
         """
         factors = [g for g in self.param_groups if g.get("factors") and g["params"]]
@@ -228,27 +228,27 @@ class FactoredAdamW(LowRankOptimizer):
         return loss
 
     def _replace_gradient(self, param: nn.Parameter, grad: Tensor) -> None:
-        """Takes this step with another gradient; the user's is put back after it."""
+        """Uses another gradient for this step; the user's is restored after it."""
         assert param.grad is not None
         self._replaced.append((param, param.grad))
         param.grad = grad
 
     def _needs_layers(self, group: Group) -> bool:
-        """Whether anything is scheduled for a group of factors, for which layers are attached."""
+        """Whether a group of factors has scheduled events, which need attached layers."""
         return True
 
     def _before(self) -> None:
-        """What is scheduled at a step's start, gradients being there."""
+        """Runs the events before a step, when gradients are available."""
 
     def _after(self) -> None:
-        """What is scheduled at a step's end."""
+        """Runs the events after a step."""
 
     def _patience(self, group: Group) -> float:
         """Steps after which each layer of a group should have had an event."""
         return float(group["update_proj_gap"])
 
     def _look_for_idle_factors(self) -> None:
-        """Says once which factors have never been stepped when events should have begun."""
+        """Warns once of factors that had no step when events should have begun."""
         idle = {
             f"{link.name}.{factor}": link
             for link in self._links
@@ -269,20 +269,20 @@ class FactoredAdamW(LowRankOptimizer):
         self._all_stepped = True
 
     def _due(self, gap: str) -> list[Link]:
-        """Layers that have passed a multiple of group[gap] steps since their event before."""
+        """Layers whose steps have passed a multiple of group[gap] since their last event."""
         return [link for link in self._links if self._passed(link, gap) > self._events(link)]
 
     def _passed(self, link: Link, gap: str) -> int:
-        """Multiples of group[gap] that a layer's steps have passed."""
+        """Number of multiples of group[gap] that a layer's steps have passed."""
         return self._steps(link) // int(link.group[gap])
 
     def _events_after(self, group: Group, steps: int) -> int:
-        """How many events this many steps have behind them; 0 where none are counted."""
+        """Number of events in this many steps; 0 if events are not counted."""
         gap = group[self.event_options[0]] if self.event_options else None
         return 0 if gap is None else steps // int(gap)
 
     def _options_changed(self, group: Group, before: Group) -> None:
-        """With another gap the next event is at the next of its multiples."""
+        """After a change of the gap the next event is at its next multiple."""
         if not group.get("factors") or all(group[k] == before.get(k) for k in self.event_options):
             return
         for param in group["params"]:
@@ -294,7 +294,7 @@ class FactoredAdamW(LowRankOptimizer):
         return self._largest(link, "events")
 
     def _steps(self, link: Link) -> int:
-        """Steps of a layer: those of the factor that has taken most."""
+        """Steps of a layer: the largest step count of its factors."""
         return self._largest(link, "step")
 
     def _largest(self, link: Link, key: str) -> int:
@@ -302,7 +302,7 @@ class FactoredAdamW(LowRankOptimizer):
         return max(int(self.state.get(param, {}).get(key, 0)) for param in link.factors())
 
     def _renew(self, param: nn.Parameter, rule: UpdateRule) -> None:
-        """Sets a factor's moments to zero; their bias corrections start anew."""
+        """Resets a factor's moments and their bias corrections."""
         state = self.state[param]
         rule.transport_moments(state, "reset", Rotation(None, None))
         state["refreshed_at"] = int(state["step"])

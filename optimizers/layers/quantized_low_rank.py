@@ -3,11 +3,11 @@
     W = W_q + c P B   (m <= n, P: m x r, B: r x n)   or   W = W_q + c B P^T   (m > n, P: n x r)
 
 with P the leading singular vectors of a gradient of W. W_q and P are quantised and frozen; only B
-is trained, so gradients and moments are as small as GaLore's and the weight takes half a byte. The
-optimizer decides when the product is merged and P made anew (`loqt`).
+is trained, so gradients and moments are as small as GaLore's and the weight takes half a byte an
+entry. The optimizer schedules the merges and the new P (`loqt`).
 
-The gradient of W itself exists on request alone: while `watch` is on, the backward pass leaves it
-in `weight_gradient`, accumulated as a parameter's is.
+The gradient of W itself is computed only after `watch(True)`: the backward pass accumulates it in
+`weight_gradient`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _Parts = tuple[Tensor | None, ...]
 
 
 class _LoQT(torch.autograd.Function):
-    """Keeps x (or, on the right, x P alone), B and the quantised parts; dense W is made twice."""
+    """Saves x (only x P on the right), B and the quantised parts; dequantises W twice."""
 
     @staticmethod
     def forward(
@@ -83,7 +83,7 @@ class _LoQT(torch.autograd.Function):
 
 
 class QuantizedLowRankLinear(FactoredLinear):
-    """y = x W^T + b with W as the module has it.
+    """y = x W^T + b with W as above.
 
     Attributes:
         factor: B, r x n where m <= n, else m x r; zeros at first.
@@ -137,34 +137,34 @@ class QuantizedLowRankLinear(FactoredLinear):
     # The gradient of W
 
     def watch(self, on: bool) -> None:
-        """From the next forward pass on, backward passes add to `weight_gradient`, or don't."""
+        """Whether backward passes accumulate `weight_gradient`, from the next forward pass on."""
         if not on:
             self._probe = None
         elif self._probe is None:
-            # A leaf of W's shape without its memory: what autograd accumulates there is the sum.
+            # A leaf of W's shape without its memory, whose gradient autograd accumulates.
             empty = torch.zeros((), dtype=self.factor.dtype, device=self.factor.device)
             self._probe = empty.expand(self.out_features, self.in_features).requires_grad_()
 
     @property
     def weight_gradient(self) -> Tensor | None:
-        """m x n, or None where nothing was watched."""
+        """m x n, or None if nothing was accumulated."""
         return None if self._probe is None else self._probe.grad
 
     # What the optimizer schedules
 
     @torch.no_grad()
     def renew(self, basis: Tensor, iterations: int) -> float:
-        """In place: merges the product into W_q and takes another basis.
+        """In place: merges the product into W_q and sets a new basis.
 
-        W_q <- Q(W) and B = 0 would lose what Q rounds away; what of it lies in the basis is kept:
-        W_q <- Q(W - c P B) and B <- P^+ (W - W_q) / c in turns (section 3.3).
+        With W_q <- Q(W) and B = 0 the rounding error of Q would be lost; its part in the basis is
+        kept by alternating W_q <- Q(W - c P B) and B <- P^+ (W - W_q) / c (section 3.3).
 
         Args:
             basis: P, min(m, n) x r.
-            iterations: turns; 0 leaves B zero.
+            iterations: of the alternation; 0 leaves B zero.
 
         Returns:
-            ||W' - W|| / ||W||, the quantisation's; the layer's function changes by no more.
+            ||W' - W|| / ||W||, the change of the effective weight by quantisation.
         """
         wide = wide_dtype(self.factor)
         weight = self.effective_weight()

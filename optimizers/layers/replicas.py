@@ -1,13 +1,12 @@
-"""What processes that train copies of one model (DDP) send each other of factored layers.
+"""Factored layers under `DistributedDataParallel` (DDP).
 
-Factors travel as any parameter does. Frozen weights, bases and candidates are buffers that each
-process keeps equal by itself, so they are marked as ones that `DistributedDataParallel` leaves
-alone: by default it would broadcast all of them before each forward pass. The mark holds names
-relative to the module that is wrapped, so each module that contains factored layers has its own;
-`convert(name, parent)` marks a parent that is put around a converted model later.
+Factors are handled as other parameters. Frozen weights, bases and candidates are buffers that each
+process updates identically, so DDP is told to ignore them: by default it would broadcast all of
+them before each forward pass. The list of ignored names is relative to the wrapped module, so each
+module that contains factored layers has its own; `convert(name, parent)` adds one to a parent
+module that is created later.
 
-Whether the processes began with equal frozen weights is checked once, in the first forward pass
-inside DDP.
+The first forward pass inside DDP checks that the processes have equal frozen weights.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ from torch.nn.parallel import DistributedDataParallel
 from .base import FactoredLinear
 
 _MARK = "_ddp_params_and_buffers_to_ignore"
-#: `torch.compile(model)` shows its model's mark, under which names are longer by this.
+#: `torch.compile(model)` shows its model's list, with this prefix on names.
 _COMPILED = "_orig_mod."
-#: Entries of each tensor that are compared.
+#: Number of entries of each tensor that are compared.
 _SAMPLED = 16
 
 
 def mark_frozen(model: nn.Module) -> None:
-    """Keeps frozen tensors of `model`, or of any module of it that DDP wraps, out of DDP's reach.
+    """Makes DDP ignore the frozen tensors of `model` and of each of its modules.
 
-    Layers that have not run inside DDP yet are checked when they first do.
+    Layers are checked in their first forward pass inside DDP.
     """
     for module in model.modules():
         if isinstance(module, FactoredLinear):
@@ -45,7 +44,7 @@ def mark_frozen(model: nn.Module) -> None:
 
 
 def unmark_frozen(model: nn.Module) -> None:
-    """Undoes `mark_frozen`; to be called while the layers are there."""
+    """Undoes `mark_frozen`; call it before the layers are replaced."""
     for module in model.modules():
         if isinstance(module, FactoredLinear):
             _remove_check(module)
@@ -75,9 +74,9 @@ def _remove_check(layer: nn.Module) -> None:
 
 
 def check_replicas(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Forward pre-hook: in the first pass inside DDP, compares processes, once for all layers.
+    """Forward pre-hook: in the first pass inside DDP, compares all layers between processes.
 
-    What `torch.compile` runs as a whole isn't checked.
+    Modules inside `torch.compile` are not checked.
 
     Raises:
         RuntimeError: frozen weights differ between processes.
@@ -102,7 +101,7 @@ def check_replicas(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         return
     device = next(layer.parameters()).device
     found = torch.cat([sample for _, sample in samples]).to(device)
-    # One maximum of both signs: it is the own value on every process only if all are equal.
+    # The maximum of both signs equals the local values on every process only if all are equal.
     both = torch.stack([found, -found])
     distributed.all_reduce(both, op=distributed.ReduceOp.MAX, group=parallel.process_group)
     unequal = (both[0] != -both[1]).cpu()

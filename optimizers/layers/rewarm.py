@@ -1,4 +1,4 @@
-"""A learning rate that rises again after each event of a layer."""
+"""Re-warm-up of the learning rate after each event of a layer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Rewarmed(UpdateRule):
     Until the first event it is lr. Nothing is stored: s is `step - refreshed_at`.
 
     Attributes:
-        inner: the rule, which has lr.
+        inner: the rule, with learning rate lr.
         steps: w.
     """
 
@@ -73,7 +73,7 @@ class Rewarmed(UpdateRule):
         return self.inner.carry(before, old, new)
 
     def _by_rate(self, states: Sequence[State]) -> list[tuple[Adam, list[int]]]:
-        """Rules with their learning rates, and the positions of what each is for."""
+        """Rules with their learning rates, and the positions that each is for."""
         shares: dict[float, list[int]] = defaultdict(list)
         for i, state in enumerate(states):
             shares[self.share(state)].append(i)
@@ -89,7 +89,7 @@ def _picked(
     states: Sequence[State],
     weights: Sequence[Tensor],
 ) -> tuple[list[Tensor], list[State], list[Tensor]]:
-    """Those of the three at `positions`."""
+    """The entries of three sequences at `positions`."""
     return (
         [grads[i] for i in positions],
         [states[i] for i in positions],

@@ -1,6 +1,6 @@
-"""Seeds of a layer's random draws, from its name rather than its position.
+"""Seeds of a layer's random numbers, from its name rather than its position.
 
-A layer that is frozen or left out then doesn't change what the others draw.
+So a layer that is frozen or excluded doesn't change the random numbers of the others.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from ..engine.seeds import WRAPPERS
 
 
 def layer_seed(seed: int, name: str, *parts: int) -> int:
-    """A 64-bit seed of a layer's own.
+    """The 64-bit seed of a layer.
 
     Args:
         seed: the user's.
-        name: of the layer in its model, without wrappers (`named_layers`).
-        *parts: what else tells draws apart, such as a step.
+        name: the layer's name in its model, without wrappers (`named_layers`).
+        *parts: further integers that distinguish draws, such as a step.
     """
     return mix(seed, name, *parts)
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Each module once, under the name that it has when nothing is wrapped."""
+    """Each module once, under its name without wrappers."""
     modules = dict(model.named_modules())
     for name, module in modules.items():
         parts = name.split(".") if name else []

@@ -1,7 +1,7 @@
 """SLTrain's layer: W = c B A + S, with S on a fixed random support (arXiv 2406.02214).
 
-No dense weight is kept: forward and backward each make W for as long as they use it, and the
-backward pass then makes the dense gradient, of which the parts' gradients are
+No dense weight is stored: forward and backward each make a temporary W, and the backward pass makes
+the dense gradient D, from which the parts' gradients are
 
     D = dY^T X:   dB = c D A^T,   dA = c B^T D,   dv = D on the support
 
@@ -59,7 +59,7 @@ def dense_weight(b_mr: Tensor, a_rn: Tensor, values: Tensor, support: Tensor, c:
 
 
 class _SparseLowRank(torch.autograd.Function):
-    """y = x (c B A + S)^T + b; keeps x and the parts."""
+    """y = x (c B A + S)^T + b; saves x and the parts."""
 
     @staticmethod
     def forward(
@@ -112,7 +112,7 @@ class SparseLowRankLinear(FactoredLinear):
         alpha: c r.
         scaling: c = alpha / r.
         density: d.
-        support_seed: 0-d int64 buffer of a seeded support; a state dict brings its own.
+        support_seed: 0-d int64 buffer of a seeded support, saved in the state dict.
         sparse_index: (nnz,) int32 buffer, flat positions of a stored support.
     """
 
@@ -192,7 +192,7 @@ class SparseLowRankLinear(FactoredLinear):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         if self.support_seed is not None and not self.support_seed.is_meta:
-            # Read once here, so that no step has to wait for the device.
+            # Read once here, so that no step synchronises.
             self._seed = int(self.support_seed)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -6,12 +6,13 @@ Z = X V the gradients are
 
     dX = (H o s) V^T,   ds_i = sum_t H_ti Z_ti,   du_i = dY^T z_i,   dv_i = X^T h_i   (active i)
 
-Those of u and v lack the chain rule's factor s_i (the "enhanced" gradient), so that directions of
-small singular values learn; `enhanced=False` has it. Nothing of W's size is made, and no gradient
-of frozen vectors. `spectral_linear` is the map alone, for layers of other geometries.
+The gradients of u and v omit the chain rule's factor s_i (the "enhanced" gradient), so that
+directions of small singular values are trained; `enhanced=False` includes it. No temporary has W's
+size, and frozen vectors have no gradient. `spectral_linear` is the function alone, for layers of
+other geometries.
 
 Memory per m x n matrix: k (m + n + 1) entries, of which r (m + n) + k are trained. Per token, a
-forward pass keeps n + k entries (x and Z) for the backward pass.
+forward pass saves n + k entries (x and Z) for the backward pass.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SAMPLING = ("mixed", "singular", "uniform")
 
 
 class _Spectral(torch.autograd.Function):
-    """y = ((x V) o s) U^T + b; keeps x, x V and the parts."""
+    """y = ((x V) o s) U^T + b; saves x, x V and the parts."""
 
     @staticmethod
     def forward(
@@ -101,7 +102,7 @@ def spectral_linear(
     bias: Tensor | None = None,
     enhanced: bool = True,
 ) -> Tensor:
-    """x W^T + b with W = U diag(s) V^T, in the precision of `x`, or autocast's where that is on.
+    """x W^T + b with W = U diag(s) V^T, in the precision of `x` or of autocast.
 
     Args:
         x: (..., n).
@@ -126,7 +127,7 @@ def sample(s: Tensor, count: int, generator: torch.Generator, how: str) -> Tenso
 
     Args:
         s: (k,) singular values, at least 0.
-        count: how many of the k.
+        count: number of positions.
         generator: on the CPU.
         how: probabilities "uniform" (1 / k), "singular" (s / sum s) or "mixed", the mean of both.
 
@@ -142,7 +143,7 @@ def sample(s: Tensor, count: int, generator: torch.Generator, how: str) -> Tenso
     total = values.sum()
     by_value = values / total if bool(total.isfinite() & (total > 0)) else even
     share = {"mixed": 0.5, "singular": 1.0, "uniform": 0.0}[how]
-    # A little of the even part, so that there are enough positions to draw from.
+    # A small uniform part, so that enough positions have a nonzero probability.
     odds = share * by_value + (1 - share) * even + 1e-12 * even
     return torch.multinomial(odds, count, generator=generator).sort().values
 
@@ -235,7 +236,7 @@ class SpectralLinear(FactoredLinear):
     def renormalize(self) -> None:
         """In place: active vectors to unit length, which changes W.
 
-        Vectors of length 0, and of length 1 to rounding, stay.
+        Vectors of length 0, and of length 1 up to rounding, are unchanged.
         """
         for vectors in (self.left, self.right):
             norms = vectors.to(wide_dtype(vectors)).norm(dim=0)
@@ -244,7 +245,7 @@ class SpectralLinear(FactoredLinear):
 
     @torch.no_grad()
     def resample(self, selected: Tensor) -> Tensor:
-        """In place: makes other vectors the active ones; W stays.
+        """In place: changes the active vectors; W is unchanged.
 
         Args:
             selected: (r,) distinct positions among the k triples.
@@ -253,7 +254,7 @@ class SpectralLinear(FactoredLinear):
             (k,) int64: the positions that the triples had before; old state [order] is new state.
 
         Raises:
-            ValueError: `selected` isn't r distinct positions; the layer is as it was then.
+            ValueError: `selected` isn't r distinct positions; the layer is unchanged then.
         """
         k, selected = len(self.singular_values), selected.cpu()
         distinct = set(selected.tolist())
@@ -274,7 +275,7 @@ class SpectralLinear(FactoredLinear):
         """In place: a new SVD of W, values descending, so that vectors are orthogonal again.
 
         Returns:
-            False where W isn't finite or the SVD failed; the layer is as it was then.
+            False where W isn't finite or the SVD failed; the layer is unchanged then.
         """
         weight = self.effective_weight()
         if not bool(weight.isfinite().all()):

@@ -1,8 +1,8 @@
-"""SwitchLoRA's layer: factors whose vectors take turns with candidates (arXiv 2406.06564).
+"""SwitchLoRA's layer: factors whose vectors are switched with candidates (arXiv 2406.06564).
 
-W = W_f + c B A with c = 1 / r. Vectors are rows: of A as they are, of B as its columns. Each side
-has N = min(m, n) candidates of which r are in use; exchanging one for another moves the difference
-into W_f, so that W stays.
+W = W_f + c B A with c = 1 / r. Vectors are the rows of A and the columns of B. Each side has
+N = min(m, n) candidates of which r are in use; a switch adds the difference to W_f, so that W is
+unchanged.
 
 Memory per m x n matrix: m n entries frozen, r (m + n) trained, N (m + n) candidates (on the CPU
 with `offload`).
@@ -31,10 +31,10 @@ class SwitchedLinear(FactoredLinear):
         frozen: W_f, m x n buffer.
         rows_a: A, r x n.
         rows_b: B^T, r x m.
-        candidates_a: N x n, a buffer unless offloaded; places of vectors in use hold old values.
+        candidates_a: N x n, a buffer unless offloaded; outdated at the positions in use.
         candidates_b: N x m, likewise.
         selected: (2, r) int64 on the CPU, no buffer: which candidate each row of A and of B is.
-        offload: candidates stay on the CPU wherever the layer moves.
+        offload: candidates stay on the CPU when the layer is moved.
     """
 
     FACTORS: ClassVar[tuple[str, ...]] = ("rows_a", "rows_b")
@@ -58,7 +58,7 @@ class SwitchedLinear(FactoredLinear):
         candidates_a = uniform((count, n), math.sqrt(3) * std_a, weight, seed, 0)
         candidates_b = uniform((count, m), math.sqrt(3) * std_b, weight, seed, 1)
         chosen = torch.arange(count - r, count, device="cpu")
-        # The windows that are switched in A and in B are half a turn apart.
+        # The switched windows of A and B are shifted by r / 2.
         self.selected = torch.stack([chosen, chosen.roll(r // 2)])
         self.rows_a = nn.Parameter(candidates_a[-r:].clone())
         self.rows_b = nn.Parameter(candidates_b[-r:].roll(r // 2, 0).clone())
@@ -105,7 +105,7 @@ class SwitchedLinear(FactoredLinear):
 
     @torch.no_grad()
     def switch(self, side: int, first: int, count: int, seed: int) -> Tensor:
-        """In place: exchanges rows first, first + 1, ... (mod r) for the next candidates; W stays.
+        """In place: exchanges rows first, first + 1, ... (mod r) for candidates; W is unchanged.
 
         Args:
             side: 0 for A, 1 for B.

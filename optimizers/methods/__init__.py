@@ -1,4 +1,4 @@
-"""One page a method; importing this package imports all of them, which fills the table."""
+"""One page per method; importing this package imports all of them, which fills the table."""
 
 from importlib import import_module
 from pkgutil import iter_modules

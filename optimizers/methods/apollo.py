@@ -29,7 +29,7 @@ from ..engine.rule_families import ADAMW
 from ..param_groups import param_groups
 
 PAPER = "2412.05270"
-#: What the released code's values of `proj` stand for.
+#: Our values of the released code's `proj`.
 OFFICIAL_PROJECTORS = {"random": "random", "svd": "singular"}
 _LAST = "no_deprecation_warning"
 

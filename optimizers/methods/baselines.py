@@ -1,7 +1,7 @@
 """Full-rank baselines under the same contract: AdamW, 8-bit AdamW, Adafactor and Muon.
 
-They ignore the projection keys (`rank`, `update_proj_gap`, ...), so that a comparison changes a
-name and nothing else.
+They ignore the projection keys (`rank`, `update_proj_gap`, ...), so that a comparison only has to
+change the name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..param_groups import plain_groups
 class AdamW(LowRankOptimizer):
     """AdamW, numerically `torch.optim.AdamW` (Loshchilov and Hutter, 2019).
 
-    Memory: 2 m n entries in the parameter's precision.
+    Memory: 2 m n entries of `moments_dtype` (fp32 under half-precision weights by default).
     """
 
     projects: ClassVar[bool] = False

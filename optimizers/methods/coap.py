@@ -1,23 +1,23 @@
-"""COAP: a projection that follows the correlation of gradient and momentum.
+"""COAP: a projection updated by the correlation of gradient and momentum.
 
 Chen et al., "COAP: Memory-Efficient Training with Correlation-Aware Gradient Projection", CVPR 2025
 (arXiv 2412.00071). At multiples of `update_interval` the basis takes one step on its loss, at every
 `reproject_factor`-th of them it is re-projected by a warm-started sketch (see
 `projectors.correlation`); then, with R the projection, as GaLore:
 
-    W <- W - s_t scale up(Adam(R)),    then decay
+    W <- W - s_t scale P Adam(R)    (or Adam(R) P^T),    then decay
 
 Memory per m x n matrix: min(m, n) r for P and 2 max(m, n) r for the moments. Convolutions (4-D
 weights) are projected on both channel axes where `rank_ratio_cnn` is given (`projectors.tucker`).
 
-The defaults are the released code's. Its quirks, and what mends them: the P step is a no-op at
-language models' gradient scale (`normalize_gradient=True`); moments are kept when P changes
-(`restore_state=True`, the same as `moments="restore"`, carries them over). Not followed: Adafactor
-without `beta1` fails there at the first P step, here the cosine is left out of the loss; gradients
-of convolutions' factors pile up there from one P step to the next; 8-bit moments are quantised
-there in blocks of 4096 with the signed map for both, here in blocks of 256 with an unsigned one for
-the second; tensors of 4-D below 9217 entries are not projected there when `params` is given, and
-here neither.
+The defaults are the released code's. Its weaknesses, with the options that avoid them: the P step
+has no effect at language models' gradient scale (`normalize_gradient=True`); moments are kept when
+P changes (`restore_state=True`, the same as `moments="restore"`, transports them). Differences:
+Adafactor without `beta1` fails there at the first P step, here the loss omits the cosine; there the
+gradients of convolutions' factors accumulate from one P step to the next; 8-bit moments are
+quantised there in blocks of 4096 with the signed map for both, here in blocks of 256 with an
+unsigned one for the second. As there, 4-D tensors of at most 9216 entries are not projected when
+`params` is given.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ BUILD = {"scale": 0.25}  # the papers' settings; COAP's own default is 1
 
 
 class Coap(LowRankOptimizer):
-    """What the four classes share: the released code's keywords and its sorting of parameters.
+    """Base of the four classes: the released code's keywords and its sorting of parameters.
 
     Group keys: `rank` or `rank_ratio_matrix`, `rank_ratio_cnn`, `update_interval` (another name of
     `update_proj_gap`), `reproject_factor`, `restore_state`, `scale`, `coap_lr`,
@@ -99,7 +99,7 @@ class Coap(LowRankOptimizer):
             if defaults is not None and not is_sized(options):
                 raise ValueError(
                     f"proj_method={projection!r} in a group without a rank: accepted with one of "
-                    f"{', '.join(SIZES)}, in the group or beside the groups"
+                    f"{', '.join(SIZES)}, in the group or as a keyword"
                 )
         if "restore_state" in options:
             restore = options.pop("restore_state")
@@ -163,6 +163,6 @@ class CoapAdafactor(Coap):
     build=BUILD,
 )
 class CoapAdafactor8bit(CoapAdafactor):
-    """COAP with Adafactor and an 8-bit first moment, for which `beta1` is 0.9 unless given."""
+    """COAP with Adafactor and an 8-bit first moment; `beta1` defaults to 0.9."""
 
     rule = ADAFACTOR_8BIT.but(lr=1e-3, beta1=0.9)

@@ -1,13 +1,13 @@
-"""Fira: GaLore whose residual is not dropped but scaled as Adam scales the subspace.
+"""Fira: GaLore with the residual scaled like Adam's update in the subspace, not dropped.
 
 Chen et al., "Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?" (arXiv
 2410.01623). With GaLore's P, R and N (`galore`), and phi, S and L as in `residuals.norm_scaled`:
 
-    W <- W - s_t (alpha up(N) + S),    S = phi o (G - beta up(R)) / L,    then decay
+    W <- W - s_t (alpha P N + S),    S = phi o (G - beta P R) / L,    then decay
 
-Memory: GaLore's and one fp32 number a matrix (the limiter's norm). The gradient is needed whole, so
-micro-batches can't accumulate in the subspace. The default beta = alpha is the released code's;
-`residual_scale=1.0` is the paper's, where the residual has no part in the subspace.
+Memory: GaLore's and one fp32 number a matrix (the limiter's norm). The full gradient is needed, so
+micro-batches can't be accumulated in the subspace. The default beta = alpha is the released code's;
+`residual_scale=1.0` is the paper's, with a residual orthogonal to the subspace.
 """
 
 from __future__ import annotations

@@ -1,22 +1,23 @@
-"""FRUGAL: Adam in a subspace that is redrawn now and then, signSGD outside it.
+"""FRUGAL: Adam in a subspace that is redrawn at intervals, signSGD outside it.
 
 Zmushko et al., "FRUGAL: Memory-Efficient Optimization by Reducing State Overhead for Scalable
 Training" (arXiv 2411.07837). With R the projected gradient and N = Adam(R) in torch's form:
 
-    W <- (1 - lr wd) W - lr scale (up(N) + inactive_lr_scale sign(G - up(R)))
+    W <- (1 - lr wd) W - lr scale (P N + inactive_lr_scale sign(G - P R))
 
-Every `update_proj_gap` steps a subspace is chosen anew and the moments start from zero, their bias
-correction too. By default it is made of random coordinates (rows or columns of the shorter axis);
+(N P^T and R P^T on the right). Every `update_proj_gap` steps a new subspace is chosen and the
+moments and their bias correction are reset. By default it consists of random coordinates (rows or
+columns of the shorter axis);
 `projector="singular"` takes leading singular vectors, `projector="random"` with
 `distribution="orthonormal"` random directions. `density` is the subspace's share: r = density
 min(m, n).
 
 Memory per m x n matrix: 2 density m n for the moments, and 4 r bytes for coordinates or
-min(m, n) r entries for a basis. The paper's choice of whole tensors (its Block mode) is not built:
-every parameter's state has a fixed size here.
+min(m, n) r entries for a basis. The paper's selection of whole tensors (its Block mode) is not
+implemented: every parameter's state has a fixed size here.
 
-Quirks of the released code not taken over: its test of the gap looks at the first tensor's count of
-steps since the last reset, here at each matrix's own count of all steps.
+Difference to the released code: it compares the gap with the first tensor's step count since the
+last reset, here each matrix's total step count decides.
 """
 
 from __future__ import annotations
@@ -29,8 +30,6 @@ from ..engine.method import method
 from ..engine.optimizer import LowRankOptimizer
 from ..engine.options import Group
 from ..engine.rule_families import TORCH_ADAMW
-
-DENSITY = 0.25
 
 
 @method(
@@ -48,30 +47,27 @@ class FrugalAdamW(LowRankOptimizer):
     """
 
     rule = TORCH_ADAMW
-    # As a default it says nothing of a group; one that is given becomes a rank ratio.
-    ungrouped = ("default_density",)
+    # The default does not switch projection on; a given density becomes a rank ratio.
+    ungrouped = ("density",)
     projection_defaults: ClassVar = {
         "projector": "coordinate",
         "residual": "sign",
         "moments": "reset",
         "scale": 1.0,
     }
-    own_keywords = (
-        Keyword("density", DENSITY, "of groups with `is_proj_params=True`, in (0, 1].", "given"),
-    )
+    own_keywords = (Keyword("density", 0.25, "of groups with `is_proj_params=True`, in (0, 1]."),)
     foreign_keys = ("density", "is_proj_params")
 
     @classmethod
     def translate(cls, options: Group, defaults: Group | None) -> Group:
-        """A group's density as a rank ratio, which wins over a rank."""
+        """A group's density as a rank ratio, which takes precedence over a rank."""
         options = dict(options)
         if defaults is None:
-            density = options.pop("density", DENSITY)
-            checks.number("density", density, low=0.0, high=1.0, low_open=True)
-            return {**options, "default_density": density}
+            rank_ratio(options.get("density", 1.0))
+            return options
         density = options.pop("density", None)
         if options.pop("is_proj_params", False) and density is None and "rank" not in options:
-            density = defaults.get("default_density", DENSITY)
+            density = defaults["density"]
         if density is not None:
             options["rank_ratio_matrix"] = rank_ratio(density)
         return options
@@ -84,5 +80,5 @@ def rank_ratio(density: float) -> float:
         ValueError: the density is not in (0, 1].
     """
     checks.number("density", density, low=0.0, high=1.0, low_open=True)
-    # A little less than 1 / density, so that rounding never takes a whole rank away.
+    # Slightly less than 1 / density, so that rounding errors never reduce the rank by one.
     return max(1.0, (1.0 - 1e-12) / density)

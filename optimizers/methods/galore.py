@@ -4,12 +4,13 @@ Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Project
 (arXiv 2403.03507). For W of m x n, P is every `update_proj_gap` steps G's leading singular vectors:
 
     R = P^T G  (m < n)    or    R = G P  (m >= n)
-    N = Adam(R) with moments in the subspace, kept as they are when P changes
+    N = Adam(R) with moments in the subspace, unchanged when P changes
     W <- W - lr scale P N    or    W <- W - lr scale N P^T,    then decay
 
-Memory per m x n matrix: min(m, n) r for P and 2 max(m, n) r for the moments, in the parameter's
-precision; `GaLoreAdamW8bit` keeps the moments in 8 bits, `GaLoreAdafactor` factors the second.
-The defaults are the official code's; with `refresh="svd"` so are the numbers.
+P is the projection matrix, called the basis elsewhere. Memory per m x n matrix: min(m, n) r for P
+in the parameter's precision and 2 max(m, n) r for the moments (fp32 under half-precision weights);
+`GaLoreAdamW8bit` keeps the moments in 8 bits, `GaLoreAdafactor` factors the second. The defaults
+are the official code's; with `refresh="svd"` so are the numbers.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class GaLoreAdamW8bit(LowRankOptimizer):
     """GaLore with block-wise 8-bit Adam moments.
 
     The rule is bitsandbytes' Adam; the quantiser is our own unless `quantizer="bitsandbytes"`, so
-    that no version of bitsandbytes is needed and matrices of any size train.
+    that bitsandbytes is not needed and matrices of any size can be trained.
     """
 
     rule = ADAMW_8BIT

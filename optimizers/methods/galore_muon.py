@@ -3,10 +3,10 @@
 With GaLore's P and R (`galore`) and Muon's momentum and Newton-Schulz iteration (`rules.muon`):
 
     M <- momentum M + (1 - momentum) R,    X = orthogonalize(M or its Nesterov look-ahead)
-    W <- (1 - lr wd) W - lr s scale up(X)
+    W <- (1 - lr wd) W - lr s scale P X    (or X P^T)
 
-X has r singular values near 1, so all r directions of the subspace move alike, whatever the share
-of the gradient that each carries. Muon: Jordan et al., 2024; the projection: Zhao et al., arXiv
+X has r singular values near 1, so all r directions of the subspace take steps of equal size,
+whatever their share of the gradient. Muon: Jordan et al., 2024; the projection: Zhao et al., arXiv
 2403.03507. Memory per m x n matrix: min(m, n) r for P and max(m, n) r for M.
 """
 

@@ -7,8 +7,8 @@ Liao et al., "GaLore+: Boosting Low-Rank Adaptation for LLMs with Cross-Head Pro
     W_j <- W_j - lr scale P Adam(R_j)
 
 All other projected matrices are GaLore's. Memory per m x n attention matrix: m r / h^2 for P and
-2 n r for the moments. The paper's sparse residual is not part of this; its code isn't public, so
-the numbers are the paper's formulas alone.
+2 n r for the moments. The paper's sparse residual is not implemented. Its code isn't public, so
+this follows the paper's formulas alone.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ KEYS_AND_VALUES = ("k_proj", "v_proj", "key", "value")
 def cross_head_groups(
     model: nn.Module, *, heads: int | None = None, fit_on: str = "one", **options: Any
 ) -> list[Group]:
-    """Parameter groups for `GaLorePlusAdamW`: `param_groups`' with queries, keys and values apart.
+    """Parameter groups for `GaLorePlusAdamW`, with separate groups of queries, keys and values.
 
     Args:
         model: as in `param_groups`.

@@ -1,25 +1,26 @@
-"""LoQT: one small factor trained beside a weight in four bits.
+"""LoQT: one low-rank factor trained on top of a 4-bit weight.
 
 Loeschcke et al., "LoQT: Low-Rank Adapters for Quantized Pretraining" (arXiv 2405.16528). Each
 matched layer is W = W_q + c P B (`layers.quantized_low_rank`) of which only B is trained. At the
-steps T_0 = 0, T_{i+1} = T_i + gap + floor(growth^i) the backward pass leaves the gradient G of W
+steps T_0 = 0, T_{i+1} = T_i + gap + floor(growth^i) the backward pass computes the gradient G of W
 itself, and before the step
 
     W <- W_q + c P B,   P <- leading singular vectors of G,   (W_q, B) <- W up to rounding
 
-B's moments start anew and its own gradient, which was the former basis's, is taken as zero.
+B's moments are reset, and its gradient, which belongs to the previous basis, counts as zero.
 
 Memory per m x n matrix in NF4, with b-byte parameters and d = min(m, n), l = max(m, n):
 (m n + d r) (1 / 2 + b / 64) + b l r for weights, 2 b l r for moments, b l r for gradients; at
 the steps T_i b m n for the gradient of W.
 
 G is summed over micro-batches and, where `torch.distributed` is on, averaged over all processes;
-one whose micro-batches didn't run through a layer counts as zero there.
-Ours: the released code keeps B's moments (`reset="none"`).
+a process without a gradient of a layer counts as zero there.
+Difference: the released code keeps B's moments (`reset="none"`).
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
@@ -39,7 +40,7 @@ from ..projectors import REFRESH_MODES
 from ..projectors.decompositions import bases
 from ..rules import UpdateRule
 
-#: What may become of the factor's moments when its basis changes.
+#: Resets of the factor's moments when its basis changes.
 RESETS = ("zero", "none")
 
 
@@ -56,7 +57,7 @@ RESETS = ("zero", "none")
 class LoQTAdamW(FactoredAdamW):
     """LoQT with AdamW; all other parameters get plain AdamW.
 
-    Group key `update_proj_gap`: steps between bases, at first.
+    Group key `update_proj_gap`: initial number of steps between bases.
     """
 
     layer_type: ClassVar[type[FactoredLinear]] = QuantizedLowRankLinear
@@ -81,6 +82,7 @@ class LoQTAdamW(FactoredAdamW):
 
     def _make_attributes(self) -> None:
         super()._make_attributes()
+        self._warned = False
         self._renewed: list[tuple[Link, float]] = []
 
     def compose(self, group: Group) -> Composition:
@@ -94,7 +96,7 @@ class LoQTAdamW(FactoredAdamW):
         return super().compose(group)
 
     def factor_rule(self, group: Group) -> UpdateRule:
-        """Adam whose bias corrections count from when its moments last started anew."""
+        """Adam whose bias corrections count from the last reset of its moments."""
         return self.rule.make(group, restarts=True)
 
     def attach(self, model: nn.Module) -> Self:
@@ -104,18 +106,19 @@ class LoQTAdamW(FactoredAdamW):
         return self
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state; the layers collect what its next step needs."""
+        """Loads a state; makes the layers compute the gradients that the next step needs."""
         super().load_state_dict(state_dict)
         self._watch()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears gradients, those of whole weights as well."""
+        """Clears gradients, including those of full weights."""
         super().zero_grad(set_to_none)
         self._watch()
 
     def _before(self) -> None:
         due = [link for link in self._links if self._is_due(link)]
         gradients = mean_gradients([self._gradient(link) for link in due], due)
+        self._warn_of_missing(due, gradients)
         renewed = [
             (link, self._renew_basis(link, gradient))
             for link, gradient in zip(due, gradients, strict=True)
@@ -124,8 +127,24 @@ class LoQTAdamW(FactoredAdamW):
         self._renewed = [(link, change) for link, change in renewed if change is not None]
         self._restart()
 
+    def _warn_of_missing(self, due: Sequence[Link], gradients: Sequence[Tensor | None]) -> None:
+        """Says once that a layer whose factor has a gradient has none of its full weight."""
+        missing = [
+            link.name
+            for link, gradient in zip(due, gradients, strict=True)
+            if gradient is None and link.factors()[0].grad is not None
+        ]
+        if missing and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{type(self).__name__} has no gradient of the full weight of {missing[0]}, from "
+                "which its basis is computed, so the layer is not trained: accepted is "
+                "loss.backward(), which torch.autograd.grad and backward(inputs=...) don't replace",
+                stacklevel=4,
+            )
+
     def _after(self) -> None:
-        self._restart()  # the step that had no gradient doesn't count
+        self._restart()  # a step without a gradient doesn't count
         if self._renewed:
             step = self._steps(self._renewed[0][0]) - 1
             change = max(change for _, change in self._renewed)
@@ -134,7 +153,7 @@ class LoQTAdamW(FactoredAdamW):
         self._watch()
 
     def _events_after(self, group: Group, steps: int) -> int:
-        # A basis that is due now is found in the step to come.
+        # A basis that is due now is computed in the next step.
         return bases_by(group, steps - 1) if steps else 0
 
     def _restart(self) -> None:
@@ -143,7 +162,7 @@ class LoQTAdamW(FactoredAdamW):
                 self._renew(link.factors()[0], self.factor_rule(link.group))
 
     def _watch(self) -> None:
-        """Each layer collects its weight's gradient if the next step is one of T_i."""
+        """Makes each layer compute its weight's gradient if the next step is one of T_i."""
         for link in self._links:
             assert isinstance(link.layer, QuantizedLowRankLinear)
             link.layer.watch(on=False)
@@ -155,12 +174,12 @@ class LoQTAdamW(FactoredAdamW):
         return bases_by(link.group, self._steps(link)) > self._events(link)
 
     def _gradient(self, link: Link) -> Tensor | None:
-        """This process's gradient of a weight, if it has one and the factor has one, too."""
+        """This process's gradient of a weight, if both the weight and the factor have one."""
         assert isinstance(link.layer, QuantizedLowRankLinear)
         return link.layer.weight_gradient if link.layer.factor.grad is not None else None
 
     def _renew_basis(self, link: Link, gradient: Tensor) -> float | None:
-        """How much the weight changed; None where no basis is to be found in the gradient."""
+        """Returns the weight's relative change; None if the gradient gives no basis."""
         layer, group = link.layer, link.group
         assert isinstance(layer, QuantizedLowRankLinear)
         factor = layer.factor
@@ -181,7 +200,7 @@ class LoQTAdamW(FactoredAdamW):
 
 
 def bases_by(group: Group, step: int) -> int:
-    """How many of T_0, T_1, ... are at most `step`."""
+    """Number of T_0, T_1, ... that are at most `step`."""
     gap, growth = int(group["update_proj_gap"]), float(group["gap_growth"])
     due, count = 0, 0
     while due <= step:
@@ -191,22 +210,22 @@ def bases_by(group: Group, step: int) -> int:
 
 
 def largest_entry(matrix_mn: Tensor) -> float:
-    """The largest magnitude, NaN if there is one, without a matrix of magnitudes."""
+    """The largest magnitude, NaN if any entry is, without a temporary matrix."""
     low, high = matrix_mn.aminmax()
     return float(torch.maximum(high, -low))
 
 
 def mean_gradients(own: Sequence[Tensor | None], links: Sequence[Link]) -> list[Tensor | None]:
-    """The means over processes, which all must find the same basis.
+    """The mean gradients over processes, so that all compute the same basis.
 
-    Processes first tell each other which gradients there are, so that all reduce the same ones.
+    Processes first exchange which gradients they have, so that all reduce the same ones.
 
     Args:
         own: this process's gradients, m x n; overwritten.
-        links: the layers that they are of, the same ones on each process.
+        links: their layers, the same on each process.
 
     Returns:
-        For each layer the mean, or None where no process has a gradient.
+        For each layer the mean, or None if no process has a gradient.
     """
     if not own or not distributed.is_available() or not distributed.is_initialized():
         return list(own)

@@ -1,11 +1,11 @@
 """Plain low-rank factors, W = c B A, and the refactorisation that keeps them balanced.
 
-What SLTrain and others are compared with ("Low-Rank" in GaLore's table 2; Kamalakara et al., 2022).
-With `refactor_gap` the factors are, at the end of every so many steps,
+The baseline of SLTrain and others ("Low-Rank" in GaLore's table 2; Kamalakara et al., 2022).
+With `refactor_gap` the factors are refactorised every `refactor_gap` steps,
 
     B A = U D V^T,   B <- U sqrt(D),   A <- sqrt(D) V^T
 
-and their moments and bias corrections start anew: weight refactorisation and momentum reset of
+and their moments and bias corrections are reset: weight refactorisation and momentum reset of
 Glentis et al., "Scalable Parameter and Memory Efficient Pretraining for LLM" (arXiv 2505.22922).
 
 Memory per m x n matrix with b-byte parameters: b r (m + n) for weights, twice that for moments.
@@ -57,7 +57,7 @@ class LowRankAdamW(FactoredAdamW):
         return super().compose(group)
 
     def factor_rule(self, group: Group) -> UpdateRule:
-        """Adam whose bias corrections start anew at each refactorisation."""
+        """Adam whose bias corrections restart at each refactorisation."""
         return self.rule.make(group, restarts=True)
 
     def _needs_layers(self, group: Group) -> bool:
@@ -82,9 +82,9 @@ class LowRankAdamW(FactoredAdamW):
 
 @torch.no_grad()
 def refactor_(b_mr: Tensor, a_rn: Tensor) -> None:
-    """In place: B <- U sqrt(D), A <- sqrt(D) V^T from the SVD of B A, which stays.
+    """In place: B <- U sqrt(D), A <- sqrt(D) V^T from the SVD of B A, which is unchanged.
 
-    Factors that are not finite stay as they are.
+    Factors that are not finite are left unchanged.
 
     Args:
         b_mr: B, m x r.

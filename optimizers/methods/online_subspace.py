@@ -1,4 +1,4 @@
-"""Online Subspace Descent: GaLore whose subspace learns with every gradient, without an SVD.
+"""Online Subspace Descent: GaLore with a subspace updated at every step, without an SVD.
 
 Liang et al., "Memory-Efficient LLM Training with Online Subspace Descent", NeurIPS 2024 (arXiv
 2408.12857). P starts as the first gradient's leading singular vectors; then at each step, with R
@@ -7,14 +7,14 @@ and N as in `galore`:
     W <- W - lr scale P N    (or N P^T),    then decay
     P <- P - lr_P OptimizerOfP(dL/dP),    L(P) = ||P P^T Ghat - Ghat||^2,    see `projectors.online`
 
-The moments of R are kept as they are. Memory per m x n matrix: GaLore's, and 2 min(m, n) r for P's
+The moments of R are kept unchanged. Memory per m x n matrix: GaLore's, and 2 min(m, n) r for P's
 AdamW (Lion: half of that, SGD: none).
 
-Quirks of the released code, which are the defaults here, and what mends them: no penalty that keeps
-P orthonormal, the paper's is `orthogonality=0.1`; lr_P = lr / (lr_0 update_proj_gap) has nothing to
-do with the size of lr, the paper's is `online_lr=5 * lr`; weight decay 0.01 on P under AdamW
-(`online_optimizer="sgd"` has none); Lion takes its sign after the back-projection, where `scale`
-loses its effect (`sign="subspace"` takes it before). P's optimizer state is part of `state_dict`.
+The defaults are the released code's, which differ from the paper: no penalty on P^T P - I, the
+paper has `orthogonality=0.1`; lr_P = lr / (lr_0 update_proj_gap) doesn't depend on the size of lr,
+the paper has `online_lr=5 * lr`; weight decay 0.01 on P under AdamW (none with
+`online_optimizer="sgd"`); Lion's sign is taken after the back-projection, where `scale` has no
+effect (`sign="subspace"` takes it before). P's optimizer state is part of `state_dict`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ..residuals import Dropped, SignedBack
 PAPER = "2408.12857"
 _GALORE = {"projector": "singular", "schedule": "every"}
 
-#: What the released code's values of `proj_type` stand for.
+#: Our options for the released code's values of `proj_type`.
 OFFICIAL_PROJ_TYPES: dict[str, dict[str, Any]] = {
     **{
         f"continuous{suffix}": {
@@ -56,7 +56,7 @@ OFFICIAL_PROJ_TYPES: dict[str, dict[str, Any]] = {
 
 
 class OnlineSubspace(LowRankOptimizer):
-    """What the four classes share: the online projector and the released code's group keys.
+    """Base of the four classes: the online projector and the released code's group keys.
 
     Further group keys: `online_optimizer` ("adamw", "sgd", "lion", "adam8bit"), `online_lr`,
     `orthogonality`. `proj_type` may be one of `OFFICIAL_PROJ_TYPES`; "std", "left", "right" and
@@ -107,7 +107,7 @@ class OnlineSubspaceAdamW(OnlineSubspace):
     state="3 m r, and 2 n r bytes",
 )
 class OnlineSubspaceAdamW8bit(OnlineSubspace):
-    """Online Subspace Descent with block-wise 8-bit Adam moments; P's optimizer is as given."""
+    """Online Subspace Descent with 8-bit Adam moments; `online_optimizer` sets those of P."""
 
     rule = ADAMW_8BIT
 

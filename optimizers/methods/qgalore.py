@@ -1,11 +1,11 @@
-"""Q-GaLore: 8-bit GaLore with lazy refreshes, a basis in four bits and weights in eight.
+"""Q-GaLore: 8-bit GaLore with lazy refreshes, a 4-bit basis and 8-bit weights.
 
 Zhang et al., "Q-GaLore: Quantized GaLore with INT4 Projection and Layer-Adaptive Low-Rank
 Gradients" (arXiv 2407.08296). GaLore's step (`galore`) with 8-bit moments, in which
 
-    P is read as s (q - z) from 4-bit codes               (`projectors.quantized_storage`)
+    P is read as s (q - z) from 4-bit codes               (`storage.quantized`)
     each matrix is refitted at multiples of its own gap,
-    which doubles where the leading vector holds still    (`projectors.lazy`)
+    which doubles while the leading vector is stable      (`schedules.lazy`)
     W is read as s (q - z) from 8-bit codes, updated in
     fp32 and rounded stochastically with new s and z      (`weights.int8`)
 
@@ -13,12 +13,12 @@ Memory per m x n matrix with b-byte parameters: min(m, n) r / 2 for P's codes an
 its groups of 256; 2 max(m, n) r and 8 bytes a block of 256 for the moments; 4 (d + 5) for the
 schedule, d being P's length; m n for the weight's codes and 2 b for each of its groups of 256.
 
-What the released code does otherwise: it stores P's codes one a byte; clips weight groups of one
-sign, where here zero belongs to each group's range; keeps bf16 weights' dense copies in bf16 while
-they are updated; rounds the low-rank update to the weight's precision before projecting it back;
-keeps the weight's gradient in an attribute that clipping and DDP do not see; and does not train
-norms, embeddings and head when updates run layer by layer. `build` quantises the weights
-(`weight_bits=None` leaves them dense); the class itself takes any parameters, INT8 or not.
+Differences: the released code stores one code of P per byte; clips weight groups of one sign, where
+here each group's range includes zero; updates dense copies of bf16 weights in bf16; rounds the
+low-rank update to the weight's precision before the back-projection; stores the weight's gradient
+in an attribute that clipping and DDP ignore; and does not train norms, embeddings and head when
+updating layer by layer. `build` quantises the weights (`weight_bits=None` leaves them dense); the
+class itself accepts any parameters, INT8 or not.
 """
 
 from __future__ import annotations

@@ -6,25 +6,26 @@ matched linear layer are trained. At the end of every `update_proj_gap`-th step
 
     W_f <- W_f + c B A,   A <- U(+-1/sqrt(n)),   B <- 0
 
-and the moments of A and B are pruned, so that the next factors don't go on in the old direction.
-Both moments of an entry are kept or lost together, and Adam's bias corrections count from the merge
-on; the factors' learning rate then rises for `rewarm` steps. All other parameters keep theirs.
+and the moments of A and B are pruned, so that the new factors don't continue in the old direction.
+Both moments of an entry are kept or zeroed together, and Adam's bias corrections count from the
+merge; the factors' learning rate then warms up for `rewarm` steps. Other parameters keep theirs.
 
-The released code (`official=True`) prunes each moment by draws of its own and lets step counts go
-on. An entry of M whose fellow in V is lost makes steps of M / (sqrt(0.001) |G|), and one that lost
-both makes steps of 3 lr; that code leaves the learning rate's re-warm-up to the schedule
+The released code (`official=True`) prunes each moment independently and continues the step counts.
+An entry of M with V set to zero takes steps of M / (sqrt(0.001) |G|), and one with both set to zero
+takes steps of 3 lr; that code leaves the learning rate's re-warm-up to the schedule
 (`cosine_restarts` of our trainer), without which such steps can end in NaN.
 
 `heads=H` (an option of the layers) trains H pairs of factors, each on its share of the batch, and
 merges their mean: LoRA-the-Explorer (Huh et al., arXiv 2402.16728). Its released code keeps the
-factors at a merge and subtracts what was merged from then on; here they start anew as ReLoRA's do,
+factors at a merge and subtracts the merged product afterwards; here they are reset as in ReLoRA,
 which needs no copy of them.
 
 Memory per m x n matrix with b-byte parameters: b (m n + r (m + n)) for weights, 2 b r (m + n) for
 moments and b r (m + n) for gradients.
 
-The sum is taken in fp32 and rounded stochastically where W_f is bf16, so that a small B A is kept
-in the mean (`LowRankLinear.merge`). A is drawn from (seed, layer, merge), equal on every process.
+The sum is taken in fp32 and rounded stochastically where W_f is bf16, so that a small B A is
+preserved in expectation (`LowRankLinear.merge`). A is drawn from (seed, layer, merge), equal on
+every process.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ from ..layers.optimizer import FactoredAdamW, Link
 from ..layers.rewarm import Rewarmed
 from ..rules import UpdateRule
 
-#: What may become of the factors' moments at a merge.
+#: Resets of the factors' moments at a merge.
 RESETS = ("zero", "random", "magnitude", "none")
-#: The longest re-warm-up that is chosen for a gap.
+#: Upper bound of the default re-warm-up.
 LONGEST_REWARM = 100
 
 
@@ -111,13 +112,13 @@ class ReLoRAAdamW(FactoredAdamW):
         return super().compose(group)
 
     def factor_rule(self, group: Group) -> UpdateRule:
-        """Adam whose bias corrections and learning rate start anew at each merge."""
+        """Adam whose bias corrections and learning rate warm-up restart at each merge."""
         restarts = not group["official"] and group["reset"] != "none"
         rule, steps = adam_rule(group, restarts=restarts), rewarm_steps(group)
         return Rewarmed(rule, steps)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restores a state; one of version 0.1, which lacks our options, goes on as it did."""
+        """Restores a state; one of version 0.1, without the new options, behaves as it did."""
         for group in state["param_groups"]:
             if "official" not in group:
                 group.update(official=True, rewarm=0)
@@ -140,24 +141,24 @@ class ReLoRAAdamW(FactoredAdamW):
             state = self.state[param]
             state["events"], state["refreshed_at"] = count, int(state["step"])
             moments = [state[key] for key in ("exp_avg", "exp_avg_sq")]
-            apart = [[moment] for moment in moments] if group["official"] else [moments]
-            for which, together in enumerate(apart):
+            batches = [[moment] for moment in moments] if group["official"] else [moments]
+            for which, together in enumerate(batches):
                 own = mix(seed, position, which)
                 prune_(together, group["reset"], group["prune_ratio"], own)
 
 
 def rewarm_steps(group: Group) -> int:
-    """Steps after a merge in which a group's learning rate rises."""
+    """Steps of re-warm-up of a group's learning rate after a merge."""
     if group["rewarm"] is not None:
         return int(group["rewarm"])
     return 0 if group["official"] else min(max(1, group["update_proj_gap"] // 10), LONGEST_REWARM)
 
 
 def prune_(moments: Sequence[Tensor], how: str, ratio: float, seed: int) -> None:
-    """In place: sets a share of entries to zero, the same ones of each moment.
+    """In place: sets a share of the entries to zero, the same entries in each moment.
 
     Args:
-        moments: of one shape; the first one's magnitudes count.
+        moments: of one shape; "magnitude" ranks the entries of the first.
         how: one of `RESETS`.
         ratio: share of the entries.
         seed: of "random"; equal seeds prune equally on every device.

@@ -1,4 +1,4 @@
-"""SLTrain: weights that are low-rank plus sparse, with no dense weight anywhere.
+"""SLTrain: low-rank plus sparse weights, without a stored dense weight.
 
 Han et al., "SLTrain: a sparse plus low-rank approach for parameter and memory efficient
 pretraining" (arXiv 2406.02214). Each matched layer is W = c B A + S with c = alpha / r and S of a

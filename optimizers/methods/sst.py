@@ -1,4 +1,4 @@
-"""SST: all singular values of a weight and, in turns, a few of its singular vectors are trained.
+"""SST: trains all singular values of a weight and a changing subset of its singular vectors.
 
 Zhao et al., "Sparse Spectral Training and Inference on Euclidean and Hyperbolic Neural Networks"
 (arXiv 2405.15481). Each matched layer is W = U diag(s) V^T with k = min(m, n) triples
@@ -7,16 +7,15 @@ not scaled by s ("enhanced"). After each step
 
     s <- max(s, 0),   u_i <- u_i / ||u_i||,   v_i <- v_i / ||v_i||   for active i
 
-and after each `update_proj_gap` steps (an iteration) r columns are drawn anew, with fresh moments
+and after each `update_proj_gap` steps (an iteration) r columns are redrawn, with reset moments
 and bias corrections. After ceil(k / r) iterations (a round) U, s, V <- SVD(U diag(s) V^T) comes
-first; the moments of s follow the order of the values. Weight decay shrinks s alone, since vectors
-get their length back. The learning rate's warm-up after a draw is
-the schedule's (`cosine_restarts`).
+first; the moments of s are permuted with the values. Weight decay only affects s, since vectors are
+renormalised. The learning rate's warm-up after a draw is left to the schedule (`cosine_restarts`).
 
 Memory per m x n matrix with b-byte parameters: b k (m + n + 1) for weights, 2 b (r (m + n) + k) for
 moments and half of that for gradients.
 
-Left open by the sources and settled here: draws are without replacement, with the probability
+Not specified by the sources, chosen here: draws are without replacement, with the probability
 (1 / k + s_i / sum s) / 2 (`sampling` has others), from (seed, layer, iteration), equal on every
 process. On a LLaMA of 1M parameters, 320 steps of English text and three seeds, none of this
 mattered: perplexity was 100.5 with the defaults and a gap of 40, 100.2 by singular value alone,
@@ -75,7 +74,7 @@ class SSTAdamW(FactoredAdamW):
         return super().compose(group)
 
     def factor_rule(self, group: Group) -> UpdateRule:
-        """Adam whose bias corrections start anew at each draw."""
+        """Adam whose bias corrections restart at each draw."""
         return self.rule.make(group, restarts=True)
 
     def _after(self) -> None:
@@ -94,7 +93,7 @@ class SSTAdamW(FactoredAdamW):
             self._call_event_hooks(LayerEvent("resample", self._steps(due[0]), len(due)))
 
     def _redecompose(self, link: Link) -> bool:
-        """At the end of a round: whether the layer has a new decomposition."""
+        """Redecomposes a layer at the end of a round; returns whether it did."""
         layer = link.layer
         assert isinstance(layer, SpectralLinear)
         rounds = -(-len(layer.singular_values) // layer.rank)

@@ -1,19 +1,19 @@
-"""SwitchLoRA: factors whose vectors are exchanged, a few at each step, for candidates.
+"""SwitchLoRA: factors of which a few vectors are switched with candidates at each step.
 
 Zhou et al., "SwitchLoRA: Switched Low-Rank Adaptation Can Learn Full-Rank Information" (arXiv
-2406.06564). At the start of step q, with gradients there, each layer (`layers.switched`) exchanges
+2406.06564). At the start of step q, after backward, each layer (`layers.switched`) switches
 
     k = floor(r / interval) + Bernoulli(frac(r / interval)),  interval = i_0 / 0.3^((q+1) / (rho T))
 
-rows of A for the next candidates, and k columns of B elsewhere in turn. W doesn't change. What
-stands opposite an exchanged vector (b_i opposite a_i) gets fresh moments and is held for
-`freeze_steps` steps; the exchanged vector's own moments stay. Adam's bias corrections count for
-each vector (`rules.vector_adam`).
+rows of A with the next candidates, and k other columns of B in turn. W doesn't change. The
+counterpart of a switched vector (b_i of a_i) gets zero moments and is frozen for `freeze_steps`
+steps; the switched vector's moments are kept. Adam's bias corrections count each vector's steps
+(`rules.vector_adam`).
 
 Memory: as `layers.switched`, and 2 r (m + n) entries and 8 bytes a pair of vectors for moments.
 
 The released code stops when the interval is too short for the freezing; here that is an error at
-construction. Draws come from (seed, layer, step), equal on every process.
+construction. Random numbers depend on (seed, layer, step), equal on every process.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class SwitchLoRAAdamW(FactoredAdamW):
     """
 
     layer_type: ClassVar[type[FactoredLinear]] = SwitchedLinear
+    awaited: ClassVar[str] = "both of its factors are"
     own_keywords = (
         Keyword(
             "switch_interval",
@@ -81,7 +82,7 @@ class SwitchLoRAAdamW(FactoredAdamW):
         self._counted: list[Link] = []
 
     def compose(self, group: Group) -> Composition:
-        """AdamW, for factors with a step count a vector, and the checked schedule."""
+        """AdamW, with a step count per vector for factors, and the checked schedule."""
         checks.integer("freeze_steps", group["freeze_steps"], low=0)
         low = max(1, 2 * group["freeze_steps"])
         checks.number("switch_interval", group["switch_interval"], low=low)
@@ -91,7 +92,7 @@ class SwitchLoRAAdamW(FactoredAdamW):
         return super().compose(group)
 
     def factor_rule(self, group: Group) -> UpdateRule:
-        """Adam with a step count a vector."""
+        """Adam with a step count per vector."""
         return vector_adam_rule(group)
 
     def _patience(self, group: Group) -> float:
@@ -110,10 +111,10 @@ class SwitchLoRAAdamW(FactoredAdamW):
         self._counted = []
 
     def _is_due(self, link: Link) -> bool:
-        """Whether this step is the layer's next, and will be taken by both factors."""
+        """Whether both factors of the layer have a gradient in this step."""
         if self._events(link) > self._steps(link):
             return False
-        # A parameter without a gradient stays as it is, so its rows aren't exchanged.
+        # A parameter without a gradient takes no step, so its rows aren't switched.
         grads = [param.grad for param in link.factors() if param.grad is not None]
         if len(grads) < 2 or not link.group["skip_nonfinite"]:
             return len(grads) == 2
@@ -127,7 +128,7 @@ class SwitchLoRAAdamW(FactoredAdamW):
         count = min(_draw(layer.rank / interval(group, step), seed), layer.spare)
         starts = (states[0]["switched"], states[0]["switched"] + layer.rank // 2)
         for side in (0, 1):
-            # Neither window may reach vectors that are held, which lie behind the other's start.
+            # Neither window may reach held vectors, which precede the other's start.
             held = int(states[side]["held"].count_nonzero())
             count = min(count, (starts[1 - side] - held - starts[side]) % layer.rank)
         for side, other in ((0, states[1]), (1, states[0])):
@@ -143,14 +144,14 @@ class SwitchLoRAAdamW(FactoredAdamW):
 
 
 def interval(group: dict[str, Any], step: int) -> float:
-    """Steps in which a layer exchanges as many vectors as it has, at step `step` (0 first)."""
+    """Steps in which a layer switches r vectors, at step `step` (from 0)."""
     share = (step + 1) / (group["descent_rate"] * group["total_steps"])
     rate = max(_FALL**share, 1e-8)
     return float(group["switch_interval"] / rate)
 
 
 def _draw(mean: float, seed: int) -> int:
-    """An integer with this mean, the one below or the one above."""
+    """A random integer with this mean, rounded down or up."""
     generator = torch.Generator().manual_seed(seed)
     share = float(torch.rand((), generator=generator))
     return math.floor(mean) + (share < mean % 1)

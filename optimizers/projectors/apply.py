@@ -47,7 +47,7 @@ def project(
         r x n (left), k x r (right) or r x r (both), in the gradient's precision.
     """
     if dtype is not None and dtype != grad_kn.dtype:
-        return _project_slabs(grad_kn, bases, geometry, rows, dtype)
+        return _project_chunks(grad_kn, bases, geometry, rows, dtype)
     own = [basis.to(grad_kn.dtype) for basis in bases]
     if geometry.side is Side.RIGHT:
         return grad_kn @ own[0]
@@ -55,7 +55,7 @@ def project(
     return projected_rn if geometry.side is Side.LEFT else projected_rn @ own[1]
 
 
-def _project_slabs(
+def _project_chunks(
     grad_kn: Tensor,
     bases: Sequence[Tensor],
     geometry: Geometry,

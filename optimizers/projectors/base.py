@@ -77,6 +77,8 @@ class Projector(ABC):
     DIMENSIONS: ClassVar[tuple[int, ...]] = (2,)
     #: Whether `track` changes the bases.
     TRACKS: ClassVar[bool] = False
+    #: Whether a fit reads the gradient, so that processes can share it (`share_refreshes`).
+    FITS_GRADIENT: ClassVar[bool] = True
     #: Whether bases have orthonormal columns (to the storage's precision).
     ORTHONORMAL: ClassVar[bool] = True
 
@@ -132,6 +134,17 @@ class Projector(ABC):
         """Stores the parameter's bases."""
         for key, basis in zip(param.geometry.basis_shapes, bases, strict=True):
             self.storage.write(param.state, key, basis)
+        param.read = None
+
+    def stored(self, param: ProjectedParam) -> list[Tensor]:
+        """The tensors that hold the bases, for other processes to copy."""
+        tensors: list[Tensor] = []
+        for key in param.geometry.basis_shapes:
+            tensors += self.storage.tensors(param.state, key)
+        return tensors
+
+    def received(self, param: ProjectedParam) -> None:
+        """Called instead of `fit` where another process fitted and `stored` were copied."""
         param.read = None
 
     def project(self, param: ProjectedParam) -> Tensor:

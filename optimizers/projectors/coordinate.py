@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ INDEX = "_index"  # suffix of the key of the basis that the indices represent
 @dataclass(frozen=True)
 class CoordinateProjector(Projector):
     """The subspace of r random coordinates of the projected axis, or of both axes."""
+
+    FITS_GRADIENT: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.storage != DenseBasis():

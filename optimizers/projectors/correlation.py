@@ -29,13 +29,14 @@ import torch
 from torch import Tensor
 
 from ..engine import checks
-from ..engine.chunks import row_chunks, wide_dtype
+from ..engine.chunks import wide_dtype
 from ..engine.geometry import Geometry, RowRange, Side
 from ..engine.rotation import Rotation
 from ..schedules.base import passed
 from . import apply, decompositions, subspace, tucker
 from .base import Bases, ProjectedParam, Projector
 from .norms import axis_norms
+from .operand import cast_product
 from .singular import align_signs
 
 #: Seed of the first sketch, the released code's.
@@ -142,22 +143,6 @@ def descend(basis_dr: Tensor, grad_dr: Tensor, lr: float) -> Tensor:
     return moved
 
 
-def _product(grad_mn: Tensor, other: Tensor, transposed: bool) -> Tensor:
-    """G X or G^T X in X's precision; G is cast in chunks of rows if it differs."""
-    if grad_mn.dtype == other.dtype:
-        product: Tensor = (grad_mn.mT if transposed else grad_mn) @ other
-        return product
-    m, n = grad_mn.shape
-    result = other.new_zeros(n if transposed else m, other.shape[1])
-    for span in row_chunks(grad_mn):
-        piece = grad_mn[span].to(other.dtype)
-        if transposed:
-            result.addmm_(piece.mT, other[span])
-        else:
-            result[span] = piece @ other
-    return result
-
-
 def reprojected(grad_mn: Tensor, sketch_dr: Tensor, side: Side, mode: str) -> Tensor:
     """Singular vectors of the gradient restricted to the range found by a sketch, d x r.
 
@@ -172,8 +157,8 @@ def reprojected(grad_mn: Tensor, sketch_dr: Tensor, side: Side, mode: str) -> Te
     """
     left = side is Side.LEFT
     sketch_dr = sketch_dr.to(wide_dtype(grad_mn))
-    range_lr = torch.linalg.qr(_product(grad_mn, sketch_dr, left)).Q
-    small_rd = _product(grad_mn, range_lr, not left).mT
+    range_lr = torch.linalg.qr(cast_product(grad_mn, sketch_dr, left)).Q
+    small_rd = cast_product(grad_mn, range_lr, not left).mT
     scale = float(torch.linalg.vector_norm(small_rd, torch.inf))
     solver = "svd" if mode == "svd" else "eigh"
     rank = sketch_dr.shape[1]

@@ -31,6 +31,20 @@ def axis_norms(matrix: Tensor, axis: int) -> Tensor:
     return squares.sqrt_()
 
 
+def safe_norm(norms: Tensor) -> Tensor:
+    """The Euclidean norm of nonnegative numbers, 0-d, also where squares over- or underflow."""
+    peak = norms.max()
+    # An infinite one stays infinite instead of inf / inf.
+    scale = torch.where(peak.isfinite(), peak, 1.0).clamp(min=torch.finfo(norms.dtype).tiny)
+    norm: Tensor = torch.linalg.vector_norm(norms / scale) * scale
+    return norm
+
+
+def weighted_norm(norms: Tensor, factors: Tensor) -> Tensor:
+    """The norm of what has these norms by index, times factors, 0-d; a factor 0 leaves nothing."""
+    return safe_norm(torch.where(factors == 0, 0.0, norms * factors))
+
+
 def reconstructed_squares(
     param: ProjectedParam,
     projected: Tensor,
@@ -52,9 +66,10 @@ def reconstructed_squares(
         and (small or basis.dtype == wide_dtype(basis))
     ):
         return projected_squares
+    wide = projected.to(projected_squares.dtype)
     with exact_fp32():
-        products = projector.rotation(param, (basis,))(projected)
-    squares: Tensor = (products * projected).sum(axis, keepdim=True, dtype=projected_squares.dtype)
+        products = projector.rotation(param, (basis,))(wide)
+    squares: Tensor = (products * wide).sum(axis, keepdim=True)
     return squares.clamp_(min=0)
 
 
@@ -79,8 +94,7 @@ def outside_norm(
     if param.grad.device.type == "cpu" and bool(by_index.sum() < 1e-3 * total):
         return _direct_norm(param, projected, projector, phi, beta)
     floor = squares * torch.finfo(squares.dtype).eps
-    norm: Tensor = (phi.square() * torch.maximum(by_index, floor)).sum().sqrt()
-    return norm
+    return weighted_norm(torch.maximum(by_index, floor).sqrt_(), phi)
 
 
 @exact_fp32()
@@ -92,5 +106,5 @@ def _direct_norm(
     for span in row_chunks(param.grad):
         outside = projector.outside(param, projected, span, beta)
         factors = phi if left else phi[span]
-        total += torch.linalg.vector_norm(outside.to(phi.dtype).mul_(factors)).square()
+        total += torch.linalg.vector_norm(outside.to(phi.dtype) * factors).square()
     return total.sqrt_()

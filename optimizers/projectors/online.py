@@ -35,7 +35,7 @@ from ..rules import Adam, Adam8bit, Lion, Momentum, UpdateRule
 from ..rules.precision import MOMENT_DTYPES
 from . import apply
 from .base import Bases, ProjectedParam
-from .norms import axis_norms
+from .norms import axis_norms, safe_norm
 from .singular import SingularProjector
 
 PREFIX = "basis_"
@@ -46,9 +46,7 @@ ONLINE_OPTIMIZERS = ("adamw", "sgd", "lion", "adam8bit")
 def total_norm(grad: Tensor, rows: RowRange) -> Tensor:
     """||G||, 0-d, in fp32 (fp64 for fp64), safe where its square would overflow."""
     norms = axis_norms(grad, 1)
-    peak = norms.max().clamp(min=torch.finfo(norms.dtype).tiny)
-    squares = torch.linalg.vector_norm(norms / peak).square() * peak.double().square()
-    norm: Tensor = rows.reduce(squares).sqrt()
+    norm: Tensor = rows.reduce(safe_norm(norms).double().square()).sqrt()
     return norm.to(norms.dtype)
 
 
@@ -152,11 +150,19 @@ class OnlineProjector(SingularProjector):
         fitted = super().fit(params)
         for param, bases in zip(params, fitted, strict=True):
             if bases is not None:
-                (shape,) = param.geometry.basis_shapes.values()
-                fresh = self._rule(capturable=False, fused=False).init(shape, param.weight)
-                for key, value in fresh.items():
-                    param.state[PREFIX + key].copy_(value)
+                self._reset(param)
         return fitted
+
+    def received(self, param: ProjectedParam) -> None:
+        """Resets the state of P's optimizer, as `fit`."""
+        super().received(param)
+        self._reset(param)
+
+    def _reset(self, param: ProjectedParam) -> None:
+        (shape,) = param.geometry.basis_shapes.values()
+        fresh = self._rule(capturable=False, fused=False).init(shape, param.weight)
+        for key, value in fresh.items():
+            param.state[PREFIX + key].copy_(value)
 
     def _moments(self, param: ProjectedParam) -> dict[str, Any]:
         """The state of P's optimizer, under its rule's keys."""

@@ -109,3 +109,19 @@ def half_product(left: Tensor, right: Tensor) -> Tensor:
         summed: Tensor = torch.mm(left, right, out_dtype=torch.float32)
         return summed
     return left.float() @ right.float()
+
+
+def cast_product(grad_mn: Tensor, other: Tensor, transposed: bool) -> Tensor:
+    """G X or G^T X in X's precision; a G of another one is cast in chunks of rows."""
+    if grad_mn.dtype == other.dtype:
+        product: Tensor = (grad_mn.mT if transposed else grad_mn) @ other
+        return product
+    m, n = grad_mn.shape
+    result = other.new_zeros(n if transposed else m, other.shape[1])
+    for span in row_chunks(grad_mn):
+        piece = grad_mn[span].to(other.dtype)
+        if transposed:
+            result.addmm_(piece.mT, other[span])
+        else:
+            result[span] = piece @ other
+    return result

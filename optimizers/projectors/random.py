@@ -2,8 +2,8 @@
 
 "gaussian" (APOLLO, arXiv 2412.05270; Flora, arXiv 2402.03293): P has entries N(0, 1/r), so that
 P^T G keeps norms in expectation; its columns are not orthonormal. P is regenerated whenever it is
-read, from (`seed`, the matrix's name, the step of the refresh), on the parameter's device: the
-same values on each call, different values on another kind of device. Memory: none.
+read, from (`seed`, the matrix's name, the step of the refresh): the same values on each call and
+on every device. Memory: none.
 
 "orthonormal" (FRUGAL, arXiv 2411.07837; "random" of Online Subspace Descent's code): the leading
 singular vectors of a Gaussian matrix. They have the distribution of the Q factor of a d x r
@@ -21,6 +21,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lowrank.cuda import gaussian as normal_numbers
+
 from ..engine import checks
 from ..engine.chunks import wide_dtype
 from ..engine.geometry import Geometry
@@ -34,17 +36,9 @@ DISTRIBUTIONS = ("gaussian", "orthonormal")
 def gaussian(shape: tuple[int, int], seed: int, like: Tensor) -> Tensor:
     """A d x r matrix with entries N(0, 1/r), in fp32 (fp64 for fp64) on the device of `like`.
 
-    Raises:
-        RuntimeError: a CUDA graph is being captured; generators can't be seeded in it.
+    The same numbers on every device (`lowrank.cuda.gaussian`), also in a captured CUDA graph.
     """
-    if like.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "distribution='gaussian' while a CUDA graph is captured: accepted is 'orthonormal' or "
-            "another projector, whose bases are stored"
-        )
-    generator = torch.Generator(like.device).manual_seed(seed >> 1)
-    dtype = wide_dtype(like)
-    drawn = torch.randn(shape, generator=generator, dtype=dtype, device=like.device)
+    drawn = normal_numbers(shape, seed, wide_dtype(like), like.device)
     return drawn.mul_(shape[1] ** -0.5)
 
 
@@ -62,6 +56,7 @@ class RandomProjector(Projector):
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = ("distribution",)
+    FITS_GRADIENT: ClassVar[bool] = False
 
     distribution: str = "gaussian"
 

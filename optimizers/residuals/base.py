@@ -19,7 +19,7 @@ class ScaledPart:
     """A scaled gradient that is subtracted from a weight: W <- W - alpha factors o G.
 
     Attributes:
-        factors: (1 or k, 1 or n), broadcast over the parameter's rows.
+        factors: (1 or k, 1 or n), broadcast over the parameter's rows; in fp32 for an fp16 weight.
         alpha: step size.
     """
 

@@ -31,9 +31,10 @@ def limit_growth(stored: Tensor, norm: Tensor, limit: float) -> Tensor:
     Returns:
         0-d factor in (0, 1]; nothing is read back to the host.
     """
-    growth = (norm / (stored + 1e-8)).clamp_(min=limit).div_(limit)
-    factor = torch.where(stored > 0, growth.reciprocal(), 1.0)
-    stored.copy_(norm * factor)
+    largest = (stored + 1e-8).mul_(limit)
+    factor = torch.where(stored > 0, (largest / norm).clamp_(max=1.0), 1.0)
+    # Not the product, which is no number for a norm that overflowed.
+    stored.copy_(torch.where(stored > 0, torch.minimum(norm, largest), norm))
     return factor
 
 

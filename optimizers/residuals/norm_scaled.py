@@ -76,12 +76,15 @@ class NormScaled(LimitedResidual):
                 param, projected, projector, phi, squares, projected_squares, kept, beta
             )
 
-        factors = self.limited(param, ratios, update, norm).to(projected.dtype)
+        # Where a gradient is small its factor is large: 1e8 and more, which fp16 doesn't hold.
+        half = projected.dtype == torch.float16
+        precision = torch.float32 if half else projected.dtype
+        factors = self.limited(param, ratios, update, norm).to(precision)
         direction, alpha = update.direction, update.alpha
         if isinstance(alpha, Tensor):
             factors, direction, alpha = factors * alpha, direction * alpha, 1.0
         direction = torch.addcmul(
-            direction.to(projected.dtype) * self.scale, projected, factors, value=-beta
+            direction.to(precision) * self.scale, projected.to(precision), factors, value=-beta
         )
         return WeightUpdate(
             direction, alpha, update.decay_factor, ScaledPart(factors, float(alpha))

@@ -16,13 +16,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ..engine import checks
 from ..engine.geometry import Geometry, Side
 from ..projectors import ProjectedParam, Projector
-from ..projectors.norms import axis_norms
+from ..projectors.norms import axis_norms, safe_norm, weighted_norm
 from ..rules import Update
 from .base import ScaledPart, WeightUpdate
 from .limiter import LimitedResidual, update_norms
@@ -66,12 +65,12 @@ class ScaledGradient(LimitedResidual):
         axis = 0 if param.geometry.side is Side.LEFT else 1
         projected, steps = update_norms(projected, update, axis)
         if self.scale_type == "tensor":
-            steps, projected = _norm(steps), _norm(projected)
+            steps, projected = (safe_norm(norms).view(1, 1) for norms in (steps, projected))
         ratios = steps / (projected + 1e-8)  # phi, times update.factor
         if self.scale_front:
             ratios = ratios * self.scale**0.5
         ratios = self.limited(
-            param, ratios, update, lambda phi: _norm(axis_norms(param.grad, axis) * phi).view(())
+            param, ratios, update, lambda phi: weighted_norm(axis_norms(param.grad, axis), phi)
         )
         if not self.scale_front:
             ratios = ratios * self.scale**0.5
@@ -79,10 +78,3 @@ class ScaledGradient(LimitedResidual):
         if isinstance(alpha, Tensor):
             ratios, alpha = ratios * alpha, 1.0
         return WeightUpdate(None, alpha, update.decay_factor, ScaledPart(ratios, float(alpha)))
-
-
-def _norm(norms: Tensor) -> Tensor:
-    """The Euclidean norm of norms, 1 x 1."""
-    peak = norms.max().clamp(min=torch.finfo(norms.dtype).tiny)
-    norm: Tensor = torch.linalg.vector_norm(norms / peak) * peak
-    return norm.view(1, 1)

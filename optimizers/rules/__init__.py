@@ -1,4 +1,4 @@
-"""Update rules: pure functions on lists of tensors behind frozen records of hyper-parameters."""
+"""Update rules: frozen dataclasses of hyper-parameters with pure functions on tensor lists."""
 
 from .adafactor import Adafactor
 from .adafactor8bit import Adafactor8bit

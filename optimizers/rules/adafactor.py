@@ -4,7 +4,7 @@
     row <- b2t row + (1 - b2t) mean_columns(A),  col <- b2t col + (1 - b2t) mean_rows(A)
     U = G o rsqrt(row / mean(row)) o rsqrt(col),  U <- U / max(1, RMS(U) / clip_threshold)
     U <- lr_t U;  with beta1: E <- beta1 E + (1 - beta1) U, U = E
-    W <- (1 - lr_t wd) W - scale up(U)
+    W <- (1 - lr_t wd) W - U    (a projected U is scaled and back-projected)
 
 lr_t is `lr` (or min(1e-2, 1/sqrt(t)) with `relative_step`), times max(eps2, RMS(W)) with
 `scale_parameter`. A 1-D gradient keeps its whole second moment. Memory for a x b entries: a + b,
@@ -45,7 +45,7 @@ class Adafactor(UpdateRule):
         restarts: the second moment's decay counts from the last refresh (moments="reset").
     """
 
-    #: LDAdam's rotation needs an unfactored second moment.
+    #: LDAdam's rotation requires an unfactored second moment.
     transports: ClassVar[tuple[str, ...]] = ("keep", "reset", "restore")
 
     lr: float | Tensor | None
@@ -109,7 +109,7 @@ class Adafactor(UpdateRule):
     def _factors(
         self, grad_mn: Tensor, state: State, decay: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Advances a matrix's second moment; the update's factors by row and column, and 1 / L.
+        """Advances a matrix's second moment; returns the factors by row and column, and 1 / L.
 
         L = max(1, RMS(U) / clip_threshold). G is read twice, in chunks of rows.
         """
@@ -131,7 +131,7 @@ class Adafactor(UpdateRule):
         return by_row, by_col, size.div_(self.clip_threshold).clamp_(min=1.0).reciprocal_()
 
     def _normalise(self, grad: Tensor, state: State, decay: float) -> Tensor:
-        """A gradient that is no matrix over its root mean square, which is advanced; clipped."""
+        """The clipped, normalised update of a non-2-d gradient; advances the second moment."""
         square = grad.square().add_(self.eps[0])
         if grad.dim() < 2:
             second: Tensor = state["exp_avg_sq"]
@@ -147,7 +147,7 @@ class Adafactor(UpdateRule):
         return direction.div_((size / self.clip_threshold).clamp_(min=1.0))
 
     def by_rows(self, grad: Tensor, state: State, weight: Tensor) -> RowUpdates:
-        """See `UpdateRule.by_rows`: the factors of the second moment first, then rows alone."""
+        """See `UpdateRule.by_rows`: first the factors of the second moment, then single rows."""
         rate = self._rate(state["step"], weight)
         by_row, by_col, clip = self._factors(grad, state, self._decay(state))
         size = rate * clip
@@ -180,7 +180,7 @@ class Adafactor(UpdateRule):
         return Update(direction, 1.0, decay_factor, rate, rate)
 
     def _averaged(self, state: State, direction: Tensor) -> Tensor:
-        """Advances the first moment by an update; a copy of it."""
+        """Advances the first moment by an update; returns a copy of the moment."""
         assert self.beta1 is not None
         moment: Tensor = state["exp_avg"]
         averaged = moment.to(direction.dtype, copy=True).lerp_(direction, 1 - self.beta1)
@@ -190,9 +190,9 @@ class Adafactor(UpdateRule):
     def transport_moments(
         self, state: State, how: str, rotation: Rotation, into: State | None = None
     ) -> None:
-        """See `UpdateRule`: the first moment is transported, the factors of the second stay.
+        """See `UpdateRule`: transports the first moment, keeps the factors of the second.
 
-        A factor of another length is moved as variances are (`_moved_factor`).
+        A factor of another length is transformed as variances are (`_transported_factor`).
         """
         if how == "reset":
             for key in state.keys() & {"exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"}:
@@ -203,10 +203,10 @@ class Adafactor(UpdateRule):
             target["exp_avg"].copy_(rotation(state["exp_avg"]))
         for key in target.keys() & state.keys() & {"exp_avg_sq_row", "exp_avg_sq_col"}:
             if target is not state:
-                target[key].copy_(_moved_factor(key, state[key], target[key].shape, rotation))
+                target[key].copy_(_transported_factor(key, state[key], target[key].shape, rotation))
 
 
-def _moved_factor(key: str, factor: Tensor, shape: torch.Size, rotation: Rotation) -> Tensor:
+def _transported_factor(key: str, factor: Tensor, shape: torch.Size, rotation: Rotation) -> Tensor:
     """A factor of the second moment in other coordinates; new directions get its mean."""
     if factor.shape == shape:
         return factor

@@ -1,6 +1,6 @@
-"""Adafactor whose first moment takes one byte an entry and one fp32 scale per 256 entries.
+"""Adafactor with an 8-bit first moment: one byte an entry and one fp32 scale per 256 entries.
 
-The rule is `Adafactor`'s; the factored second moment stays in fp32, where it is next to nothing.
+The rule is `Adafactor`'s; the factored second moment is small and stays in fp32.
 Memory of a x b entries: 4 (a + b) + a b + 4 ceil(a b / 256) bytes; below `min_8bit_size` entries
 the first moment is in fp32.
 """
@@ -28,8 +28,8 @@ class Adafactor8bit(Adafactor):
     """`Adafactor` with an 8-bit first moment.
 
     Attributes:
-        min_8bit_size: a (projected) gradient with fewer entries keeps it in fp32.
-        quantizer: between fp32 and codes.
+        min_8bit_size: a (projected) gradient with fewer entries has an fp32 first moment.
+        quantizer: converts between fp32 and codes.
     """
 
     min_8bit_size: int = 4096
@@ -71,7 +71,7 @@ class Adafactor8bit(Adafactor):
     def transport_moments(
         self, state: State, how: str, rotation: Rotation, into: State | None = None
     ) -> None:
-        """See `Adafactor.move`, on the dequantised moment."""
+        """See `Adafactor.transport_moments`, on the dequantised moment."""
         target = into or state
         if SCALES not in state and SCALES not in target:
             super().transport_moments(state, how, rotation, into)

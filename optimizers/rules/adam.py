@@ -1,4 +1,4 @@
-"""Adam, in both forms that the papers' codes use.
+"""Adam, in both forms that the official codes use.
 
     M <- b1 M + (1 - b1) G,  V <- b2 V + (1 - b2) G o G,  c1 = 1 - b1^t,  c2 = sqrt(1 - b2^t)
     transformers (GaLore, Fira, COAP):
@@ -38,7 +38,7 @@ from .fused_adam import FUSED_DTYPES, bias_corrections, fused_step
 from .precision import moments_dtype, moments_itemsize
 from .transport import transported_moments
 
-#: Where our kernel is used. On a CPU torch's own fused one is as fast.
+#: Devices on which our kernel is used. On a CPU torch's fused kernel is as fast.
 KERNEL_DEVICES = ("cuda",)
 
 
@@ -60,8 +60,8 @@ class Adam(ElementwiseRule):
         decay_first: decay before the update (torch) rather than after it (transformers).
         correct_bias: False drops c2/c1.
         capturable: step counts stay on the device and no value is read back (CUDA graphs).
-        fused: torch's fused kernel where it can be used.
-        compiled: `torch.compile` the moments' arithmetic.
+        fused: use torch's fused kernel where possible.
+        compiled: `torch.compile` the update of the moments.
         restarts: bias corrections count from the last refresh (moments="reset").
         moments_dtype: precision of the moments, None for the default (`moments_dtype`).
     """
@@ -117,7 +117,7 @@ class Adam(ElementwiseRule):
     def _kernel_sizes(
         self, states: Sequence[State]
     ) -> tuple[tuple[float, float], Tensor | None, list[Number], Number]:
-        """(eps, size) as numbers or as a tensor for each state; each one's size; lr."""
+        """(eps, size) as numbers or as a tensor for all states; the size of each; lr."""
         if not self.capturable:
             size, eps, lr = self._sizes(states[0])
             assert isinstance(eps, float)
@@ -174,7 +174,7 @@ class Adam(ElementwiseRule):
         weights: Sequence[Tensor],
         axes: Sequence[int],
     ) -> list[Update]:
-        """See `UpdateRule.update_with_norms`: the kernel sums squares as it goes."""
+        """See `UpdateRule.update_with_norms`: the kernel sums the squares in the same pass."""
         exp_avgs, exp_avg_sqs = (list(t) for t in zip(*map(self._moments, states), strict=True))
         if not self._has_kernel(list(grads), exp_avgs):
             return self.update(grads, states, weights)
@@ -238,7 +238,7 @@ class Adam(ElementwiseRule):
         if self._can_fuse([*grads, *exp_avgs]):
             assert isinstance(size, float)
             assert isinstance(eps, float)
-            # From zero "weights" the kernel leaves minus the delta, in one pass over the moments.
+            # With zero "weights" the kernel gives the negated direction in one pass over moments.
             directions = [torch.zeros_like(grad) for grad in grads]
             fused_step(
                 directions,
@@ -267,7 +267,7 @@ class Adam(ElementwiseRule):
         exp_avg_sqs: list[Tensor],
         state: State,
     ) -> list[Update]:
-        """`_advance` in fp32 (fp64 for fp64) of moments in another precision than the gradients."""
+        """`_advance` in fp32 (fp64 for fp64) if moments and gradients differ in precision."""
         wide = wide_dtype(grads[0])
         m, v = ([t.to(wide) for t in tensors] for tensors in (exp_avgs, exp_avg_sqs))
         updates = self._advance([grad.to(wide) for grad in grads], m, v, state)
@@ -313,7 +313,7 @@ class Adam(ElementwiseRule):
     def _apply_unfused(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
     ) -> None:
-        """Small weights of a GPU in one list, to save launches; others in chunks of rows."""
+        """Small weights on a GPU in one list, to save launches; others in chunks of rows."""
         listed = [self.compiled or (w.is_cuda and w.numel() <= DEVICE_ELEMENTS) for w in weights]
         rows = list(zip(listed, grads, states, weights, strict=True))
         picked = [own for own in rows if own[0]]

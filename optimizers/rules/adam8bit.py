@@ -33,7 +33,7 @@ class Adam8bit(Adam):
 
     Attributes:
         min_8bit_size: a (projected) gradient with fewer entries keeps fp32 moments.
-        quantizer: between fp32 and codes.
+        quantizer: converts between fp32 and codes.
     """
 
     min_8bit_size: int = 4096
@@ -61,7 +61,7 @@ class Adam8bit(Adam):
     def update(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
     ) -> list[Update]:
-        """See `UpdateRule.update`; what no kernel does goes one after the other in fp32 scratch."""
+        """See `UpdateRule.update`; without a kernel, one by one in fp32 scratch."""
         updates: list[Update | None] = [None] * len(grads)
         packed = [i for i, state in enumerate(states) if self._fuses(grads[i], state)]
         if packed:
@@ -84,11 +84,11 @@ class Adam8bit(Adam):
         weights: Sequence[Tensor],
         axes: Sequence[int],
     ) -> list[Update]:
-        """`update`: the 8-bit kernel works by blocks, which know nothing of rows and columns."""
+        """`update`: the 8-bit kernel works by blocks, so it can't sum by row or column."""
         return self.update(grads, states, weights)
 
     def _fuses(self, grad: Tensor, state: State) -> bool:
-        """Whether one kernel dequantises, advances and quantises the moments."""
+        """Whether one kernel can dequantise, advance and quantise the moments."""
         return (
             isinstance(self.quantizer, Native)
             and not self.compiled
@@ -121,7 +121,7 @@ class Adam8bit(Adam):
     def transport_moments(
         self, state: State, how: str, rotation: Rotation, into: State | None = None
     ) -> None:
-        """See `Adam.move`, on dequantised moments."""
+        """See `Adam.transport_moments`, on dequantised moments."""
         moments = {key: self._load(state, key) for key in SIGNED}
         m, v = moments.values()
         moved = transported_moments(m, v, how, rotation, self.betas, int(state["step"]))

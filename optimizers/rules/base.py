@@ -1,8 +1,8 @@
-"""The update-rule seam: from a gradient (whole or projected) to the step of a weight.
+"""The update-rule interface: from a gradient (full or projected) to the update of a weight.
 
-A rule is a frozen record of hyper-parameters over pure functions on lists of tensors. It owns the
-state keys that its `init` makes and never sees a basis: the same rule serves projected and plain
-parameters.
+A rule is a frozen dataclass of hyper-parameters with pure functions on lists of tensors. It owns
+the state keys that its `init` makes and never reads a basis: projected and plain parameters use the
+same rules.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from .rows import BLOCK, state_rows
 State = dict[str, Any]
 
 
-#: What may become of moments when their subspace moves: kept as they are (GaLore), set to zero
-#: with their bias correction starting anew (FRUGAL), carried over by the overlap of the bases
-#: (COAP's `restore_state`), or rotated with the second moment as a statistic (LDAdam).
+#: How moments follow a change of their subspace: kept unchanged (GaLore), reset to zero with a
+#: restarted bias correction (FRUGAL), transformed by the overlap of the bases (COAP's
+#: `restore_state`), or rotated with the second moment as a variance (LDAdam).
 MOMENT_TRANSPORTS = ("keep", "reset", "restore", "rotate")
 
 
 @dataclass(frozen=True)
 class Update:
-    """What a rule wants done: weight <- keep * weight - alpha * (back-projection of) delta.
+    """A rule's update: weight <- decay_factor * weight - alpha * (back-projected) direction.
 
     Attributes:
         direction: a tensor of the (projected) gradient's shape.
         alpha: step size that is not in `direction` yet; a 0-d tensor where it is only known on the
             device.
         decay_factor: 1 less this step's decoupled weight decay; a 0-d tensor as above.
-        factor: what `direction` was multiplied with since it was M / (sqrt(V) + eps) or its like
-            (bias corrections, Adafactor's learning rate): residuals compare steps without it.
-        rate: the learning rate, for what is updated without moments; `alpha` when None.
-        norms: fp32 norms of the gradient and of `direction` along the axis that was asked for, kept
-            as one of length 1, where the rule had them for nothing.
+        factor: the factor that `direction` contains besides M / (sqrt(V) + eps) or its equivalent
+            (bias corrections, Adafactor's learning rate): residuals compare norms without it.
+        rate: the learning rate, for updates without moments; `alpha` when None.
+        norms: fp32 norms of the gradient and of `direction` along the requested axis (kept with
+            length 1), if the rule computed them at no cost.
     """
 
     direction: Tensor
@@ -57,7 +57,7 @@ class UpdateRule(ABC):
 
     #: Whether only matrices can be updated.
     matrices_only: ClassVar[bool] = False
-    #: Which of `MOMENT_TRANSPORTS` its moments can follow.
+    #: Which of `MOMENT_TRANSPORTS` it supports.
     transports: ClassVar[tuple[str, ...]] = ("keep",)
 
     def at_rate(self, lr: float | Tensor | None) -> Self:
@@ -74,7 +74,7 @@ class UpdateRule(ABC):
         """Bytes of these entries, for parameters of `itemsize` bytes an entry."""
 
     def by_rows(self, grad: Tensor, state: State, weight: Tensor) -> RowUpdates:
-        """What concerns the whole of a matrix, done; the rest is done as rows are asked for.
+        """Computes what needs the whole matrix; the rest is computed by chunks of rows on demand.
 
         Args:
             grad: the descent gradient, m x n.
@@ -82,8 +82,8 @@ class UpdateRule(ABC):
             weight: the parameter, read only.
 
         Returns:
-            Gives the update of some rows. Each row must be asked for once; a span begins at a
-            multiple of `BLOCK` entries (`row_chunks`).
+            A function from a slice of rows to their update. Each row must be requested once; a
+            slice begins at a multiple of `BLOCK` entries (`row_chunks`).
         """
         (whole,) = self.update([grad], [state], [weight])
         return lambda rows: replace(whole, direction=whole.direction[rows])
@@ -97,7 +97,7 @@ class UpdateRule(ABC):
         Args:
             grads: descent gradients or their projections, read only.
             states: each parameter's state; `step` already counts this step.
-            weights: the parameters themselves, read only (Adafactor scales by their size).
+            weights: the parameters, read only (Adafactor scales by their RMS).
         """
 
     def update_with_norms(
@@ -124,64 +124,64 @@ class UpdateRule(ABC):
                 add_update_(weight[rows], updates(rows))
 
     def first_moment(self, state: State) -> Tensor | None:
-        """The first moment as it stands, in full precision; None if the rule keeps none."""
+        """The current first moment, dequantised; None if the rule has none."""
         moment: Tensor | None = state.get("exp_avg")
         return moment
 
     def transport_moments(
         self, state: State, how: str, rotation: Rotation, into: State | None = None
     ) -> None:
-        """Adapts the moments to a subspace that moved.
+        """Adapts the moments to a changed subspace.
 
         Args:
-            state: of a parameter that has taken `state["step"]` steps.
+            state: of a parameter after `state["step"]` steps.
             how: one of `transports` but "keep".
             rotation: from old coordinates to new ones.
-            into: where the new moments are written, whose shapes are those of the new subspace;
-                `state` itself when None.
+            into: the state to write, with moments of the new subspace's shapes; `state` itself
+                when None.
 
         Raises:
-            NotImplementedError: a rule names this move in `transports` and doesn't define it; what
-                `transports` lacks was refused when the optimizer was made.
+            NotImplementedError: a rule lists `how` in `transports` without defining it; values
+                that `transports` lacks are refused when the optimizer is made.
         """
         raise NotImplementedError(f"{type(self).__name__} keeps its moments, not {how!r}")
 
     def carry(self, previous: UpdateRule, old: State, new: State) -> bool:
-        """Takes moments into a new state after options changed, where they mean the same there.
+        """Carries moments over into a new state after a change of options, if they are compatible.
 
         Args:
             previous: the rule that made the old state.
-            old: a parameter's state; it is not needed any more.
-            new: what `init` made for the same parameter; changed in place.
+            old: the parameter's old state, not used afterwards.
+            new: the result of `init` for the same parameter; changed in place.
 
         Returns:
-            False if the moments must start anew, the step count too; `new` is of no use then.
+            False if moments and step count must be reset; `new` is invalid then.
         """
         if type(previous) is not type(self):
             return False
         known = new.keys() & old.keys()
         for key in known:
-            value, former = new[key], old[key]
+            value, previous_value = new[key], old[key]
             if isinstance(value, Tensor):
-                if value.shape != former.shape:
+                if value.shape != previous_value.shape:
                     return False
-                if value.dtype != former.dtype:
-                    if not (value.is_floating_point() and former.is_floating_point()):
+                if value.dtype != previous_value.dtype:
+                    if not (value.is_floating_point() and previous_value.is_floating_point()):
                         return False
-                    former = value.copy_(former)
-            new[key] = former
+                    previous_value = value.copy_(previous_value)
+            new[key] = previous_value
         return bool(known) or not new
 
 
-#: Gives the update of some rows of a matrix.
+#: From a slice of a matrix's rows to their update.
 RowUpdates = Callable[[slice], Update]
 
 
 class ElementwiseRule(UpdateRule):
-    """A rule under which an entry's update depends on its own gradient and moments alone."""
+    """A rule in which an entry's update depends only on its own gradient and moments."""
 
     def by_rows(self, grad: Tensor, state: State, weight: Tensor) -> RowUpdates:
-        """See `UpdateRule.by_rows`: all of it is done as rows are asked for."""
+        """See `UpdateRule.by_rows`: everything is computed on demand."""
 
         def update(rows: slice) -> Update:
             (made,) = self.update([grad[rows]], [state_rows(state, rows, grad)], [weight])
@@ -202,7 +202,7 @@ def add_update_(weight: Tensor, update: Update) -> None:
 
 
 def steps_done(state: State, restarts: bool) -> int:
-    """Steps that the moments have seen: all, or with `restarts` those since the last refresh."""
+    """Steps that the moments average: all, or with `restarts` those since the last refresh."""
     steps = int(state["step"])
     return steps - max(int(state.get("refreshed_at", 0)), 0) if restarts else steps
 

@@ -39,7 +39,7 @@ def fused_step(
         beta1: decay rate of the first moment.
         beta2: decay rate of the second moment.
         eps: added to the uncorrected sqrt(V).
-        decay: share of the weights that is taken off first.
+        decay: share of the weights that is subtracted first.
     """
     correction1, correction2 = bias_corrections(beta1, beta2, steps_done + 1)
     # The kernel takes lr / correction1 * M / (sqrt(V) / correction2 + eps'): solve for lr and eps'.
@@ -63,5 +63,5 @@ def fused_step(
         eps=eps / correction2,
         maximize=False,
     )
-    # torch's fused kernel writes without telling autograd.
+    # torch's fused kernel does not increment the version counter of autograd.
     torch.autograd.graph.increment_version(weights)

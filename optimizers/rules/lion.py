@@ -30,8 +30,7 @@ class Lion(ElementwiseRule):
         betas: (b1, of the update; b2, of the momentum).
         weight_decay: decoupled, times lr.
         decay_first: decay before the update rather than after it.
-        signed: False leaves the sign to whoever writes the update (Online Subspace Descent takes
-            it after the back-projection).
+        signed: False omits the sign (Online Subspace Descent applies it after the back-projection).
         capturable: `lr` is never read back (CUDA graphs).
         moments_dtype: precision of the momentum, None for the default (`moments_dtype`).
     """

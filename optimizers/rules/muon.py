@@ -1,9 +1,9 @@
-"""Muon: momentum whose matrix is orthogonalised by a Newton-Schulz iteration (Jordan et al., 2024).
+"""Muon: momentum orthogonalised by a Newton-Schulz iteration (Jordan et al., 2024).
 
     M <- M + (1 - momentum) (G - M),  U = G + momentum (M - G) with Nesterov, else M
     X0 = U / ||U||,  X <- a X + (b A + c A A) X with A = X X^T, five times
     W <- (1 - lr wd) W - lr s X,  s = sqrt(max(1, m / n)) or 0.2 sqrt(max(m, n)) (`match_rms_adamw`,
-    Liu et al., 2025, arXiv 2502.16982: an update as large as AdamW's, so that one rate fits both)
+    Liu et al., 2025, arXiv 2502.16982: an update of AdamW's RMS, so that both can share a rate)
 
 Memory: m n entries of `moments_dtype`.
 """

@@ -13,7 +13,7 @@ def moments_dtype(choice: torch.dtype | None, like: torch.dtype) -> torch.dtype:
     """The precision of moments under weights of dtype `like`: `choice`, or at least fp32.
 
     In bf16 a decay of 0.1 % is below half a unit in the last place: a second moment with b2 = 0.999
-    would never fall. In fp16 squares of gradients below 2e-4 are zero.
+    would never decrease. In fp16 squares of gradients below 2e-4 are zero.
     """
     if choice is not None:
         return choice

@@ -1,4 +1,4 @@
-"""Who quantises 8-bit moments: our own block-wise quantiser, or bitsandbytes' on request."""
+"""Quantisers of 8-bit moments: our own block-wise one, or bitsandbytes'."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Out = tuple[Tensor, Tensor]
 
 
 class Quantizer(ABC):
-    """Between fp32 tensors and (uint8 codes, fp32 absmax per block of 256)."""
+    """Converts between fp32 tensors and (uint8 codes, fp32 absmax per block of 256)."""
 
     @abstractmethod
     def quantize(self, x: Tensor, signed: bool, out: Out | None = None) -> Out:
@@ -25,11 +25,11 @@ class Quantizer(ABC):
 
     @abstractmethod
     def dequantize(self, codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
-        """The fp32 tensor that the codes stand for."""
+        """The dequantised fp32 tensor."""
 
 
 class Native(Quantizer):
-    """Our own, see `lowrank.cuda.blockwise`."""
+    """Our own quantiser, see `lowrank.cuda.blockwise`."""
 
     def quantize(self, x: Tensor, signed: bool, out: Out | None = None) -> Out:
         """See `Quantizer.quantize`."""

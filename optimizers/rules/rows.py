@@ -1,4 +1,4 @@
-"""Working on a matrix by rows, so that scratch stays small."""
+"""Row-wise processing of a matrix, which bounds the scratch memory."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ..engine.chunks import row_chunks, wide_dtype
 
-#: Entries of a scale of 8-bit moments; pieces of a weight end where one does.
+#: Entries per scale of 8-bit moments; chunks of a weight end at a block's end.
 BLOCK = 256
 
 
 def state_rows(state: dict[str, Any], rows: slice, grad: Tensor) -> dict[str, Any]:
-    """Views of what a state holds of some rows of an m x n gradient, 8-bit scales included."""
+    """Views of the state entries of some rows of an m x n gradient, with their 8-bit scales."""
     columns = grad.shape[1]
     blocks = slice(rows.start * columns // BLOCK, -(-rows.stop * columns // BLOCK))
     part: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Adam's moments after their subspace moved."""
+"""Transport of Adam's moments into a new subspace."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..engine.rotation import Rotation
 def transported_moments(
     m: Tensor, v: Tensor, how: str, rotation: Rotation, betas: tuple[float, float], steps: int
 ) -> tuple[Tensor, Tensor]:
-    """Adam's moments after their subspace moved.
+    """Adam's moments in the coordinates of a new subspace.
 
     Args:
         m: first moment.
@@ -21,10 +21,10 @@ def transported_moments(
             (LDAdam, arXiv 2410.16103: V as the variance of independent coordinates).
         rotation: C, from old coordinates to new ones.
         betas: decay rates.
-        steps: how many gradients the moments have seen.
+        steps: number of gradients that the moments have averaged.
 
     Returns:
-        Both moments, in new tensors or the old ones.
+        Both moments, in new tensors or the old ones (if no axis is projected).
     """
     if how == "reset" or steps == 0:
         return torch.zeros_like(m), torch.zeros_like(v)

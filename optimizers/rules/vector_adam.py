@@ -1,10 +1,10 @@
-"""Adam whose bias corrections count for each row, so that one row may start anew (SwitchLoRA).
+"""Adam with bias corrections of each row, so that single rows can be reset (SwitchLoRA).
 
     W <- W - lr (M / c1) / (sqrt(V) / c2 + eps),  c1 = 1 - b1^t,  c2 = sqrt(1 - b2^t)
 
-with t a row's own steps.
+with t the row's step count.
 
-Memory: 2 entries of the weight's precision, and 8 bytes a row.
+Memory: 2 entries of `moments_dtype`, and 8 bytes a row.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from .base import State, Update, scalar
 
 @dataclass(frozen=True)
 class VectorAdam(Adam):
-    """Adam in torch's form on matrices whose rows have step counts of their own.
+    """Adam in torch's form on matrices with a step count for each row.
 
-    State `row_steps` (r,) fp32: gradients that each row's moments have seen; `held` (r,) int32: for
-    how many more steps a row has no gradient; `switched`: rows that were exchanged, mod r.
+    State `row_steps` (r,) fp32: steps of each row's moments; `held` (r,) int32: number of further
+    steps for which a row is frozen; `switched`: number of exchanged rows, mod r.
     """
 
     def init(self, shape: Sequence[int], like: Tensor) -> State:
@@ -45,7 +45,7 @@ class VectorAdam(Adam):
         """See `UpdateRule.update`."""
         decay_factor, alpha = self._decay_and_alpha(scalar(self.lr))
         return [
-            Update(self._delta(grad, state), alpha, decay_factor)
+            Update(self._direction(grad, state), alpha, decay_factor)
             for grad, state in zip(grads, states, strict=True)
         ]
 
@@ -58,10 +58,10 @@ class VectorAdam(Adam):
                 update.direction.to(weight.dtype), alpha=scalar(update.alpha)
             )
 
-    def _delta(self, grad: Tensor, state: State) -> Tensor:
+    def _direction(self, grad: Tensor, state: State) -> Tensor:
         beta1, beta2 = self.betas
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-        # Gradients are the user's: what is held has none here, and keeps it there.
+        # A held row's gradient counts as zero; the user's gradient is not modified.
         grad = grad.to(wide) * (state["held"] == 0).unsqueeze(1)
         state["row_steps"].add_(1)
         steps = state["row_steps"].to(wide).unsqueeze(1)

@@ -28,6 +28,9 @@ class Schedule(ABC):
     #: Options that a group may set: the names of this class's fields.
     OPTIONS: ClassVar[tuple[str, ...]] = ()
 
+    #: How many columns of the first basis `refreshed` reads, as it was before storage rounded it.
+    COLUMNS_READ: ClassVar[int] = 0
+
     gap: int
     stagger: bool = False
 

@@ -41,6 +41,8 @@ class LazyLayerwise(Schedule):
 
     OPTIONS: ClassVar[tuple[str, ...]] = ("cos_threshold", "gamma_proj", "queue_size")
 
+    COLUMNS_READ: ClassVar[int] = 1
+
     cos_threshold: float = 0.4
     gamma_proj: float = 2.0
     queue_size: int = 5

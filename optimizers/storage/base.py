@@ -36,6 +36,10 @@ class BasisStorage(ABC):
         """The stored basis, d x r; a view where the storage allows it."""
 
     @abstractmethod
+    def tensors(self, state: Mapping[str, Any], key: str) -> list[Tensor]:
+        """The tensors that hold one basis: a copy of all of them is a copy of the basis."""
+
+    @abstractmethod
     def state_bytes(self, shape: tuple[int, int], itemsize: int) -> int:
         """Bytes of one basis, for parameters of `itemsize` bytes an entry."""
 
@@ -61,6 +65,10 @@ class DenseBasis(BasisStorage):
         """The stored tensor itself."""
         basis: Tensor = state[key]
         return basis
+
+    def tensors(self, state: Mapping[str, Any], key: str) -> list[Tensor]:
+        """The one that `init` made."""
+        return [state[key]]
 
     def state_bytes(self, shape: tuple[int, int], itemsize: int) -> int:
         """Bytes of d r entries, of `dtype` or else of the parameter's size."""

@@ -61,6 +61,10 @@ class QuantizedBasis(BasisStorage):
             return flat.view(columns, rows).mT
         return flat.view(rows, columns)
 
+    def tensors(self, state: Mapping[str, Any], key: str) -> list[Tensor]:
+        """Codes, scales and (asymmetric) zero points."""
+        return [state[name] for name in (key, f"{key}_scales", f"{key}_zeros") if name in state]
+
     @abstractmethod
     def _empty(self, key: str, numel: int, like: Tensor) -> dict[str, Any]: ...
 

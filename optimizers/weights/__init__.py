@@ -1,4 +1,4 @@
-"""Weights: how they are stored, and how a step writes into them."""
+"""Weights: storage in 8 bits, and updates with stochastic rounding."""
 
 from .fused import fused_rows
 from .int8 import Int8Weight

@@ -1,4 +1,4 @@
-"""Changing a model's linear layers to INT8 weights, and back to dense ones."""
+"""Conversion of a model's linear layers to INT8 weights, and back to dense ones."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ def to_int8(
     weight_bits: int | None = 8,
     weight_group_size: int = 256,
 ) -> None:
-    """In place: quantises the weights that `param_groups` projects; those that are stay.
+    """In place: quantises the weights that `param_groups` projects, if they are not INT8 already.
 
-    A layer remains an `nn.Linear`, with another parameter as its `weight`: convert before making an
+    A layer remains an `nn.Linear`, with a new parameter as its `weight`: convert before making an
     optimizer or wrapping the model. Processes that train together need equal weights before (one
-    seed, or one checkpoint): what `DistributedDataParallel` broadcasts is rounded anew.
+    seed, or one checkpoint): `DistributedDataParallel` broadcasts dense copies, which are
+    requantised.
 
     Args:
         model: the model.
@@ -54,9 +55,9 @@ def to_int8(
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Makes a converted model dense again, in place; a dense one stays as it is.
+    """Makes a converted model dense again, in place; a dense one is unchanged.
 
-    Factored layers become `nn.Linear` with the weight that they stood for, INT8 weights dense ones.
+    Factored layers become `nn.Linear` with their effective weight, INT8 weights become dense.
     Parameters of both are replaced, so an optimizer made before no longer trains them.
 
     Returns:

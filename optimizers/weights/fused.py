@@ -1,4 +1,4 @@
-"""Weights that a compiled kernel updates in one pass: decay, update, residual and rounding."""
+"""Weight updates by a compiled kernel in one pass: decay, update, residual and rounding."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lowrank.cuda.noise import signed_seed
 from .int8 import Int8Weight
 from .rows import check_capture, weight_chunks
 
-#: Where a plain weight with a residual is written in one pass too.
+#: Devices on which a plain weight with a residual is updated in one pass too.
 DENSE_DEVICES = ("cuda",)
 
 
@@ -24,9 +24,9 @@ class FusedChunk:
 
     Attributes:
         weight: the whole parameter, m x n.
-        grad: its gradient, where a multiple of it is taken off.
+        grad: its gradient, if a multiple of it is subtracted.
         start: first row.
-        rows: how many.
+        rows: number of rows.
         seed: of stochastic rounding, or None.
         first: position of the first entry in the whole matrix, for the noise.
     """
@@ -46,11 +46,11 @@ class FusedChunk:
     def write(
         self, direction: Tensor | None, factors: Tensor | None, *, decay_factor: float, alpha: float
     ) -> None:
-        """W <- keep W - alpha delta - factors o G, rounded.
+        """W <- decay_factor W - alpha direction - factors o G, rounded.
 
         Args:
             direction: of the chunk's shape, or None.
-            factors: fp32 (1 or rows, 1 or n); given exactly where there is a `grad`.
+            factors: fp32 (1 or rows, 1 or n); None exactly if `grad` is None.
             decay_factor: 1 less the weight decay.
             alpha: step size.
         """
@@ -75,29 +75,29 @@ class FusedChunk:
             *(codes, part.scales, part.zeros, direction, grad, factors),
             *(part.group_size, decay_factor, alpha, self.seed, self.first),
         )
-        # The operation knows of its parts alone.
+        # The operation increments the versions of the parts only.
         torch.autograd.graph.increment_version(self.weight)
 
 
 def fused_rows(
     weight: Tensor, grad: Tensor | None, seed: int, *, stochastic: bool, first_row: int = 0
 ) -> Iterator[FusedChunk] | None:
-    """Chunks of a weight for a fused kernel, or None where none applies.
+    """Chunks of a weight for a fused kernel, or None if there is none.
 
     Args:
         weight: the parameter, a matrix.
-        grad: its gradient, where a multiple of it is taken off.
+        grad: its gradient, if a multiple of it is subtracted.
         seed: of the rounding.
         stochastic: round bf16 weights stochastically.
-        first_row: of these rows in the whole matrix.
+        first_row: position of the first row in the whole matrix.
 
     Raises:
         ValueError: rounding stochastically while a CUDA graph is captured.
     """
     int8 = isinstance(weight, Int8Weight)
     rounds = int8 or (stochastic and weight.dtype == torch.bfloat16)
-    # A plain weight without a residual is written by the GEMM itself; on a CPU with one, too: there
-    # the second pass costs less than a product in scratch.
+    # The GEMM itself updates a plain weight without a residual; on a CPU also one with a residual,
+    # where the second pass costs less than a product in scratch.
     if not rounds and (grad is None or weight.device.type not in DENSE_DEVICES):
         return None
     parts = weight.parts() if isinstance(weight, Int8Weight) else (weight,)

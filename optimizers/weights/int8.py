@@ -1,11 +1,11 @@
-"""A weight in eight bits that a training loop sees as any other parameter.
+"""An INT8 weight that a training loop can use as any other parameter.
 
 `Int8Weight` is a tensor subclass with an apparent dtype (bf16, fp32), `requires_grad` and an
 ordinary dense `.grad`, over uint8 codes and a scale and a zero point for each group of entries
-(Q-GaLore, arXiv 2407.08296, section 3.4; formulas in `lowrank.cuda.groups`). `F.linear` runs on it
-with one dense copy of the layer in progress, which neither forward nor backward keeps. Every other
-operation acts on a dense copy. What changes it: `copy_`, and the optimizers of this package, which
-round stochastically (`rows.editable_rows`). Any other in-place operation raises.
+(Q-GaLore, arXiv 2407.08296, section 3.4; formulas in `lowrank.cuda.groups`). `F.linear` makes
+a temporary dense copy of the layer's weight, which neither forward nor backward keeps. Every other
+operation acts on a dense copy. Only `copy_` and the optimizers of this package, which round
+stochastically (`rows.editable_rows`), change it. Any other in-place operation raises.
 
 Memory: m n bytes, and for each group two numbers of the apparent dtype.
 """
@@ -82,11 +82,11 @@ class Int8Weight(Tensor):
         return made
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Everything is done in `__new__`."""
+        """Does nothing; see `__new__`."""
 
     @classmethod
     def quantize(cls, dense: Tensor, group_size: int = groups.DEFAULT_GROUP) -> Int8Weight:
-        """The nearest codes of a floating matrix of any strides."""
+        """Rounds a floating-point matrix of any strides to the nearest codes."""
         return cls(*groups.quantize_groups(dense, 255, group_size), group_size)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -105,7 +105,7 @@ class Int8Weight(Tensor):
         return self.codes, self.scales, self.zeros
 
     def assign(self, dense: Tensor) -> None:
-        """In place: the nearest codes of `dense`; groups that already hold its values stay.
+        """In place: rounds `dense` to the nearest codes; groups with equal values are unchanged.
 
         Args:
             dense: same shape, any floating dtype and device.
@@ -116,7 +116,7 @@ class Int8Weight(Tensor):
             chunk.store(source[start:stop], chunk.load(self.dtype))
 
     def entries(self, start: int, stop: int) -> Chunk:
-        """The flattened entries [start, stop), which begin and end between groups."""
+        """The flattened entries [start, stop), which must be whole groups."""
         span = slice(start // self.group_size, -(-stop // self.group_size))
         codes = self.codes.view(-1)[start:stop]
         return Chunk(codes, self.scales[span], self.zeros[span], self.group_size)
@@ -196,7 +196,7 @@ class Int8Weight(Tensor):
 
 
 class Chunk:
-    """Whole groups of an `Int8Weight`, to be read and written.
+    """Whole groups of an `Int8Weight`, for reading and writing.
 
     Args:
         codes: (k,), a view of the weight's.
@@ -236,7 +236,7 @@ def rebuild_int8_weight(
     requires_grad: bool,
     is_parameter: bool,
 ) -> Int8Weight:
-    """Makes a weight from what a pickle or copy holds."""
+    """Restores a weight from a pickle or copy."""
     made = Int8Weight(codes, scales, zeros, group_size, requires_grad)
     return nn.Parameter(made, requires_grad) if is_parameter else made  # type: ignore[return-value]
 
@@ -245,7 +245,7 @@ torch.serialization.add_safe_globals([rebuild_int8_weight])
 
 
 def _set_data(weight: Tensor, value: Tensor) -> None:
-    """`weight.data = value`, which some code prefers to `copy_`."""
+    """Implements `weight.data = value`."""
     if not isinstance(weight, Int8Weight):
         weight.data = value.dequantize() if isinstance(value, Int8Weight) else value
         return
@@ -303,7 +303,7 @@ def _to(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 
 def _empty_like(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """`Module.to_empty` asks for an empty tensor on a device; everyone else gets a dense one."""
+    """INT8 for `Module.to_empty`, which passes a device; dense for other callers."""
     weight = args[0]
     if kwargs.get("device") is None or kwargs.get("dtype") not in (None, weight.dtype):
         return NotImplemented
@@ -321,7 +321,7 @@ def _copy(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     else:
         dense = source.dequantize() if isinstance(source, Int8Weight) else source
         weight.assign(dense.expand(weight.shape))
-    # Below autograd the parts' versions don't count; a pending backward pass must notice.
+    # Not counted below autograd, but a pending backward pass must detect the change.
     torch.autograd.graph.increment_version(weight.parts())
     return weight
 

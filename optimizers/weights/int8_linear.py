@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class _Int8Linear(torch.autograd.Function):
-    """y = x W^T + b. Keeps x and the weight's own tensors; W is made again in the backward pass."""
+    """y = x W^T + b. Saves x and the weight's parts; dequantises W again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
-        # The parts themselves, so that autograd notices a weight that changed in between.
+        # The parts themselves, so that autograd detects a weight that changed in between.
         ctx.save_for_backward(x, *weight.parts())
         ctx.group_size, ctx.weight_dtype = weight.group_size, weight.dtype
         return functional.linear(x, weight.dequantize(x.dtype), bias)
@@ -43,7 +43,7 @@ class _Int8Linear(torch.autograd.Function):
 
 
 def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
-    """`F.linear`, in the precision of `x`, or autocast's where that is on.
+    """`F.linear`, in the precision of `x`, or of autocast if enabled.
 
     Args:
         x: (..., n).

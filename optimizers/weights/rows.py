@@ -1,4 +1,4 @@
-"""The weight seam: rows of a weight as plain tensors that a step may change in place."""
+"""Rows of a weight, however stored, as plain tensors that a step may change in place."""
 
 from __future__ import annotations
 
@@ -20,25 +20,24 @@ from .int8 import Int8Weight
 def editable_rows(
     weight: Tensor, rows: RowRange, seed: int = 0, *, stochastic: bool = False
 ) -> Iterator[tuple[Tensor, RowRange]]:
-    """Yields chunks of a weight's rows; what is done to them in place is in the weight afterwards.
+    """Yields chunks of a weight's rows; in-place changes of a chunk are written to the weight.
 
-    A plain weight is its own only chunk. An INT8 weight is dequantised in chunks of whole groups
-    and the size of `row_chunks`, in fp32 (fp64 for fp64); each group that was
-    changed gets a new range and is rounded stochastically. With `stochastic` a bf16 weight is
-    treated likewise.
+    A plain weight is a single chunk. An INT8 weight is dequantised in chunks of whole groups, of
+    the size of `row_chunks`, in fp32 (fp64 for fp64); each changed group gets a new range and is
+    rounded stochastically. With `stochastic` bf16 weights are chunked and rounded in the same way.
 
     Args:
         weight: the parameter.
-        rows: which rows of the whole matrix it holds.
-        seed: of the rounding; another one for each weight and step. The noise of an entry depends
-            on the seed and its position alone.
+        rows: the range of its rows in the whole matrix.
+        seed: of the rounding, different for each weight and step. The noise of an entry depends
+            only on the seed and its position.
         stochastic: round bf16 weights stochastically.
 
     Yields:
-        A plain tensor of some rows, and which rows of the whole matrix these are.
+        A plain tensor of some rows, and their range in the whole matrix.
 
     Raises:
-        ValueError: rounding stochastically while a CUDA graph is captured, which would repeat the
+        ValueError: stochastic rounding while a CUDA graph is captured, which would repeat the
             same noise at each step.
     """
     if isinstance(weight, Int8Weight):
@@ -77,7 +76,7 @@ def _bfloat16_rows(weight: Tensor, rows: RowRange, seed: int) -> Iterator[tuple[
     width = prod(weight.shape[1:])
     for span in weight_chunks(weight):
         chunk = weight[span]
-        # A copy in rows, whatever the strides of the weight.
+        # A row-major copy, whatever the strides of the weight.
         wide = chunk.to(torch.float32, memory_format=torch.contiguous_format)
         yield wide, rows.part(span)
         chunk.copy_(stochastic_bfloat16(wide, seed, (rows.start + span.start) * width))

@@ -1,6 +1,6 @@
-"""INT8 weights in a module's state dict: plain tensors, which any file format can hold.
+"""INT8 weights in a module's state dict: plain tensors, which any file format can store.
 
-The hooks are functions of this module, so that layers with them can be copied and pickled.
+The hooks are module-level functions, so that layers with hooks can be copied and pickled.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..layers.convert import factored_layers
 from .int8 import Int8Weight
 
 PARTS = ("codes", "scales", "zeros")
-#: Entries that share a scale, an int64 0-d tensor; state dicts of version 0.1 have none.
+#: Key of the group size, an int64 0-d tensor; state dicts of version 0.1 have none.
 GROUP_SIZE = "group_size"
 
 
@@ -26,7 +26,7 @@ def has_int8(module: nn.Module) -> bool:
 
 
 def attach(module: nn.Linear) -> None:
-    """Makes the layer save its weight as plain tensors, and load it back.
+    """Adds hooks that save the layer's weight as plain tensors and load it back.
 
     They are `weight.codes`, `.scales`, `.zeros` and `.group_size`.
     """
@@ -36,7 +36,7 @@ def attach(module: nn.Linear) -> None:
 
 
 def detach(module: nn.Module) -> None:
-    """Takes the hooks away."""
+    """Removes the hooks."""
     for key, saved in list(module._state_dict_hooks.items()):
         if saved is split_weight:
             del module._state_dict_hooks[key]
@@ -48,12 +48,12 @@ def detach(module: nn.Module) -> None:
 def split_weight(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: object
 ) -> None:
-    """In a new state dict: the weight's parts instead of the weight; `keep_vars=True` keeps it."""
+    """In a new state dict: replaces the weight by its parts, except with `keep_vars=True`."""
     name = f"{prefix}weight"
     weight = state_dict.get(name)
     if not isinstance(weight, Int8Weight) or weight is module.weight:
         return
-    # The order of the entries stays; those that follow are few, since this module was saved last.
+    # Keeps the order of entries; few follow, since this module was saved last.
     following = list(takewhile(lambda key: key != name, reversed(state_dict)))
     del state_dict[name]
     for part, tensor in zip(PARTS, weight.parts(), strict=True):
@@ -73,9 +73,9 @@ def join_weight(
     unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    """In a state dict to be loaded: the weight made of its parts; a dense one stays as it is.
+    """In a state dict to be loaded: joins the parts to a weight; a dense weight is unchanged.
 
-    Parts with groups of another size than the weight's are an error, whether they fit or not.
+    Parts with another group size than the weight's are an error, even if the shapes agree.
     """
     own = module.weight
     if not isinstance(own, Int8Weight):
@@ -104,10 +104,10 @@ def join_weight(
 
 
 def dense_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """A module's state dict on the CPU as a dense model has it.
+    """A module's state dict on the CPU, as of the equivalent dense model.
 
-    INT8 weights are dense under their own names, and a factored layer has the `weight` that it
-    stands for. What a plain copy of the model loads and other tools read: for a Hugging Face model
+    INT8 weights are dense under their own names, and a factored layer has its effective `weight`.
+    A dense model and other tools can load it: for a Hugging Face model
     `model.save_pretrained(folder, state_dict=dense_state_dict(model))`.
     """
     layers = dict(factored_layers(module))
@@ -124,7 +124,7 @@ def dense_state_dict(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _layer_of(name: str, layers: Mapping[str, object]) -> str | None:
-    """The one of `layers` that a tensor is a part of, itself or in a module within."""
+    """The name of the one of `layers` that contains a tensor, also in a submodule."""
     while "." in name:
         name = name.rpartition(".")[0]
         if name in layers:

@@ -1,4 +1,4 @@
-"""Updating parameters that are not projected, through the weight seam."""
+"""Updates of parameters that are not projected, however they are stored."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def apply_rule(
     *,
     stochastic: bool = False,
 ) -> None:
-    """Updates whole parameters in place, by rows where they have to be rounded stochastically.
+    """Updates plain parameters in place, by rows if they are rounded stochastically.
 
     Args:
-        rule: gives the updates.
+        rule: the update rule.
         grads: descent gradients.
         states: the parameters' states; `step` already counts this step.
         weights: the parameters.
         seed: of the rounding.
-        names: what the parameters' draws are made from, see `engine.seeds`.
+        names: the names that seed the parameters' random numbers, see `engine.seeds`.
         stochastic: as in `editable_rows`.
     """
     by_rows = [_by_rows(weight, stochastic) for weight in weights]
@@ -52,7 +52,7 @@ def apply_rule(
 def _write(
     rule: UpdateRule, grad: Tensor, state: State, weight: Tensor, seed: int, stochastic: bool
 ) -> None:
-    """Chunk of rows by chunk of rows: the rule's update, and the rounded weight."""
+    """By chunks of rows: computes the rule's update and writes the rounded weight."""
     if weight.dim() != 2:
         (update,) = rule.update([grad], [state], [weight])
         whole = RowRange.whole(weight.shape[0] if weight.dim() else 1)
@@ -74,7 +74,7 @@ def _write(
         alpha, direction = update.alpha, update.direction
         if isinstance(alpha, Tensor):
             alpha, direction = 1.0, direction * alpha
-        # A decay that depends on the weight's size (Adafactor) is read back.
+        # A decay that depends on the weight's RMS (Adafactor) is read back.
         piece.write(direction, None, decay_factor=float(update.decay_factor), alpha=alpha)
 
 

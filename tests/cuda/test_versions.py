@@ -120,7 +120,7 @@ def test_a_fused_write_into_an_int8_weight(kernels: str) -> None:
     chunk = fused.FusedChunk(weight, None, 0, 20, 5, 0)
     before = weight._version
     with using_kernels(kernels):
-        chunk.write(torch.ones(20, 32), None, keep=1.0, alpha=0.1)
+        chunk.write(torch.ones(20, 32), None, decay_factor=1.0, alpha=0.1)
     assert all(part._version > 0 for part in weight.parts())
     assert weight._version > before
     for loss in (by_linear, by_itself):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -230,6 +230,18 @@ projecting = pytest.mark.parametrize("row", PROJECTING, ids=identifier)
 representative_projecting = pytest.mark.parametrize(
     "row", [row for row in REPRESENTATIVE if row.projects], ids=identifier
 )
+
+
+#: The smallest and the largest of the papers' sizes; the others are slow tests.
+EXTREMES = ("60m", "7b")
+
+
+def each_size(sizes: Iterable[str]) -> pytest.MarkDecorator:
+    """Model sizes, of which those in the middle are slow tests."""
+    marks = {size: () if size in EXTREMES else (pytest.mark.slow,) for size in sizes}
+    return pytest.mark.parametrize(
+        "size", [pytest.param(size, marks=mark) for size, mark in marks.items()]
+    )
 
 
 def every_with(

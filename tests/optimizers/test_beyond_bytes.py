@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support import tiny_model
+from table import each_size
 from test_groups_and_registry import LLAMA, Llama
 
 from lowrank.optimizers import build, expected_state_bytes, state_bytes
@@ -62,7 +63,7 @@ CASES: tuple[tuple[str, dict[str, Any], Callable[[int, int, int], int]], ...] = 
 )
 
 
-@pytest.mark.parametrize("size", list(LLAMA))
+@each_size(LLAMA)
 @pytest.mark.parametrize(("name", "options", "formula"), CASES)
 def test_bytes_of_llama_are_the_formula(
     name: str, options: dict[str, Any], formula: Callable[[int, int, int], int], size: str

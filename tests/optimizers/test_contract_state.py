@@ -203,7 +203,7 @@ def test_loaded_numbers_are_those_of_a_state(entries: dict[str, Any], message: s
         (lambda s: s["param_groups"][1].update(lr=-1.0), "lr=-1.0"),
         (lambda s: s["param_groups"][0]["param_names"].pop(), "3 parameters and 2 param_names"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "file",
 )
 def test_a_file_that_is_no_state_changes_nothing(
     change: Callable[[dict[str, Any]], object], message: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from lowrank.cuda.noise import mix
 from lowrank.optimizers import Adafactor, FloraAdafactor, state_bytes
 from lowrank.optimizers.engine import chunks
-from lowrank.optimizers.methods.flora import FloraRule
 from lowrank.optimizers.projectors.random import gaussian
+from lowrank.optimizers.rules.flora import FloraRule, moment_growth, smallest_gap
 
 SHAPES = ((14, 9), (9, 14), (11, 11))
 
@@ -174,3 +175,72 @@ def test_reference_without_momentum_is_adafactors() -> None:
     )
     second = references.adafactor(grads, weight, lr=0.02)
     torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-13)
+
+
+def test_a_move_multiplies_the_mean_square_as_derived() -> None:
+    """Three moves of a fixed moment, over many seeds, against (1 + (d + 1) / r)^3."""
+    d, r, seeds = 12, 4, 20000
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.randn(seeds, 3, d, r, generator=generator, dtype=torch.float64) * r**-0.5
+    stands_for = torch.nn.functional.normalize(matrix(d, 1, 3), dim=0).expand(seeds, d, 1)
+    for move in range(3):
+        stands_for = drawn[:, move] @ (drawn[:, move].mT @ stands_for)
+        expected = moment_growth(d, r, 1.0, 1) ** (move + 1)
+        assert expected == (1 + 13 / 4) ** (move + 1)
+        found = float(stands_for.square().sum((1, 2)).mean())
+        assert found == pytest.approx(expected, rel=0.02 * 3**move)
+
+
+def test_the_smallest_gap_is_where_the_growth_falls_below_one() -> None:
+    for d, r, beta1 in ((256, 16, 0.9), (4096, 128, 0.9), (768, 768, 0.99), (64, 1, 0.5)):
+        gap = smallest_gap(d, r, beta1)
+        assert moment_growth(d, r, beta1, gap) < 1 <= moment_growth(d, r, beta1, gap - 1)
+    assert smallest_gap(64, 4, 0.0) == smallest_gap(8, 8, 0.1) == 1
+
+
+@pytest.mark.parametrize(("kappa", "stable"), [(14, True), (10, False)])
+def test_the_moment_grows_on_one_side_of_the_threshold(kappa: int, stable: bool) -> None:
+    """d = 256, r = 16, beta1 = 0.9: stable from kappa = 14 on; 10 multiplies by 2 a move."""
+    assert smallest_gap(256, 16, 0.9) == 14
+    weight = nn.Parameter(torch.zeros(256, 16, dtype=torch.float64))
+    group = {"params": [weight], "rank": 16, "kappa": kappa, "proj_type": "left"}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made = FloraAdafactor([group], lr=1e-3, scale_parameter=False)
+    assert [str(w.message) for w in caught if "grows without bound" in str(w.message)] == (
+        []
+        if stable
+        else [
+            "update_proj_gap=10 with beta1=0.9 and random matrices of 256 x 16: each move of the "
+            "moment multiplies its mean square by 2.07, so that it grows without bound; accepted "
+            "are update_proj_gap=14 or more, a higher rank, a lower beta1 or none"
+        ]
+    )
+    assert all(w.filename == __file__ for w in caught)
+    norms = []
+    for step in range(30 * kappa):
+        weight.grad = matrix(256, 16, step)
+        made.step()
+        norms.append(float(made.state[weight]["exp_avg"].norm()))
+    early, late = max(norms[:kappa]), max(norms[-kappa:])
+    assert late < 4 * early if stable else late > 1e3 * early
+
+
+def test_the_growth_is_said_once_and_again_for_other_options() -> None:
+    params = [nn.Parameter(torch.zeros(8, 64 * (k + 1))) for k in range(3)]
+    group = {"params": params, "rank": 2, "kappa": 2, "proj_type": "right"}
+    with pytest.warns(UserWarning, match="of 192 x 2: .* accepted are update_proj_gap=22 or more"):
+        made = FloraAdafactor([group], lr=1e-3)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made.step()
+        made.param_groups[0]["update_proj_gap"] = 30
+        made.step()
+    made.param_groups[0]["update_proj_gap"] = 3
+    with pytest.warns(UserWarning, match="update_proj_gap=3 with beta1"):
+        made.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FloraAdafactor([group], lr=1e-3, beta1=None)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support import TinyBlock, set_gradients, tiny_model
+from table import each_size
 from torch import nn
 
 from lowrank.optimizers import (
@@ -156,7 +157,7 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(hidden, 32000, bias=False)
 
 
-@pytest.mark.parametrize("size", list(LLAMA))
+@each_size(LLAMA)
 @pytest.mark.parametrize("bits8", [False, True])
 def test_galore_bytes_of_llama_are_the_formula(size: str, bits8: bool) -> None:
     """b (sum m r + 2 n r) + 2 b F, blocks and step counts added, for bf16 models."""
@@ -183,3 +184,9 @@ def test_expected_bytes_leave_the_model_alone() -> None:
     before = [param.detach().clone() for param in model.parameters()]
     expected_state_bytes("galore_adamw", model)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["rnak", "update_gap", "learning_rate", "galore_rank"])
+def test_options_that_no_method_has_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown option '{name}'"):
+        param_groups(TinyBlock(), **{name: 4})

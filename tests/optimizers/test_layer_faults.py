@@ -92,7 +92,8 @@ def test_events_follow_the_options_that_were_loaded() -> None:
     for step in range(4, 9):
         set_gradients(model, step)
         optimizer.step()
-    assert [event.step for event in events] == [2, 4, 9]
+    # With another gap the next event is at the next of its multiples.
+    assert [event.step for event in events] == [2, 4, 6, 9]
 
 
 # Frozen layers
@@ -153,7 +154,8 @@ def test_a_layer_without_gradients_is_said_once(name: str) -> None:
     assert len(said) == 1
     assert all(f"mlp.up_proj.{factor}" in said[0] for factor in layer.FACTORS)
     assert "q_proj" not in said[0]
-    assert max(event.layers for event in events) == 2
+    # SwitchLoRA draws which layers take part in a step.
+    assert max(event.layers for event in events) in ((1, 2) if name == "switchlora_adamw" else (2,))
 
 
 @events_of
@@ -167,7 +169,8 @@ def test_layers_that_are_frozen_before_are_named_when_linked(name: str) -> None:
         for step in range(12):
             set_gradients(model, step)
             optimizer.step()
-    assert max(event.layers for event in events) == 2
+    # SwitchLoRA draws which layers take part in a step.
+    assert max(event.layers for event in events) in ((1, 2) if name == "switchlora_adamw" else (2,))
 
 
 # Layers that stay dense, and weights that are read

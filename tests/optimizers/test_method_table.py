@@ -68,19 +68,16 @@ def test_docs_hold_the_table() -> None:
     assert text == methods_page()
 
 
-def test_every_name_is_in_the_readme() -> None:
-    """The README writes families short: `galore_adamw`, `_8bit`."""
+def test_the_readme_leads_to_the_table() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name in available():
-        suffix = name.rpartition("_")[2]
-        assert f"`{name}`" in text or f"`_{suffix}`" in text, name
+    assert "(docs/methods.md)" in text
 
 
 def test_every_page_enters_the_table_and_stays_short() -> None:
     for page in Path(pages[0]).glob("[!_]*.py"):
         modules = {row.optimizer.__module__.rpartition(".")[2] for row in TABLE.values()}
         assert page.stem in modules
-        assert len(page.read_text(encoding="utf-8").splitlines()) < 250
+        assert len(page.read_text(encoding="utf-8").splitlines()) < 240
         assert ast.get_docstring(ast.parse(page.read_text(encoding="utf-8")))
 
 

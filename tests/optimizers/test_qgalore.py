@@ -10,6 +10,7 @@ import pytest
 import torch
 from references_qgalore import qgalore
 from support import TinyBlock, hashed, matrix, set_gradients, tiny_model
+from table import each_size
 from test_groups_and_registry import LLAMA, Llama
 from torch import Tensor, nn
 
@@ -304,7 +305,7 @@ def test_stochastic_rounding_of_bfloat16_weights(name: str) -> None:
 # Bytes
 
 
-@pytest.mark.parametrize("size", list(LLAMA))
+@each_size(LLAMA)
 def test_bytes_of_llama_are_the_formula(size: str) -> None:
     """D1's formulas with packed codes, and the small terms of the method's page; bf16."""
     hidden, ffn, layers, rank = LLAMA[size]

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from table import each_size
 from torch import nn
 
 from lowrank.optimizers import available, build, expected_state_bytes, state_bytes
@@ -167,7 +168,7 @@ def formula(name: str, c: Counts, s: int) -> int:
     return c.total(*formulas[name])
 
 
-@pytest.mark.parametrize("size", SIZES)
+@each_size(SIZES)
 @pytest.mark.parametrize("name", available())
 def test_formula_of_each_size(name: str, size: str) -> None:
     counts = Counts(size)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from table import each_size
 from test_state_formulas import SIZES, B, Counts, model_of
 
 from lowrank.optimizers import build
@@ -37,7 +38,7 @@ CODES: dict[str, Callable[[int, int, int], int]] = {
 OPTIONS = {"low_rank_adamw": {"alpha": 32.0}, "relora_adamw": {"alpha": 32.0}}
 
 
-@pytest.mark.parametrize("size", SIZES)
+@each_size(SIZES)
 @pytest.mark.parametrize("name", FORMULAS)
 def test_weight_bytes(name: str, size: str) -> None:
     counts, model = Counts(size), model_of(size)

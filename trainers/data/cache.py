@@ -1,4 +1,4 @@
-"""Where made things are kept between runs."""
+"""The cache folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why data are of no use: the first files, and what is wrong with each."""
+"""Why data are unusable: the first files, and the problem of each."""
 
 from __future__ import annotations
 

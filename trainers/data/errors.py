@@ -1,4 +1,4 @@
-"""What can go wrong with data: each error is one sentence that names the file and the line."""
+"""Errors of data: each message is one sentence that names the file and the line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class DataError(ValueError):
 
 
 class DataWarning(UserWarning):
-    """Something was passed over and counted, and the run goes on."""
+    """Records were skipped and counted; the run continues."""
 
 
 class BadDocumentError(Exception):

@@ -1,4 +1,4 @@
-"""Who reads what, and in which order: pure functions of seed, epoch, stream and place."""
+"""The division of data among streams, and its order: pure functions of seed, epoch and stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every tokenizer can do."""
+"""The tokenizer interface."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plain bytes: no training, no download, nothing to match."""
+"""A byte tokenizer, without training or download."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run's report says beside its figures."""
+"""The text and tables of a run's report."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def _epochs(epochs: float) -> str:
 
 
 def evaluation_table(run: Run) -> str:
-    """Every evaluation in figures, for those who can't or won't read them off a curve."""
+    """A table of all evaluations."""
     if not len(run.val_loss):
         return ""
     bits = dict(

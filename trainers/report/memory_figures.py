@@ -1,4 +1,4 @@
-"""Where a run's memory went: by category against AdamW, and over time."""
+"""A run's memory: by category compared with AdamW, and over time."""
 
 from __future__ import annotations
 

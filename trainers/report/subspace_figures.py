@@ -1,4 +1,4 @@
-"""How the subspaces of a low-rank method fared at each refresh."""
+"""Figures of the subspaces of a low-rank method at each refresh."""
 
 from __future__ import annotations
 
