@@ -97,10 +97,12 @@ class ManagedOptimizer(Optimizer):
             for param, dtype in zip(plan.params, plan.dtypes, strict=True)
         }
         for group, snapshot in zip(self.param_groups, snapshots, strict=True):
-            if snapshot is None or self._plan_of(group) is not None or snapshot.holds(group):
+            if snapshot is None or self._plan_of(group) is not None:
                 continue
-            core = self.compose({**snapshot.options, "lr": group["lr"]})
-            found |= {id(param): MadeBy(core, None) for param in group["params"]}
+            core = None
+            if not snapshot.holds(group):
+                core = self.compose({**snapshot.options, "lr": group["lr"]})
+            found |= {key: MadeBy(core, dtype) for key, dtype in snapshot.dtypes.items()}
         return found
 
     def _prepare(self) -> list[Plan]:

@@ -29,7 +29,12 @@ _NOTHING: State = {}
 
 
 class Snapshot:
-    """A copy of a group's options, to detect changes."""
+    """A copy of a group's options, to detect changes.
+
+    Attributes:
+        options: values by name.
+        dtypes: the parameters' dtypes by their ids.
+    """
 
     def __init__(self, group: Group) -> None:
         self.options = {
@@ -41,6 +46,7 @@ class Snapshot:
         self._values, self._size = tuple(self.options.values()), len(group)
         self._types = tuple(map(type, self._values))
         self._read = itemgetter(*self.options)
+        self.dtypes = {id(param): param.dtype for param in group["params"]}
 
     def holds(self, group: Group) -> bool:
         """Whether all options are unchanged; may return False although they are."""

@@ -28,11 +28,11 @@ class MadeBy(NamedTuple):
     """What a parameter's state was made with.
 
     Attributes:
-        composition: of the group's options.
+        composition: of the group's options; None for the one that they have now.
         dtype: the parameter's, if known.
     """
 
-    composition: Composition
+    composition: Composition | None
     dtype: torch.dtype | None
 
 
@@ -178,8 +178,7 @@ def follow(
         plan.release()
         for param in () if settled else group["params"]:
             try:
-                made_by = MadeBy(plan.core, None)
-                found = _examine(param, None, state.get(param), made_by, plan.core, group)
+                found = _examine(param, None, state.get(param), None, plan.core, group)
             except ValueError:
                 continue
             if found is not None and found.how == "make":
@@ -239,7 +238,8 @@ def _examine(
         return None
     if not state:
         return _StateChange(param, "make")
-    made_by, dtype = previous or MadeBy(core, None)
+    composition, dtype = previous or MadeBy(None, None)
+    made_by = composition or core
     expected = template(param, made_by)
     found = difference(state, expected)
     if found is None and dtype not in (None, param.dtype):

@@ -52,10 +52,16 @@ def test_state_without_a_step_follows_a_cast(row: Row, cast: str) -> None:
 
 @every
 @pytest.mark.parametrize("cast", CASTS)
-def test_state_with_steps_and_another_dtype_is_refused(row: Row, cast: str) -> None:
+@pytest.mark.parametrize("how", ["trained", "copied", "loaded"])
+def test_state_with_steps_and_another_dtype_is_refused(row: Row, cast: str, how: str) -> None:
     model = tiny_model()
     optimizer = row.build(model)
     train(model, optimizer, range(2))
+    if how == "copied":
+        model, optimizer = copy.deepcopy((model, optimizer))
+        row.link(optimizer, model)
+    elif how == "loaded":
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     CASTS[cast](model)
     set_gradients(model, 2)
     before = copy.deepcopy((list(model.parameters()), optimizer.state_dict()["state"]))
