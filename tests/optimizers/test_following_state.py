@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support import set_gradients, tiny_model
-from table import Row, every, train, weight_of
+from table import Row, every, every_with, representative, train, weight_of
 from torch import Tensor, nn
 
 from lowrank.optimizers import AdamW, GaLoreAdamW, LowRankOptimizer, build, state_bytes
@@ -50,9 +50,8 @@ def test_state_without_a_step_follows_a_cast(row: Row, cast: str) -> None:
         assert torch.equal(a, b)
 
 
-@every
+@every_with("how", ["trained", "copied", "loaded"])
 @pytest.mark.parametrize("cast", CASTS)
-@pytest.mark.parametrize("how", ["trained", "copied", "loaded"])
 def test_state_with_steps_and_another_dtype_is_refused(row: Row, cast: str, how: str) -> None:
     model = tiny_model()
     optimizer = row.build(model)
@@ -105,7 +104,7 @@ def test_one_missing_state_is_made_and_the_others_stay() -> None:
     assert steps == {2.0, 5.0}
 
 
-@every
+@representative
 def test_incomplete_state_is_refused(row: Row) -> None:
     model = tiny_model()
     optimizer = row.build(model)
