@@ -36,8 +36,17 @@ DISTRIBUTIONS = ("gaussian", "orthonormal")
 def gaussian(shape: tuple[int, int], seed: int, like: Tensor) -> Tensor:
     """A d x r matrix with entries N(0, 1/r), in fp32 (fp64 for fp64) on the device of `like`.
 
-    The same numbers on every device (`lowrank.cuda.gaussian`), also in a captured CUDA graph.
+    The same numbers on every device (`lowrank.cuda.gaussian`).
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured; its replays would keep this seed, and so this
+            basis, after a refresh.
     """
+    if like.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "distribution='gaussian' while a CUDA graph is captured: accepted is 'orthonormal' or "
+            "another projector, whose bases are stored"
+        )
     drawn = normal_numbers(shape, seed, wide_dtype(like), like.device)
     return drawn.mul_(shape[1] ** -0.5)
 
