@@ -15,7 +15,7 @@ from .composition import Composition
 from .gradients import SkippedUpdates
 from .options import Group, make_plain
 from .plan import Plan, Snapshot
-from .prepare import Maker, drop_unused, follow, revise
+from .prepare import MadeBy, Maker, drop_unused, follow, revise
 from .seeds import seed_names
 from .step import capturing
 
@@ -89,14 +89,20 @@ class ManagedOptimizer(Optimizer):
         found = self._snapshots.get(id(group))
         return found[1] if found is not None and found[0] is group else None
 
-    def _made_by(self, snapshots: Sequence[Snapshot | None]) -> dict[int, Composition]:
-        """By parameter id: the composition that made its state, if known."""
-        found = {id(param): plan.core for plan in self._plans.values() for param in plan.params}
+    def _made_by(self, snapshots: Sequence[Snapshot | None]) -> dict[int, MadeBy]:
+        """By parameter id: what its state was made with, if known."""
+        found = {
+            id(param): MadeBy(plan.core, dtype)
+            for plan in self._plans.values()
+            for param, dtype in zip(plan.params, plan.dtypes, strict=True)
+        }
         for group, snapshot in zip(self.param_groups, snapshots, strict=True):
-            if snapshot is None or self._plan_of(group) is not None or snapshot.holds(group):
+            if snapshot is None or self._plan_of(group) is not None:
                 continue
-            core = self.compose({**snapshot.options, "lr": group["lr"]})
-            found |= {id(param): core for param in group["params"]}
+            core = None
+            if not snapshot.holds(group):
+                core = self.compose({**snapshot.options, "lr": group["lr"]})
+            found |= {key: MadeBy(core, dtype) for key, dtype in snapshot.dtypes.items()}
         return found
 
     def _prepare(self) -> list[Plan]:
@@ -125,6 +131,8 @@ class ManagedOptimizer(Optimizer):
             snapshots,
             self._maker(),
         )
+        for revised_plan in revised:
+            revised_plan.settled(self.state)
         self._plans = {id(plan.group): plan for plan in revised}
         self._snapshots = {}
         self._pending_moments |= pending

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any, overload
 
 import torch
@@ -18,7 +18,7 @@ from .gradients import check_gradients
 from .managed import ManagedOptimizer
 from .options import Group, ProjectionOptions, check_common, check_lr, make_plain
 from .parameters import check_names, check_param, name_alike, names
-from .plan import Snapshot
+from .plan import Plan, Snapshot
 from .refresh import RefreshHook
 from .shared_refresh import SharedRefreshes
 from .step import Usable, step_plain, step_projected
@@ -206,20 +206,28 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
                 loss = closure()
         check_gradients(self.param_groups)
         plans = self._prepare()
+        try:
+            with no_autocast():
+                self._advance(plans)
+        finally:
+            for plan in plans:
+                plan.release()
+        return loss
+
+    def _advance(self, plans: Sequence[Plan]) -> None:
+        """Takes the step of all groups in turn."""
         count = sum(len(plan.params) for plan in plans if plan.core.projection is not None)
         hooks, index = tuple(self._refresh_hooks.values()), 0
         if self._shared is not None:
             self._shared.count_step()
-        with no_autocast():
-            for plan in plans:
-                usable = self._usable(plan.group)
-                if plan.core.projection is None:
-                    step_plain(plan, usable)
-                else:
-                    pending = self._pending_moments
-                    step_projected(plan, index, count, hooks, pending, usable, self._shared)
-                    index += len(plan.params)
-        return loss
+        for plan in plans:
+            usable = self._usable(plan.group)
+            if plan.core.projection is None:
+                step_plain(plan, usable)
+            else:
+                pending = self._pending_moments
+                step_projected(plan, index, count, hooks, pending, usable, self._shared)
+                index += len(plan.params)
 
     def _usable(self, group: Group) -> Usable:
         if group["skip_nonfinite"] and not group["capturable"]:

@@ -29,7 +29,12 @@ _NOTHING: State = {}
 
 
 class Snapshot:
-    """A copy of a group's options, to detect changes."""
+    """A copy of a group's options, to detect changes.
+
+    Attributes:
+        options: values by name.
+        dtypes: the parameters' dtypes by their ids.
+    """
 
     def __init__(self, group: Group) -> None:
         self.options = {
@@ -41,6 +46,7 @@ class Snapshot:
         self._values, self._size = tuple(self.options.values()), len(group)
         self._types = tuple(map(type, self._values))
         self._read = itemgetter(*self.options)
+        self.dtypes = {id(param): param.dtype for param in group["params"]}
 
     def holds(self, group: Group) -> bool:
         """Whether all options are unchanged; may return False although they are."""
@@ -73,7 +79,8 @@ class Plan:
         core: their composition, up to the learning rate.
         composition: the same with the learning rate of this step.
         params: the parameters.
-        states: their states; empty for a parameter without entries.
+        states: their states during a step, empty for a parameter without entries. Between steps
+            there are none, so that state that is cleared leaves the memory.
         seed_names: the names that seed the parameters' random numbers, see `seeds`.
         geometries: of the parameters, if the group is projected.
     """
@@ -90,8 +97,11 @@ class Plan:
         self.group, self.core, self.snapshot = group, core, snapshot
         self.composition, self._lr = core, group["lr"]
         self.params: list[Tensor] = list(group["params"])
-        self.states = [state.get(param, _NOTHING) for param in self.params]
-        self._sizes, self._kinds = list(map(len, self.states)), _kinds(self.params)
+        self.states: list[State] = []
+        states = [state.get(param, _NOTHING) for param in self.params]
+        # A state is known by its step count, a tensor that a state keeps for good.
+        self._counts, self._sizes = _counts(states), list(map(len, states))
+        self._kinds = _kinds(self.params)
         self.names: Sequence[str | None] = list(names(group))
         self.seed_names = seed_names
         self.geometries: list[Geometry | None] = [None] * len(self.params)
@@ -101,21 +111,30 @@ class Plan:
                 for param in self.params
             ]
 
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """The parameters' dtypes when their state was checked."""
+        return [dtype for _, dtype, _ in self._kinds]
+
     def current(self) -> bool:
         """Whether the options are unchanged since they were composed."""
         return self.snapshot.holds(self.group) and (self.group["lr"] is None) == (self._lr is None)
 
     def settled(self, state: Mapping[Tensor, State]) -> bool:
-        """Whether parameters and state are unchanged since they were checked."""
+        """Whether parameters and state are unchanged since they were checked; sets `states`."""
         params = self.group["params"]
         if len(params) != len(self.params) or not all(map(is_, params, self.params)):
             return False
-        states = [state.get(param, _NOTHING) for param in self.params]
+        self.states = [state.get(param, _NOTHING) for param in self.params]
         return (
-            all(map(is_, states, self.states))
-            and list(map(len, states)) == self._sizes
+            all(map(is_, _counts(self.states), self._counts))
+            and list(map(len, self.states)) == self._sizes
             and _kinds(self.params) == self._kinds
         )
+
+    def release(self) -> None:
+        """Ends a step: the states are the optimizer's alone again."""
+        self.states = []
 
     def read_rate(self) -> None:
         """Updates `composition` with the group's current learning rate.
@@ -132,6 +151,10 @@ class Plan:
         if lr is not None:
             check_lr(lr)
         self.composition, self._lr = self.core.at_rate(self.group), lr
+
+
+def _counts(states: Sequence[State]) -> list[Tensor | None]:
+    return [state.get("step") for state in states]
 
 
 def _kinds(params: Sequence[Tensor]) -> list[tuple[torch.Size, torch.dtype, torch.device]]:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .adapt import PendingMoments, adapt
@@ -21,6 +22,18 @@ from .state import difference, misplaced, place, template, untouched
 
 State = dict[str, Any]
 States = MutableMapping[Tensor, State]
+
+
+class MadeBy(NamedTuple):
+    """What a parameter's state was made with.
+
+    Attributes:
+        composition: of the group's options; None for the one that they have now.
+        dtype: the parameter's, if known.
+    """
+
+    composition: Composition | None
+    dtype: torch.dtype | None
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,7 @@ def revise(
     groups: Sequence[Group],
     plans: Sequence[Plan | None],
     state: States,
-    previous: Mapping[int, Composition],
+    previous: Mapping[int, MadeBy],
     snapshots: Sequence[Snapshot | None],
     maker: Maker,
 ) -> tuple[list[Plan], dict[Tensor, PendingMoments]]:
@@ -91,7 +104,7 @@ def revise(
         groups: the optimizer's groups.
         plans: the cached plan of each, if any.
         state: the optimizer's state, changed in place.
-        previous: by parameter id, the composition that made its state.
+        previous: by parameter id, what its state was made with.
         snapshots: options of each group when its state was made, if known.
         maker: the optimizer's callbacks.
 
@@ -159,11 +172,13 @@ def follow(
 ) -> None:
     """In place: makes state that is missing or untrained; errors are left to the next step."""
     for group, plan in zip(groups, plans, strict=True):
-        if plan is None or not plan.current() or plan.settled(state):
+        if plan is None or not plan.current():
             continue
-        for param in group["params"]:
+        settled = plan.settled(state)
+        plan.release()
+        for param in () if settled else group["params"]:
             try:
-                found = _examine(param, None, state.get(param), plan.core, plan.core, group)
+                found = _examine(param, None, state.get(param), None, plan.core, group)
             except ValueError:
                 continue
             if found is not None and found.how == "make":
@@ -175,7 +190,7 @@ def _examine_group(
     plan: Plan | None,
     snapshot: Snapshot | None,
     state: States,
-    previous: Mapping[int, Composition],
+    previous: Mapping[int, MadeBy],
     maker: Maker,
 ) -> _GroupChange:
     if plan is not None:
@@ -201,11 +216,11 @@ def _examine_group(
         before, snapshot = snapshot.options if changed and snapshot else None, Snapshot(completed)
         if plan is not None and changed is not None and changed <= SCALARS and plan.settled(state):
             return _GroupChange(group, completed, core, snapshot, [], before)
-    found = [
-        _examine(param, name, state.get(param), previous.get(id(param)), core, completed)
+    found = {  # by id: torch lets a parameter be in a group twice
+        id(param): _examine(param, name, state.get(param), previous.get(id(param)), core, completed)
         for param, name in zip(group["params"], names(group), strict=True)
-    ]
-    state_changes = [state_change for state_change in found if state_change is not None]
+    }
+    state_changes = [state_change for state_change in found.values() if state_change is not None]
     return _GroupChange(group, completed, core, snapshot, state_changes, before)
 
 
@@ -213,7 +228,7 @@ def _examine(
     param: Tensor,
     name: str | None,
     state: State | None,
-    previous: Composition | None,
+    previous: MadeBy | None,
     core: Composition,
     group: Group,
 ) -> _StateChange | None:
@@ -223,15 +238,18 @@ def _examine(
         return None
     if not state:
         return _StateChange(param, "make")
-    made_by = core if previous is None else previous
+    composition, dtype = previous or MadeBy(None, None)
+    made_by = composition or core
     expected = template(param, made_by)
     found = difference(state, expected)
+    if found is None and dtype not in (None, param.dtype):
+        found = f"was made for {dtype}; the parameter is {param.dtype}"
     if found is not None:
         if expected.keys() == state.keys() and untouched(state):
             return _StateChange(param, "make")
-        called = label(name, param)
-        hint = ", as the parameter is: cast the model first, then build the optimizer"
-        raise ValueError(f"the state of {called} {found}{hint if 'of dtype' in found else ''}")
+        cast = dtype not in (None, param.dtype)
+        hint = ": cast the model first, then build the optimizer" if cast else ""
+        raise ValueError(f"the state of {label(name, param)} {found}{hint}")
     moved = misplaced(state, param, capturable=group["capturable"])
     if (moved or made_by is not core) and untouched(state):
         return _StateChange(param, "make")

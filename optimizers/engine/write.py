@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..projectors import ProjectedParam
 from ..residuals import WeightUpdate
-from ..weights import editable_rows, fused_rows, rounding_seed
+from ..weights import Int8Weight, editable_rows, fused_rows, rounding_seed
 from .chunks import row_chunks
 from .composition import Projection
 from .geometry import RowRange
@@ -16,8 +16,9 @@ from .geometry import RowRange
 def apply_update(update: WeightUpdate, param: ProjectedParam, projection: Projection) -> None:
     """Applies an update to a weight, in chunks of rows if it is quantised."""
     options = projection.options
-    seed = rounding_seed(options.seed, param.seed_name, param.steps_done)
-    rounds = options.stochastic_rounding
+    rounds, seed = options.stochastic_rounding, 0
+    if rounds or isinstance(param.weight, Int8Weight):
+        seed = rounding_seed(options.seed, param.seed_name, param.steps_done)
     direction, alpha, decay_factor = update.direction, update.alpha, update.decay_factor
     if isinstance(alpha, Tensor):
         direction, alpha = (None if direction is None else direction.mul_(alpha)), 1.0

@@ -291,11 +291,15 @@ class FactoredAdamW(LowRankOptimizer):
                 state["events"] = self._events_after(group, int(state["step"]))
 
     def _events(self, link: Link) -> int:
-        return max(int(self.state[param]["events"]) for param in link.factors())
+        return self._largest(link, "events")
 
     def _steps(self, link: Link) -> int:
         """Steps of a layer: the largest step count of its factors."""
-        return max(int(self.state[param]["step"]) for param in link.factors())
+        return self._largest(link, "step")
+
+    def _largest(self, link: Link, key: str) -> int:
+        # State that is missing is made by the next step.
+        return max(int(self.state.get(param, {}).get(key, 0)) for param in link.factors())
 
     def _renew(self, param: nn.Parameter, rule: UpdateRule) -> None:
         """Resets a factor's moments and their bias corrections."""

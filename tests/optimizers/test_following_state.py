@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from support import set_gradients, tiny_model
-from table import Row, every, train, weight_of
+from table import Row, every, every_with, representative, train, weight_of
 from torch import Tensor, nn
 
-from lowrank.optimizers import AdamW, LowRankOptimizer, build, state_bytes
+from lowrank.optimizers import AdamW, GaLoreAdamW, LowRankOptimizer, build, state_bytes
 
 
 def layout(optimizer: LowRankOptimizer) -> list[dict[str, Any]]:
@@ -48,19 +50,20 @@ def test_state_without_a_step_follows_a_cast(row: Row, cast: str) -> None:
         assert torch.equal(a, b)
 
 
-@every
-def test_state_with_steps_and_another_dtype_is_refused(row: Row) -> None:
-    """But for state that has one dtype whatever the parameter's is."""
+@every_with("how", ["trained", "copied", "loaded"])
+@pytest.mark.parametrize("cast", CASTS)
+def test_state_with_steps_and_another_dtype_is_refused(row: Row, cast: str, how: str) -> None:
     model = tiny_model()
     optimizer = row.build(model)
     train(model, optimizer, range(2))
-    model.double()
-    fitting = layout(optimizer) == layout(row.build(row.prepare(tiny_model()).double()))
+    if how == "copied":
+        model, optimizer = copy.deepcopy((model, optimizer))
+        row.link(optimizer, model)
+    elif how == "loaded":
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    CASTS[cast](model)
     set_gradients(model, 2)
     before = copy.deepcopy((list(model.parameters()), optimizer.state_dict()["state"]))
-    if fitting:
-        optimizer.step()
-        return
     with pytest.raises(ValueError, match="cast the model first, then build the optimizer"):
         optimizer.step()
     for a, b in zip(before[0], model.parameters(), strict=True):
@@ -101,7 +104,7 @@ def test_one_missing_state_is_made_and_the_others_stay() -> None:
     assert steps == {2.0, 5.0}
 
 
-@every
+@representative
 def test_incomplete_state_is_refused(row: Row) -> None:
     model = tiny_model()
     optimizer = row.build(model)
@@ -203,3 +206,26 @@ def test_resuming_after_a_cast_before_the_first_step() -> None:
     other = build("galore_adamw", tiny_model(dtype=torch.bfloat16), rank=4)
     other.load_state_dict(torch.load(file, weights_only=True))
     assert layout(other) == layout(optimizer)
+
+
+def test_state_that_is_cleared_leaves_the_memory() -> None:
+    model = tiny_model()
+    optimizer = build("galore_adamw", model, rank=4)
+    train(model, optimizer, range(2))
+    optimizer.state_dict()
+    held = [weakref.ref(s["exp_avg"]) for s in optimizer.state.values() if "exp_avg" in s]
+    assert all(reference() is not None for reference in held)
+    optimizer.state.clear()
+    gc.collect()
+    assert all(reference() is None for reference in held)
+
+
+def test_a_parameter_that_is_in_a_group_twice_changes_its_options_once() -> None:
+    weight = nn.Parameter(torch.randn(8, 6))
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = GaLoreAdamW([{"params": [weight, weight], "rank": 2}])
+    for _ in range(2):
+        weight.grad = torch.randn(8, 6)
+        optimizer.step()
+        optimizer.param_groups[0]["rank"] = 4
+    assert optimizer.state[weight]["exp_avg"].shape == (8, 4)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support import set_gradients, tiny_model
-from table import Row, every, projecting, train
+from table import Row, every_with, projecting, representative, train
 from torch import Tensor, nn
 
 from lowrank.optimizers import (
@@ -36,7 +36,7 @@ def names(optimizer: LowRankOptimizer) -> list[list[str]]:
     return [group["param_names"] for group in optimizer.param_groups]
 
 
-@every
+@representative
 def test_unnamed_groups_join_named_ones(row: Row) -> None:
     model = tiny_model()
     optimizer = row.build(model)
@@ -135,8 +135,7 @@ KINDS = {
 }
 
 
-@every
-@pytest.mark.parametrize("kind", KINDS)
+@every_with("kind", tuple(KINDS))
 def test_numbers_are_converted_at_the_door(row: Row, kind: str) -> None:
     integer, number, flag = KINDS[kind]
     rate = 0.01 if kind == "tensor" else number(0.01)  # a tensor as rate stays one
@@ -187,7 +186,7 @@ def test_translated_keys_take_numpy_numbers() -> None:
     assert bytes_ == expected_state_bytes("galore_adamw", tiny_model(), rank=4)
 
 
-@every
+@representative
 def test_numbers_that_a_scheduler_assigns_are_converted_when_read(row: Row) -> None:
     model = tiny_model()
     optimizer = row.build(model)
