@@ -85,9 +85,11 @@ def param_groups(
         Groups, projected ones first; empty ones are left out.
 
     Raises:
-        ValueError: no linear layer that is trained matches the patterns, or the model has factored
-            layers and options of a projection are given.
+        ValueError: no linear layer that is trained matches the patterns, no method has an option of
+            a name that is given, or the model has factored layers and options of a projection are
+            given.
     """
+    _check_known(method_options)
     if any(isinstance(module, FactoredLinear) for module in model.modules()):
         given = {"patterns": None if tuple(patterns) == PATTERNS else patterns, "rank": rank}
         _refuse_projection(model, {**method_options, **given})
@@ -118,6 +120,17 @@ def param_groups(
         _group(undecayed, {"weight_decay": 0.0, **rate}),
     ]
     return [group for group in groups if group["params"]]
+
+
+def _check_known(options: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for an option that no method has: nothing would read the group key."""
+    from .engine import checks  # the table of methods is made from pages that import this module
+    from .engine.method import TABLE
+
+    known = {name for row in TABLE.values() for name in row.group_options()}
+    known |= {name for row in TABLE.values() for name in row.constructor_options()}
+    for name in options.keys() - known:
+        raise checks.unknown_name("option", name, known)
 
 
 def factored_groups(

@@ -20,6 +20,7 @@ Difference: the released code keeps B's moments (`reset="none"`).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
@@ -81,6 +82,7 @@ class LoQTAdamW(FactoredAdamW):
 
     def _make_attributes(self) -> None:
         super()._make_attributes()
+        self._warned = False
         self._renewed: list[tuple[Link, float]] = []
 
     def compose(self, group: Group) -> Composition:
@@ -116,6 +118,7 @@ class LoQTAdamW(FactoredAdamW):
     def _before(self) -> None:
         due = [link for link in self._links if self._is_due(link)]
         gradients = mean_gradients([self._gradient(link) for link in due], due)
+        self._warn_of_missing(due, gradients)
         renewed = [
             (link, self._renew_basis(link, gradient))
             for link, gradient in zip(due, gradients, strict=True)
@@ -123,6 +126,22 @@ class LoQTAdamW(FactoredAdamW):
         ]
         self._renewed = [(link, change) for link, change in renewed if change is not None]
         self._restart()
+
+    def _warn_of_missing(self, due: Sequence[Link], gradients: Sequence[Tensor | None]) -> None:
+        """Says once that a layer whose factor has a gradient has none of its full weight."""
+        missing = [
+            link.name
+            for link, gradient in zip(due, gradients, strict=True)
+            if gradient is None and link.factors()[0].grad is not None
+        ]
+        if missing and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{type(self).__name__} has no gradient of the full weight of {missing[0]}, from "
+                "which its basis is computed, so the layer is not trained: accepted is "
+                "loss.backward(), which torch.autograd.grad and backward(inputs=...) don't replace",
+                stacklevel=4,
+            )
 
     def _after(self) -> None:
         self._restart()  # a step without a gradient doesn't count

@@ -23,9 +23,9 @@ from lowrank.optimizers import (
     OnlineSubspaceAdamW,
 )
 from lowrank.optimizers.engine.fp32 import exact_fp32
-from lowrank.optimizers.methods import flora
 from lowrank.optimizers.projectors import apply, decompositions, online
 from lowrank.optimizers.projectors.base import Projector
+from lowrank.optimizers.rules import flora
 
 CUDA: Any = torch.backends.cuda.matmul
 ONEDNN: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]

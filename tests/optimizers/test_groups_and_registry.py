@@ -184,3 +184,9 @@ def test_expected_bytes_leave_the_model_alone() -> None:
     before = [param.detach().clone() for param in model.parameters()]
     expected_state_bytes("galore_adamw", model)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["rnak", "update_gap", "learning_rate", "galore_rank"])
+def test_options_that_no_method_has_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown option '{name}'"):
+        param_groups(TinyBlock(), **{name: 4})

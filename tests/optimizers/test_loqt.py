@@ -285,3 +285,14 @@ def test_bad_options_raise(option: str, value: Any) -> None:
     name = "format" if option.endswith("format") else option
     with pytest.raises(ValueError, match=f"{name}={value!r}"):
         build("loqt_adamw", tiny_model(), **{"rank": 4, option: value})
+
+
+def test_a_backward_pass_that_skips_the_full_weight_is_said() -> None:
+    model = tiny_model()
+    optimizer = build("loqt_adamw", model, lr=1e-2, rank=4)
+    inputs = [param for param in model.parameters() if param.requires_grad]
+    layer = model.self_attn["q_proj"]
+    x = torch.ones(2, layer.in_features)
+    layer(x).square().sum().backward(inputs=[p for p in inputs if p is layer.factor])
+    with pytest.warns(UserWarning, match=r"no gradient of the full weight of self_attn\.q_proj"):
+        optimizer.step()

@@ -108,8 +108,10 @@ def test_the_same_settings_give_the_same_run(tiny: Tiny, run: Run, tmp_path: Pat
 @pytest.mark.parametrize("optimizer", available())
 def test_resumed_equals_uninterrupted(optimizer: str, tiny: Tiny, run: Run, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run(tiny(whole, 10, optimizer=optimizer))
-    arguments = tiny(broken, 10, "--resume=auto", optimizer=optimizer)
+    # A moment that moves at each third step grows without bound, which Flora warns of.
+    gap = ["optimizer.update_proj_gap=8"] if optimizer == "flora_adafactor" else []
+    run(tiny(whole, 10, *gap, optimizer=optimizer))
+    arguments = tiny(broken, 10, "--resume=auto", *gap, optimizer=optimizer)
     crash(run, arguments, 2)  # before there is a checkpoint
     crash(run, arguments, 5)
     crash(run, arguments, 7)
