@@ -128,7 +128,8 @@ class SwitchedLinear(FactoredLinear):
         change, beside = old.to(wide_dtype(old)) - new, other[at]
         pair = (beside.mT, change) if side == 0 else (change.mT, beside)
         add_product(self.frozen, *pair, self.scaling, seed)
-        candidates[selected[places].to(candidates.device)] = old.to(candidates.device)
-        rows[at] = new
+        # The factors may have been cast since the candidates were made.
+        candidates[selected[places].to(candidates.device)] = old.to(candidates)
+        rows[at] = new.to(rows.dtype)
         selected[places] = fresh
         return at

@@ -282,7 +282,7 @@ def _effect(name: str, case: Case, model: nn.Module, changed: LowRankOptimizer) 
     once = optimizer.param_groups[case.group].get("schedule") == "once"
     exempt = (*MECHANICAL, *(FITTING if once else ()))
     if row_of(name).int8:
-        exempt += ("refresh", "quantizer")  # whose last bits a step of INT8 hides
+        exempt += ("refresh", "quantizer", "eps")  # whose last bits a step of INT8 hides
     if all(key in exempt for key in case.undo):
         return ""
     case.edit(optimizer)

@@ -77,7 +77,7 @@ def test_every_page_enters_the_table_and_stays_short() -> None:
     for page in Path(pages[0]).glob("[!_]*.py"):
         modules = {row.optimizer.__module__.rpartition(".")[2] for row in TABLE.values()}
         assert page.stem in modules
-        assert len(page.read_text(encoding="utf-8").splitlines()) < 240
+        assert len(page.read_text(encoding="utf-8").splitlines()) < 260
         assert ast.get_docstring(ast.parse(page.read_text(encoding="utf-8")))
 
 
