@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from ..projectors import ProjectedParam
+from .chunks import SCRATCH_BYTES
 from .options import Group
-
-#: Bound on the projected gradients and updates, and on the Gram matrices, that exist at once.
-SCRATCH_BYTES = 256 << 20
 
 
 def read_steps(states: Sequence[Mapping[str, Any]]) -> list[int]:

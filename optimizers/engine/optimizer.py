@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence, Set
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
-from torch.distributed import ProcessGroup
 from torch.utils.hooks import RemovableHandle
 
 from . import checks
@@ -28,6 +27,9 @@ from .strategies import (
     projection_of,
     strategy_options,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):

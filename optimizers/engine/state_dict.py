@@ -17,10 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank.cuda.noise import mix, signed_seed
+
+from ..projectors.random import SEED
 from ..rules.precision import HALF
 from .composition import Composition
 from .parameters import check_names, unique_names
 from .plan import Snapshot
+from .seeds import seed_names
 from .state import count_difference, difference, template
 
 Group = dict[str, Any]
@@ -81,20 +85,34 @@ def upgrade(
     """Casts the moments of a state that version 0.1.0 saved to their present precision.
 
     In that version, whose groups have no `moments_dtype`, moments had the weights' precision;
-    half-precision ones are cast to fp32. Arguments are as in `check`, which reports mismatches.
+    half-precision ones are cast to fp32. Under `capturable` it kept no numbers that random bases
+    are drawn from: they get new ones. Arguments are as in `check`, which reports mismatches.
     """
     old = [g for g in state_dict.get("param_groups", ()) if "moments_dtype" not in g]
     if not old:
         return state_dict
     state = dict(state_dict["state"])
-    for group, saved in zip(groups, _checked_groups(groups, state_dict), strict=True):
+    saved_groups = _checked_groups(groups, state_dict)
+    for group, saved, called in zip(groups, saved_groups, seed_names(groups), strict=True):
         if "moments_dtype" in saved:
             continue
         composition = compose(options_of_state(saved))
-        for key, param in zip(saved["params"], group["params"], strict=True):
-            if param.dtype in HALF and isinstance(state.get(key), Mapping):
+        for key, param, name in zip(saved["params"], group["params"], called, strict=True):
+            if not isinstance(state.get(key), Mapping):
+                continue
+            if param.dtype in HALF:
                 state[key] = _in_precision(state[key], template(param, composition))
+            if saved.get("capturable") and param.numel():
+                state[key] = _with_seeds(state[key], template(param, composition), name)
     return {**state_dict, "state": state}
+
+
+def _with_seeds(
+    state: Mapping[str, Any], expected: Mapping[str, Any], name: str
+) -> Mapping[str, Any]:
+    lacking = [key for key in expected if key.endswith(SEED) and key not in state]
+    drawn = {key: torch.tensor(signed_seed(mix(0, name, key))) for key in lacking}
+    return {**state, **drawn}
 
 
 def _in_precision(state: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:

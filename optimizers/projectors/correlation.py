@@ -32,14 +32,16 @@ from ..engine import checks
 from ..engine.chunks import wide_dtype
 from ..engine.geometry import Geometry, RowRange, Side
 from ..engine.rotation import Rotation
+from ..engine.seeds import draw_seed
 from ..schedules.base import passed
 from . import apply, decompositions, subspace, tucker
 from .base import Bases, ProjectedParam, Projector
 from .norms import axis_norms
 from .operand import cast_product
+from .random import gaussian
 from .singular import align_signs
 
-#: Seed of the first sketch, the released code's.
+#: Seed of the first sketch in the released code, which `refresh="svd"` reproduces.
 SKETCH_SEED = 3407
 #: Lower bound of norms in torch's cosine similarity.
 EPS = 1e-8
@@ -269,13 +271,19 @@ class CorrelationProjector(Projector):
         previous = self.bases(param)[0] if param.fitted else None
         sketch = previous
         if sketch is None:
-            ((d, r),) = param.geometry.basis_shapes.values()
-            generator = torch.Generator().manual_seed(SKETCH_SEED)
-            sketch = torch.randn(d, r, generator=generator).to(whole_mn.device)
+            sketch = self._sketch(param)
         basis = reprojected(whole_mn, sketch, param.geometry.side, self.refresh)
         if previous is not None and self.refresh != "svd":
             basis = align_signs(basis, previous)
         return basis
+
+    def _sketch(self, param: ProjectedParam) -> Tensor:
+        ((d, r),) = param.geometry.basis_shapes.values()
+        if self.refresh == "svd":
+            generator = torch.Generator().manual_seed(SKETCH_SEED)
+            return torch.randn(d, r, generator=generator).to(param.grad.device)
+        seed = draw_seed(self.seed, param.seed_name, param.steps_done, "sketch")
+        return gaussian((d, r), seed, param.grad)
 
     def _move(self, param: ProjectedParam, whole_mn: Tensor) -> Tensor:
         return correlation_step(

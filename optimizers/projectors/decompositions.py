@@ -17,12 +17,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..engine.chunks import wide_dtype
+from ..engine.chunks import SCRATCH_BYTES, wide_dtype
 from ..engine.fp32 import exact_fp32
 from ..engine.geometry import Side
 from .operand import Operand
-from .subspace import SCRATCH_BYTES, randomized, warm
 from .subspace import eigh as solve
+from .subspace import randomized, warm
 
 #: Accepted values of the option `refresh`.
 REFRESH_MODES = ("svd", "eigh", "randomized", "warm")

@@ -2,8 +2,10 @@
 
 "gaussian" (APOLLO, arXiv 2412.05270; Flora, arXiv 2402.03293): P has entries N(0, 1/r), so that
 P^T G keeps norms in expectation; its columns are not orthonormal. P is regenerated whenever it is
-read, from (`seed`, the matrix's name, the step of the refresh): the same values on each call and
-on every device. Memory: none.
+read, from (`seed`, the matrix's name, the step of the refresh), on the parameter's device: the
+same values on each call and on every device (`lowrank.cuda.gaussian`). Memory: none; with
+`capturable=True` the 8 bytes of the number that it is drawn from, which a captured graph reads, so
+that its replays follow a refresh.
 
 "orthonormal" (FRUGAL, arXiv 2411.07837; "random" of Online Subspace Descent's code): the leading
 singular vectors of a Gaussian matrix. They have the distribution of the Q factor of a d x r
@@ -14,14 +16,15 @@ Memory: min(m, n) r entries (std).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lowrank.cuda import gaussian as normal_numbers
+from lowrank import cuda
+from lowrank.cuda.noise import signed_seed
 
 from ..engine import checks
 from ..engine.chunks import wide_dtype
@@ -33,21 +36,20 @@ from .base import Bases, ProjectedParam, Projector
 DISTRIBUTIONS = ("gaussian", "orthonormal")
 
 
-def gaussian(shape: tuple[int, int], seed: int, like: Tensor) -> Tensor:
-    """A d x r matrix with entries N(0, 1/r), in fp32 (fp64 for fp64) on the device of `like`.
+#: After the key of the basis that is drawn from this number.
+SEED = "_seed"
+SEED_BYTES = 8
 
-    The same numbers on every device (`lowrank.cuda.gaussian`).
 
-    Raises:
-        RuntimeError: a CUDA graph is being captured; its replays would keep this seed, and so this
-            basis, after a refresh.
+def gaussian(shape: tuple[int, int], seed: int | Tensor, like: Tensor) -> Tensor:
+    """A d x r matrix with entries N(0, 1/r), the same on every device and card.
+
+    Args:
+        shape: (d, r).
+        seed: 64 bits, or an int64 tensor with one entry on the device of `like`.
+        like: gives device and precision: fp32, or fp64 for fp64.
     """
-    if like.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "distribution='gaussian' while a CUDA graph is captured: accepted is 'orthonormal' or "
-            "another projector, whose bases are stored"
-        )
-    drawn = normal_numbers(shape, seed, wide_dtype(like), like.device)
+    drawn = cuda.gaussian(shape, seed, wide_dtype(like), like.device)
     return drawn.mul_(shape[1] ** -0.5)
 
 
@@ -62,12 +64,15 @@ class RandomProjector(Projector):
 
     Attributes:
         distribution: "gaussian" (regenerated) or "orthonormal" (stored).
+        capturable: what Gaussian bases are drawn from lies on the device, in the state; `for_group`
+            fills it in.
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = ("distribution",)
     FITS_GRADIENT: ClassVar[bool] = False
 
     distribution: str = "gaussian"
+    capturable: bool = False
 
     def __post_init__(self) -> None:
         checks.choice("distribution", self.distribution, DISTRIBUTIONS)
@@ -85,18 +90,31 @@ class RandomProjector(Projector):
         """See `Projector.orthonormal`."""
         return not self._drawn
 
+    def for_group(self, group: Mapping[str, Any]) -> RandomProjector:
+        """With the group's choice of `capturable`."""
+        return replace(self, capturable=bool(group.get("capturable", False)))
+
     def init(self, geometry: Geometry, like: Tensor) -> dict[str, Any]:
-        """Nothing, or zero bases."""
-        return {} if self._drawn else super().init(geometry, like)
+        """Nothing, numbers to draw from, or zero bases."""
+        if not self._drawn:
+            return super().init(geometry, like)
+        keys = geometry.basis_shapes if self.capturable else ()
+        return {key + SEED: torch.zeros((), dtype=torch.int64, device=like.device) for key in keys}
 
     def state_bytes(self, geometry: Geometry, itemsize: int) -> int:
         """Bytes of these entries."""
-        return 0 if self._drawn else super().state_bytes(geometry, itemsize)
+        if not self._drawn:
+            return super().state_bytes(geometry, itemsize)
+        return SEED_BYTES * len(geometry.basis_shapes) if self.capturable else 0
 
-    def _draw(self, param: ProjectedParam, refreshed: int) -> Bases:
+    def _seeds(self, param: ProjectedParam, refreshed: int) -> list[int]:
+        keys = param.geometry.basis_shapes
+        return [draw_seed(self.seed, param.seed_name, refreshed, key) for key in keys]
+
+    def _draw(self, param: ProjectedParam, seeds: Sequence[int | Tensor]) -> Bases:
+        shapes = param.geometry.basis_shapes.values()
         return tuple(
-            gaussian(shape, draw_seed(self.seed, param.seed_name, refreshed, key), param.weight)
-            for key, shape in param.geometry.basis_shapes.items()
+            gaussian(shape, seed, param.weight) for shape, seed in zip(shapes, seeds, strict=True)
         )
 
     def fit(self, params: Sequence[ProjectedParam]) -> list[Bases | None]:
@@ -106,14 +124,20 @@ class RandomProjector(Projector):
             if not usable(param):
                 fitted.append(None)
                 continue
-            bases = self._draw(param, param.steps_done)
+            seeds = self._seeds(param, param.steps_done)
+            bases = self._draw(param, seeds)
             if not self._drawn:
                 bases = tuple(torch.linalg.qr(basis).Q for basis in bases)
                 self.store(param, bases)
+            elif self.capturable:
+                for key, seed in zip(param.geometry.basis_shapes, seeds, strict=True):
+                    param.state[key + SEED].fill_(signed_seed(seed))
             fitted.append(bases)
         return fitted
 
     def _read(self, param: ProjectedParam) -> Bases:
         if not self._drawn:
             return super()._read(param)
-        return self._draw(param, int(param.state["refreshed_at"]))
+        if self.capturable:
+            return self._draw(param, [param.state[k + SEED] for k in param.geometry.basis_shapes])
+        return self._draw(param, self._seeds(param, int(param.state["refreshed_at"])))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lowrank.cuda import rademacher
 
+from ..engine.chunks import SCRATCH_BYTES
 from .operand import Operand, on_gpu
 from .orthonormal import householder, shifted_cholesky
 
@@ -24,7 +25,6 @@ MAX_ITERATIONS = 12
 OUTSIDE = 1e-3  # share of the squared norm that may stay outside the subspace
 GAIN = 2e-5  # stop at this relative gain of an iteration
 REMAINING = 1e-4  # stop at this estimated relative gain of all further iterations
-SCRATCH_BYTES = 256 << 20  # bound on the scratch of a batch
 
 #: Raised by a solver that does not converge.
 NotConverged: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]

@@ -76,6 +76,37 @@ def a_captured_step_equals_an_eager_one(
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+def replays_follow_a_refresh(device: torch.device, *, name: str) -> None:
+    """A graph that was captured before a refresh goes on with the new bases."""
+    models = [Layers(torch.float32).to(device) for _ in range(2)]
+    optimizers = [
+        build(name, model, lr=1e-2, rank=8, update_proj_gap=4, capturable=True) for model in models
+    ]
+    generator = torch.Generator(device).manual_seed(0)
+    for weights in zip(*(model.parameters() for model in models), strict=True):
+        grad = torch.randn(weights[0].shape, generator=generator, device=device)
+        for weight in weights:
+            weight.grad = grad.clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            optimizers[0].step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizers[0].step()
+    graph.replay()
+    graph.replay()
+    optimizers[0].step()  # the fifth step refits
+    graph.replay()
+    graph.replay()
+    for _ in range(7):
+        optimizers[1].step()
+    for ours, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
 def _described(options: dict[str, Any]) -> str:
     return "".join(f", {key}={value}" for key, value in options.items())
 
@@ -94,7 +125,15 @@ CASES = (
             partial(a_captured_step_equals_an_eager_one, name=name, dtype=dtype),
             cuda=True,
         )
-        for name in ("galore_adamw", "fira_adamw")
+        for name in ("galore_adamw", "fira_adamw", "apollo_adamw", "apollo_mini_adamw")
         for dtype in (torch.float32, torch.bfloat16)
+    ),
+    *(
+        Case(
+            f"replays of {name} follow a refresh",
+            partial(replays_follow_a_refresh, name=name),
+            cuda=True,
+        )
+        for name in ("galore_adamw", "apollo_adamw")
     ),
 )

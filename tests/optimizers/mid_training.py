@@ -281,6 +281,8 @@ def _effect(name: str, case: Case, model: nn.Module, changed: LowRankOptimizer) 
     other, optimizer = build(row_of(name))
     once = optimizer.param_groups[case.group].get("schedule") == "once"
     exempt = (*MECHANICAL, *(FITTING if once else ()))
+    if optimizer.param_groups[case.group].get("projector") == "coap":
+        exempt += ("seed",)  # of the first fit's sketch; later fits start from the basis
     if row_of(name).int8:
         exempt += ("refresh", "quantizer", "eps")  # whose last bits a step of INT8 hides
     if all(key in exempt for key in case.undo):

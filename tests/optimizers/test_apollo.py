@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import warnings
 from typing import Any
@@ -14,7 +15,9 @@ from support import matrix
 from test_golden import golden_run
 from torch import Tensor, nn
 
+from lowrank import cuda
 from lowrank.optimizers import ApolloAdamW, ApolloMiniAdamW, build, state_bytes
+from lowrank.optimizers.projectors.random import gaussian
 
 SHAPES = ((14, 9), (9, 14), (11, 11))
 ROWS = (
@@ -160,6 +163,76 @@ def test_gaussian_bases_cost_no_memory_and_keep_norms() -> None:
     made.step()
     norms = made.state[weight]["exp_avg"].norm() / 0.1 / weight.grad.norm()
     assert norms == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize("side", ["std", "full"])
+def test_a_captured_step_reads_its_seed_from_the_state(side: str) -> None:
+    """What a graph records is the place of the number, which a refresh overwrites."""
+    weight = nn.Parameter(torch.zeros(8, 12))
+    group = {"params": [weight], "rank": 4, "update_proj_gap": 3, "proj_type": side}
+    made = ApolloMiniAdamW([group], lr=1e-3, capturable=True)
+    keys = ["basis_seed", "basis_right_seed"][: 1 + (side == "full")]
+    numbers, moments = [], []
+    for _ in range(4):
+        weight.grad = matrix(8, 12, 1).float()
+        made.step()
+        state = made.state[weight]
+        numbers.append([int(state[key]) for key in keys])
+        moments.append(state["exp_avg"].clone())
+    assert numbers[0] == numbers[1] == numbers[2]
+    assert all(a != b for a, b in zip(numbers[0], numbers[3], strict=True))
+    assert len(set(numbers[3])) == len(keys)
+    assert [made.state[weight][key].dtype for key in keys] == [torch.int64] * len(keys)
+    # another number there is another basis, without a refresh
+    copied = copy.deepcopy(made)
+    (other,) = copied.param_groups[0]["params"]
+    copied.state[other]["basis_seed"].fill_(7)
+    for optimizer, param in ((made, weight), (copied, other)):
+        param.grad = matrix(8, 12, 1).float()
+        optimizer.step()
+    assert not torch.equal(made.state[weight]["exp_avg"], copied.state[other]["exp_avg"])
+    bytes_of_moments = state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes
+    assert state_bytes(made) == bytes_of_moments + 4 + 4 + 8 * len(keys)
+
+
+def test_capturable_draws_the_same_bases() -> None:
+    results = []
+    for capturable in (False, True):
+        weight = nn.Parameter(torch.zeros(8, 12))
+        group = {"params": [weight], "rank": 4, "update_proj_gap": 2}
+        made = ApolloAdamW([group], lr=1e-3, capturable=capturable)
+        for step in range(4):
+            weight.grad = matrix(8, 12, step).float()
+            made.step()
+        results.append(made.state[weight]["exp_avg"])
+    assert torch.equal(*results)
+
+
+def test_a_checkpoint_without_seeds_loads() -> None:
+    """Version 0.1.0 kept none under `capturable`; its groups have no `moments_dtype` either."""
+    weight = nn.Parameter(torch.zeros(8, 12))
+    made = ApolloAdamW([{"params": [weight], "rank": 4}], lr=1e-3, capturable=True)
+    weight.grad = matrix(8, 12, 1).float()
+    made.step()
+    saved = made.state_dict()
+    for group in saved["param_groups"]:
+        del group["moments_dtype"]
+    del saved["state"][0]["basis_seed"]
+    made.load_state_dict(saved)
+    assert int(made.state[weight]["basis_seed"]) != 0
+    made.step()
+
+
+def test_bases_are_the_same_on_every_device() -> None:
+    """Drawn by the package's own generator: known numbers, whatever torch's generators do."""
+    drawn = gaussian((1000, 50), 11, torch.empty(0))
+    torch.manual_seed(99)
+    assert torch.equal(drawn, gaussian((1000, 50), 11, torch.empty(0)))
+    assert torch.equal(drawn, gaussian((1000, 50), torch.tensor(11), torch.empty(0)))
+    assert torch.equal(drawn, cuda.gaussian((1000, 50), 11) * 50**-0.5)
+    assert float(drawn.std()) == pytest.approx(50**-0.5, rel=0.02)
+    assert gaussian((4, 2), 11, torch.empty(0, dtype=torch.bfloat16)).dtype == torch.float32
+    assert gaussian((4, 2), 11, torch.empty(0, dtype=torch.float64)).dtype == torch.float64
 
 
 def test_seeds_matrices_and_refreshes_draw_apart() -> None:

@@ -182,3 +182,17 @@ def test_a_missed_change_of_the_basis_is_made_up_for(missed: int) -> None:
     else:
         gram = state["basis"].T @ state["basis"]
         torch.testing.assert_close(gram, torch.eye(4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("refresh", "depends"), [("svd", False), ("eigh", True)])
+def test_the_first_sketch(refresh: str, depends: bool) -> None:
+    """The released code's has a seed of its own, which "svd" reproduces."""
+    bases = []
+    for seed in range(2):
+        weight = nn.Parameter(torch.zeros(9, 14, dtype=torch.float64))
+        made = CoapAdamW([{"params": [weight], "rank": 3, "seed": seed}], refresh=refresh)
+        weight.grad = matrix(9, 14, 1)
+        made.step()
+        bases.append(made.state[weight]["basis"])
+    projectors = [basis @ basis.mT for basis in bases]
+    assert torch.allclose(*projectors, rtol=0, atol=1e-6) != depends

@@ -27,6 +27,7 @@ CASES: dict[str, tuple[str, dict[str, Any], torch.dtype]] = {
     "warm": ("galore_adamw", {"refresh": "warm"}, torch.float32),
     "rounding": ("galore_adamw", {"stochastic_rounding": True}, torch.bfloat16),
     "int8": ("qgalore_adamw_8bit", {}, torch.float32),
+    "sketch of COAP": ("coap_adamw", {}, torch.float32),
     "matrix": ("flora_adafactor", {"beta1": 0.9}, torch.float32),
 }
 
