@@ -8,10 +8,11 @@ from torch import Tensor
 
 from .composition import Composition
 from .options import Group
+from .sharding import shard_of
 
 _ACCEPTED = (
-    "accepted are plain tensors, as under DistributedDataParallel or DeepSpeed's ZeRO stage 0; "
-    "sharded parameters are not supported"
+    "accepted are plain tensors, as under DistributedDataParallel or DeepSpeed's ZeRO stage 0, and "
+    "FSDP2's (fully_shard)"
 )
 
 
@@ -82,11 +83,10 @@ def check_names(group: Group) -> None:
 
 
 def check_unsharded(param: Tensor, called: str) -> None:
-    """Raises `ValueError` for a sharded or flattened parameter."""
+    """Raises `ValueError` for a flattened parameter, or a DTensor that isn't spread by rows."""
+    shard_of(param, called)
     kind = None
-    if hasattr(param, "placements") and hasattr(param, "device_mesh"):
-        kind = "a DTensor (FSDP2, tensor parallelism)"
-    elif getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
+    if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
         kind = "flattened by FSDP1 (FullyShardedDataParallel)"
     elif hasattr(param, "ds_id"):
         kind = "partitioned by DeepSpeed's ZeRO stage 3"

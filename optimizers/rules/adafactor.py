@@ -26,6 +26,9 @@ from .base import RowUpdates, State, Update, UpdateRule, numel, scalar, steps_do
 from .precision import moments_itemsize
 from .rows import state_rows, sum_of_squares
 
+#: The factors of a matrix's second moment, and the axis that each has an entry for.
+FACTOR_AXES = {"exp_avg_sq_row": 0, "exp_avg_sq_col": 1}
+
 
 @dataclass(frozen=True)
 class Adafactor(UpdateRule):
@@ -81,6 +84,12 @@ class Adafactor(UpdateRule):
             key: torch.zeros(size, dtype=own.get(key, wide), device=like.device)
             for key, size in self._shapes(shape).items()
         }
+
+    def spread(self, key: str, axis: int) -> int | None:
+        """See `UpdateRule.spread`: of the factors, the one that belongs to the spread axis."""
+        if key in FACTOR_AXES:
+            return 0 if FACTOR_AXES[key] == axis else None
+        return super().spread(key, axis)
 
     def state_bytes(self, shape: Sequence[int], itemsize: int) -> int:
         """Factors and first moment."""
