@@ -3,8 +3,8 @@
 With the m rows of a gradient spread over processes, a right projection, m x r, needs nothing: each
 process projects, updates and writes its own rows. A left one, r x n, is a sum over the rows: each
 process receives the sum's columns that its moments belong to (reduce-scatter), and the directions
-of all columns (all-gather), together the bytes of one all-reduce. A projection of both sides, r x r, is
-summed, and updated on every process.
+of all columns (all-gather), together the bytes of one all-reduce. A projection of both sides,
+r x r, is summed, and updated on every process.
 """
 
 from __future__ import annotations

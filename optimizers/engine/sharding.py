@@ -50,6 +50,11 @@ class Part:
     processes: Processes
     weight_entries: int
 
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Part:
+        """All of a gradient, on this process."""
+        return cls(tuple(shape), None, 0, 0, ALONE, torch.Size(shape).numel())
+
     @property
     def local_shape(self) -> tuple[int, ...]:
         """The shape of this part."""

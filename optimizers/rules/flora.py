@@ -133,7 +133,7 @@ class FloraRule(Adafactor):
 
     def by_rows(self, grad: Tensor, state: State, weight: Tensor) -> RowUpdates:
         """See `UpdateRule.by_rows`: first factors and moment, then single rows."""
-        rate = self._rate(state["step"], weight)
+        rate = self._rate(state, weight)
         by_row, by_col, clip = self._factors(grad, state, self._decay(state))
         size = rate * clip
         moment = None
