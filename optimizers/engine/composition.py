@@ -136,7 +136,7 @@ def new_moments(
     # Each part has the entries that the whole has, and their initial values.
     made = rule.deciding_for(part.shape).init(part.local_shape, like)
     for key, value in made.items():
-        dim = rule.spread(key, part.axis, len(part.shape)) if isinstance(value, Tensor) else None
+        dim = rule.spread(key, part.axis, part.shape) if isinstance(value, Tensor) else None
         if not isinstance(value, Tensor):
             continue
         shape = list(whole[key].shape)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .composition import Composition
 from .options import Group
-from .sharding import shard_of
+from .sharding import is_dtensor, local_part, shard_of
 
 _ACCEPTED = (
     "accepted are plain tensors, as under DistributedDataParallel or DeepSpeed's ZeRO stage 0, and "
@@ -82,9 +82,15 @@ def check_names(group: Group) -> None:
         )
 
 
-def check_unsharded(param: Tensor, called: str) -> None:
+def check_placement(param: Tensor, called: str) -> None:
     """Raises `ValueError` for a flattened parameter, or a DTensor that isn't spread by rows."""
     shard_of(param, called)
+    held = local_part(param.detach())
+    if is_dtensor(param) and type(held) is not Tensor:
+        raise ValueError(
+            f"{called} is a DTensor of {type(held).__name__}: accepted are DTensors of dense "
+            "tensors (weight_bits=None)"
+        )
     kind = None
     if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
         kind = "flattened by FSDP1 (FullyShardedDataParallel)"
@@ -113,7 +119,7 @@ def check_exchanged(group: Group, before: Sequence[Tensor], called: Sequence[str
         shape = tuple(param.shape)
         first = label(gone[0][1], gone[0][0])
         others = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
-        check_unsharded(param, f"what took the place of {first}{others}")
+        check_placement(param, f"what took the place of {first}{others}")
         if shape not in left:
             kind = "a flat partition" if len(shape) == 1 else "a tensor"
             raise ValueError(
@@ -125,7 +131,7 @@ def check_exchanged(group: Group, before: Sequence[Tensor], called: Sequence[str
 def check_param(param: Tensor, name: str | None, composition: Composition) -> None:
     """Raises `ValueError` for a parameter that can't be optimized by this composition."""
     called = label(name, param)
-    check_unsharded(param, called)
+    check_placement(param, called)
     if not param.is_floating_point():
         raise ValueError(f"{called} has dtype {param.dtype}: accepted are real floating dtypes")
     if composition.projection is None:
@@ -143,6 +149,12 @@ def check_param(param: Tensor, name: str | None, composition: Composition) -> No
             "norms and convolutions belong in a group without rank (param_groups(model) sorts them)"
         )
     if param.numel():
+        spread = not shard_of(param).rows.processes.alone
+        if spread and not (projector.SPREADS and param.dim() == 2):
+            raise ValueError(
+                f"{called} is spread over processes: accepted with {type(projector).__name__} are "
+                "whole parameters where heads share a basis, or of more than two dimensions"
+            )
         geometry = composition.projection.geometry(param.shape)
         residual = type(composition.projection.residual)
         if param.dim() not in residual.DIMENSIONS:

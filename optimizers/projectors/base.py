@@ -101,6 +101,9 @@ class Projector(ABC):
     #: Whether bases have orthonormal columns (to the storage's precision).
     ORTHONORMAL: ClassVar[bool] = True
 
+    #: Whether the rows of a matrix may be spread over processes.
+    SPREADS: ClassVar[bool] = True
+
     storage: BasisStorage = field(default_factory=DenseBasis)
     dtype: torch.dtype | None = None
     seed: int = 0

@@ -55,6 +55,7 @@ class CrossHeadProjector(SingularProjector):
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = ("refresh", "heads", "fit_on")
+    SPREADS: ClassVar[bool] = False
 
     heads: int | None = None
     fit_on: str = "one"

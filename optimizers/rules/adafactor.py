@@ -86,11 +86,11 @@ class Adafactor(UpdateRule):
             for key, size in self._shapes(shape).items()
         }
 
-    def spread(self, key: str, axis: int, dims: int) -> int | None:
+    def spread(self, key: str, axis: int, shape: Sequence[int]) -> int | None:
         """See `UpdateRule.spread`: of a matrix's factors, the one that belongs to the axis."""
-        if dims == 2 and key in FACTOR_AXES:
+        if len(shape) == 2 and key in FACTOR_AXES:
             return 0 if FACTOR_AXES[key] == axis else None
-        return super().spread(key, axis, dims)
+        return super().spread(key, axis, shape)
 
     def state_bytes(self, shape: Sequence[int], itemsize: int) -> int:
         """Factors and first moment."""

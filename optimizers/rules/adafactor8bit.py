@@ -57,9 +57,9 @@ class Adafactor8bit(Adafactor):
         eight = numel(shape) >= self.min_8bit_size
         return replace(self, min_8bit_size=0 if eight else sys.maxsize)
 
-    def spread(self, key: str, axis: int, dims: int) -> int | None:
+    def spread(self, key: str, axis: int, shape: Sequence[int]) -> int | None:
         """See `UpdateRule.spread`: scales are spread by blocks."""
-        return 0 if key == SCALES else super().spread(key, axis, dims)
+        return 0 if key == SCALES else super().spread(key, axis, shape)
 
     def by_rows(self, grad: Tensor, state: State, weight: Tensor) -> RowUpdates:
         """See `UpdateRule.by_rows`: at once, where processes share blocks."""

@@ -65,7 +65,7 @@ class Adam8bit(Adam):
         """See `UpdateRule.deciding_for`: whether moments have 8 bits."""
         return replace(self, min_8bit_size=0 if self._is_8bit(shape) else sys.maxsize)
 
-    def spread(self, key: str, axis: int, dims: int) -> int | None:
+    def spread(self, key: str, axis: int, shape: Sequence[int]) -> int | None:
         """See `UpdateRule.spread`: scales are spread by blocks."""
         return 0 if key.endswith("_absmax") else axis
 

@@ -80,13 +80,13 @@ class UpdateRule(ABC):
         """
         return self
 
-    def spread(self, key: str, axis: int, dims: int) -> int | None:
+    def spread(self, key: str, axis: int, shape: Sequence[int]) -> int | None:
         """The dimension along which a state entry is spread over processes.
 
         Args:
             key: the entry.
             axis: the axis of the (projected) gradient that is spread.
-            dims: the (projected) gradient's number of dimensions.
+            shape: of the whole (projected) gradient.
 
         Returns:
             None if all processes have the whole entry.
