@@ -144,7 +144,7 @@ def transport_pending(
     before, after = pending.composition.projection, composition.projection
     assert before is not None
     assert after is not None
-    geometry = before.geometry(param.geometry.shape)
+    geometry = before.geometry(param.owner.shape)
     state = shard_of(param.owner).local_state(pending.state, geometry)
     place = replace(param, state=state, geometry=geometry, read=None)
     rotation = after.projector.rotation(param, before.projector.bases(place))

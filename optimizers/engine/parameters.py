@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
@@ -100,15 +100,22 @@ def check_placement(param: Tensor, called: str) -> None:
         raise ValueError(f"{called} is {kind}: {_ACCEPTED}")
 
 
-def check_exchanged(group: Group, before: Sequence[Tensor], called: Sequence[str | None]) -> None:
-    """Raises `ValueError` if a parameter of a group was replaced by one of another shape.
+def check_exchanged(
+    group: Group,
+    before: Sequence[Tensor],
+    called: Sequence[str | None],
+    trained: Callable[[Tensor], bool],
+) -> None:
+    """Raises `ValueError` if a parameter was replaced by one that can't follow it.
 
-    Wrappers put flat partitions (ZeRO stages 1 and 2) into groups that were made for matrices.
+    Wrappers put flat partitions (ZeRO stages 1 and 2) into groups that were made for matrices, or
+    shards (FSDP2) in the place of whole parameters, which loses their state.
 
     Args:
         group: its parameters now.
         before: its parameters at the last check.
         called: their names.
+        trained: whether a parameter's state has taken a step.
     """
     params = group["params"]
     known, kept = set(map(id, before)), set(map(id, params))
@@ -120,6 +127,12 @@ def check_exchanged(group: Group, before: Sequence[Tensor], called: Sequence[str
         first = label(gone[0][1], gone[0][0])
         others = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
         check_placement(param, f"what took the place of {first}{others}")
+        lost = next((name for p, name in gone if not is_dtensor(p) and trained(p)), None)
+        if is_dtensor(param) and lost is not None:
+            raise ValueError(
+                f"a DTensor took the place of {first}{others} after a step: accepted is to build "
+                "the optimizer after fully_shard(model), then load_state_dict"
+            )
         if shape not in left:
             kind = "a flat partition" if len(shape) == 1 else "a tensor"
             raise ValueError(

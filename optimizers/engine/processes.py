@@ -5,9 +5,9 @@ Only low-rank tensors, vectors and numbers pass through here: never an m x n mat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
@@ -89,7 +89,7 @@ class Processes:
         padded = partial_rn.new_zeros(self.world * width, r)
         padded[:n] = partial_rn.mT
         own = partial_rn.new_empty(width, r)
-        distributed.reduce_scatter_tensor(own, padded, group=self.group)
+        _newest("reduce_scatter_single", "reduce_scatter_tensor")(own, padded, group=self.group)
         return own[: len(self.columns(n))].mT.contiguous()
 
     def gather_columns(self, part_rc: Tensor, count: int) -> Tensor:
@@ -104,8 +104,14 @@ class Processes:
         own = part_cr.new_zeros(width, *rest)
         own[: len(part_cr)] = part_cr
         gathered = part_cr.new_empty(self.world * width, *rest)
-        distributed.all_gather_into_tensor(gathered, own, group=self.group)
+        _newest("all_gather_single", "all_gather_into_tensor")(gathered, own, group=self.group)
         return gathered[:count]
+
+
+def _newest(name: str, older: str) -> Callable[..., Any]:
+    """A collective by the name that torch 2.13 gave it, or by the older one."""
+    found: Callable[..., Any] = getattr(distributed, name, None) or getattr(distributed, older)
+    return found
 
 
 ALONE = Processes()

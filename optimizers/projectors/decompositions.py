@@ -97,21 +97,23 @@ def bases(
         return [(pair if side is Side.BOTH else (pair[int(side)],)) for pair in pairs]
     if mode == "svd":  # as accurate by other means
         grads = [grad.double() for grad in grads]
+    # The Gram matrix that is a sum over rows; it matters for a square gradient.
+    short = Side.RIGHT if spread and mode in ("eigh", "svd") else side
     operands = [
-        Operand(grad, scale, side, rows, whole_rows)
+        Operand(grad, scale, short, rows, whole_rows)
         for grad, scale in zip(grads, scales, strict=True)
     ]
     known = [old for old in previous if old is not None]
     if mode in ("eigh", "svd"):
         exact = operands[0].has_gram
-        short = eigh(operands, rank) if exact else randomized(operands, rank, seed, stop=CONVERGED)
+        found = eigh(operands, rank) if exact else randomized(operands, rank, seed, stop=CONVERGED)
     elif mode == "warm" and len(known) == len(operands):
-        short = warm(operands, rank, known, seed, rotate=rotate)
+        found = warm(operands, rank, known, seed, rotate=rotate)
     else:
-        short = randomized(operands, rank, seed, rotate=rotate)
+        found = randomized(operands, rank, seed, rotate=rotate)
     short_is_left = operands[0].wide
     results: list[tuple[Tensor, ...]] = []
-    for operand, basis_dr in zip(operands, short, strict=True):
+    for operand, basis_dr in zip(operands, found, strict=True):
         if side is Side.BOTH:
             pair = (basis_dr, _other_side(operand, basis_dr))
             results.append(pair if short_is_left else pair[::-1])

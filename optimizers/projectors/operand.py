@@ -52,10 +52,8 @@ class Operand:
         m = k if whole_rows is None else whole_rows
         rows = RowRange.whole(m) if rows is None else rows
         self.grad_kn, self.rows, self.whole_rows = grad_kn, rows, m
-        # A is the gradient or its transpose; for a square one, such that the short side is `side`,
-        # or such that a Gram matrix is a sum over spread rows.
-        tall = side is Side.RIGHT or not rows.processes.alone
-        self.wide = m < n or (m == n and not tall)
+        # A is the gradient or its transpose; for a square one, such that the short side is `side`.
+        self.wide = m < n or (m == n and side is not Side.RIGHT)
         self.short, self.long = min(m, n), max(m, n)
         self.dtype = wide_dtype(grad_kn)
         self.factor = 1.0 if SAFE_SCALE[0] <= scale <= SAFE_SCALE[1] else 1.0 / scale
