@@ -12,6 +12,7 @@ from torch import Tensor
 from ..projectors import Projector
 from ..residuals import Residual
 from ..rules import UpdateRule
+from ..rules.rows import SCALES
 from ..schedules import Schedule
 from .geometry import Geometry
 from .options import ProjectionOptions
@@ -141,8 +142,9 @@ def new_moments(
             continue
         shape = list(whole[key].shape)
         if dim is not None:
-            shape[dim] = len(shard.chunk(shape[dim]))
-        # Where a part's size isn't the entry's own (8-bit scales of blocks that parts share).
+            scales = key.endswith(SCALES)
+            shape[dim] = len(shard.chunk(shape[dim])) if scales else value.shape[dim]
+        # Other entries than the part's own: 8-bit scales of blocks that parts share.
         local = value if list(value.shape) == shape else value.new_zeros(shape)
         made[key] = local if dim is None else shard.distribute(local, dim, whole[key].shape)
     return made

@@ -207,13 +207,14 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         check_gradients(self.param_groups)
-        plans = self._prepare()
-        try:
-            with no_autocast():
-                self._advance(plans)
-        finally:
-            for plan in plans:
-                plan.release()
+        with self._shown(stepping=True):
+            plans = self._prepare()
+            try:
+                with no_autocast():
+                    self._advance(plans)
+            finally:
+                for plan in plans:
+                    plan.release()
         return loss
 
     def _advance(self, plans: Sequence[Plan]) -> None:

@@ -31,7 +31,7 @@ def cut_part(state: dict[str, Any]) -> Part | None:
 def _ends_with_blocks(part: Part) -> bool:
     """Whether each process's part is what it holds of the blocks; the same on all processes."""
     size = torch.Size(part.shape)
-    if part.axis != 0:
+    if part.axis != 0 or part.sizes:
         return False
     world = part.spread.world
     entries = -(-size[0] // world) * size[1:].numel()
