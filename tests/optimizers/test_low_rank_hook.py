@@ -19,7 +19,6 @@ from support import TinyBlock, tiny_model, weights
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lowrank import optimizers
 from lowrank.optimizers import (
     GaLoreAdamW,
     LowRankOptimizer,
@@ -46,7 +45,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 #: Further options, each with a method.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "both sides": ("galore_adamw", {"proj_type": "full"}),
-    "staggered": ("galore_adamw", {"stagger": True}),
+    "staggered": ("galore_adamw", {"stagger": True, "update_proj_gap": 6}),
     "rotated": ("galore_adamw", {"moments": "rotate", "basis": "int8"}),
     "reset": ("galore_adamw", {"moments": "reset", "maximize": False}),
     "bf16 basis": ("galore_adamw", {"basis": "bfloat16"}),
@@ -84,7 +83,9 @@ def batch(step: int, part: int) -> Tensor:
 
 def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
     logits = model(tokens[:, :-1])
-    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+    if logits.dtype == torch.bfloat16:
+        logits = logits.float()
+    return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
 def backward(model: nn.Module, step: int, rank: int, world: int, parts: int) -> None:
@@ -110,7 +111,8 @@ def span(made: LowRankOptimizer, group: dict[str, Any], param: Tensor) -> tuple[
         return None
     place = Place(plan, position, position, now, state)
     bases = place.projector.bases(place._of(param.grad if param.grad is not None else param))
-    return place.geometry, tuple(torch.linalg.qr(basis.to(torch.float32)).Q for basis in bases)
+    wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+    return place.geometry, tuple(torch.linalg.qr(basis.to(wide)).Q for basis in bases)
 
 
 def project_gradients(made: LowRankOptimizer) -> None:
@@ -121,7 +123,7 @@ def project_gradients(made: LowRankOptimizer) -> None:
             if found is None:
                 continue
             geometry, bases = found
-            grad = param.grad.float()
+            grad = param.grad.to(bases[0].dtype)
             if hasattr(geometry, "heads"):
                 blocks = grad.view(geometry.heads, -1, grad.shape[1])
                 grad = (bases[0] @ (bases[0].mT @ blocks)).flatten(0, 1)
@@ -248,9 +250,12 @@ def close(first: list[Tensor], second: list[Tensor], atol: float = 1e-5) -> None
 def check_methods(rank: int, world: int) -> None:
     """Accumulation and clipping by the projected norm: the weights of one process."""
     for name in exact_methods():
-        own = together(name, 12, 2, clip=0.05)
-        same_on_all(own)
-        close(own, alone(name, 12, 2, clip=0.05))
+        # In fp32 a last bit may become the neighbouring code of an 8-bit moment.
+        single = 5e-5 if name.endswith("8bit") else 1e-5
+        for dtype, atol in ((torch.float64, 1e-12), (torch.float32, single)):
+            own = together(name, 12, 2, clip=0.05, dtype=dtype)
+            same_on_all(own)
+            close(own, alone(name, 12, 2, clip=0.05, dtype=dtype), atol)
 
 
 def check_plain(rank: int, world: int) -> None:
@@ -276,7 +281,7 @@ def check_wrappers(rank: int, world: int) -> None:
             plain_one = together("galore_adamw", 12, 1, None, hooked=False, dtype=torch.float64)
         own = together("galore_adamw", 12, parts, None, ddp, dtype=torch.float64)
         same_on_all(own)
-        close(own, plain if parts == 2 else plain_one, atol=1e-9)
+        close(own, plain if parts == 2 else plain_one, atol=1e-12)
 
 
 class Branches(TinyBlock):
@@ -317,20 +322,33 @@ def check_unused(rank: int, world: int) -> None:
         results.append(weights(model))
     same_on_all(results[1])
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=0.0, atol=1e-9)
+        torch.testing.assert_close(a, b, rtol=0.0, atol=1e-12)
 
 
 def check_bf16(rank: int, world: int) -> None:
+    """Gradients are the mean's projection to the precision of bf16."""
     for name in ("galore_adamw", "qgalore_adamw_8bit", "coap_adamw"):
-        own = together(name, 9, 2, None, dtype=torch.bfloat16, lr=1e-2)
-        same_on_all(own)
-        plain = together(name, 9, 2, None, hooked=False, dtype=torch.bfloat16, lr=1e-2)
-        start = weights(tiny_model(dtype=torch.bfloat16))
-        moved, apart = (
-            torch.stack([(a - b).float().norm() for a, b in zip(own, other, strict=True)])
-            for other in (start, plain)
-        )
-        assert float((apart / moved).max()) < 0.2, (name, apart / moved)
+        same_on_all(together(name, 9, 2, None, dtype=torch.bfloat16, lr=1e-2))
+        model, made = make(name, dtype=torch.bfloat16, lr=1e-2)
+        wrapped = DistributedDataParallel(model)
+        register_low_rank_hook(wrapped, made)
+        for step in range(9):
+            backward(model, step, rank, world, 1)
+            for param in model.parameters():
+                param.grad = param.grad.div_(world)
+                mean = param.grad.float()
+                dist.all_reduce(mean)
+                param.grad.copy_(mean)
+            project_gradients(made)
+            wanted = [param.grad for param in model.parameters()]
+            made.zero_grad()
+            backward(wrapped, step, rank, world, 1)
+            for param, grad in zip(model.parameters(), wanted, strict=True):
+                assert param.grad.dtype == torch.bfloat16
+                apart = (param.grad - grad).float().norm() / grad.float().norm()
+                assert float(apart) < 0.02, (name, step, apart)
+            made.step()
+            made.zero_grad()
 
 
 def check_int8_weights(rank: int, world: int) -> None:
@@ -374,10 +392,12 @@ def check_skipped(rank: int, world: int) -> None:
     wrapped = DistributedDataParallel(model)
     register_low_rank_hook(wrapped, made)
     for step in range(8):
-        (loss_of(wrapped, batch(step, 0)) * (math.nan if step == 4 and rank else 1.0)).backward()
-        with (
-            pytest.warns(UserWarning, match="non-finite") if step == 4 else contextlib.nullcontext()
-        ):
+        factor = math.nan if step == 4 and rank else 1.0
+        (loss_of(wrapped, batch(step, 0)) * factor).backward()
+        if step == 4:
+            with pytest.warns(UserWarning, match="non-finite"):
+                made.step()
+        else:
             made.step()
         made.zero_grad()
     assert made.skipped == len(list(model.parameters()))
@@ -385,8 +405,7 @@ def check_skipped(rank: int, world: int) -> None:
 
 
 def check_closure(rank: int, world: int) -> None:
-    results = []
-    for hooked in (False, True):
+    def train(hooked: bool) -> list[Tensor]:
         model, made = make("galore_adamw")
         wrapped = DistributedDataParallel(model)
         if hooked:
@@ -400,13 +419,14 @@ def check_closure(rank: int, world: int) -> None:
                 return float(loss)
 
             made.step(closure)
-        results.append(weights(model))
-    close(*results)
+        return weights(model)
+
+    close(train(True), train(False))
 
 
 def check_loading(rank: int, world: int) -> None:
     """A state loaded later counts; different ones are an error on all processes."""
-    model, made = make("galore_adamw")
+    model, made = make("galore_adamw", dtype=torch.float64)
     wrapped = DistributedDataParallel(model)
     hook = register_low_rank_hook(wrapped, made)
 
@@ -429,7 +449,7 @@ def check_loading(rank: int, world: int) -> None:
     train(range(6, 7))
     assert hook.traffic().next == hook.traffic().between + COMPARISON
     train(range(7, 9))
-    assert all(map(torch.equal, straight, weights(model)))
+    close(straight, weights(model), atol=1e-12)
 
     if rank == 1:
         state = saved[1]["state"]
@@ -484,7 +504,7 @@ def check_changed_options(rank: int, world: int) -> None:
     backward(wrapped, 0, rank, world, 1)
     made.param_groups[0]["rank"] = 3
     before = weights(model)
-    with pytest.raises(ValueError, match="changed after the backward pass.*q_proj"):
+    with pytest.raises(ValueError, match=r"changed after the backward pass.*_proj"):
         made.step()
     assert all(map(torch.equal, before, weights(model)))
     made.zero_grad()
@@ -504,7 +524,7 @@ def check_sharing(rank: int, world: int) -> None:
     wrapped = DistributedDataParallel(model)
     single = [dist.new_group([r]) for r in range(world)][rank]
     made.share_refreshes(single)
-    with pytest.raises(ValueError, match="share_refreshes.*other processes"):
+    with pytest.raises(ValueError, match=r"share_refreshes.*other processes"):
         register_low_rank_hook(wrapped, made)
     assert not wrapped._comm_hooks
     # A part of the processes trains the model, with all that the hook needs.
@@ -522,10 +542,8 @@ def check_join(rank: int, world: int) -> None:
     model, made = make("galore_adamw")
     wrapped = DistributedDataParallel(model)
     register_low_rank_hook(wrapped, made)
-    with (
-        pytest.raises(ValueError, match=r"join\(\) of a model with a low-rank hook"),
-        wrapped.join(),
-    ):
+    refused = pytest.raises(ValueError, match=r"join\(\) of a model with a low-rank hook")
+    with refused, wrapped.join():
         backward(wrapped, 0, rank, world, 1)
 
 
@@ -616,10 +634,12 @@ def test_wrong_models_and_optimizers() -> None:
     model, made = make("galore_adamw")
     wrapped = DistributedDataParallel(model)
     with pytest.raises(TypeError, match="TinyBlock: accepted is a DistributedDataParallel"):
-        register_low_rank_hook(model, made)  # type: ignore[arg-type]
+        register_low_rank_hook(model, made)
     with pytest.raises(TypeError, match="SGD: accepted is an optimizer of lowrank"):
-        register_low_rank_hook(wrapped, torch.optim.SGD(model.parameters()))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="q_proj.weight is projected and not among the gradients"):
+        register_low_rank_hook(wrapped, torch.optim.SGD(model.parameters()))
+    with pytest.raises(
+        ValueError, match=r"q_proj\.weight is projected and not among the gradients"
+    ):
         register_low_rank_hook(wrapped, make("galore_adamw")[1])
     capturable = make("galore_adamw", capturable=True)[1]
     with pytest.raises(ValueError, match="capturable=True with a low-rank hook: accepted is False"):
@@ -673,9 +693,9 @@ def test_copies_of_model_and_optimizer() -> None:
 @pytest.mark.usefixtures("single")
 def test_groups_added_later_are_projected_too() -> None:
     model = tiny_model()
-    first, second = param_groups(model, rank=4, update_proj_gap=50)
+    first, *rest = param_groups(model, rank=4, update_proj_gap=50)
     later = {key: first[key][1:] for key in ("params", "param_names")}
-    made = GaLoreAdamW([{**first, **{k: first[k][:1] for k in later}}, second], lr=1e-3)
+    made = GaLoreAdamW([{**first, **{k: first[k][:1] for k in later}}, *rest], lr=1e-3)
     wrapped = DistributedDataParallel(model)
     hook = register_low_rank_hook(wrapped, made)
     before = hook.traffic().between
