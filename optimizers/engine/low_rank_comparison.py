@@ -1,8 +1,9 @@
-"""Whether the processes of a DDP model would send the same projections: asked after changes.
+"""Whether the processes of a DDP model would send the same projections.
 
-Equal options, step counts and bases stay equal, since refits are shared, so that they are compared
-only before the first projection and after options or state were changed. Compared are checksums:
-of options and parameters, of the matrices that are due, and of the stored bases.
+Each backward pass begins with it, since processes that send different numbers of bytes would wait
+for each other for ever: a checksum of what is sent as a projection, after how many steps. Options
+and bases are compared in addition before the first projection, and after options or state were
+changed on any process; equal ones stay equal, since refits are shared.
 """
 
 from __future__ import annotations
@@ -23,9 +24,8 @@ from .parameters import names
 if TYPE_CHECKING:
     from .optimizer import LowRankOptimizer
 
-#: Bytes that a process sends in a comparison: six 64-bit integers.
-BYTES = 48
-_COMPARED = ("numbers of steps or refreshes", "options or parameters", "bases")
+#: Bytes that a process sends at each backward pass, and in addition after a change.
+EACH, CHANGED = 24, 32
 _CHUNK = 1 << 22  # bytes of a basis at once
 
 
@@ -47,8 +47,8 @@ class Comparison:
         self._params, self._optimizer, self._group = params, optimizer, group
         self._last: _Known | None = None
 
-    def due(self) -> bool:
-        """Whether options or state were changed since the last comparison."""
+    def changed(self) -> bool:
+        """Whether options or state were changed since they were compared."""
         return self._last is None or not self._last.holds(_Known.of(self._optimizer))
 
     def run(self, places: Mapping[int, Place], device: torch.device) -> None:
@@ -61,25 +61,33 @@ class Comparison:
         Raises:
             ValueError: on all processes, if any two differ.
         """
-        own = [self._history(places), self._options(), _bases_number([*places.values()])]
-        table = torch.tensor([*own, *(-number for number in own)], device=device)
-        distributed.all_reduce(table, distributed.ReduceOp.MIN, group=self._group)
-        least = table.tolist()
-        for what, low, high in zip(_COMPARED, least[:3], least[3:], strict=True):
+        own, unchanged = self._sent(places), int(not (places and self.changed()))
+        low, high, unchanged = self._smallest([own, -own, unchanged], device)
+        if low != -high:
+            raise _different("numbers of steps or refreshes, or a change on some of them only")
+        if unchanged:
+            return
+        options, bases = self._options(), _bases_number([*places.values()])
+        least = self._smallest([options, -options, bases, -bases], device)
+        for what, low, high in zip(
+            ("options or parameters", "bases"), least[::2], least[1::2], strict=True
+        ):
             if low != -high:
-                raise ValueError(
-                    f"the processes of a model with a low-rank hook have different {what}: "
-                    "accepted are equal ones, from equal options and the same loaded state on all "
-                    "of them"
-                )
+                raise _different(what)
         self._last = _Known.of(self._optimizer)
 
-    def _history(self, places: Mapping[int, Place]) -> int:
-        entries = ("refreshed_at", "gap")
+    def _smallest(self, numbers: list[int], device: torch.device) -> list[int]:
+        """The least of these numbers over all processes."""
+        table = torch.tensor(numbers, dtype=torch.int64, device=device)
+        distributed.all_reduce(table, distributed.ReduceOp.MIN, group=self._group)
+        smallest: list[int] = table.tolist()
+        return smallest
+
+    def _sent(self, places: Mapping[int, Place]) -> int:
         return _number(
             [
-                (name, place.steps_done, *(place.state.get(entry) for entry in entries))
-                for name, param in self._params
+                (position, place.entries(), place.steps_done, place.state["refreshed_at"])
+                for position, (_, param) in enumerate(self._params)
                 if (place := places.get(id(param))) is not None
             ]
         )
@@ -124,6 +132,13 @@ class _Known(NamedTuple):
             and len(self.counts) == len(now.counts)
             and all(map(is_, self.counts, now.counts))
         )
+
+
+def _different(what: str) -> ValueError:
+    return ValueError(
+        f"the processes of a model with a low-rank hook have different {what}: accepted are equal "
+        "options, equally many steps and the same loaded state on all of them"
+    )
 
 
 def _number(value: object) -> int:

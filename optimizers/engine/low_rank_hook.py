@@ -7,8 +7,8 @@ of the traffic, and its `.grad` is the projection of the mean gradient to the su
 of a refit its gradient travels as a whole, and so do all after options or state were changed.
 
 All processes must decide alike, and their bases must be equal: what P^T G is in other coordinates
-can't be added. So refits are shared (`share_refreshes`), and after a change of state the processes
-compare what they have, before the first projection is sent.
+can't be added. So refits are shared (`share_refreshes`), and the processes compare what they would
+send before they do (`low_rank_comparison`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.futures import Future
 
-from . import low_rank_comparison
-from .low_rank_comparison import Comparison
+from .low_rank_comparison import CHANGED, EACH, Comparison
 from .low_rank_gradients import Place, examine, places
 from .optimizer import LowRankOptimizer, no_autocast
 from .parameters import label, names
@@ -34,9 +33,8 @@ class GradientTraffic(NamedTuple):
 
     Attributes:
         whole: of all gradients, as without the hook.
-        between: in a step in which no matrix is refitted.
-        next: in the next step, as options and state are now; with the comparison of the processes,
-            if there is one.
+        between: in a step in which no matrix is refitted, with the comparison of the processes.
+        next: in the next step, as options and state are now.
     """
 
     whole: int
@@ -63,6 +61,7 @@ class LowRankHook:
             for name, param in model.module.named_parameters()
             if param.requires_grad and name not in ignored
         ]
+        self._shared = optimizer._shared
         self._places: dict[int, Place] | None = None
         self._bucket = -1
         self._comparison = Comparison(self._params, optimizer, self._group)
@@ -106,9 +105,8 @@ class LowRankHook:
             whole += size * param.element_size()
             between += (size if isinstance(least, str) else least) * param.element_size()
             following += now * param.element_size()
-        if chosen and self._comparison.due():
-            following += low_rank_comparison.BYTES
-        return GradientTraffic(whole, between, following)
+        following += CHANGED if chosen and self._comparison.changed() else 0
+        return GradientTraffic(whole, between + EACH, following + EACH)
 
     # In the backward pass
 
@@ -167,10 +165,12 @@ class LowRankHook:
                 "join() of a model with a low-rank hook: accepted are equally many batches on all "
                 "processes; one that has joined takes no steps, and knows no refreshes"
             )
+        if self._optimizer._shared is not self._shared:
+            _check_sharing(self._optimizer, self._group)
+            self._shared = self._optimizer._shared
         if self._places is None or bucket.index() <= self._bucket:
             self._places = places(self._optimizer)
-            if self._places and self._comparison.due():
-                self._comparison.run(self._places, bucket.buffer().device)
+            self._comparison.run(self._places, bucket.buffer().device)
         self._bucket, chosen = bucket.index(), self._places
         if bucket.is_last():
             self._places = None
@@ -258,19 +258,12 @@ def register_low_rank_hook(
     _check_model(ddp_model)
     hook = LowRankHook(ddp_model, optimizer)
     _check_optimizer(hook, optimizer)
-    shared = optimizer._shared
-    if shared is not None:
-        ranks = distributed.get_process_group_ranks(ddp_model.process_group)
-        if not set(ranks) <= set(distributed.get_process_group_ranks(shared.group)):
-            raise ValueError(
-                "share_refreshes(process_group) of other processes than the model's: accepted are "
-                f"all of {ranks}"
-            )
+    _check_sharing(optimizer, ddp_model.process_group)
     try:
         ddp_model.register_comm_hook(hook, _reduce)
     except RuntimeError as error:
         raise ValueError(f"a second communication hook on a DDP model: {error}") from error
-    if shared is None:
+    if optimizer._shared is None:
         optimizer.share_refreshes(ddp_model.process_group)
     optimizer.register_step_pre_hook(hook.before_step)
     optimizer.register_step_post_hook(hook.after_step)
@@ -294,6 +287,15 @@ def _check_model(model: nn.parallel.DistributedDataParallel) -> None:
     if model._use_python_reducer:
         raise ValueError(
             "torch._dynamo.config.optimize_ddp='python_reducer': accepted are the other values"
+        )
+
+
+def _check_sharing(optimizer: LowRankOptimizer, group: distributed.ProcessGroup) -> None:
+    shared, ranks = optimizer._shared, distributed.get_process_group_ranks(group)
+    if shared is not None and not {*ranks} <= {*distributed.get_process_group_ranks(shared.group)}:
+        raise ValueError(
+            "share_refreshes(process_group) among other processes than the model's: accepted are "
+            f"all of {ranks}"
         )
 
 
