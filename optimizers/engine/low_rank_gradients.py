@@ -36,6 +36,9 @@ from .plan import SCALARS, Plan, numbered
 if TYPE_CHECKING:
     from .optimizer import LowRankOptimizer
 
+#: See `_inverse`.
+SHIFT, NEWTON_STEPS = 1e-4, 3
+
 
 @dataclass(frozen=True)
 class Place:
@@ -214,14 +217,16 @@ def _coordinates(projector: Projector, param: ProjectedParam, projected: Tensor)
 def _inverse(gram_rr: Tensor | None) -> Tensor | None:
     """The inverse of a symmetric matrix, without host synchronisation.
 
-    Of a slightly shifted one, so that the Cholesky factorisation never fails; one Newton step then
-    squares the shift's relative error.
+    Of one that is shifted by `SHIFT` of its largest entry, so that the Cholesky factorisation never
+    fails. Newton steps then take the shift's relative error e to e^8; along directions that the
+    bases lack the inverse stays bounded.
     """
     if gram_rr is None:
         return None
     diagonal = gram_rr.diagonal()
-    shift = diagonal.amax() * (len(gram_rr) * torch.finfo(gram_rr.dtype).eps)
+    shift = diagonal.amax() * max(SHIFT, len(gram_rr) * torch.finfo(gram_rr.dtype).eps)
     factor, _ = torch.linalg.cholesky_ex(gram_rr + torch.diag(shift.expand_as(diagonal)))
-    rough = torch.cholesky_inverse(factor)
-    inverse: Tensor = 2.0 * rough - rough @ gram_rr @ rough
+    inverse: Tensor = torch.cholesky_inverse(factor)
+    for _ in range(NEWTON_STEPS):
+        inverse = 2.0 * inverse - inverse @ gram_rr @ inverse
     return inverse

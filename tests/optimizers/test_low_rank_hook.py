@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lowrank.optimizers import GaLoreAdamW, available, param_groups, register_low_rank_hook
 from lowrank.optimizers.engine.low_rank_comparison import EACH
+from lowrank.optimizers.engine.low_rank_gradients import _inverse, places
 
 
 def run(rank: int, world: int, folder: str, checks: list[Callable[[int, int], None]]) -> None:
@@ -168,3 +169,29 @@ def test_groups_added_later_are_projected_too() -> None:
         made.step()
         made.zero_grad()
     assert hook.traffic().next == hook.traffic().between < before
+
+
+def test_inverse_of_a_gram_matrix() -> None:
+    """To fp32's precision, though it is shifted so that no factorisation fails."""
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(512, 256)).Q + 2e-3 * torch.randn(512, 256)
+    gram = basis.mT @ basis
+    exact = torch.linalg.inv(gram.double())
+    assert float((_inverse(gram) - exact).abs().max()) < 5e-6
+
+
+def test_a_basis_without_full_rank() -> None:
+    model, made = make("coap_adamw")
+    weight = model.mlp["up_proj"].weight
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    made.step()
+    basis = made.state[weight]["basis"]
+    basis[:, 1] = basis[:, 0]
+    place, grad = places(made)[id(weight)], torch.randn_like(weight)
+    projected = place.project(grad)
+    filled = torch.full_like(weight, torch.nan)
+    place.expand(projected.flatten(), filled)
+    torch.testing.assert_close(place.project(filled), projected, rtol=0.0, atol=3e-2)
+    span = torch.linalg.svd(basis).U[:, :3]
+    torch.testing.assert_close(filled, grad @ span @ span.mT, rtol=0.0, atol=3e-2)
