@@ -105,13 +105,16 @@ class Place:
         )
 
 
-def why_whole(composition: Composition, group: Group, shape: torch.Size) -> str | None:
+def why_whole(
+    composition: Composition, group: Group, param: Tensor, geometry: Geometry | None
+) -> str | None:
     """Why a parameter's gradient always travels whole; None if its projection is enough.
 
     Args:
         composition: of the parameter's group.
         group: its options.
-        shape: the parameter's.
+        param: the parameter.
+        geometry: its, if it is projected and not empty.
     """
     projection = composition.projection
     if projection is None:
@@ -122,11 +125,11 @@ def why_whole(composition: Composition, group: Group, shape: torch.Size) -> str 
         return f"projector={group['projector']!r} moves the basis by the gradient at every step"
     if group["capturable"]:
         return "capturable=True keeps the step count on the device"
-    if 0 in shape:
+    if geometry is None:
         return "it is empty"
-    projected = math.prod(projection.geometry(shape).projected_shape())
-    if projected >= math.prod(shape):
-        return f"its projection has {projected} entries, it has {math.prod(shape)}"
+    projected = math.prod(geometry.projected_shape())
+    if projected >= param.numel():
+        return f"its projection has {projected} entries, it has {param.numel()}"
     return None
 
 
@@ -137,11 +140,13 @@ def examine(optimizer: LowRankOptimizer) -> dict[int, int | str]:
         plan = optimizer._plan_of(group)
         core = optimizer.compose(group) if plan is None else plan.core
         for param in group["params"]:
-            reason = why_whole(core, group, param.shape)
+            geometry = None
+            if core.projection is not None and param.numel():
+                geometry = core.projection.geometry(param.shape)
+            reason = why_whole(core, group, param, geometry)
             if reason is None:
-                assert core.projection is not None
-                shape = core.projection.geometry(param.shape).projected_shape()
-                found[id(param)] = math.prod(shape)
+                assert geometry is not None
+                found[id(param)] = math.prod(geometry.projected_shape())
             else:
                 found[id(param)] = reason
     return found
@@ -183,8 +188,8 @@ def _places(plans: Sequence[Plan], optimizer: LowRankOptimizer) -> dict[int, Pla
         projection = plan.core.projection
         eligible = [
             i
-            for i, param in enumerate(plan.params)
-            if why_whole(plan.core, plan.group, param.shape) is None
+            for i, (param, geometry) in enumerate(zip(plan.params, plan.geometries, strict=True))
+            if why_whole(plan.core, plan.group, param, geometry) is None
             and param not in optimizer._pending_moments
         ]
         if projection is None or not eligible:

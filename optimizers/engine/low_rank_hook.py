@@ -24,6 +24,7 @@ from .low_rank_comparison import CHANGED, EACH, Comparison
 from .low_rank_gradients import Place, examine, places
 from .optimizer import LowRankOptimizer, no_autocast
 from .parameters import label, names
+from .warn import warn_user
 
 _ABSENT = "the optimizer doesn't have it"
 
@@ -47,6 +48,14 @@ class GradientTraffic(NamedTuple):
         return 1.0 - self.between / self.whole
 
 
+class _Projected(NamedTuple):
+    """A parameter whose gradient was projected, and its version then."""
+
+    name: str
+    param: Tensor
+    version: int
+
+
 class LowRankHook:
     """A registered hook; see `register_low_rank_hook`, which makes it."""
 
@@ -66,7 +75,8 @@ class LowRankHook:
         self._bucket = -1
         self._comparison = Comparison(self._params, optimizer, self._group)
         #: Parameters whose gradients were projected since the last step, by id.
-        self._projected: dict[int, str] = {}
+        self._projected: dict[int, _Projected] = {}
+        self._warned = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LowRankHook:
         """The same hook: copies of the model don't call it."""
@@ -137,10 +147,9 @@ class LowRankHook:
         @torch.no_grad()
         def fill(done: Future[Any]) -> Tensor:
             sizes = [grad.numel() if place is None else place.entries() for place, grad in pairs]
+            pieces = _first(done).split_with_sizes(sizes)
             with no_autocast():  # another thread
-                for (place, grad), piece in zip(
-                    pairs, _first(done).split_with_sizes(sizes), strict=True
-                ):
+                for (place, grad), piece in zip(pairs, pieces, strict=True):
                     if place is None:
                         grad.copy_(piece.view(grad.shape))
                     else:
@@ -169,6 +178,7 @@ class LowRankHook:
             _check_sharing(self._optimizer, self._group)
             self._shared = self._optimizer._shared
         if self._places is None or bucket.index() <= self._bucket:
+            self._warn_of_others()
             self._places = places(self._optimizer)
             self._comparison.run(self._places, bucket.buffer().device)
         self._bucket, chosen = bucket.index(), self._places
@@ -180,7 +190,20 @@ class LowRankHook:
         if place is None:
             self._projected.pop(id(param), None)
         else:
-            self._projected[id(param)] = label(place.plan.names[place.position], param)
+            name = label(place.plan.names[place.position], param)
+            self._projected[id(param)] = _Projected(name, param, param._version)
+
+    def _warn_of_others(self) -> None:
+        """If weights changed without a step: another optimizer may have taken it."""
+        changed = [own for own in self._projected.values() if own.param._version != own.version]
+        if changed and not self._warned:
+            self._warned = True
+            warn_user(
+                f"{changed[0].name} was changed since the last backward pass, without a step of "
+                f"the {type(self._optimizer).__name__} by whose projections gradients travel: only "
+                "with its steps are they refitted; for another optimizer wrap the model in a new "
+                "DistributedDataParallel (warned once)"
+            )
 
     # In the step
 
@@ -188,13 +211,13 @@ class LowRankHook:
         """Raises `ValueError` if a matrix is to be refitted whose gradient was projected."""
         if self._projected:
             still = places(self._optimizer)
-            for key, name in self._projected.items():
+            for key, own in self._projected.items():
                 if key not in still:
                     raise ValueError(
-                        f"options or state were changed after the backward pass, in which only a "
-                        f"projection of the gradient of {name} was sent, and the change calls for "
-                        "all of it: accepted is a change before the backward pass (zero_grad() and "
-                        "another one now)"
+                        "options or state were changed after the backward pass, in which only a "
+                        f"projection of the gradient of {own.name} was sent, and the change calls "
+                        "for all of it: accepted is a change before the backward pass "
+                        "(zero_grad() and another one now)"
                     )
 
     def after_step(self, *_: object) -> None:
@@ -313,7 +336,7 @@ def _check_optimizer(hook: LowRankHook, optimizer: LowRankOptimizer) -> None:
             found = known[id(param)]
             if isinstance(found, str):
                 reasons.setdefault(found, label(name, param))
-            elif id(param) not in own:
+            elif param.requires_grad and id(param) not in own:
                 raise ValueError(
                     f"{label(name, param)} is projected and not among the gradients that this "
                     "model synchronises: accepted is the optimizer of the model's parameters"

@@ -86,16 +86,21 @@ def backward(model: nn.Module, step: int, rank: int, world: int, parts: int) -> 
 def span(made: LowRankOptimizer, group: dict[str, Any], param: Tensor) -> tuple[Any, Any] | None:
     """Geometry and orthonormal bases of a matrix that the next step doesn't refit, else None."""
     plan = made._plans[id(group)]
-    if plan.core.projection is None:
+    if (
+        group.get("rank") is None
+        or group["residual"] != "dropped"
+        or group["projector"] == "online"
+    ):
         return None
     state, position = made.state[param], [id(p) for p in plan.params].index(id(param))
-    count = sum(len(p.params) for p in made._plans.values() if p.core.projection is not None)
+    projected = [own for other in made.param_groups if other.get("rank") for own in other["params"]]
+    count, index = len(projected), [id(own) for own in projected].index(id(param))
     gap = state.get("gap", group["update_proj_gap"])
-    phase = position * gap // count if group["stagger"] else 0
+    phase = index * gap // count if group["stagger"] else 0
     now, last = int(state["step"]), state["refreshed_at"]
     if last < 0 or (now + phase) // gap > (last + phase) // gap:
         return None
-    place = Place(plan, position, position, now, state)
+    place = Place(plan, position, index, now, state)
     bases = place.projector.bases(place._of(param.grad if param.grad is not None else param))
     wide = torch.float64 if param.dtype == torch.float64 else torch.float32
     return place.geometry, tuple(torch.linalg.qr(basis.to(wide)).Q for basis in bases)

@@ -8,11 +8,12 @@ import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import low_rank_hook_cases as cases
+import low_rank_state_cases as state_cases
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from low_rank_hook_cases import ALL, QUICK
 from low_rank_runs import backward, make
 from support import tiny_model
 from torch.nn.parallel import DistributedDataParallel
@@ -34,13 +35,13 @@ def run(rank: int, world: int, folder: str, checks: list[Callable[[int, int], No
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    mp.spawn(run, (2, str(tmp_path), QUICK), nprocs=2)
+    mp.spawn(run, (2, str(tmp_path), [*cases.QUICK, *state_cases.ALL]), nprocs=2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_more_processes(world: int, tmp_path: Path) -> None:
-    mp.spawn(run, (world, str(tmp_path), ALL), nprocs=world)
+    mp.spawn(run, (world, str(tmp_path), [*cases.ALL, *state_cases.ALL]), nprocs=world)
 
 
 # One process
@@ -62,7 +63,7 @@ EXACT = {
 
 @pytest.mark.usefixtures("single")
 @pytest.mark.parametrize("name", available())
-def test_other_methods_are_refused(name: str) -> None:
+def test_exact_methods_are_accepted_and_others_refused(name: str) -> None:
     model, made = make(name)
     wrapped = DistributedDataParallel(model)
     if name in EXACT:
@@ -113,6 +114,35 @@ def test_wrong_models_and_optimizers() -> None:
     builtin._register_builtin_comm_hook(dist.BuiltinCommHookType.ALLREDUCE)
     with pytest.raises(ValueError, match="a second communication hook"):
         register_low_rank_hook(builtin, made)
+
+
+@pytest.mark.usefixtures("single")
+def test_matrices_that_the_model_does_not_synchronise() -> None:
+    model, made = make("galore_adamw")
+    model._ddp_params_and_buffers_to_ignore = ["mlp.up_proj.weight"]
+    with pytest.raises(ValueError, match=r"mlp\.up_proj\.weight is projected and not among"):
+        register_low_rank_hook(DistributedDataParallel(model), made)
+    model, made = make("galore_adamw")
+    model.mlp["up_proj"].weight.requires_grad_(False)
+    hook = register_low_rank_hook(DistributedDataParallel(model), made)
+    assert hook.traffic().whole == 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.usefixtures("single")
+def test_another_optimizer_takes_the_steps() -> None:
+    model, made = make("galore_adamw")
+    wrapped = DistributedDataParallel(model)
+    register_low_rank_hook(wrapped, made)
+    for step in range(3):
+        backward(wrapped, step, 0, 1, 1)
+        if step < 2:  # not the last one, as when a scaler skips it
+            made.step()
+        made.zero_grad()
+    other = GaLoreAdamW(param_groups(model, rank=4), lr=1e-3)
+    backward(wrapped, 3, 0, 1, 1)
+    other.step()
+    with pytest.warns(UserWarning, match="without a step of the GaLoreAdamW by whose projections"):
+        backward(wrapped, 4, 0, 1, 1)
 
 
 @pytest.mark.usefixtures("single")
