@@ -282,4 +282,6 @@ def check_mixed_groups(rank: int, world: int) -> None:
 
 
 ALL = [value for name, value in sorted(globals().items()) if name.startswith("check_")]
-QUICK = [check for check in ALL if check not in (check_plain, check_methods_in_fp32)]
+QUICK = [check_methods, check_skipped, check_closure, check_synchronised_parts]
+#: Of more than two processes.
+MORE = {3: [check_methods, check_plain, check_unused, check_bf16], 4: [*QUICK, check_wrappers]}

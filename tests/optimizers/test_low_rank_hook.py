@@ -40,8 +40,9 @@ def test_two_processes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_more_processes(world: int, tmp_path: Path) -> None:
-    mp.spawn(run, (world, str(tmp_path), [*cases.ALL, *state_cases.ALL]), nprocs=world)
+def test_all_cases(world: int, tmp_path: Path) -> None:
+    checks = [*cases.MORE.get(world, cases.ALL), *state_cases.ALL]
+    mp.spawn(run, (world, str(tmp_path), checks), nprocs=world)
 
 
 # One process
