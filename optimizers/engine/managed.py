@@ -105,10 +105,11 @@ class ManagedOptimizer(Optimizer):
         self._partitions = partitions
         with partitions.shown(self):
             for group, plan in zip(self.param_groups, plans, strict=True):
+                core = self._complete(group, plan.snapshot)
                 for block in group["params"]:
                     if block.numel():
-                        self.state[block] = self.make_state(block, plan.core, group)
-                self._record(group, plan.core)
+                        self.state[block] = self.make_state(block, core, group)
+                self._record(group, core)
 
     def _check_cut(self) -> None:
         """Raises `ValueError` if the method's parameters can't be cut by ZeRO."""
