@@ -83,7 +83,7 @@ class ManagedOptimizer(Optimizer):
         """Finds the pieces of parameters that ZeRO has cut since construction, if it has.
 
         Raises:
-            ValueError: the optimizer has taken a step before, or this method can't be cut.
+            ValueError: the optimizer has taken a step before.
         """
         plans = list(self._plans.values())
         params = [param for plan in plans for param in plan.params]
@@ -95,7 +95,6 @@ class ManagedOptimizer(Optimizer):
                 "the optimizer has taken a step before deepspeed.initialize: accepted is "
                 "initialize first, then load_checkpoint"
             )
-        self._check_cut()
         groups = [plan.group for plan in plans]
         names = [plan.names for plan in plans]
         partitions = Partitions(groups, [plan.params for plan in plans], names)
@@ -110,9 +109,6 @@ class ManagedOptimizer(Optimizer):
                     if block.numel():
                         self.state[block] = self.make_state(block, core, group)
                 self._record(group, core)
-
-    def _check_cut(self) -> None:
-        """Raises `ValueError` if the method's parameters can't be cut by ZeRO."""
 
     def _record(self, group: Group, composition: Composition) -> None:
         drawn = seed_names(self.param_groups)[self._index_of(group)]

@@ -227,13 +227,6 @@ class FactoredAdamW(LowRankOptimizer):
             self._look_for_idle_factors()
         return loss
 
-    def _check_cut(self) -> None:
-        """Raises `ValueError`: events read and write whole rows of factors and frozen weights."""
-        raise ValueError(
-            f"{type(self).__name__} with parameters that ZeRO has cut: accepted is ZeRO stage 0, "
-            "DistributedDataParallel or fully_shard"
-        )
-
     def _replace_gradient(self, param: nn.Parameter, grad: Tensor) -> None:
         """Uses another gradient for this step; the user's is restored after it."""
         assert param.grad is not None

@@ -42,6 +42,11 @@ def _blocks(part: Part) -> int:
     return -(-torch.Size(part.shape).numel() // BLOCK)
 
 
+def scale_bytes(part: Part) -> int:
+    """Bytes of the scales that the first process holds of a moment."""
+    return 4 * -(-_blocks(part) // part.processes.world)
+
+
 def _block_of_entry(part: Part, device: torch.device) -> Tensor:
     """For each entry of this part the number of its block."""
     size = torch.Size(part.shape)

@@ -186,4 +186,4 @@ def test_several_groups_and_sub_groups_and_what_is_refused(tmp_path: Path) -> No
     assert found["stage 3"] <= 1e-5
     assert "taken a step before deepspeed.initialize" in found["said"][0]
     assert "accepted is round_robin_gradients=false" in found["said"][1]
-    assert "ReLoRAAdamW with parameters that ZeRO has cut" in found["said"][2]
+    assert "ZeRO stage 0, and FSDP2" in found["said"][2]
