@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from . import methods as methods  # fills the table
 from .engine import checks
+from .engine.composition import Composition
 from .engine.method import TABLE, Method
 from .engine.optimizer import LowRankOptimizer
 from .engine.options import make_plain
 from .engine.parameters import check_placement
 from .layers.convert import meta_copy
 from .layers.optimizer import FactoredAdamW
+from .traffic import step_bytes
 
 #: Group options that `build` passes to plain parameters, too.
 _EVERYWHERE = ("seed", "stochastic_rounding")
@@ -184,6 +187,49 @@ def expected_state_bytes(name: str, model: nn.Module, world: int = 1, **options:
         ValueError: as `build`, or `world` is not a positive integer.
     """
     checks.integer("world", world, low=1)
+    total = 0
+    for composition, _, params in _compositions(name, model, options):
+        for param in params:
+            if param.numel():
+                total += composition.state_bytes(param.shape, param.element_size(), world)
+    return total
+
+
+def expected_step_traffic(name: str, model: nn.Module, world: int, **options: Any) -> int:
+    """Bytes that one process hands to collectives in a step on a sharded model, by formula.
+
+    Between refreshes; what `fully_shard` sends is not counted. See `lowrank.optimizers.traffic`.
+
+    Args:
+        name: one of `available()`, but for methods that replace layers.
+        model: the model, whole; it may be on the meta device.
+        world: number of processes that parameters are spread over, at least 2.
+        **options: as for `build`.
+
+    Returns:
+        Bytes, as a recorder of collectives measures them.
+
+    Raises:
+        ValueError: as `build`, or the method replaces layers.
+    """
+    checks.integer("world", world, low=2)
+    conversion = _method(name).conversion
+    if conversion is not None and conversion.replaces_layers:
+        raise ValueError(f"name={name!r}: accepted are methods that don't replace layers")
+    total = 0
+    for composition, group, params in _compositions(name, model, options):
+        checked = bool(group["skip_nonfinite"]) and not group["capturable"]
+        for param in params:
+            if param.numel():
+                shape, itemsize = tuple(param.shape), param.element_size()
+                total += step_bytes(composition, shape, itemsize, world, checked=checked)
+    return total
+
+
+def _compositions(
+    name: str, model: nn.Module, options: dict[str, Any]
+) -> Iterator[tuple[Composition, dict[str, Any], list[Tensor]]]:
+    """The composition, completed options and parameters of each group that `build` would make."""
     method = _method(name)
     make_plain(options)
     group_options, keywords = _sort_options(method, options)
@@ -194,10 +240,5 @@ def expected_state_bytes(name: str, model: nn.Module, world: int = 1, **options:
     template = method.optimizer(
         [{**group, "params": [], "param_names": []} for group in groups], **keywords
     )
-    total = 0
     for group, completed in zip(groups, template.param_groups, strict=True):
-        composition = template.compose(completed)
-        for param in group["params"]:
-            if param.numel():
-                total += composition.state_bytes(param.shape, param.element_size(), world)
-    return total
+        yield template.compose(completed), completed, list(group["params"])

@@ -15,7 +15,6 @@ from typing import Any
 from torch import Tensor
 
 from ..projectors import ProjectedParam, Projector
-from ..residuals import Dropped
 from ..rules import Update, UpdateRule
 from .composition import Projection
 from .geometry import Side
@@ -50,9 +49,13 @@ def gather_update(
         return part, update
     columns = geometry.projected_shape()[1]
     direction = processes.gather_columns(update.direction, columns)
-    reads = projection.projector.TRACKS or not isinstance(projection.residual, Dropped)
-    whole = processes.gather_columns(part, columns) if reads else part
+    whole = processes.gather_columns(part, columns) if reads_projected(projection) else part
     return whole, replace(update, direction=direction, norms=None)
+
+
+def reads_projected(projection: Projection) -> bool:
+    """Whether anything after the update rule reads the projected gradient."""
+    return projection.projector.TRACKS or projection.residual.READS_GRADIENT
 
 
 def whole_first_moment(rule: UpdateRule, state: dict[str, Any]) -> Tensor | None:

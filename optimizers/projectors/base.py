@@ -134,6 +134,10 @@ class Projector(ABC):
         shapes = geometry.basis_shapes.values()
         return sum(self.storage.state_bytes(shape, itemsize) for shape in shapes)
 
+    def step_traffic(self, geometry: Geometry, itemsize: int, world: int) -> int:
+        """Bytes that a process hands to collectives after the update, for spread rows."""
+        return 0
+
     @abstractmethod
     def fit(self, params: Sequence[ProjectedParam]) -> list[Bases | None]:
         """Refits and stores the bases of the given matrices from their gradients (and moments).

@@ -12,6 +12,8 @@ from ..engine.processes import ALONE, Processes
 from .base import ProjectedParam, Projector
 
 ROUGH_SHARE = 0.3
+#: What `safe_norm` sends in fp32: a largest number with its mark, and a sum.
+NORM_BYTES = 12
 
 
 def axis_norms(matrix: Tensor, axis: int) -> Tensor:

@@ -35,7 +35,7 @@ from ..rules import Adam, Adam8bit, Lion, Momentum, UpdateRule
 from ..rules.precision import MOMENT_DTYPES
 from . import apply
 from .base import Bases, ProjectedParam
-from .norms import axis_norms, safe_norm
+from .norms import NORM_BYTES, axis_norms, safe_norm
 from .singular import SingularProjector
 
 PREFIX = "basis_"
@@ -156,6 +156,13 @@ class OnlineProjector(SingularProjector):
         """Resets the state of P's optimizer, as `fit`."""
         super().received(param)
         self._reset(param)
+
+    def step_traffic(self, geometry: Geometry, itemsize: int, world: int) -> int:
+        """See `Projector.step_traffic`: the gradient's norm and its product with R."""
+        norm, (m, n), rank = NORM_BYTES * max(itemsize, 4) // 4, geometry.shape, geometry.rank
+        if geometry.side is Side.LEFT:
+            return norm + -(-m // world) * rank * itemsize
+        return norm + (rank * rank + n * rank) * itemsize
 
     def _reset(self, param: ProjectedParam) -> None:
         (shape,) = param.geometry.basis_shapes.values()

@@ -86,6 +86,10 @@ class Residual(ABC):
         """Bytes of these entries."""
         return 0
 
+    def step_traffic(self, geometry: Geometry, itemsize: int) -> int:
+        """Bytes that a process hands to collectives for a matrix with spread rows."""
+        return 0
+
     @abstractmethod
     def compute_update(
         self, param: ProjectedParam, projected: Tensor, update: Update, projector: Projector

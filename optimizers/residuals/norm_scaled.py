@@ -24,7 +24,7 @@ from torch import Tensor
 from ..engine import checks
 from ..engine.geometry import Geometry, Side
 from ..projectors import ProjectedParam, Projector
-from ..projectors.norms import gradient_norms, outside_norm, reconstructed_squares
+from ..projectors.norms import NORM_BYTES, gradient_norms, outside_norm, reconstructed_squares
 from ..rules import Update
 from .base import ScaledPart, WeightUpdate
 from .limiter import LimitedResidual, update_norms
@@ -56,6 +56,18 @@ class NormScaled(LimitedResidual):
                 "proj_type='full' with residual='norm_scaled': accepted is one projected axis, the "
                 "factors belong to the other one"
             )
+
+    def step_traffic(self, geometry: Geometry, itemsize: int) -> int:
+        """See `Residual.step_traffic`: the gradient's norms by column, or sums over rows.
+
+        Where nearly all of a gradient lies in the subspace one number more is sent.
+        """
+        if self.limiter is None:
+            return 0
+        if geometry.side is Side.LEFT:
+            return 8 * geometry.shape[1]
+        wide = max(itemsize, 4)
+        return 2 * wide + NORM_BYTES * wide // 4
 
     def compute_update(
         self, param: ProjectedParam, projected: Tensor, update: Update, projector: Projector

@@ -22,7 +22,7 @@ from ..engine import checks
 from ..engine.geometry import Geometry, Side
 from ..engine.processes import ALONE
 from ..projectors import ProjectedParam, Projector
-from ..projectors.norms import gradient_norms, safe_norm, weighted_norm
+from ..projectors.norms import NORM_BYTES, gradient_norms, safe_norm, weighted_norm
 from ..rules import Update
 from .base import ScaledPart, WeightUpdate
 from .limiter import LimitedResidual, update_norms
@@ -58,6 +58,14 @@ class ScaledGradient(LimitedResidual):
                 "proj_type='full' with scale_type='channel': accepted is one projected axis, the "
                 "channels belong to the other one"
             )
+
+    def step_traffic(self, geometry: Geometry, itemsize: int) -> int:
+        """See `Residual.step_traffic`: norms by column, or of what is spread by rows."""
+        norm = NORM_BYTES * max(itemsize, 4) // 4
+        tensor = 2 * norm if self.scale_type == "tensor" and geometry.side is Side.RIGHT else 0
+        if self.limiter is None:
+            return tensor
+        return tensor + (8 * geometry.shape[1] if geometry.side is Side.LEFT else norm)
 
     def compute_update(
         self, param: ProjectedParam, projected: Tensor, update: Update, projector: Projector

@@ -86,6 +86,17 @@ class Adafactor(UpdateRule):
             for key, size in self._shapes(shape).items()
         }
 
+    def step_traffic(self, part: Part, itemsize: int) -> int:
+        """See `UpdateRule.step_traffic`: sums along the spread axis, and numbers."""
+        numbers = 1 if self.scale_parameter else 0  # the weight's RMS
+        sums = 0
+        if part.axis is not None:
+            numbers += 1  # the update's RMS
+            if len(part.shape) == 2:
+                sums = part.shape[1 - part.axis]
+                numbers += 1 if part.axis == 0 else 0  # the mean over rows
+        return (numbers + sums) * max(itemsize, 4)
+
     def spread(self, key: str, axis: int, shape: Sequence[int]) -> int | None:
         """See `UpdateRule.spread`: of a matrix's factors, the one that belongs to the axis."""
         if len(shape) == 2 and key in FACTOR_AXES:

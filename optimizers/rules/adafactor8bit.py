@@ -21,7 +21,7 @@ from ..engine.sharding import Part
 from .adafactor import Adafactor
 from .base import RowUpdates, State, numel
 from .quantizers import NATIVE, Quantizer
-from .spread_blocks import cut_part, dequantize, quantize, scale_bytes
+from .spread_blocks import cut_part, dequantize, quantize, scale_bytes, scale_traffic
 
 KEY = "exp_avg"
 SCALES = "exp_avg_absmax"
@@ -65,6 +65,12 @@ class Adafactor8bit(Adafactor):
             return dense
         held = numel(part.local_shape)
         return dense - max(itemsize, 4) * held + held + scale_bytes(part)
+
+    def step_traffic(self, part: Part, itemsize: int) -> int:
+        """See `UpdateRule.step_traffic`: further the scales of blocks that processes share."""
+        total = super().step_traffic(part, itemsize)
+        eight = self.beta1 is not None and numel(part.shape) >= self.min_8bit_size
+        return total + (scale_traffic(part) if eight else 0)
 
     def spread(self, key: str, axis: int, shape: Sequence[int]) -> int | None:
         """See `UpdateRule.spread`: scales are spread by blocks."""

@@ -25,7 +25,7 @@ from ..engine.sharding import Part
 from .adam import Adam
 from .base import ElementwiseRule, RowUpdates, State, Update, UpdateRule, numel
 from .quantizers import NATIVE, Native, Quantizer
-from .spread_blocks import cut_part, dequantize, quantize, scale_bytes
+from .spread_blocks import cut_part, dequantize, quantize, scale_bytes, scale_traffic
 from .transport import transported_moments
 
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}
@@ -71,6 +71,10 @@ class Adam8bit(Adam):
         if not self._is_8bit(part.shape):
             return super().part_bytes(part, itemsize)
         return 2 * (numel(part.local_shape) + scale_bytes(part))
+
+    def step_traffic(self, part: Part, itemsize: int) -> int:
+        """See `UpdateRule.step_traffic`: scales of blocks that processes share."""
+        return 2 * scale_traffic(part) if self._is_8bit(part.shape) else 0
 
     def spread(self, key: str, axis: int, shape: Sequence[int]) -> int | None:
         """See `UpdateRule.spread`: scales are spread by blocks."""

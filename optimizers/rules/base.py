@@ -78,6 +78,10 @@ class UpdateRule(ABC):
         """`state_bytes` of a part of a (projected) gradient that is spread over processes."""
         return self.deciding_for(part.shape).state_bytes(part.local_shape, itemsize)
 
+    def step_traffic(self, part: Part, itemsize: int) -> int:
+        """Bytes that a process hands to collectives to update its part, see `lowrank.traffic`."""
+        return 0
+
     def deciding_for(self, shape: Sequence[int]) -> Self:
         """The same rule with the decisions that it takes for a whole (projected) gradient.
 

@@ -90,6 +90,14 @@ class FloraRule(Adafactor):
         moment = moments_itemsize(self.moments_dtype, itemsize)
         return whole - saved * max(itemsize, 4) - saved_moment * moment
 
+    def step_traffic(self, part: Part, itemsize: int) -> int:
+        """See `UpdateRule.step_traffic`: further a left moment's projection, n x r."""
+        total = super().step_traffic(part, itemsize)
+        geometry = self._geometry(part.shape)
+        if self.beta1 is not None and geometry.side is Side.LEFT:
+            total += part.shape[1] * geometry.rank * max(itemsize, 4)
+        return total
+
     def spread(self, key: str, axis: int, shape: Sequence[int]) -> int | None:
         """See `UpdateRule.spread`: a moment of columns, r x n, is whole on each process."""
         if key == "exp_avg" and self._geometry(shape).side is Side.LEFT:

@@ -91,6 +91,13 @@ class Muon(UpdateRule):
         """One moment."""
         return numel(shape) * moments_itemsize(self.moments_dtype, itemsize)
 
+    def step_traffic(self, part: Part, itemsize: int) -> int:
+        """See `UpdateRule.step_traffic`: a norm, and a Gram matrix in each iteration."""
+        if part.axis is None:
+            return 0
+        side = part.shape[1 - part.axis]
+        return 4 + self.ns_steps * side * side * max(itemsize, 4)
+
     def _size(self, m: int, n: int) -> float:
         if self.adjust_lr == "match_rms_adamw":
             return 0.2 * math.sqrt(max(m, n))

@@ -33,7 +33,7 @@ def _ends_with_blocks(part: Part) -> bool:
     size = torch.Size(part.shape)
     if part.axis != 0 or part.sizes:
         return False
-    world = part.spread.world
+    world = part.processes.world
     entries = -(-size[0] // world) * size[1:].numel()
     return entries % BLOCK == 0 and -(-_blocks(part) // world) == entries // BLOCK
 
@@ -45,6 +45,14 @@ def _blocks(part: Part) -> int:
 def scale_bytes(part: Part) -> int:
     """Bytes of the scales that the first process holds of a moment."""
     return 4 * -(-_blocks(part) // part.processes.world)
+
+
+def scale_traffic(part: Part) -> int:
+    """Bytes that a process sends for the scales of one moment in a step."""
+    if part.axis is None or part.processes.world == 1 or _ends_with_blocks(part):
+        return 0
+    # Its own to read them all; the largest entries of all, with marks of what is no number.
+    return scale_bytes(part) + 2 * 4 * _blocks(part)
 
 
 def _block_of_entry(part: Part, device: torch.device) -> Tensor:

@@ -141,10 +141,3 @@ def test_flat_partitions_are_refused_in_place_of_parameters(named: bool) -> None
     flat_groups(optimizer)
     with pytest.raises(ValueError, match=rf"a flat partition of shape \(\d+,\) took.*{PLAIN}"):
         optimizer.step()
-
-
-def test_partitions_of_zero_stage_3_are_refused() -> None:
-    weight = nn.Parameter(torch.zeros(0))
-    weight.ds_id = 0  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="partitioned by DeepSpeed's ZeRO stage 3"):
-        AdamW([weight])

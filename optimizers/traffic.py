@@ -1,0 +1,58 @@
+"""Bytes that an optimizer's step sends where parameters are spread over processes, by formula.
+
+With the rows of an m x n matrix spread over w processes (`fully_shard`), between refreshes, for
+entries of b bytes:
+
+    right projection, m x r     nothing: each process projects, updates and writes its own rows
+    left projection, r x n      r n b to the reduction (each process keeps n / w columns of the
+                                sum), r n b / w to the gathering of the directions, as much again
+                                for the projected gradient where residual or projector read it
+    both, r x r                 r^2 b to a sum
+
+to which come sums of single columns or rows that a rule or residual needs, and 4 bytes a matrix
+for the common decision that its gradient is finite. Columns are padded to a multiple of w.
+"""
+
+from __future__ import annotations
+
+from .engine.composition import Composition
+from .engine.geometry import RowRange, Side
+from .engine.parts import reads_projected
+from .engine.processes import Processes, chunk_range
+from .engine.sharding import Shard
+
+FLAG_BYTES = 4
+
+
+def step_bytes(
+    composition: Composition, shape: tuple[int, ...], itemsize: int, world: int, *, checked: bool
+) -> int:
+    """Bytes that one process hands to collectives for a parameter, in a step without a refresh.
+
+    Args:
+        composition: of the parameter's group.
+        shape: of the whole parameter.
+        itemsize: bytes of its entries.
+        world: number of processes.
+        checked: whether gradients are checked to be finite.
+    """
+    held = chunk_range(shape[0] if shape else 1, world, 0)
+    shard = Shard(shape, RowRange(held.start, held.stop, Processes(None, world, 0)))
+    projection = composition.projection
+    geometry = None if projection is None else projection.geometry(shape)
+    part = shard.part(geometry)
+    total = composition.rule.step_traffic(part, itemsize) + (FLAG_BYTES if checked else 0)
+    if projection is None or geometry is None:
+        return total
+    rank, columns = geometry.projected_shape()
+    if geometry.side is Side.LEFT:
+        width = -(-columns // world)
+        gathered = 2 if reads_projected(projection) else 1
+        total += rank * width * itemsize * (world + gathered)
+    elif geometry.side is Side.BOTH:
+        total += rank * columns * itemsize
+    return (
+        total
+        + projection.residual.step_traffic(geometry, itemsize)
+        + projection.projector.step_traffic(geometry, itemsize, world)
+    )
