@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .watch import ADVICE, LostProcessError, Watch, connections, is_connection_failure
 
 
 @dataclass(frozen=True)
@@ -21,11 +25,13 @@ class World:
         rank: this process's number; 0 writes files and messages.
         size: number of processes.
         device: where this process computes.
+        watch: on the other processes, None where there are none.
     """
 
     rank: int
     size: int
     device: torch.device
+    watch: Watch | None = field(default=None, compare=False, repr=False)
 
     @property
     def leads(self) -> bool:
@@ -94,12 +100,15 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 @contextmanager
-def join(device_name: str, environment: Mapping[str, str] = os.environ) -> Iterator[World]:
+def join(
+    device_name: str, environment: Mapping[str, str] = os.environ, timeout: float = 1800.0
+) -> Iterator[World]:
     """Joins the processes that torchrun started; one process by itself needs nothing set.
 
     Args:
         device_name: `train.device`.
         environment: where RANK, WORLD_SIZE and LOCAL_RANK are looked up.
+        timeout: seconds after which a process that doesn't answer counts as lost.
     """
     size = int(environment.get("WORLD_SIZE", "1"))
     rank = int(environment.get("RANK", "0"))
@@ -110,10 +119,59 @@ def join(device_name: str, environment: Mapping[str, str] = os.environ) -> Itera
         yield World(0, 1, device)
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=size)
+    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+    # A restart by torchrun counts anew.
+    prefix = f"lowrank/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    connect = connections(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), prefix)
     try:
-        yield World(rank, size, device)
-        # Together: a process that ends earlier may close connections that others still use.
-        dist.barrier()
+        with Watch(connect, rank, size, timeout) as watch:
+            yield World(rank, size, device, watch)
+            # Together: a process that ends earlier may close connections that others still use.
+            dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def as_one(world: World) -> Iterator[None]:
+    """Lets several processes speak with one voice while the block runs.
+
+    A warning or an error that all of them have is shown by one; an exchange that fails because
+    another process is gone becomes a `LostProcessError`.
+
+    Raises:
+        LostProcessError: another process has ended or no longer answers.
+    """
+    watch = world.watch
+    if watch is None:
+        yield
+        return
+    show = warnings.showwarning
+
+    def show_once(message: Warning | str, *rest: Any, **keywords: Any) -> None:
+        if watch.first(str(message)):
+            show(message, *rest, **keywords)
+
+    warnings.showwarning = show_once
+    try:
+        yield
+    except Exception as error:
+        if is_connection_failure(error):
+            lost = LostProcessError(f"{watch.explain(_first_line(error))}; {ADVICE}")
+            if not watch.first_here("lost"):
+                mark_said(lost)
+            raise lost from error
+        if not watch.first(str(error)):
+            mark_said(error)
+        raise
+    finally:
+        warnings.showwarning = show
+
+
+def mark_said(error: BaseException) -> None:
+    """Notes that another process shows an error; the command line then doesn't."""
+    error.said_by_another = True  # type: ignore[attr-defined]
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]

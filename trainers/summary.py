@@ -18,6 +18,7 @@ from .files import write_text
 from .memory import weight_bytes
 from .models import parameter_count
 from .parts import Parts
+from .strategies import strategy_of
 from .weights import weights_sha256
 
 
@@ -65,6 +66,8 @@ def summarise(parts: Parts, wall_seconds: float) -> dict[str, Any]:
         "data": data_fingerprint(config.data),
         "seed": config.train.seed,
         "processes": world.size,
+        "data_shards": config.distributed.data_shards,
+        "strategy": strategy_of(config, world.size),
         "threads": torch.get_num_threads(),
         "device": device_name(world.device),
         "torch_version": torch.__version__,
