@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,9 +101,12 @@ def replicate(model: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return model
     devices = [world.device] if world.device.type == "cuda" else None
-    return DistributedDataParallel(
-        model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
-    )
+    with warnings.catch_warnings():
+        # Newer versions have another name for the switch, which still broadcasts at the start.
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+        return DistributedDataParallel(
+            model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
 
 
 def _exchange_low_rank(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:

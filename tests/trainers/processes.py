@@ -1,0 +1,197 @@
+"""Runs of the real command on several processes, all started from one that has torch loaded.
+
+Importing torch and transformers takes longer than a tiny run, so a helper process imports them
+once and forks the processes of each run, as torchrun would start them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the command.
+
+    Attributes:
+        arguments: of `lowrank`.
+        processes: how many share the run; 1 starts it without torchrun's environment.
+        adamw: whether torch's own AdamW stands in for the optimizer.
+        stop: {rank: (step, signal)} sent to itself at the start of the step after `step`.
+        folders: the processes' working folders.
+    """
+
+    arguments: Sequence[str]
+    processes: int = 1
+    adamw: bool = False
+    stop: dict[str, tuple[int, int]] = field(default_factory=dict)
+    folders: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job's processes, by rank.
+
+    Attributes:
+        statuses: exit statuses, negative for signals.
+        outputs: standard outputs.
+        errors: standard errors.
+        seconds: from the first process's end to the last one's.
+    """
+
+    statuses: list[int]
+    outputs: list[str]
+    errors: list[str]
+    seconds: float
+
+
+def run_jobs(jobs: Sequence[Job], folder: Path, timeout: float = 300) -> list[Outcome]:
+    """Runs jobs one after another; `folder` takes their outputs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    command = [sys.executable, __file__, str(folder)]
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+    assert result.returncode == 0, result.stderr
+    return [Outcome(**item) for item in json.loads((folder / "outcomes.json").read_text())]
+
+
+def succeed(jobs: Sequence[Job], folder: Path) -> list[Outcome]:
+    """Runs jobs that must all end well."""
+    outcomes = run_jobs(jobs, folder)
+    for outcome in outcomes:
+        assert not any(outcome.statuses), "\n".join(outcome.errors)
+    return outcomes
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _serve(folder: Path) -> None:
+    # Everything that takes long, before any process is forked.
+    import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import lowrank.trainers.pretrain  # noqa: F401
+
+    torch.set_num_threads(1)
+    outcomes = []
+    for number, job in enumerate(json.loads((folder / "jobs.json").read_text())):
+        outcomes.append(_run(Job(**job), folder / f"job-{number}"))
+    (folder / "outcomes.json").write_text(json.dumps([asdict(item) for item in outcomes]))
+
+
+def _run(job: Job, folder: Path) -> Outcome:
+    folder.mkdir()
+    port = free_port()
+    children = []
+    for rank in range(job.processes):
+        child = os.fork()
+        if child == 0:
+            _become(job, rank, port, folder)
+        children.append(child)
+    statuses = {}
+    first = 0.0
+    while len(statuses) < len(children):
+        child, status = os.wait()
+        first = first or time.monotonic()
+        statuses[child] = os.waitstatus_to_exitcode(status)
+    return Outcome(
+        [statuses[child] for child in children],
+        [(folder / f"out-{rank}").read_text() for rank in range(job.processes)],
+        [(folder / f"err-{rank}").read_text() for rank in range(job.processes)],
+        time.monotonic() - first,
+    )
+
+
+def _become(job: Job, rank: int, port: int, folder: Path) -> None:
+    """Turns a forked child into one process of the run."""
+    from lowrank.trainers.cli import main
+
+    status = 70
+    try:
+        for name, descriptor in (("out", 1), ("err", 2)):
+            file = os.open(folder / f"{name}-{rank}", os.O_CREAT | os.O_WRONLY)
+            os.dup2(file, descriptor)
+        if job.processes > 1:
+            os.environ.update(
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE=str(job.processes),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(port),
+            )
+        if job.folders:
+            os.chdir(job.folders[rank])
+        if job.adamw:
+            _stand_in()
+        _skip_report()
+        if str(rank) in job.stop:
+            _stop_itself(*job.stop[str(rank)])
+        status = main(job.arguments)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _skip_report() -> None:
+    from lowrank.trainers import pretrain
+
+    pretrain.write_report = lambda folder: folder / "report.html"
+
+
+def _stop_itself(step: int, number: int) -> None:
+    from lowrank.trainers import loop
+
+    take = loop.Loop._step
+
+    def dying(self: Any) -> None:
+        if self._parts.state.step == step:
+            os.kill(os.getpid(), signal.Signals(number))
+        take(self)
+
+    loop.Loop._step = dying  # type: ignore[method-assign]
+
+
+def _stand_in() -> None:
+    import torch
+
+    from lowrank.trainers import strategies
+
+    class PlainAdamW(torch.optim.AdamW):
+        def share_refreshes(self) -> None:
+            pass
+
+        def register_refresh_hook(self, hook: object) -> Any:
+            return self.register_step_post_hook(lambda *_: None)
+
+    def build(name: str, model: torch.nn.Module, lr: float, **options: Any) -> Any:
+        return PlainAdamW(model.parameters(), lr=lr, weight_decay=0.1)
+
+    strategies.build = build
+
+
+if __name__ == "__main__":
+    _serve(Path(sys.argv[1]))
