@@ -18,7 +18,14 @@ from lowrank.optimizers import describe
 from .checkpoint import CheckpointStore
 from .config import RunConfig
 from .config_io import Layer, from_mapping, merge, read_layer, write_config
-from .data import Tokenizer, TrainingShare, ValidationSet, build_tokenizer, check_division
+from .data import (
+    Tokenizer,
+    TrainingShare,
+    ValidationSet,
+    build_tokenizer,
+    check_division,
+    data_fingerprint,
+)
 from .distributed import World, as_one, join
 from .loop import Loop
 from .metrics import cut_after
@@ -97,6 +104,7 @@ def _run(config: RunConfig, place: Place, world: World, console: Console) -> Non
     store = store_of(folder, keep=config.checkpoint.keep, keep_best=config.checkpoint.best)
     with _build(config, world) as parts:
         if place.checkpoint is not None:
+            _check_shared(place.checkpoint.folder, world)
             read_parts(place.checkpoint.folder, parts)
         if parts.state.step < config.train.steps:
             parts.stream.prefetch()  # data of no use are found before a file is written
@@ -266,6 +274,7 @@ def _prepare(
 def _build(config: RunConfig, world: World) -> Iterator[Parts]:
     """Everything the run needs, at step 0; ends the data's helper processes at the end."""
     tokenizer = _tokenizer(config, world)
+    _check_same_data(config, tokenizer, world)
     seed_everything(config.train.seed)
     training = build_training(config, world)
     stream = TrainingShare(
@@ -303,6 +312,31 @@ def _build(config: RunConfig, world: World) -> Iterator[Parts]:
         )
     finally:
         stream.close()
+
+
+def _check_shared(checkpoint: Path, world: World) -> None:
+    """Refuses a checkpoint that isn't there for all processes, before it looks damaged to some."""
+    for rank, seen in enumerate(world.gather(checkpoint.is_dir())):
+        if not seen:
+            raise ValueError(
+                f"rank {rank} doesn't see {checkpoint}; --output must be on a file system that all"
+                " machines share"
+            )
+
+
+def _check_same_data(config: RunConfig, tokenizer: Tokenizer, world: World) -> None:
+    """Refuses processes that would train on different data without a word."""
+    if world.size == 1:
+        return
+    own = {"data": data_fingerprint(config.data), "tokenizer": tokenizer.fingerprint}
+    first, *others = world.gather(own)
+    for rank, other in enumerate(others, start=1):
+        for what in own:
+            if other[what] != first[what]:
+                raise ValueError(
+                    f"rank {rank} and rank 0 have different {what} for data.source"
+                    f" {config.data.source!r}; every machine needs the same"
+                )
 
 
 def _tokenizer(config: RunConfig, world: World) -> Tokenizer:

@@ -10,6 +10,7 @@ checkpoint can be read by any number of processes, sharded or not.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -248,7 +249,9 @@ def read_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> dict[str, 
             entries[key] = place(value, _model(now.get(number, {}).get(key), param))
     if wanted:
         alone = not dist.is_initialized()
-        state_dict_loader.load(wanted, storage_reader=FileSystemReader(folder), no_dist=alone)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            state_dict_loader.load(wanted, storage_reader=FileSystemReader(folder), no_dist=alone)
     result: dict[str, Any] = saved
     return result
 

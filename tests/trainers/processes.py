@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,8 +29,10 @@ class Job:
         arguments: of `lowrank`.
         processes: how many share the run; 1 starts it without torchrun's environment.
         adamw: whether torch's own AdamW stands in for the optimizer.
-        stop: {rank: (step, signal)} sent to itself at the start of the step after `step`.
+        stop: {rank: (step, signal)} sent to itself at the start of the step after `step`, or, with
+            a negative step, while the checkpoint of step -step is written.
         folders: the processes' working folders.
+        copied: (from, to): a run's folder that is copied before.
     """
 
     arguments: Sequence[str]
@@ -37,6 +40,7 @@ class Job:
     adamw: bool = False
     stop: dict[str, tuple[int, int]] = field(default_factory=dict)
     folders: Sequence[str] = ()
+    copied: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Outcome:
         statuses: exit statuses, negative for signals.
         outputs: standard outputs.
         errors: standard errors.
-        seconds: from the first process's end to the last one's.
+        seconds: from the first process's end to that of the last one that isn't stopped.
     """
 
     statuses: list[int]
@@ -102,6 +106,8 @@ def _serve(folder: Path) -> None:
 
 def _run(job: Job, folder: Path) -> Outcome:
     folder.mkdir()
+    if job.copied:
+        shutil.copytree(*job.copied)
     port = free_port()
     children = []
     for rank in range(job.processes):
@@ -109,17 +115,22 @@ def _run(job: Job, folder: Path) -> Outcome:
         if child == 0:
             _become(job, rank, port, folder)
         children.append(child)
-    statuses = {}
-    first = 0.0
+    statuses: dict[int, int] = {}
+    first = ended = 0.0
+    stopped = [int(rank) for rank, (_, number) in job.stop.items() if number == signal.SIGSTOP]
     while len(statuses) < len(children):
         child, status = os.wait()
         first = first or time.monotonic()
         statuses[child] = os.waitstatus_to_exitcode(status)
+        if len(statuses) == len(children) - len(stopped):
+            ended = time.monotonic()
+            for rank in stopped:
+                os.kill(children[rank], signal.SIGKILL)
     return Outcome(
         [statuses[child] for child in children],
         [(folder / f"out-{rank}").read_text() for rank in range(job.processes)],
         [(folder / f"err-{rank}").read_text() for rank in range(job.processes)],
-        time.monotonic() - first,
+        ended - first,
     )
 
 
@@ -163,8 +174,18 @@ def _skip_report() -> None:
 
 
 def _stop_itself(step: int, number: int) -> None:
-    from lowrank.trainers import loop
+    from lowrank.trainers import loop, parts
 
+    if step < 0:
+        write = parts.write_shards
+
+        def dying_in_write(*arguments: Any) -> None:
+            if arguments[1].name.endswith(f"{-step:08d}"):
+                os.kill(os.getpid(), signal.Signals(number))
+            write(*arguments)
+
+        parts.write_shards = dying_in_write
+        return
     take = loop.Loop._step
 
     def dying(self: Any) -> None:

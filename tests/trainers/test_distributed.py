@@ -16,8 +16,8 @@ from lowrank.trainers.config import ModelConfig
 from lowrank.trainers.data import Batch
 from lowrank.trainers.distributed import World, join
 from lowrank.trainers.models import build_model
-from lowrank.trainers.pretrain import replicate
 from lowrank.trainers.step import clip, compute_gradient
+from lowrank.trainers.strategies import replicate
 
 pytestmark = pytest.mark.slow
 Tiny = Callable[..., list[str]]

@@ -1,0 +1,106 @@
+"""Runs that are killed and go on with other numbers of processes and other strategies."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from processes import Job, Outcome, run_jobs
+from test_sharded_runs import losses
+from tiny_runs import TINY, comparable_metrics, summary
+
+pytestmark = pytest.mark.slow
+STEPS = 8
+DDP, FSDP2 = "distributed.strategy=auto", "distributed.strategy=fsdp2"
+#: Processes and strategy before and after a kill at step 5, of a run with checkpoints at 3 and 4.
+CHANGES = {
+    "ddp 2 to 1": ((2, DDP), (1, DDP)),
+    "ddp 1 to 2": ((1, DDP), (2, DDP)),
+    "ddp 2 to 4": ((2, DDP), (4, DDP)),
+    "fsdp2 2 to 1": ((2, FSDP2), (1, FSDP2)),
+    "fsdp2 1 to 2": ((1, FSDP2), (2, FSDP2)),
+    "fsdp2 2 to 4": ((2, FSDP2), (4, FSDP2)),
+    "fsdp2 4 to 3": ((4, FSDP2), (3, FSDP2)),
+    "fsdp2 to ddp": ((2, FSDP2), (2, DDP)),
+    "ddp to fsdp2": ((2, DDP), (2, FSDP2)),
+}
+Arguments = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def arguments(corpus: Path) -> Arguments:
+    def made(folder: Path, *more: str) -> list[str]:
+        flags = [f"--output={folder}", f"--steps={STEPS}", f"--data={corpus}", "--resume=auto"]
+        # 12 sequences a step: 1, 2, 3 or 4 processes share them.
+        shape = ("train.accumulation=3", "distributed.data_shards=2", "data.packing=pad")
+        return ["pretrain", *flags, *TINY, *shape, "distributed.timeout=30", *more]
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def runs(
+    arguments: Arguments, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Outcome]]:
+    base = tmp_path_factory.mktemp("runs")
+    jobs = [Job(arguments(base / "whole"), adamw=True)]
+    for name, ((size, strategy), (size_after, after)) in CHANGES.items():
+        killed = {str(size - 1): (5, int(signal.SIGKILL))}
+        jobs.append(Job(arguments(base / name, strategy), size, True, killed))
+        jobs.append(Job(arguments(base / name, after), size_after, True))
+    return base, run_jobs(jobs, base / "jobs")
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_losses_are_those_of_an_uninterrupted_run(
+    name: str, runs: tuple[Path, list[Outcome]]
+) -> None:
+    base, outcomes = runs
+    at = 1 + 2 * list(CHANGES).index(name)
+    size = CHANGES[name][0][0]
+    assert outcomes[at].statuses == [1] * (size - 1) + [-signal.SIGKILL]
+    assert not any(outcomes[at + 1].statuses), outcomes[at + 1].errors
+    assert outcomes[at + 1].outputs[0].count("resuming at step 4 of 8") == 1
+    found, expected = losses(base / name), losses(base / "whole")
+    assert [item[:2] for item in found] == [item[:2] for item in expected]
+    assert [item[2] for item in found] == pytest.approx([item[2] for item in expected], abs=1e-5)
+    for key in ("tokens", "epochs", "unigram_val_loss", "skipped_documents"):
+        assert summary(base / name)[key] == summary(base / "whole")[key], key
+
+
+def test_on_as_many_processes_a_run_goes_on_to_the_bit(
+    arguments: Arguments, tmp_path: Path
+) -> None:
+    killed = {"0": (5, int(signal.SIGKILL))}
+    # While the checkpoint of step 6 is written, by either process: it must not be picked.
+    written = [{rank: (-6, int(signal.SIGKILL))} for rank in ("0", "1")]
+    folder = tmp_path / "broken"
+    jobs = [
+        Job(arguments(tmp_path / "whole", FSDP2), 2, True),
+        *(Job(arguments(folder, FSDP2), 2, True, stop) for stop in (killed, *written)),
+        Job(arguments(folder, FSDP2), 2, True),
+    ]
+    outcomes = run_jobs(jobs, tmp_path / "jobs")
+    for outcome in outcomes[2:]:
+        assert "resuming at step 4 of 8" in outcome.outputs[0]
+    assert [sorted(item.statuses) for item in outcomes[1:4]] == [[-signal.SIGKILL, 1]] * 3
+    assert outcomes[4].statuses == [0, 0]
+    assert comparable_metrics(folder) == comparable_metrics(tmp_path / "whole")
+    assert summary(folder)["weights_sha256"] == summary(tmp_path / "whole")["weights_sha256"]
+    left = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert left == {"step-00000006", "step-00000008"}
+
+
+def test_a_run_that_left_no_checkpoint_starts_afresh_with_its_batch(
+    arguments: Arguments, tmp_path: Path
+) -> None:
+    stop = {"0": (2, int(signal.SIGKILL))}
+    shared = [item for item in arguments(tmp_path / "run", "train.accumulation=2")]
+    shared.remove("distributed.data_shards=2")
+    jobs = [Job(shared, 2, True, stop), Job(shared, 1, True)]
+    first, second = run_jobs(jobs, tmp_path / "jobs")
+    assert "training for 8 steps of 8 x" in first.outputs[0]
+    assert "training for 8 steps of 8 x" in second.outputs[0]
+    assert second.statuses == [0]

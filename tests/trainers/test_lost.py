@@ -1,0 +1,130 @@
+"""A process that is gone: the others end soon, with one line that names it."""
+
+from __future__ import annotations
+
+import re
+import signal
+import threading
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from processes import Job, Outcome, run_jobs
+from tiny_runs import TINY
+
+from lowrank.trainers.watch import Watch, is_connection_failure
+
+#: By name: which rank gets which signal at the start of the step after 2.
+SIGNALS = {
+    "killed": ("1", signal.SIGKILL),
+    "the first killed": ("0", signal.SIGKILL),
+    "stopped": ("1", signal.SIGSTOP),
+    "asked to end": ("1", signal.SIGTERM),
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    base = tmp_path_factory.mktemp("lost")
+    jobs = []
+    for name, (rank, number) in SIGNALS.items():
+        flags = [f"--output={base / name}", "--steps=8", f"--data={corpus}"]
+        settings = [*TINY, "distributed.timeout=3"]
+        jobs.append(Job(["pretrain", *flags, *settings], 3, True, {rank: (2, int(number))}))
+    return dict(zip(SIGNALS, run_jobs(jobs, base / "jobs"), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["killed", "the first killed", "stopped"])
+def test_the_others_end_with_one_line(name: str, outcomes: dict[str, Outcome]) -> None:
+    lost, _ = SIGNALS[name]
+    outcome = outcomes[name]
+    others = [status for rank, status in enumerate(outcome.statuses) if str(rank) != lost]
+    assert others == [1, 1]
+    assert outcome.seconds < 15
+    told = [line for error in outcome.errors for line in error.splitlines()]
+    assert len(told) == 1, told
+    if name == "the first killed":  # with it the store is gone in which the others have names
+        assert re.match(r"lowrank: (rank 0|the process that holds the run's store)", told[0])
+    else:
+        assert told[0].startswith(f"lowrank: rank {lost} ")
+    assert "--resume auto" in told[0]
+
+
+@pytest.mark.slow
+def test_processes_that_one_asks_to_end_save_and_end_together(
+    outcomes: dict[str, Outcome],
+) -> None:
+    outcome = outcomes["asked to end"]
+    assert outcome.statuses == [143] * 3
+    told = [line for error in outcome.errors for line in error.splitlines()]
+    assert len(told) == 1, told
+    assert "ended by SIGTERM after step 3; saved" in told[0]
+
+
+class _Store:
+    """A store in memory that several threads may use, each key under a prefix of its own."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+
+    def set(self, key: str, value: str) -> None:
+        self._values[key] = value.encode()
+
+    def get(self, key: str) -> bytes:
+        return self._values[key]
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self._values for key in keys)
+
+    def add(self, key: str, amount: int) -> int:
+        with self._lock:
+            value = int(self._values.get(key, b"0")) + amount
+            self._values[key] = str(value).encode()
+        return value
+
+
+def test_silent_processes_are_named_and_living_ones_not() -> None:
+    store: Any = _Store()
+    first, second, third = (Watch(lambda: store, rank, 3, 2.0) for rank in range(3))
+    with first, second:
+        with third:
+            line = first.explain("reset")
+            assert line == "the connection to another process failed (reset)"
+        line = first.explain("reset")
+    assert re.fullmatch(r"rank 2 \(.+, process \d+\) of 3 has ended or no longer answers", line)
+
+
+def test_a_text_is_said_by_one() -> None:
+    store: Any = _Store()
+    first, second = (Watch(lambda: store, rank, 2, 60.0) for rank in range(2))
+    assert first.first("a")
+    assert not second.first("a")
+    assert second.first("b")
+
+
+def test_a_store_that_is_gone_is_named() -> None:
+    class Gone(_Store):
+        def check(self, keys: list[str]) -> bool:
+            raise dist.DistNetworkError("gone")
+
+    store: Any = Gone()
+    watch = Watch(lambda: store, 0, 2, 1.0)
+    assert "holds the run's store" in watch.explain("reset")
+
+
+def test_failures_of_connections_are_known_from_others() -> None:
+    assert is_connection_failure(dist.DistBackendError("NCCL error"))
+    assert is_connection_failure(
+        RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:1")
+    )
+    assert not is_connection_failure(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_connection_failure(ValueError("Connection closed by peer"))
+    store = dist.HashStore()
+    store.set_timeout(timedelta(milliseconds=1))
+    with pytest.raises(dist.DistStoreError) as told:
+        store.get("nothing")
+    assert is_connection_failure(told.value)
