@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .watch import ADVICE, LostProcessError, Watch, connections, is_connection_failure
+from .watch import ADVICE, LOST, LostProcessError, Watch, connections, is_connection_failure
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,11 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+#: Groups that were joined. Were the last reference that of `DistributedDataParallel`, whose end
+#: keeps Python's lock, gloo's thread could wait for this lock and the process for the thread.
+_GROUPS: list[dist.ProcessGroup] = []
+
+
 @contextmanager
 def join(
     device_name: str, environment: Mapping[str, str] = os.environ, timeout: float = 1800.0
@@ -122,9 +129,12 @@ def join(
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
     # A restart by torchrun counts anew.
     prefix = f"lowrank/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    assert dist.group.WORLD is not None
+    _GROUPS.append(dist.group.WORLD)
     connect = connections(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), prefix)
     try:
-        with Watch(connect, rank, size, timeout) as watch:
+        hosted = environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        with Watch(connect, rank, size, timeout, hosted=hosted) as watch:
             yield World(rank, size, device, watch)
             # Together: a process that ends earlier may close connections that others still use.
             dist.barrier()
@@ -137,7 +147,8 @@ def as_one(world: World) -> Iterator[None]:
     """Lets several processes speak with one voice while the block runs.
 
     A warning or an error that all of them have is shown by one; an exchange that fails because
-    another process is gone becomes a `LostProcessError`.
+    another process is gone becomes a `LostProcessError`. SIGTERM, which torchrun then sends, waits
+    for the line about it if `catch_termination` was there to catch it.
 
     Raises:
         LostProcessError: another process has ended or no longer answers.
@@ -147,6 +158,8 @@ def as_one(world: World) -> Iterator[None]:
         yield
         return
     show = warnings.showwarning
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM)
 
     def show_once(message: Warning | str, *rest: Any, **keywords: Any) -> None:
         if watch.first(str(message)):
@@ -158,14 +171,17 @@ def as_one(world: World) -> Iterator[None]:
     except Exception as error:
         if is_connection_failure(error):
             lost = LostProcessError(f"{watch.explain(_first_line(error))}; {ADVICE}")
-            if not watch.first_here("lost"):
+            if not watch.first_here(LOST):
                 mark_said(lost)
             raise lost from error
+        watch.first_here(LOST)  # The others will miss this process, for a reason that is told.
         if not watch.first(str(error)):
             mark_said(error)
         raise
     finally:
         warnings.showwarning = show
+        if in_main:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def mark_said(error: BaseException) -> None:

@@ -114,7 +114,7 @@ def _run(config: RunConfig, place: Place, world: World, console: Console) -> Non
             console.print(_opening(parts, folder), highlight=False, markup=False, soft_wrap=True)
         world.wait()
         with (
-            catch_termination() as wish,
+            catch_termination(alone=world.size == 1) as wish,
             Recorder(folder, config, parts.state, leads=world.leads, console=console) as recorder,
         ):
             Loop(parts, recorder, store, wish).run()

@@ -44,12 +44,22 @@ class Watch:
         rank: this process's number.
         size: number of processes.
         timeout: seconds of silence after which a process counts as lost.
+        hosted: whether the store lives in rank 0's process, as without torchrun.
     """
 
-    def __init__(self, connect: Callable[[], Store], rank: int, size: int, timeout: float) -> None:
+    def __init__(
+        self,
+        connect: Callable[[], Store],
+        rank: int,
+        size: int,
+        timeout: float,
+        *,
+        hosted: bool = False,
+    ) -> None:
         # One connection each: a store serves one call at a time.
         self._beats, self._store = connect(), connect()
         self._rank, self._size, self._timeout = rank, size, timeout
+        self._hosted = hosted
         self._interval = min(INTERVAL, timeout / 4)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lowrank-watch", daemon=True)
@@ -65,8 +75,23 @@ class Watch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error is not None:
+            with suppress(RuntimeError):
+                self._store.set(_end(self._rank), type(error).__name__)
+            if self._hosted and self._rank == 0:
+                self._linger()
         self._ended.set()
         self._thread.join(timeout=GRACE)
+
+    def _linger(self) -> None:
+        """Keeps the store until the others had time to read in it what happened."""
+        limit = time.monotonic() + 2 * GRACE
+        while time.monotonic() < limit:
+            before = [_count(self._store, rank) for rank in range(1, self._size)]
+            time.sleep(4 * self._interval)
+            after = [_count(self._store, rank) for rank in range(1, self._size)]
+            if before == after:
+                return
 
     def first(self, text: str) -> bool:
         """Whether no process has said this text yet; from now on this one has."""
@@ -83,22 +108,42 @@ class Watch:
     def explain(self, reason: str) -> str:
         """One line about a connection that failed: which processes are lost.
 
-        Takes a few intervals, in which those that live are heard of.
+        Takes a few intervals, in which those that live are heard of. The first process that comes
+        to a conclusion tells the others, which may fail only because that one then ends.
 
         Args:
             reason: of the failure, for where no process turns out to be silent.
         """
         others = [rank for rank in range(self._size) if rank != self._rank]
         try:
-            before = {rank: _count(self._store, rank) for rank in others}
-            time.sleep(4 * self._interval)
-            silent = [rank for rank in others if _count(self._store, rank) == before[rank]]
-            named = [f"rank {rank} ({self._store.get(_name(rank)).decode()})" for rank in silent]
+            if not self._store.check([_VERDICT]):
+                before = {rank: _count(self._store, rank) for rank in others}
+                time.sleep(4 * self._interval)
+                silent = [rank for rank in others if _count(self._store, rank) == before[rank]]
+                ended = [rank for rank in others if self._store.check([_end(rank)])]
+                lost = [rank for rank in silent if rank not in ended]
+                self._conclude(self._line(lost, ended, reason))
+            return self._store.get(_VERDICT).decode()
         except RuntimeError:
-            return "the process that holds the run's store (rank 0 or torchrun) has ended"
-        if not silent:
-            return f"the connection to another process failed ({reason})"
-        return f"{' and '.join(named)} of {self._size} has ended or no longer answers"
+            holder = "rank 0" if self._hosted else "torchrun"
+            return f"{holder}, which holds the processes' store, has ended"
+
+    def _line(self, lost: list[int], ended: list[int], reason: str) -> str:
+        if lost:
+            verb = "have" if len(lost) > 1 else "has"
+            return f"{self._named(lost)} of {self._size} {verb} ended or stopped answering"
+        if ended:
+            return f"{self._named(ended)} of {self._size} ended after an error"
+        return f"the connection to another process failed ({reason})"
+
+    def _named(self, ranks: list[int]) -> str:
+        return " and ".join(
+            f"rank {rank} ({self._store.get(_name(rank)).decode()})" for rank in ranks
+        )
+
+    def _conclude(self, line: str) -> None:
+        if int(self._store.add(f"{_VERDICT}/count", 1)) == 1:
+            self._store.set(_VERDICT, line)
 
     def _run(self) -> None:
         """The thread: counts, and watches the next process."""
@@ -109,25 +154,28 @@ class Watch:
             try:
                 self._beats.set(_beat(self._rank), str(count))
                 found = _count(self._beats, watched)
-                told = self._beats.check(["lost"])
+                concluded = self._beats.check([_VERDICT])
             except RuntimeError:
                 return  # The store's end is the main thread's to notice: it may be the run's.
             if found != seen:
                 seen, since = found, time.monotonic()
-            if told or time.monotonic() - since > self._timeout:
+            if concluded or time.monotonic() - since > self._timeout:
                 self._give_up(watched)
                 return
 
     def _give_up(self, watched: int) -> None:
         """Ends this process unless the main thread does."""
-        with suppress(RuntimeError):
-            if not self._beats.check(["lost"]):
-                self._beats.set("lost", str(watched))
-            watched = int(self._beats.get("lost"))
-        if self._ended.wait(GRACE):
-            return
         line = f"rank {watched} of {self._size} has not answered for {self._timeout:g} seconds"
-        if self.first_here("lost"):
+        with suppress(RuntimeError):
+            if not self._beats.check([_VERDICT]):
+                self._conclude(line)
+            line = self._beats.get(_VERDICT).decode()
+        # Longer than the main thread takes to explain.
+        if self._ended.wait(GRACE + 4 * self._interval):
+            return
+        with suppress(RuntimeError):
+            self._store.set(_end(self._rank), "silence")
+        if self.first_here(LOST):
             # A progress bar may have hidden the cursor.
             shown = "\x1b[?25h\n" if sys.stderr.isatty() else ""
             sys.stderr.write(f"{shown}lowrank: {line}; {ADVICE}\n")
@@ -135,6 +183,9 @@ class Watch:
         os._exit(EXIT_LOST)
 
 
+#: The topic of lines about lost processes.
+LOST = "lost"
+_VERDICT = "verdict"
 ADVICE = "go on from the last checkpoint with --resume auto, on any number of processes that fits"
 
 
@@ -162,6 +213,10 @@ def is_connection_failure(error: BaseException) -> bool:
 
 def _beat(rank: int) -> str:
     return f"beat/{rank}"
+
+
+def _end(rank: int) -> str:
+    return f"end/{rank}"
 
 
 def _name(rank: int) -> str:

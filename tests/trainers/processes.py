@@ -20,6 +20,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+#: Seconds after which a job's processes are killed.
+JOB_SECONDS = 60
+
 
 @dataclass(frozen=True)
 class Job:
@@ -118,8 +121,15 @@ def _run(job: Job, folder: Path) -> Outcome:
     statuses: dict[int, int] = {}
     first = ended = 0.0
     stopped = [int(rank) for rank, (_, number) in job.stop.items() if number == signal.SIGSTOP]
+    limit = time.monotonic() + JOB_SECONDS
     while len(statuses) < len(children):
-        child, status = os.wait()
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child == 0:
+            time.sleep(0.002)
+            if time.monotonic() > limit:
+                for item in set(children) - set(statuses):
+                    os.kill(item, signal.SIGKILL)
+            continue
         first = first or time.monotonic()
         statuses[child] = os.waitstatus_to_exitcode(status)
         if len(statuses) == len(children) - len(stopped):
@@ -157,7 +167,7 @@ def _become(job: Job, rank: int, port: int, folder: Path) -> None:
             _stand_in()
         _skip_report()
         if str(rank) in job.stop:
-            _stop_itself(*job.stop[str(rank)])
+            stop_itself(*job.stop[str(rank)])
         status = main(job.arguments)
     except BaseException:
         traceback.print_exc()
@@ -173,7 +183,8 @@ def _skip_report() -> None:
     pretrain.write_report = lambda folder: folder / "report.html"
 
 
-def _stop_itself(step: int, number: int) -> None:
+def stop_itself(step: int, number: int) -> None:
+    """Has this process send itself a signal, see `Job.stop`."""
     from lowrank.trainers import loop, parts
 
     if step < 0:
