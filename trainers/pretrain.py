@@ -35,7 +35,7 @@ from .preset import canonical, preset_layer, with_cycle
 from .recorder import Recorder
 from .report import write_report
 from .resume import check_unchanged, resumed_config
-from .run_folder import Place, find_place, hold, store_of
+from .run_folder import Place, absolute, find_place, hold, store_of
 from .state import TrainState, seed_everything
 from .strategies import ALONE, build_training, strategy_of
 from .strategies import replicate as replicate
@@ -208,7 +208,7 @@ def _decide(request: Request, size: int, console: Console) -> tuple[Place, RunCo
     place = find_place(name, request.output, request.resume, warn)
     if size > 1:
         # The other processes may have other working folders.
-        place = replace(place, folder=place.folder.absolute())
+        place = absolute(place)
     saved = place.folder / "config.yaml"
     if place.checkpoint is not None:
         checkpoint = place.checkpoint.folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from processes import Job, Outcome, run_jobs
 from test_sharded_runs import losses
-from tiny_runs import TINY, comparable_metrics, summary
+from tiny_runs import TINY, comparable_metrics, summary, write_corpus
 
 pytestmark = pytest.mark.slow
 STEPS = 8
@@ -104,3 +105,31 @@ def test_a_run_that_left_no_checkpoint_starts_afresh_with_its_batch(
     assert "training for 8 steps of 8 x" in first.outputs[0]
     assert "training for 8 steps of 8 x" in second.outputs[0]
     assert second.statuses == [0]
+
+
+def test_processes_in_folders_of_their_own_write_one_run(
+    arguments: Arguments, corpus: Path, tmp_path: Path
+) -> None:
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+    shutil.copytree(corpus, folders[0] / "texts")
+    write_corpus(folders[1] / "texts", documents=50)
+    places = tuple(map(str, folders))
+    again = ["pretrain", "--resume=run/checkpoints/step-00000003"]
+    jobs = [
+        Job(arguments(Path("run"), FSDP2), 2, True, folders=places),
+        Job(again, 2, True, folders=places),
+        # The same name, and other texts in the second folder.
+        Job(arguments(Path("other"), "data.source=texts"), 2, True, folders=places),
+    ]
+    first, second, other = run_jobs(jobs, tmp_path / "jobs")
+    assert first.statuses == second.statuses == [0, 0], (first.errors, second.errors)
+    assert "resuming at step 3" in second.outputs[0]
+    assert summary(folders[0] / "run")["strategy"] == "fsdp2"
+    assert {path.name for path in folders[1].iterdir()} == {"texts"}
+    assert other.statuses == [2, 2]
+    assert [line for error in other.errors for line in error.splitlines()] == [
+        "lowrank: rank 1 and rank 0 have different data for data.source 'texts'; every machine"
+        " needs the same"
+    ]
