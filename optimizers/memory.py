@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .engine.sharding import local_part
+
 #: Prefix of the state keys of bases, their scales and zero points.
 BASIS_PREFIX = "basis"
 MOMENT_PREFIXES = ("exp_avg", "momentum_buffer")
@@ -26,7 +28,7 @@ def state_bytes_by_category(optimizer: Optimizer) -> dict[str, int]:
     for state in optimizer.state.values():
         for key, value in state.items():
             if isinstance(value, Tensor):
-                storage = value.untyped_storage()
+                storage = local_part(value).untyped_storage()
                 if storage._cdata not in seen:
                     seen.add(storage._cdata)
                     totals[_category(key)] += storage.nbytes()

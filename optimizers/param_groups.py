@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from .engine.parameters import check_unsharded
+from .engine.parameters import check_placement
 from .layers.base import FactoredLinear
 
 Group = dict[str, Any]
@@ -40,7 +40,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module
             if param.requires_grad and param not in seen:
                 seen.add(param)
                 whole = f"{prefix}.{name}" if prefix else name
-                check_unsharded(param, whole)
+                check_placement(param, whole)
                 yield whole, param, module
 
 

@@ -11,7 +11,7 @@ from .engine import checks
 from .engine.method import TABLE, Method
 from .engine.optimizer import LowRankOptimizer
 from .engine.options import make_plain
-from .engine.parameters import check_unsharded
+from .engine.parameters import check_placement
 from .layers.convert import meta_copy
 from .layers.optimizer import FactoredAdamW
 
@@ -121,7 +121,7 @@ def convert(name: str, model: nn.Module, **options: Any) -> nn.Module:
     make_plain(options)
     _sort_options(method, options)
     for called, param in model.named_parameters():
-        check_unsharded(param, called)
+        check_placement(param, called)
     if method.conversion is not None:
         accepted = {*method.conversion.options, "patterns"}
         method.conversion.apply(model, **{key: options[key] for key in options if key in accepted})

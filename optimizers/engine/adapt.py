@@ -17,6 +17,7 @@ from torch import Tensor
 from ..projectors import ProjectedParam
 from .composition import Composition, Projection
 from .geometry import Geometry
+from .sharding import shard_of
 
 State = dict[str, Any]
 
@@ -143,9 +144,8 @@ def transport_pending(
     before, after = pending.composition.projection, composition.projection
     assert before is not None
     assert after is not None
-    geometry = before.geometry(param.weight.shape)
-    place = replace(param, state=pending.state, geometry=geometry, read=None)
+    geometry = before.geometry(param.owner.shape)
+    state = shard_of(param.owner).local_state(pending.state, geometry)
+    place = replace(param, state=state, geometry=geometry, read=None)
     rotation = after.projector.rotation(param, before.projector.bases(place))
-    composition.rule.transport_moments(
-        pending.state, after.options.moments, rotation, into=param.state
-    )
+    composition.rule.transport_moments(state, after.options.moments, rotation, into=param.state)

@@ -15,6 +15,7 @@ from ..rules import UpdateRule
 from ..schedules import Schedule
 from .geometry import Geometry
 from .options import ProjectionOptions
+from .sharding import Shard, local_part, shard_of
 
 STEP_BYTES = 4  # a 0-d fp32 tensor
 
@@ -80,6 +81,8 @@ class Composition:
 
     def init_state(self, param: Tensor, *, capturable: bool) -> dict[str, Any]:
         """A parameter's whole state: `step`, and the entries of each part."""
+        shard = shard_of(param)
+        local: Tensor = local_part(param.detach())
         device = param.device if capturable else torch.device("cpu")
         if param.device.type == "meta":
             device = param.device
@@ -87,19 +90,18 @@ class Composition:
         state |= dict.fromkeys(self.counters, 0)
         if self.projection is not None:
             projection = self.projection
-            geometry = projection.geometry(param.shape)
+            geometry = projection.geometry(shard.shape)
             state["side"] = int(geometry.side)
-            state |= projection.schedule.init(geometry, param)
-            state |= projection.projector.init(geometry, param)
-            state |= projection.residual.init(geometry, param)
+            state |= projection.schedule.init(geometry, local)
+            state |= projection.projector.init(geometry, local)
+            state |= projection.residual.init(geometry, local)
         return state | self.moments(param)
 
     def moments(self, param: Tensor) -> dict[str, Any]:
         """The rule's part of a parameter's state."""
-        if self.projection is None:
-            return self.rule.init(param.shape, param)
-        geometry = self.projection.geometry(param.shape)
-        return self.rule.init(geometry.projected_shape(), param)
+        shard = shard_of(param)
+        geometry = None if self.projection is None else self.projection.geometry(shard.shape)
+        return new_moments(self.rule, shard, geometry, local_part(param.detach()))
 
     def state_bytes(self, shape: Sequence[int], itemsize: int) -> int:
         """Bytes of a parameter's state by formula: the step count and the entries of each part."""
@@ -114,3 +116,33 @@ class Composition:
             + projection.residual.state_bytes(geometry)
             + self.rule.state_bytes(geometry.projected_shape(), itemsize)
         )
+
+
+def new_moments(
+    rule: UpdateRule, shard: Shard, geometry: Geometry | None, like: Tensor
+) -> dict[str, Any]:
+    """A rule's state of a new parameter, spread over the processes as the parameter is.
+
+    Args:
+        rule: the update rule.
+        shard: the part of the parameter that is here.
+        geometry: its projection, if any.
+        like: the local part.
+    """
+    part = shard.part(geometry)
+    if shard.plain or part.axis is None:
+        return rule.init(part.shape, like)
+    whole = rule.init(part.shape, like.to("meta"))
+    # Each part has the entries that the whole has, and their initial values.
+    made = rule.deciding_for(part.shape).init(part.local_shape, like)
+    for key, value in made.items():
+        dim = rule.spread(key, part.axis, part.shape) if isinstance(value, Tensor) else None
+        if not isinstance(value, Tensor):
+            continue
+        shape = list(whole[key].shape)
+        if dim is not None:
+            shape[dim] = len(shard.chunk(shape[dim]))
+        # Where a part's size isn't the entry's own (8-bit scales of blocks that parts share).
+        local = value if list(value.shape) == shape else value.new_zeros(shape)
+        made[key] = local if dim is None else shard.distribute(local, dim, whole[key].shape)
+    return made

@@ -9,12 +9,12 @@ l = max(m, n).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-import torch
 from torch import Tensor
+
+from .processes import ALONE, Processes
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 
@@ -80,11 +80,6 @@ class Geometry:
         return self.rank, self.rank
 
 
-def identity(tensor: Tensor) -> Tensor:
-    """The `reduce` of a single process."""
-    return tensor
-
-
 @dataclass(frozen=True)
 class RowRange:
     """The rows [start, stop) of an m x n matrix that this process holds.
@@ -92,12 +87,12 @@ class RowRange:
     Attributes:
         start: first row held.
         stop: one past the last row held.
-        reduce: sums a tensor over the processes that share the matrix; identity on one.
+        processes: those that hold the other rows, each its `chunk_range`.
     """
 
     start: int
     stop: int
-    reduce: Callable[[Tensor], Tensor] = field(default=identity)
+    processes: Processes = field(default=ALONE)
 
     @classmethod
     def whole(cls, rows: int) -> RowRange:
@@ -106,15 +101,12 @@ class RowRange:
 
     def part(self, span: slice) -> RowRange:
         """The rows of `span`, which counts from `start` and has explicit ends."""
-        return RowRange(self.start + span.start, self.start + span.stop, self.reduce)
+        return RowRange(self.start + span.start, self.start + span.stop, self.processes)
 
-    def assemble(self, local_kn: Tensor, shape: tuple[int, int]) -> Tensor:
-        """Returns the whole m x n matrix from the processes' rows; a view if all rows are local.
+    def alone(self) -> RowRange:
+        """The same rows where sums over the processes are taken later."""
+        return RowRange(self.start, self.stop)
 
-        With several processes this is the only m x n temporary, and only a refresh needs it.
-        """
-        if (self.start, self.stop) == (0, shape[0]):
-            return local_kn
-        whole_mn = torch.zeros(shape, dtype=local_kn.dtype, device=local_kn.device)
-        whole_mn[self.start : self.stop].copy_(local_kn)
-        return self.reduce(whole_mn)
+    def assemble(self, local_kr: Tensor, rows: int) -> Tensor:
+        """The whole tensor of `rows` rows from those of all processes; itself if all are here."""
+        return self.processes.gather_rows(local_kr, rows)

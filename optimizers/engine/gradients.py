@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .options import Group
 from .parameters import label, names, unique_names
+from .processes import Processes
+from .sharding import local_part
 
 
 def check_gradients(groups: Iterable[Group]) -> None:
@@ -25,19 +27,31 @@ def check_gradients(groups: Iterable[Group]) -> None:
 
 
 def descent_gradient(param: Tensor, group: Group) -> Tensor | None:
-    """The gradient, negated under `maximize`, in the parameter's dtype; None if there is none."""
-    grad = param.grad
-    if grad is None or param.numel() == 0:
+    """This process's part of a parameter's gradient, in the parameter's dtype.
+
+    It is negated under `maximize`; None if there is none.
+    """
+    if param.grad is None or param.numel() == 0:
         return None
+    grad: Tensor = local_part(param.grad)
     if grad.dtype != param.dtype:
         grad = grad.to(param.dtype)
     return grad.neg() if group["maximize"] else grad
 
 
-def finite(tensors: Sequence[Tensor], complain: Callable[[int], None]) -> list[bool]:
+def finite(
+    tensors: Sequence[Tensor],
+    complain: Callable[[int], None],
+    spread: Sequence[Processes] | None = None,
+) -> list[bool]:
     """Whether each tensor is finite; calls `complain` with the position of each that is not.
 
-    One synchronisation per device.
+    One synchronisation per device, and one small reduction for each group of processes.
+
+    Args:
+        tensors: of which each process may have a part.
+        complain: called with a position.
+        spread: the processes that have the other parts, for each tensor.
     """
     good = [True] * len(tensors)
     by_device: dict[torch.device, list[int]] = {}
@@ -53,9 +67,25 @@ def finite(tensors: Sequence[Tensor], complain: Callable[[int], None]) -> list[b
         for position, sound in zip(positions, known, strict=True):
             # The sum of finite numbers may overflow.
             good[position] = sound or bool(tensors[position].isfinite().all())
-            if not good[position]:
-                complain(position)
+    good = _agreed(good, tensors, spread or ())
+    for position, sound in enumerate(good):
+        if not sound:
+            complain(position)
     return good
+
+
+def _agreed(good: list[bool], tensors: Sequence[Tensor], spread: Sequence[Processes]) -> list[bool]:
+    """Flags that are set on all processes of each tensor."""
+    groups: dict[Processes, list[int]] = {}
+    for position, processes in enumerate(spread):
+        if not processes.alone:
+            groups.setdefault(processes, []).append(position)
+    agreed = list(good)
+    for processes, positions in groups.items():
+        flags = processes.all_agree([good[i] for i in positions], tensors[positions[0]].device)
+        for position, flag in zip(positions, flags, strict=True):
+            agreed[position] = flag
+    return agreed
 
 
 class SkippedUpdates:
@@ -80,14 +110,19 @@ class SkippedUpdates:
         return dict(sorted(found.items(), key=lambda entry: -entry[1]))
 
     def usable(
-        self, tensors: Sequence[Tensor], params: Sequence[Tensor], called: Sequence[str | None]
+        self,
+        tensors: Sequence[Tensor],
+        params: Sequence[Tensor],
+        called: Sequence[str | None],
+        spread: Sequence[Processes],
     ) -> list[int]:
         """Positions of the finite tensors; counts the others and warns at the first one.
 
         Args:
-            tensors: gradients or their projections.
+            tensors: gradients or their projections, or this process's parts of them.
             params: the parameters.
             called: the parameters' names.
+            spread: the processes that have the other parts.
         """
 
         def count(position: int) -> None:
@@ -101,4 +136,4 @@ class SkippedUpdates:
                 )
             self._counts[param] = self._counts.get(param, 0) + 1
 
-        return [i for i, good in enumerate(finite(tensors, count)) if good]
+        return [i for i, good in enumerate(finite(tensors, count, spread)) if good]

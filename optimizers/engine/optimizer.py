@@ -234,7 +234,7 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
     def _usable(self, group: Group) -> Usable:
         if group["skip_nonfinite"] and not group["capturable"]:
             return self._skipped.usable
-        return lambda tensors, params, called: range(len(tensors))
+        return lambda tensors, params, called, spread: range(len(tensors))
 
 
 @contextlib.contextmanager

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
 from .composition import Composition
 from .options import Group
+from .sharding import is_dtensor, local_part, shard_of
 
 _ACCEPTED = (
-    "accepted are plain tensors, as under DistributedDataParallel or DeepSpeed's ZeRO stage 0; "
-    "sharded parameters are not supported"
+    "accepted are plain tensors, as under DistributedDataParallel or DeepSpeed's ZeRO stage 0, and "
+    "FSDP2's (fully_shard)"
 )
 
 
@@ -81,12 +82,17 @@ def check_names(group: Group) -> None:
         )
 
 
-def check_unsharded(param: Tensor, called: str) -> None:
-    """Raises `ValueError` for a sharded or flattened parameter."""
+def check_placement(param: Tensor, called: str) -> None:
+    """Raises `ValueError` for a flattened parameter, or a DTensor that isn't spread by rows."""
+    shard_of(param, called)
+    held = local_part(param.detach())
+    if is_dtensor(param) and type(held) is not Tensor:
+        raise ValueError(
+            f"{called} is a DTensor of {type(held).__name__}: accepted are DTensors of dense "
+            "tensors (weight_bits=None)"
+        )
     kind = None
-    if hasattr(param, "placements") and hasattr(param, "device_mesh"):
-        kind = "a DTensor (FSDP2, tensor parallelism)"
-    elif getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
+    if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
         kind = "flattened by FSDP1 (FullyShardedDataParallel)"
     elif hasattr(param, "ds_id"):
         kind = "partitioned by DeepSpeed's ZeRO stage 3"
@@ -94,15 +100,22 @@ def check_unsharded(param: Tensor, called: str) -> None:
         raise ValueError(f"{called} is {kind}: {_ACCEPTED}")
 
 
-def check_exchanged(group: Group, before: Sequence[Tensor], called: Sequence[str | None]) -> None:
-    """Raises `ValueError` if a parameter of a group was replaced by one of another shape.
+def check_exchanged(
+    group: Group,
+    before: Sequence[Tensor],
+    called: Sequence[str | None],
+    trained: Callable[[Tensor], bool],
+) -> None:
+    """Raises `ValueError` if a parameter was replaced by one that can't follow it.
 
-    Wrappers put flat partitions (ZeRO stages 1 and 2) into groups that were made for matrices.
+    Wrappers put flat partitions (ZeRO stages 1 and 2) into groups that were made for matrices, or
+    shards (FSDP2) in the place of whole parameters, which loses their state.
 
     Args:
         group: its parameters now.
         before: its parameters at the last check.
         called: their names.
+        trained: whether a parameter's state has taken a step.
     """
     params = group["params"]
     known, kept = set(map(id, before)), set(map(id, params))
@@ -113,7 +126,13 @@ def check_exchanged(group: Group, before: Sequence[Tensor], called: Sequence[str
         shape = tuple(param.shape)
         first = label(gone[0][1], gone[0][0])
         others = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
-        check_unsharded(param, f"what took the place of {first}{others}")
+        check_placement(param, f"what took the place of {first}{others}")
+        lost = next((name for p, name in gone if not is_dtensor(p) and trained(p)), None)
+        if is_dtensor(param) and lost is not None:
+            raise ValueError(
+                f"a DTensor took the place of {first}{others} after a step: accepted is to build "
+                "the optimizer after fully_shard(model), then load_state_dict"
+            )
         if shape not in left:
             kind = "a flat partition" if len(shape) == 1 else "a tensor"
             raise ValueError(
@@ -125,7 +144,7 @@ def check_exchanged(group: Group, before: Sequence[Tensor], called: Sequence[str
 def check_param(param: Tensor, name: str | None, composition: Composition) -> None:
     """Raises `ValueError` for a parameter that can't be optimized by this composition."""
     called = label(name, param)
-    check_unsharded(param, called)
+    check_placement(param, called)
     if not param.is_floating_point():
         raise ValueError(f"{called} has dtype {param.dtype}: accepted are real floating dtypes")
     if composition.projection is None:
@@ -143,6 +162,12 @@ def check_param(param: Tensor, name: str | None, composition: Composition) -> No
             "norms and convolutions belong in a group without rank (param_groups(model) sorts them)"
         )
     if param.numel():
+        spread = not shard_of(param).rows.processes.alone
+        if spread and not (projector.SPREADS and param.dim() == 2):
+            raise ValueError(
+                f"{called} is spread over processes: accepted with {type(projector).__name__} are "
+                "whole parameters where heads share a basis, or of more than two dimensions"
+            )
         geometry = composition.projection.geometry(param.shape)
         residual = type(composition.projection.residual)
         if param.dim() not in residual.DIMENSIONS:

@@ -17,6 +17,7 @@ from .composition import Composition
 from .geometry import Geometry
 from .options import NO_OPTIONS, Group, check_lr
 from .parameters import names
+from .sharding import shard_of
 
 #: Options that affect neither the entries of a state nor their meaning.
 SCALARS = frozenset(
@@ -82,6 +83,7 @@ class Plan:
         states: their states during a step, empty for a parameter without entries. Between steps
             there are none, so that state that is cleared leaves the memory.
         seed_names: the names that seed the parameters' random numbers, see `seeds`.
+        shards: the parts of the parameters that are here.
         geometries: of the parameters, if the group is projected.
     """
 
@@ -104,6 +106,8 @@ class Plan:
         self._kinds = _kinds(self.params)
         self.names: Sequence[str | None] = list(names(group))
         self.seed_names = seed_names
+        pairs = zip(self.params, self.names, strict=True)
+        self.shards = [shard_of(param, name) for param, name in pairs]
         self.geometries: list[Geometry | None] = [None] * len(self.params)
         if core.projection is not None:
             self.geometries = [
@@ -131,6 +135,11 @@ class Plan:
             and list(map(len, self.states)) == self._sizes
             and _kinds(self.params) == self._kinds
         )
+
+    def local_state(self, position: int) -> State:
+        """A parameter's state as a step sees it, see `LocalState`."""
+        shard, geometry = self.shards[position], self.geometries[position]
+        return shard.local_state(self.states[position], geometry)
 
     def release(self) -> None:
         """Ends a step: the states are the optimizer's alone again."""

@@ -194,7 +194,7 @@ def _examine_group(
     maker: Maker,
 ) -> _GroupChange:
     if plan is not None:
-        check_exchanged(group, plan.params, plan.names)
+        check_exchanged(group, plan.params, plan.names, lambda p: not untouched(state.get(p, {})))
     check_names(group)
     if plan is not None and plan.current():
         plan.read_rate()

@@ -70,7 +70,7 @@ class Refresh:
         param.read = None
         if self._transports and previous:
             transport_moments(param, previous, self.projection, self.composition.rule)
-        moments = self.pending.pop(param.weight, None)
+        moments = self.pending.pop(param.owner, None)
         if moments is not None:
             transport_pending(param, moments, self.composition)
         if self.hooks:
@@ -117,7 +117,7 @@ def _event(
         shape=param.geometry.shape,
         rank=param.geometry.rank if projected.dim() > 2 else min(param.geometry.projected_shape()),
         seconds=seconds,
-        captured_energy=telemetry.captured_energy(param.grad, projected),
+        captured_energy=telemetry.captured_energy(param, projected),
         overlap=telemetry.overlap(previous, bases) if previous else None,
     )
 

@@ -47,8 +47,11 @@ def _tensor_difference(entry: str, value: Any, wanted: Tensor) -> str | None:
         return f"has {entry} of shape {tuple(value.shape)}; accepted is {tuple(wanted.shape)}"
     if value.dtype != wanted.dtype:
         return f"has {entry} of dtype {value.dtype}; accepted is {wanted.dtype}"
-    if hasattr(value, "placements"):
-        return f"has {entry} as a {type(value).__name__}; accepted is a plain tensor"
+    placements = [
+        str(getattr(tensor, "placements", "a plain tensor")) for tensor in (value, wanted)
+    ]
+    if placements[0] != placements[1]:
+        return f"has {entry} placed as {placements[0]}; accepted is {placements[1]}"
     return None
 
 

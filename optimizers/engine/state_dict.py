@@ -25,6 +25,7 @@ from .composition import Composition
 from .parameters import check_names, unique_names
 from .plan import Snapshot
 from .seeds import seed_names
+from .sharding import is_dtensor
 from .state import count_difference, difference, template
 
 Group = dict[str, Any]
@@ -174,5 +175,8 @@ def restore_dtypes(
             if isinstance(value, Tensor):
                 on_host = entry == "step" and not capturable[id(param)]
                 device = torch.device("cpu") if on_host else param.device
+                if is_dtensor(value):
+                    state[param][entry] = value.detach().to(device, copy=True)
+                    continue
                 copy = torch.empty(value.shape, dtype=value.dtype, device=device)
                 state[param][entry] = copy.copy_(value.detach())

@@ -15,16 +15,22 @@ from ..weights import apply_rule
 from .adapt import PendingMoments
 from .batching import read_steps, update_batches
 from .composition import Projection
-from .geometry import RowRange, Side
+from .geometry import Side
 from .gradients import descent_gradient
 from .moments import transport_moments
+from .parts import gather_update, project_part, whole_first_moment
 from .plan import Plan
+from .processes import Processes
 from .refresh import Refresh, RefreshHook, refresh_due
+from .sharding import local_part
 from .shared_refresh import SharedRefreshes
 from .write import apply_update
 
-#: Positions of the tensors to use, given tensors, their parameters and names.
-Usable = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[str | None]], Iterable[int]]
+#: Positions of the tensors to use, given tensors, their parameters and names, and the processes
+#: that have other parts of them.
+Usable = Callable[
+    [Sequence[Tensor], Sequence[Tensor], Sequence[str | None], Sequence[Processes]], Iterable[int]
+]
 
 
 def capturing() -> bool:
@@ -42,14 +48,18 @@ def step_plain(plan: Plan, usable: Usable) -> None:
     group = plan.group
     grads = [descent_gradient(param, group) for param in plan.params]
     found = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
-    called = [plan.names[i] for i, _ in found]
-    kept = usable([grad for _, grad in found], [plan.params[i] for i, _ in found], called)
+    kept = usable(
+        [grad for _, grad in found],
+        [plan.params[i] for i, _ in found],
+        [plan.names[i] for i, _ in found],
+        [plan.shards[i].rows.processes for i, _ in found],
+    )
     chosen = [found[position] for position in kept]
-    params = [plan.params[i] for i, _ in chosen]
-    states = [plan.states[i] for i, _ in chosen]
+    params = [local_part(plan.params[i].detach()) for i, _ in chosen]
+    states = [plan.local_state(i) for i, _ in chosen]
     # Captured steps are not grouped by step count, which would have to be read back.
     steps = [0] * len(states) if group["capturable"] else read_steps(states)
-    entries = [param.numel() for param in params]
+    entries = [plan.params[i].numel() for i, _ in chosen]
     for batch in update_batches(params, states, steps, entries, group):
         own = [states[position] for position in batch]
         torch._foreach_add_([state["step"] for state in own], 1)
@@ -105,21 +115,23 @@ def projected_params(plan: Plan, first: int) -> list[ProjectedParam]:
     steps = [0] * len(held) if capturing() else read_steps([plan.states[i] for i in held])
     params = []
     for i, steps_done in zip(held, steps, strict=True):
-        param, grad, geometry, own = plan.params[i], grads[i], plan.geometries[i], plan.states[i]
+        param, grad, geometry = plan.params[i], grads[i], plan.geometries[i]
+        own = plan.local_state(i)
         assert grad is not None
         assert geometry is not None
         params.append(
             ProjectedParam(
-                weight=param,
+                weight=local_part(param),
                 grad=grad,
                 state=own,
                 geometry=geometry,
-                rows=RowRange.whole(param.shape[0]),
+                rows=plan.shards[i].rows,
                 index=first + i,
                 steps_done=steps_done,
                 seed_name=plan.seed_names[i],
                 name=plan.names[i],
-                first_moment=partial(rule.first_moment, own),
+                param=param,
+                first_moment=partial(whole_first_moment, rule, own),
             )
         )
     return params
@@ -146,9 +158,14 @@ def _update(plan: Plan, params: Sequence[ProjectedParam], usable: Usable) -> Non
     entries = [math.prod(param.geometry.projected_shape()) for param in params]
     for indices in update_batches(weights, states, steps, entries, plan.group):
         batch = [params[i] for i in indices]
-        gradients = [projection.projector.project(param) for param in batch]
+        gradients = [project_part(param, projection.projector) for param in batch]
         # A non-finite gradient always has a non-finite projection, which is cheaper to check.
-        kept = usable(gradients, [p.weight for p in batch], [p.name for p in batch])
+        kept = usable(
+            gradients,
+            [param.owner for param in batch],
+            [param.name for param in batch],
+            [param.rows.processes for param in batch],
+        )
         pairs = [(batch[i], gradients[i]) for i in kept]
         if pairs:
             _update_batch([p for p, _ in pairs], [g for _, g in pairs], projection, rule)
@@ -167,8 +184,9 @@ def _update_batch(
         updates = rule.update_with_norms(gradients, states, weights, axes)
     else:
         updates = rule.update(gradients, states, weights)
-    for param, projected, update in zip(batch, gradients, updates, strict=True):
+    for param, part, made in zip(batch, gradients, updates, strict=True):
         projector = projection.projector
+        projected, update = gather_update(param, part, made, projection)
         written = projection.residual.compute_update(param, projected, update, projector)
         apply_update(written, param, projection)
         if projection.projector.TRACKS:

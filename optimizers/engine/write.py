@@ -82,7 +82,7 @@ def _fused(
     assert not isinstance(update.alpha, Tensor)
     for chunk in chunks:
         start = param.rows.start + chunk.start
-        rows = RowRange(start, start + chunk.rows, param.rows.reduce)
+        rows = RowRange(start, start + chunk.rows, param.rows.processes)
         step = None
         if direction is not None:
             step = projection.projector.back_project(param, rows, direction)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..engine import checks
+from ..engine.sharding import is_dtensor
 from ..param_groups import PATTERNS, projected_layers
 from .base import FactoredLinear
 from .replicas import mark_frozen, unmark_frozen
@@ -64,11 +65,7 @@ def to_factored(
         mark_frozen(model)  # `model` may be a parent of the converted model
         return
     targets = projected_layers(model, patterns)
-    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
-        raise ValueError(
-            "a model inside DistributedDataParallel can't be converted: accepted is "
-            "convert(name, model) before wrapping"
-        )
+    check_not_wrapped(model)
     names = {module: name for name, module in named_layers(model)}
     reasons = _irreplaceable(model)
     kept = {names[layer]: reasons[layer] for layer in targets if layer in reasons}
@@ -87,6 +84,20 @@ def to_factored(
     }
     replace_modules(model, made)
     mark_frozen(model)
+
+
+def check_not_wrapped(model: nn.Module) -> None:
+    """Raises `ValueError` for a model that a wrapper has already seen, which would not follow."""
+    wrapper = None
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        wrapper = "DistributedDataParallel"
+    elif any(is_dtensor(param) for param in model.parameters()):
+        wrapper = "fully_shard (its parameters are DTensors)"
+    if wrapper is not None:
+        raise ValueError(
+            f"a model inside {wrapper} can't be converted: accepted is convert(name, model) before "
+            "wrapping"
+        )
 
 
 def _irreplaceable(model: nn.Module) -> dict[nn.Module, str]:

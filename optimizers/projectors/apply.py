@@ -16,6 +16,14 @@ from ..engine.geometry import Geometry, RowRange, Side
 from .operand import HALF, half_product, on_gpu
 
 
+def largest_entry(tensor: Tensor) -> Tensor:
+    """The largest absolute entry, 0-d; 0 of an empty tensor, NaN where there is one."""
+    if not tensor.numel():
+        return tensor.new_zeros(())
+    largest: Tensor = torch.linalg.vector_norm(tensor, torch.inf)
+    return largest
+
+
 def _left_rows(basis_mr: Tensor, rows: RowRange) -> Tensor:
     return basis_mr[rows.start : rows.stop]
 
@@ -40,7 +48,7 @@ def project(
         grad_kn: rows [start, stop) of the m x n gradient.
         bases: the basis (m x r on the left, n x r on the right), or both.
         geometry: side, rank and global shape.
-        rows: the rows of `grad_kn`; a left projection is summed with its `reduce`.
+        rows: the rows of `grad_kn`; a left projection is summed over their `processes`.
         dtype: precision of the GEMM; the gradient's own by default.
 
     Returns:
@@ -51,7 +59,7 @@ def project(
     own = [basis.to(grad_kn.dtype) for basis in bases]
     if geometry.side is Side.RIGHT:
         return grad_kn @ own[0]
-    projected_rn = rows.reduce(_left_rows(own[0], rows).mT @ grad_kn)
+    projected_rn = rows.processes.sum(_left_rows(own[0], rows).mT @ grad_kn)
     return projected_rn if geometry.side is Side.LEFT else projected_rn @ own[1]
 
 
@@ -74,7 +82,7 @@ def _project_chunks(
     projected_rn = grad_kn.new_empty(r, n)
     for span in row_chunks(grad_kn.mT):
         projected_rn[:, span] = basis_rk @ grad_kn[:, span].to(dtype)
-    projected_rn = rows.reduce(projected_rn)
+    projected_rn = rows.processes.sum(projected_rn)
     if geometry.side is Side.LEFT:
         return projected_rn
     return (projected_rn.to(dtype) @ own[1]).to(grad_kn.dtype)

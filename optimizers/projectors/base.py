@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..engine.chunks import wide_dtype
 from ..engine.geometry import Geometry, RowRange, Side
+from ..engine.processes import ALONE, Processes
 from ..engine.rotation import Rotation
 from ..storage.base import BasisStorage, DenseBasis
 from . import apply
@@ -39,6 +40,7 @@ class ProjectedParam:
         steps_done: steps taken before this one.
         seed_name: the name that seeds its random numbers, see `engine.seeds`.
         name: the parameter's recorded name, if any.
+        param: the parameter that `weight` is a part of, None for `weight` itself.
         first_moment: reads the rule's current first moment, in the projected shape.
         read: cache of the bases during this step; None after they change.
     """
@@ -52,8 +54,25 @@ class ProjectedParam:
     steps_done: int
     seed_name: str
     name: str | None = None
+    param: Tensor | None = None
     first_moment: Callable[[], Tensor | None] = no_moment
     read: Bases | None = None
+
+    @property
+    def owner(self) -> Tensor:
+        """The parameter, as `optimizer.state` knows it."""
+        return self.weight if self.param is None else self.param
+
+    @property
+    def across(self) -> Processes:
+        """The processes among which the projected gradient's rows are spread, after the step's
+        communication: those of the weight's rows for a right projection.
+        """
+        return self.rows.processes if self.geometry.side is Side.RIGHT else ALONE
+
+    def largest_entry(self) -> Tensor:
+        """The gradient's largest absolute entry, over all rows, 0-d; NaN if there is one."""
+        return self.rows.processes.largest(apply.largest_entry(self.grad))
 
     @property
     def fitted(self) -> bool:
@@ -81,6 +100,9 @@ class Projector(ABC):
     FITS_GRADIENT: ClassVar[bool] = True
     #: Whether bases have orthonormal columns (to the storage's precision).
     ORTHONORMAL: ClassVar[bool] = True
+
+    #: Whether the rows of a matrix may be spread over processes.
+    SPREADS: ClassVar[bool] = True
 
     storage: BasisStorage = field(default_factory=DenseBasis)
     dtype: torch.dtype | None = None

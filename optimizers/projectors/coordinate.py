@@ -16,6 +16,7 @@ from torch import Tensor
 from ..engine.geometry import Geometry, RowRange, Side
 from ..engine.seeds import choose, draw_seed
 from ..storage.base import DenseBasis
+from .apply import largest_entry
 from .base import Bases, ProjectedParam, Projector
 from .random import usable
 
@@ -85,12 +86,14 @@ class CoordinateProjector(Projector):
         projected = param.grad
         if rows is not None:
             local, inside = _local(rows, param.rows.start, param.rows.stop)
+            if not len(projected):
+                projected = projected.new_zeros(1, projected.shape[1])
             projected = projected.index_select(0, local)
-            projected = param.rows.reduce(projected.masked_fill_(~inside[:, None], 0.0))
+            projected = param.rows.processes.sum(projected.masked_fill_(~inside[:, None], 0.0))
         if columns is not None:
             projected = projected.index_select(1, columns)
         # Entries that are not selected must be checked too: adds 0 if all are finite, else NaN.
-        return projected.add_(torch.linalg.vector_norm(param.grad, torch.inf) * 0.0)
+        return projected.add_(largest_entry(param.grad) * 0.0)
 
     def write_back(
         self,
@@ -146,4 +149,4 @@ class CoordinateProjector(Projector):
 def _local(index: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Positions relative to rows [start, stop), clamped, and which of them are in that range."""
     local = index - start
-    return local.clamp(0, stop - start - 1), (local >= 0) & (local < stop - start)
+    return local.clamp(0, max(0, stop - start - 1)), (local >= 0) & (local < stop - start)

@@ -55,22 +55,27 @@ def correlation_gradient(
     *,
     normalize: bool = False,
     dtype: torch.dtype | None = None,
+    rows: RowRange | None = None,
+    whole_rows: int | None = None,
 ) -> Tensor:
     """The gradient of COAP's loss in the basis, d x r, without temporaries of size m x n.
 
     Args:
-        grad_mn: the gradient.
+        grad_mn: the gradient, or this process's rows of it.
         basis_dr: the basis, m x r on the left, n x r on the right.
         moment: the first moment, r x n or m x r; None omits the factor L2.
         side: the projected axis, LEFT or RIGHT.
         normalize: use G sqrt(m n) / ||G|| instead of G.
         dtype: precision of the GEMMs with G; its own by default.
+        rows: the rows of the gradient that are here, if others are on other processes.
+        whole_rows: m in that case.
     """
-    m, n = grad_mn.shape
+    m, n = whole_rows or len(grad_mn), grad_mn.shape[1]
+    held = RowRange.whole(m) if rows is None else rows
     left = side is Side.LEFT
     wide = wide_dtype(grad_mn)
     basis = basis_dr.to(wide)
-    row_norms = axis_norms(grad_mn, 1).squeeze(1)
+    row_norms = held.assemble(axis_norms(grad_mn, 1), m).squeeze(1)
     factor = math.sqrt(m * n) / torch.linalg.vector_norm(row_norms) if normalize else None
 
     def scaled(tensor: Tensor) -> Tensor:
@@ -82,8 +87,8 @@ def correlation_gradient(
 
     def gemm(bases: Tensor, which: Side) -> Tensor:
         geometry = Geometry((m, n), which, bases.shape[1])
-        projected = apply.project(grad_mn, (bases,), geometry, RowRange.whole(m), dtype)
-        return scaled(projected)
+        projected = apply.project(grad_mn, (bases,), geometry, held, dtype)
+        return scaled(held.assemble(projected, m) if which is Side.RIGHT else projected)
 
     projected = gemm(basis, side)  # r x n, or m x r
     projected_lr = projected.mT if left else projected  # the long axis first
@@ -130,10 +135,19 @@ def correlation_step(
     *,
     normalize: bool = False,
     dtype: torch.dtype | None = None,
+    rows: RowRange | None = None,
+    whole_rows: int | None = None,
 ) -> Tensor:
     """The basis after one descent step along `correlation_gradient`, clipped to norm 1."""
     grad_dr = correlation_gradient(
-        grad_mn, basis_dr, moment, side, normalize=normalize, dtype=dtype
+        grad_mn,
+        basis_dr,
+        moment,
+        side,
+        normalize=normalize,
+        dtype=dtype,
+        rows=rows,
+        whole_rows=whole_rows,
     )
     return descend(basis_dr, grad_dr, lr)
 
@@ -145,7 +159,14 @@ def descend(basis_dr: Tensor, grad_dr: Tensor, lr: float) -> Tensor:
     return moved
 
 
-def reprojected(grad_mn: Tensor, sketch_dr: Tensor, side: Side, mode: str) -> Tensor:
+def reprojected(
+    grad_mn: Tensor,
+    sketch_dr: Tensor,
+    side: Side,
+    mode: str,
+    rows: RowRange | None = None,
+    whole_rows: int | None = None,
+) -> Tensor:
     """Singular vectors of the gradient restricted to the range found by a sketch, d x r.
 
     Args:
@@ -153,14 +174,24 @@ def reprojected(grad_mn: Tensor, sketch_dr: Tensor, side: Side, mode: str) -> Te
         sketch_dr: Gaussian or the previous basis, n x r on the right, m x r on the left.
         side: the projected axis.
         mode: "svd" decomposes with `torch.linalg.svd`, signs untouched; anything else by `eigh`.
+        rows: the rows of the gradient that are here, if others are on other processes.
+        whole_rows: m in that case.
 
     Raises:
         NotConverged: the solver doesn't converge.
     """
     left = side is Side.LEFT
     sketch_dr = sketch_dr.to(wide_dtype(grad_mn))
-    range_lr = torch.linalg.qr(cast_product(grad_mn, sketch_dr, left)).Q
-    small_rd = cast_product(grad_mn, range_lr, not left).mT
+    held = RowRange.whole(len(grad_mn)) if rows is None else rows
+
+    def product(factor: Tensor, transposed: bool) -> Tensor:
+        if transposed:
+            part = cast_product(grad_mn, factor[held.start : held.stop], transposed)
+            return held.processes.sum(part)
+        return held.assemble(cast_product(grad_mn, factor, transposed), whole_rows or len(grad_mn))
+
+    range_lr = torch.linalg.qr(product(sketch_dr, left)).Q
+    small_rd = product(range_lr, not left).mT
     scale = float(torch.linalg.vector_norm(small_rd, torch.inf))
     solver = "svd" if mode == "svd" else "eigh"
     rank = sketch_dr.shape[1]
@@ -235,7 +266,7 @@ class CorrelationProjector(Projector):
         return [self._fit(param) for param in params]
 
     def _fit(self, param: ProjectedParam) -> Bases | None:
-        scale = float(torch.linalg.vector_norm(param.grad, torch.inf))
+        scale = float(param.largest_entry())
         if not 0.0 < scale < math.inf:
             return None
         last = int(param.state["refreshed_at"])
@@ -245,9 +276,9 @@ class CorrelationProjector(Projector):
             if isinstance(param.geometry, tucker.TuckerGeometry):
                 bases = self._fit_tucker(param, again)
             elif again:
-                bases = (self._reproject(param, self._whole(param)),)
+                bases = (self._reproject(param),)
             else:
-                bases = (self._move(param, self._whole(param)),)
+                bases = (self._move(param),)
             # Squares of finite gradients may overflow; all later bases would be non-finite too.
             if not all(bool(basis.isfinite().all()) for basis in bases):
                 failed = f"the step of the basis of {called} overflowed"
@@ -263,16 +294,13 @@ class CorrelationProjector(Projector):
         self.store(param, bases)
         return bases
 
-    @staticmethod
-    def _whole(param: ProjectedParam) -> Tensor:
-        return param.rows.assemble(param.grad, param.geometry.shape)
-
-    def _reproject(self, param: ProjectedParam, whole_mn: Tensor) -> Tensor:
+    def _reproject(self, param: ProjectedParam) -> Tensor:
         previous = self.bases(param)[0] if param.fitted else None
         sketch = previous
         if sketch is None:
             sketch = self._sketch(param)
-        basis = reprojected(whole_mn, sketch, param.geometry.side, self.refresh)
+        held = param.rows, param.geometry.shape[0]
+        basis = reprojected(param.grad, sketch, param.geometry.side, self.refresh, *held)
         if previous is not None and self.refresh != "svd":
             basis = align_signs(basis, previous)
         return basis
@@ -285,15 +313,17 @@ class CorrelationProjector(Projector):
         seed = draw_seed(self.seed, param.seed_name, param.steps_done, "sketch")
         return gaussian((d, r), seed, param.grad)
 
-    def _move(self, param: ProjectedParam, whole_mn: Tensor) -> Tensor:
+    def _move(self, param: ProjectedParam) -> Tensor:
         return correlation_step(
-            whole_mn,
+            param.grad,
             self.bases(param)[0],
             param.first_moment(),
             param.geometry.side,
             self.coap_lr,
             normalize=self.normalize_gradient,
             dtype=self.dtype,
+            rows=param.rows,
+            whole_rows=param.geometry.shape[0],
         )
 
     # 4-D weights

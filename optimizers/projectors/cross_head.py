@@ -55,6 +55,7 @@ class CrossHeadProjector(SingularProjector):
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = ("refresh", "heads", "fit_on")
+    SPREADS: ClassVar[bool] = False
 
     heads: int | None = None
     fit_on: str = "one"
@@ -93,13 +94,15 @@ class CrossHeadProjector(SingularProjector):
         rows, columns = matrix_mn.shape
         return matrix_mn.reshape(self.heads, rows // self.heads, columns)
 
-    def matrix(self, param: ProjectedParam, whole_mn: Tensor) -> Tensor:
+    def matrix(self, param: ProjectedParam) -> tuple[Tensor, RowRange, int]:
         """The matrix to decompose: one head's rows, or all heads side by side."""
-        blocks_hdn = self._blocks(whole_mn)
+        blocks_hdn = self._blocks(param.grad)
         if self.fit_on == "all":
-            return blocks_hdn.transpose(0, 1).flatten(1)
-        drawn = draw_seed(self.seed, param.seed_name, param.steps_done, "head")
-        return blocks_hdn[drawn % len(blocks_hdn)]
+            chosen = blocks_hdn.transpose(0, 1).flatten(1)
+        else:
+            drawn = draw_seed(self.seed, param.seed_name, param.steps_done, "head")
+            chosen = blocks_hdn[drawn % len(blocks_hdn)]
+        return chosen, RowRange.whole(len(chosen)), len(chosen)
 
     def project(self, param: ProjectedParam) -> Tensor:
         """(h rank) x n."""

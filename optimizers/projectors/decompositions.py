@@ -19,10 +19,10 @@ from torch import Tensor
 
 from ..engine.chunks import SCRATCH_BYTES, wide_dtype
 from ..engine.fp32 import exact_fp32
-from ..engine.geometry import Side
+from ..engine.geometry import RowRange, Side
 from .operand import Operand
+from .subspace import CONVERGED, randomized, warm
 from .subspace import eigh as solve
-from .subspace import randomized, warm
 
 #: Accepted values of the option `refresh`.
 REFRESH_MODES = ("svd", "eigh", "randomized", "warm")
@@ -67,6 +67,8 @@ def bases(
     seed: int,
     *,
     rotate: bool = True,
+    rows: RowRange | None = None,
+    whole_rows: int | None = None,
 ) -> list[tuple[Tensor, ...]]:
     """Leading singular bases of same-shape gradients.
 
@@ -80,6 +82,8 @@ def bases(
         seed: of the sketches in "randomized" and "warm".
         rotate: rotate to singular vectors; False returns the vectors of the iteration in
             "randomized" and "warm", which saves an eigendecomposition of r x r.
+        rows: the rows of the gradients that are here, if others are on other processes.
+        whole_rows: m in that case.
 
     Returns:
         A tuple of one (or, for BOTH, two) bases for each gradient, in the computing precision.
@@ -87,20 +91,29 @@ def bases(
     Raises:
         torch.linalg.LinAlgError: the solver did not converge.
     """
-    if mode == "svd":
+    spread = rows is not None and not rows.processes.alone
+    if mode == "svd" and not spread:
         pairs = [svd(grad, rank) for grad in grads]
         return [(pair if side is Side.BOTH else (pair[int(side)],)) for pair in pairs]
-    operands = [Operand(grad, scale, side) for grad, scale in zip(grads, scales, strict=True)]
+    if mode == "svd":  # as accurate by other means
+        grads = [grad.double() for grad in grads]
+    # The Gram matrix that is a sum over rows; it matters for a square gradient.
+    short = Side.RIGHT if spread and mode in ("eigh", "svd") else side
+    operands = [
+        Operand(grad, scale, short, rows, whole_rows)
+        for grad, scale in zip(grads, scales, strict=True)
+    ]
     known = [old for old in previous if old is not None]
-    if mode == "eigh":
-        short = eigh(operands, rank)
+    if mode in ("eigh", "svd"):
+        exact = operands[0].has_gram
+        found = eigh(operands, rank) if exact else randomized(operands, rank, seed, stop=CONVERGED)
     elif mode == "warm" and len(known) == len(operands):
-        short = warm(operands, rank, known, seed, rotate=rotate)
+        found = warm(operands, rank, known, seed, rotate=rotate)
     else:
-        short = randomized(operands, rank, seed, rotate=rotate)
+        found = randomized(operands, rank, seed, rotate=rotate)
     short_is_left = operands[0].wide
     results: list[tuple[Tensor, ...]] = []
-    for operand, basis_dr in zip(operands, short, strict=True):
+    for operand, basis_dr in zip(operands, found, strict=True):
         if side is Side.BOTH:
             pair = (basis_dr, _other_side(operand, basis_dr))
             results.append(pair if short_is_left else pair[::-1])

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..engine.chunks import row_chunks, wide_dtype
 from ..engine.fp32 import exact_fp32
 from ..engine.geometry import Side
+from ..engine.processes import ALONE, Processes
 from .base import ProjectedParam, Projector
 
 ROUGH_SHARE = 0.3
@@ -31,18 +32,33 @@ def axis_norms(matrix: Tensor, axis: int) -> Tensor:
     return squares.sqrt_()
 
 
-def safe_norm(norms: Tensor) -> Tensor:
-    """The Euclidean norm of nonnegative numbers, 0-d, also where squares over- or underflow."""
-    peak = norms.max()
+def gradient_norms(param: ProjectedParam, axis: int) -> Tensor:
+    """`axis_norms` of a gradient; those of columns (axis 0) over the rows of all processes."""
+    norms, processes = axis_norms(param.grad, axis), param.rows.processes
+    if axis == 1 or processes.alone:
+        return norms
+    return processes.sum(norms.double().square()).sqrt_().to(norms.dtype)
+
+
+def safe_norm(norms: Tensor, processes: Processes = ALONE) -> Tensor:
+    """The Euclidean norm of nonnegative numbers, 0-d, also where squares over- or underflow.
+
+    Args:
+        norms: of which each process has some.
+        processes: those that have the others.
+    """
+    peak = processes.largest(norms.max() if norms.numel() else norms.new_zeros(()))
     # An infinite one stays infinite instead of inf / inf.
     scale = torch.where(peak.isfinite(), peak, 1.0).clamp(min=torch.finfo(norms.dtype).tiny)
-    norm: Tensor = torch.linalg.vector_norm(norms / scale) * scale
-    return norm
+    norm: Tensor = torch.linalg.vector_norm(norms / scale)
+    if not processes.alone:
+        norm = processes.sum(norm.square()).sqrt_()
+    return norm * scale
 
 
-def weighted_norm(norms: Tensor, factors: Tensor) -> Tensor:
+def weighted_norm(norms: Tensor, factors: Tensor, processes: Processes = ALONE) -> Tensor:
     """The norm of what has these norms by index, times factors, 0-d; a factor 0 leaves nothing."""
-    return safe_norm(torch.where(factors == 0, 0.0, norms * factors))
+    return safe_norm(torch.where(factors == 0, 0.0, norms * factors), processes)
 
 
 def reconstructed_squares(
@@ -90,11 +106,12 @@ def outside_norm(
     to the rounding error.
     """
     by_index = squares - 2 * beta * projected_squares + beta**2 * kept
-    total = squares.sum()
-    if param.grad.device.type == "cpu" and bool(by_index.sum() < 1e-3 * total):
-        return _direct_norm(param, projected, projector, phi, beta)
+    if param.grad.device.type == "cpu":
+        outside, total = param.across.sum(torch.stack([by_index.sum(), squares.sum()]))
+        if bool(outside < 1e-3 * total):
+            return _direct_norm(param, projected, projector, phi, beta)
     floor = squares * torch.finfo(squares.dtype).eps
-    return weighted_norm(torch.maximum(by_index, floor).sqrt_(), phi)
+    return weighted_norm(torch.maximum(by_index, floor).sqrt_(), phi, param.across)
 
 
 @exact_fp32()
@@ -107,4 +124,4 @@ def _direct_norm(
         outside = projector.outside(param, projected, span, beta)
         factors = phi if left else phi[span]
         total += torch.linalg.vector_norm(outside.to(phi.dtype) * factors).square()
-    return total.sqrt_()
+    return param.rows.processes.sum(total).sqrt_()

@@ -46,8 +46,7 @@ ONLINE_OPTIMIZERS = ("adamw", "sgd", "lion", "adam8bit")
 def total_norm(grad: Tensor, rows: RowRange) -> Tensor:
     """||G||, 0-d, in fp32 (fp64 for fp64), safe where its square would overflow."""
     norms = axis_norms(grad, 1)
-    norm: Tensor = rows.reduce(safe_norm(norms).double().square()).sqrt()
-    return norm.to(norms.dtype)
+    return safe_norm(norms, rows.processes)
 
 
 @dataclass(frozen=True)
@@ -185,14 +184,14 @@ class OnlineProjector(SingularProjector):
         norm = norm.clamp_(min=torch.finfo(projected.dtype).tiny)
         hat = (projected / norm).contiguous()
         m, n = param.geometry.shape
-        local = RowRange(0, param.grad.shape[0], param.rows.reduce)
+        local = RowRange(0, param.grad.shape[0], param.rows.processes)
         if param.geometry.side is Side.LEFT:
             square_rr = hat @ hat.mT
             whole = Geometry((m, n), Side.RIGHT, param.geometry.rank)
             product = apply.project(param.grad, (hat.mT,), whole, local, self.dtype)
-            product_dr = param.rows.assemble(product, (m, param.geometry.rank))
+            product_dr = param.rows.assemble(product, m)
         else:
-            square_rr = param.rows.reduce(hat.mT @ hat)
+            square_rr = param.rows.processes.sum(hat.mT @ hat)
             whole = Geometry((m, n), Side.LEFT, param.geometry.rank)
             product_dr = apply.project(param.grad, (hat,), whole, local, self.dtype).mT
         product_dr = product_dr / norm

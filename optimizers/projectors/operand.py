@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..engine.chunks import row_chunks, wide_dtype
-from ..engine.geometry import Side
+from ..engine.geometry import RowRange, Side
 
 HALF = (torch.bfloat16, torch.float16)
 #: Devices on which half-precision products, Cholesky QR and batching are faster.
@@ -26,42 +26,67 @@ def on_gpu(tensor: Tensor) -> bool:
 class Operand:
     """A gradient viewed as a short-by-long matrix A (d x l).
 
+    Its rows may be spread over processes; what enters and leaves products is whole on all of them.
     On a GPU products with a half-precision gradient have half-precision factors and fp32 sums,
     which is many times faster; elsewhere chunks of the gradient are upcast.
     """
 
-    def __init__(self, grad_mn: Tensor, scale: float, side: Side) -> None:
-        rows, columns = grad_mn.shape
-        self.grad_mn = grad_mn
+    def __init__(
+        self,
+        grad_kn: Tensor,
+        scale: float,
+        side: Side,
+        rows: RowRange | None = None,
+        whole_rows: int | None = None,
+    ) -> None:
+        """An operand.
+
+        Args:
+            grad_kn: this process's rows of the gradient.
+            scale: largest absolute entry of the whole gradient.
+            side: the projected axis.
+            rows: the rows held; all of them by default.
+            whole_rows: m, if `rows` are given.
+        """
+        k, n = grad_kn.shape
+        m = k if whole_rows is None else whole_rows
+        rows = RowRange.whole(m) if rows is None else rows
+        self.grad_kn, self.rows, self.whole_rows = grad_kn, rows, m
         # A is the gradient or its transpose; for a square one, such that the short side is `side`.
-        self.wide = rows < columns or (rows == columns and side is not Side.RIGHT)
-        self.short, self.long = min(rows, columns), max(rows, columns)
-        self.dtype = wide_dtype(grad_mn)
+        self.wide = m < n or (m == n and side is not Side.RIGHT)
+        self.short, self.long = min(m, n), max(m, n)
+        self.dtype = wide_dtype(grad_kn)
         self.factor = 1.0 if SAFE_SCALE[0] <= scale <= SAFE_SCALE[1] else 1.0 / scale
-        self.direct = grad_mn.dtype == self.dtype and self.factor == 1.0
-        self.half = on_gpu(grad_mn) and grad_mn.dtype in HALF and self.factor == 1.0
+        self.direct = grad_kn.dtype == self.dtype and self.factor == 1.0
+        self.half = on_gpu(grad_kn) and grad_kn.dtype in HALF and self.factor == 1.0
 
     def _pieces(self) -> Iterator[tuple[slice, Tensor]]:
         """Chunks of rows, one copy at a time; the gradient itself if no cast is needed."""
-        whole = [slice(0, len(self.grad_mn))]
-        for span in whole if self.direct else row_chunks(self.grad_mn, product=True):
-            piece = self.grad_mn[span].to(self.dtype)
+        whole = [slice(0, len(self.grad_kn))]
+        for span in whole if self.direct else row_chunks(self.grad_kn, product=True):
+            piece = self.grad_kn[span].to(self.dtype)
             yield span, (piece if self.factor == 1.0 else piece * self.factor)
 
     def _rows_times(self, right_nk: Tensor) -> Tensor:
         if self.half:
-            return half_product(self.grad_mn, right_nk)
-        return torch.cat([piece @ right_nk for _, piece in self._pieces()])
+            product = half_product(self.grad_kn, right_nk)
+        elif len(self.grad_kn):
+            product = torch.cat([piece @ right_nk for _, piece in self._pieces()])
+        else:
+            product = right_nk.new_empty(0, right_nk.shape[1], dtype=self.dtype)
+        return self.rows.assemble(product, self.whole_rows)
 
     def _columns_times(self, right_mk: Tensor) -> Tensor:
+        right_mk = right_mk[self.rows.start : self.rows.stop]
         if self.half:
-            return half_product(self.grad_mn.mT, right_mk)
+            return self.rows.processes.sum(half_product(self.grad_kn.mT, right_mk))
         total: Tensor | None = None
         for span, piece in self._pieces():
             part = piece.mT @ right_mk[span]
             total = part if total is None else total.add_(part)
-        assert total is not None
-        return total
+        if total is None:
+            total = right_mk.new_zeros(self.grad_kn.shape[1], right_mk.shape[1], dtype=self.dtype)
+        return self.rows.processes.sum(total)
 
     def times(self, right_lk: Tensor) -> Tensor:
         """A X, d x k."""
@@ -74,30 +99,38 @@ class Operand:
     def energy(self) -> Tensor:
         """||A||^2, 0-d fp64."""
         if self.half:  # GPU reductions upcast as they read
-            norm = torch.linalg.vector_norm(self.grad_mn, dtype=torch.float32)
-            energy: Tensor = norm.double().square()
-            return energy
-        norms = [torch.linalg.vector_norm(piece).double() for _, piece in self._pieces()]
-        total: Tensor = torch.stack(norms).square().sum()
-        return total
+            norms = [torch.linalg.vector_norm(self.grad_kn, dtype=torch.float32).double()]
+        else:
+            norms = [torch.linalg.vector_norm(piece).double() for _, piece in self._pieces()]
+        zero = torch.zeros((), dtype=torch.float64, device=self.grad_kn.device)
+        return self.rows.processes.sum(torch.stack([zero, *norms]).square().sum())
+
+    @property
+    def has_gram(self) -> bool:
+        """Whether A A^T is a sum over processes; not where each has some rows of A."""
+        return not self.wide or self.rows.processes.alone
 
     def gram(self) -> Tensor:
-        """A A^T, d x d, without a whole upcast copy of A."""
+        """A A^T, d x d, without a whole upcast copy of A; only where `has_gram`."""
+        return self.rows.processes.sum(self._local_gram())
+
+    def _local_gram(self) -> Tensor:
         if self.half:
-            own = self.grad_mn if self.wide else self.grad_mn.mT
+            own = self.grad_kn if self.wide else self.grad_kn.mT
             return half_product(own, own.mT)
         total_dd: Tensor | None = None
         if not self.wide:
             for _, piece in self._pieces():
                 part_dd = piece.mT @ piece
                 total_dd = part_dd if total_dd is None else total_dd.add_(part_dd)
-            assert total_dd is not None
+            if total_dd is None:
+                total_dd = self.grad_kn.new_zeros(self.short, self.short, dtype=self.dtype)
             return total_dd
         if self.direct:
-            return self.grad_mn @ self.grad_mn.mT
-        total_dd = torch.zeros(self.short, self.short, dtype=self.dtype, device=self.grad_mn.device)
-        for span in row_chunks(self.grad_mn.mT, product=True):
-            piece = self.grad_mn[:, span].to(self.dtype) * self.factor
+            return self.grad_kn @ self.grad_kn.mT
+        total_dd = torch.zeros(self.short, self.short, dtype=self.dtype, device=self.grad_kn.device)
+        for span in row_chunks(self.grad_kn.mT, product=True):
+            piece = self.grad_kn[:, span].to(self.dtype) * self.factor
             total_dd.addmm_(piece, piece.mT)
         return total_dd
 

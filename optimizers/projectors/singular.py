@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..engine import checks
+from ..engine.geometry import RowRange
 from ..engine.seeds import draw_seed
-from . import decompositions, subspace
+from . import apply, decompositions, subspace
 from .base import Bases, ProjectedParam, Projector
 
 #: Modes to try in turn if a solver does not converge.
@@ -34,7 +35,7 @@ def align_signs(basis_dr: Tensor, previous_dr: Tensor) -> Tensor:
 
 def largest_entries(matrices: Sequence[Tensor]) -> Tensor:
     """The largest absolute entry of each matrix, fp64."""
-    return torch.stack([torch.linalg.vector_norm(m, torch.inf).double() for m in matrices])
+    return torch.stack([apply.largest_entry(matrix).double() for matrix in matrices])
 
 
 def _usable(scale: float, limit: float) -> bool:
@@ -72,7 +73,8 @@ class SingularProjector(Projector):
         batches: dict[Hashable, list[int]] = defaultdict(list)
         for index, param in enumerate(params):
             grad = param.grad
-            key = (param.geometry, grad.dtype, grad.device, param.fitted, param.steps_done)
+            kind = (param.geometry, param.rows, grad.dtype, grad.device)
+            key = (*kind, param.fitted, param.steps_done)
             batches[key].append(index)
         fitted: list[Bases | None] = [None] * len(params)
         for indices in batches.values():
@@ -82,24 +84,27 @@ class SingularProjector(Projector):
                 fitted[index] = bases
         return fitted
 
-    def matrix(self, param: ProjectedParam, whole_mn: Tensor) -> Tensor:
-        """The matrix to decompose, from the gradient assembled over all processes."""
-        return whole_mn
+    def matrix(self, param: ProjectedParam) -> tuple[Tensor, RowRange, int]:
+        """The matrix to decompose: its rows on this process, their range, and the number of all."""
+        return param.grad, param.rows, param.geometry.shape[0]
 
     def _fit_batch(self, params: Sequence[ProjectedParam]) -> list[Bases | None]:
-        gradients = [param.rows.assemble(param.grad, param.geometry.shape) for param in params]
-        wholes = [self.matrix(param, g) for param, g in zip(params, gradients, strict=True)]
-        scales = largest_entries(wholes)
+        matrices = [self.matrix(param) for param in params]
+        local = [matrix for matrix, _, _ in matrices]
+        gradients = [param.grad for param in params]
+        scales = largest_entries(local)
         # A part of a gradient may be finite where the whole, whose step is left out, is not.
-        parts = any(part is not whole for part, whole in zip(wholes, gradients, strict=True))
+        parts = any(part is not whole for part, whole in zip(local, gradients, strict=True))
         limits = largest_entries(gradients) if parts else scales
-        known = torch.stack([scales, limits]).tolist()
+        known = params[0].rows.processes.largest(torch.stack([scales, limits])).tolist()
         usable = [i for i, pair in enumerate(zip(*known, strict=True)) if _usable(*pair)]
         fitted: list[Bases | None] = [None] * len(params)
         if not usable:
             return fitted
         chosen = [params[i] for i in usable]
-        results = self._decompose([wholes[i] for i in usable], scales[usable].tolist(), chosen)
+        results = self._decompose(
+            [local[i] for i in usable], [known[0][i] for i in usable], chosen, matrices[0][1:]
+        )
         for i, param, bases in zip(usable, chosen, results, strict=True):
             if bases is not None:
                 aligned = self._aligned(param, bases)
@@ -108,7 +113,11 @@ class SingularProjector(Projector):
         return fitted
 
     def _decompose(
-        self, grads: list[Tensor], scales: list[float], params: Sequence[ProjectedParam]
+        self,
+        grads: list[Tensor],
+        scales: list[float],
+        params: Sequence[ProjectedParam],
+        held: tuple[RowRange, int],
     ) -> list[Bases | None]:
         geometry = params[0].geometry
         previous = [self.bases(param)[0] if param.fitted else None for param in params]
@@ -126,6 +135,8 @@ class SingularProjector(Projector):
                 previous[picked],
                 seed,
                 rotate=self.rotate,
+                rows=held[0],
+                whole_rows=held[1],
             )
 
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,10 +22,29 @@ from .operand import Operand, on_gpu
 from .orthonormal import householder, shifted_cholesky
 
 OVERSAMPLING = 16
-MAX_ITERATIONS = 12
-OUTSIDE = 1e-3  # share of the squared norm that may stay outside the subspace
-GAIN = 2e-5  # stop at this relative gain of an iteration
-REMAINING = 1e-4  # stop at this estimated relative gain of all further iterations
+
+
+@dataclass(frozen=True)
+class Stop:
+    """When subspace iteration ends.
+
+    Attributes:
+        iterations: largest number of them.
+        outside: share of the squared norm that may stay outside the subspace.
+        gain: relative gain of an iteration below which it ends.
+        remaining: the same for the estimated gain of all further iterations.
+    """
+
+    iterations: int
+    outside: float
+    gain: float
+    remaining: float
+
+
+#: One more refresh gains more than more iterations would.
+USUAL = Stop(12, 1e-3, 2e-5, 1e-4)
+#: To the accuracy of a decomposition.
+CONVERGED = Stop(100, 0.0, 1e-11, 1e-11)
 
 #: Raised by a solver that does not converge.
 NotConverged: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
@@ -63,7 +83,7 @@ def eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
 
 def together(operand: Operand, width: int) -> int:
     """Number of matrices per batch: one on a CPU, else as many as fit in `SCRATCH_BYTES`."""
-    if not on_gpu(operand.grad_mn):
+    if not on_gpu(operand.grad_kn):
         return 1
     # A basis, its raw and scaled forms (one in fp64) and its image.
     each = width * (operand.long + 5 * operand.short) * operand.dtype.itemsize
@@ -71,7 +91,12 @@ def together(operand: Operand, width: int) -> int:
 
 
 def iterate(
-    operands: Sequence[Operand], starts: Sequence[Tensor], rank: int, *, rotate: bool
+    operands: Sequence[Operand],
+    starts: Sequence[Tensor],
+    rank: int,
+    *,
+    rotate: bool,
+    stop: Stop = USUAL,
 ) -> list[Tensor]:
     """Subspace iteration from given ranges.
 
@@ -84,6 +109,7 @@ def iterate(
         rank: r.
         rotate: rotate to the leading r singular vectors (Rayleigh-Ritz); otherwise k is r and the
             vectors are those of orthogonal iteration, which converge to singular vectors.
+        stop: when to stop.
 
     Returns:
         For each matrix d x r, orthonormal.
@@ -97,7 +123,7 @@ def iterate(
     # Where starts are only nearly orthonormal, their first r columns are orthonormal.
     captured = [[energy] for energy in _energies([image[:, :rank] for image in images])]
     active = list(range(len(operands)))
-    for _ in range(MAX_ITERATIONS):
+    for _ in range(stop.iterations):
         fresh = orthonormal([operands[i].times(images[i]) for i in active])
         for i, basis in zip(active, fresh, strict=True):
             bases[i] = basis
@@ -105,7 +131,7 @@ def iterate(
         now = _energies([images[i] for i in active])
         for i, energy in zip(active, now, strict=True):
             captured[i].append(energy)
-        active = [i for i in active if not _settled(totals[i], captured[i])]
+        active = [i for i in active if not _settled(totals[i], captured[i], stop)]
         if not active:
             break
     if not rotate:
@@ -116,31 +142,43 @@ def iterate(
     return [basis @ leading for basis, leading in zip(bases, leading_bkr, strict=True)]
 
 
-def _settled(total: float, captured: Sequence[float]) -> bool:
+def _settled(total: float, captured: Sequence[float], stop: Stop) -> bool:
     """Whether to stop iterating.
 
     Gains decrease geometrically, so two of them give an estimate of the rest (Aitken).
     """
     energy = captured[-1]
     gain = energy - captured[-2]
-    if total - energy <= OUTSIDE * total or gain <= GAIN * energy:
+    if total - energy <= stop.outside * total or gain <= stop.gain * energy:
         return True
     if len(captured) < 3:
         return False
     fall = captured[-2] - captured[-3] - gain
-    return fall > 0 and gain * gain <= REMAINING * energy * fall
+    return fall > 0 and gain * gain <= stop.remaining * energy * fall
 
 
 def _energies(images: Sequence[Tensor]) -> list[float]:
-    norms = torch.stack([torch.linalg.vector_norm(image).double() for image in images])
-    energies: list[float] = norms.square().tolist()
+    energies: list[float] = torch.stack([_energy(image) for image in images]).tolist()
     if not all(map(math.isfinite, energies)):
         raise NotConverged("subspace iteration met a number that is not finite")
     return energies
 
 
+def _energy(image: Tensor) -> Tensor:
+    if image.is_cuda:
+        norm: Tensor = torch.linalg.vector_norm(image).double()
+    else:  # whose sums of many entries are less accurate
+        norm = torch.linalg.vector_norm(image, dim=1).double().square().sum().sqrt()
+    return norm.square()
+
+
 def randomized(
-    operands: Sequence[Operand], rank: int, seed: int, *, rotate: bool = True
+    operands: Sequence[Operand],
+    rank: int,
+    seed: int,
+    *,
+    rotate: bool = True,
+    stop: Stop = USUAL,
 ) -> list[Tensor]:
     """Randomized leading vectors of each d x l operand, d x r each.
 
@@ -149,18 +187,19 @@ def randomized(
         rank: r.
         seed: of the test matrix of random signs, which all operands share.
         rotate: see `iterate`; if True, `OVERSAMPLING` additional directions are sampled.
+        stop: when to stop.
     """
     first = operands[0]
     width = min(rank + OVERSAMPLING, first.short) if rotate else rank
     # Signs are exact in any precision.
-    dtype = first.grad_mn.dtype if first.half else first.dtype
-    sketch_lk = rademacher((first.long, width), seed, dtype, first.grad_mn.device)
+    dtype = first.grad_kn.dtype if first.half else first.dtype
+    sketch_lk = rademacher((first.long, width), seed, dtype, first.grad_kn.device)
     bases: list[Tensor] = []
     step = together(first, width)
     for start in range(0, len(operands), step):
         batch = operands[start : start + step]
         ranges = orthonormal([operand.times(sketch_lk) for operand in batch])
-        bases += iterate(batch, ranges, rank, rotate=rotate)
+        bases += iterate(batch, ranges, rank, rotate=rotate, stop=stop)
     return bases
 
 
@@ -188,7 +227,7 @@ def warm(
             starts = orthonormal([a.times(x) for a, x in zip(batch, starts, strict=True)])
         if extra > 0:
             # Nearly orthonormal, which suffices: the first iteration orthonormalises them.
-            signs_de = rademacher((first.short, extra), seed, first.dtype, first.grad_mn.device)
+            signs_de = rademacher((first.short, extra), seed, first.dtype, first.grad_kn.device)
             signs_de *= first.short**-0.5
             starts = [torch.cat((own, signs_de), 1) for own in starts]
         bases += iterate(batch, starts, rank, rotate=rotate)

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .base import ProjectedParam
+from .norms import safe_norm
+
 
 @dataclass(frozen=True)
 class RefreshEvent:
@@ -34,10 +37,11 @@ class RefreshEvent:
     overlap: float | None
 
 
-def captured_energy(grad: Tensor, projected: Tensor) -> float:
+def captured_energy(param: ProjectedParam, projected: Tensor) -> float:
     """Share of the gradient's squared Frobenius norm in its projection."""
     kept, whole = (
-        float(torch.linalg.vector_norm(t, dtype=torch.float32)) for t in (projected, grad)
+        float(safe_norm(torch.linalg.vector_norm(tensor, dtype=torch.float32), processes))
+        for tensor, processes in ((projected, param.across), (param.grad, param.rows.processes))
     )
     return min(1.0, (kept / whole) ** 2) if whole > 0 else 0.0
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..engine import checks
 from ..engine.geometry import Geometry, Side
 from ..projectors import ProjectedParam, Projector
-from ..projectors.norms import axis_norms, outside_norm, reconstructed_squares
+from ..projectors.norms import gradient_norms, outside_norm, reconstructed_squares
 from ..rules import Update
 from .base import ScaledPart, WeightUpdate
 from .limiter import LimitedResidual, update_norms
@@ -68,7 +68,7 @@ class NormScaled(LimitedResidual):
 
         def norm(phi: Tensor) -> Tensor:
             squares, projected_squares = (
-                axis_norms(param.grad, axis).square(),
+                gradient_norms(param, axis).square(),
                 projected_norms.square(),
             )
             kept = reconstructed_squares(param, projected, projected_squares, projector, axis, beta)

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..engine import checks
 from ..engine.geometry import Geometry, Side
+from ..engine.processes import ALONE
 from ..projectors import ProjectedParam, Projector
-from ..projectors.norms import axis_norms, safe_norm, weighted_norm
+from ..projectors.norms import gradient_norms, safe_norm, weighted_norm
 from ..rules import Update
 from .base import ScaledPart, WeightUpdate
 from .limiter import LimitedResidual, update_norms
@@ -65,13 +66,18 @@ class ScaledGradient(LimitedResidual):
         axis = 0 if param.geometry.side is Side.LEFT else 1
         projected, steps = update_norms(projected, update, axis)
         if self.scale_type == "tensor":
-            steps, projected = (safe_norm(norms).view(1, 1) for norms in (steps, projected))
+            steps, projected = (
+                safe_norm(norms, param.across).view(1, 1) for norms in (steps, projected)
+            )
         ratios = steps / (projected + 1e-8)  # phi, times update.factor
         if self.scale_front:
             ratios = ratios * self.scale**0.5
-        ratios = self.limited(
-            param, ratios, update, lambda phi: weighted_norm(axis_norms(param.grad, axis), phi)
-        )
+        spread = ALONE if axis == 0 else param.rows.processes
+
+        def norm(phi: Tensor) -> Tensor:
+            return weighted_norm(gradient_norms(param, axis), phi, spread)
+
+        ratios = self.limited(param, ratios, update, norm)
         if not self.scale_front:
             ratios = ratios * self.scale**0.5
         alpha = update.alpha

@@ -22,9 +22,13 @@ from torch import Tensor
 
 from ..engine.chunks import row_chunks, wide_dtype
 from ..engine.rotation import Rotation
+from ..engine.sharding import Part, part_of
 from .base import RowUpdates, State, Update, UpdateRule, numel, scalar, steps_done
 from .precision import moments_itemsize
 from .rows import state_rows, sum_of_squares
+
+#: The factors of a matrix's second moment, and the axis that each has an entry for.
+FACTOR_AXES = {"exp_avg_sq_row": 0, "exp_avg_sq_col": 1}
 
 
 @dataclass(frozen=True)
@@ -82,14 +86,20 @@ class Adafactor(UpdateRule):
             for key, size in self._shapes(shape).items()
         }
 
+    def spread(self, key: str, axis: int, shape: Sequence[int]) -> int | None:
+        """See `UpdateRule.spread`: of a matrix's factors, the one that belongs to the axis."""
+        if len(shape) == 2 and key in FACTOR_AXES:
+            return 0 if FACTOR_AXES[key] == axis else None
+        return super().spread(key, axis, shape)
+
     def state_bytes(self, shape: Sequence[int], itemsize: int) -> int:
         """Factors and first moment."""
         shapes = self._shapes(shape)
         own = {"exp_avg": moments_itemsize(self.moments_dtype, itemsize)}
         return sum(own.get(key, max(itemsize, 4)) * numel(size) for key, size in shapes.items())
 
-    def _rate(self, step: Tensor, weight: Tensor) -> float | Tensor:
-        count = float(step)
+    def _rate(self, state: State, weight: Tensor) -> float | Tensor:
+        count = float(state["step"])
         if self.relative_step:
             limit = 1e-6 * count if self.warmup_init else 1e-2
             rate = min(limit, float(count**-0.5))
@@ -98,10 +108,13 @@ class Adafactor(UpdateRule):
             rate = scalar(self.lr)
         if not self.scale_parameter:
             return rate
-        return self._weight_rms(weight).clamp(min=self.eps[1]).mul(rate)
+        return self._weight_rms(state, weight).clamp(min=self.eps[1]).mul(rate)
 
-    def _weight_rms(self, weight: Tensor) -> Tensor:
-        return sum_of_squares(weight).div(weight.numel()).sqrt()
+    def _weight_rms(self, state: State, weight: Tensor) -> Tensor:
+        total, part = sum_of_squares(weight), part_of(state)
+        if part is None:
+            return total.div(weight.numel()).sqrt()
+        return part.processes.sum(total).div(part.weight_entries).sqrt()
 
     def _decay(self, state: State) -> float:
         return 1.0 - float(float(steps_done(state, self.restarts)) ** self.decay_rate)
@@ -113,21 +126,24 @@ class Adafactor(UpdateRule):
 
         L = max(1, RMS(U) / clip_threshold). G is read twice, in chunks of rows.
         """
-        m, n = grad_mn.shape
+        part = part_of(state) or Part.whole(grad_mn.shape)
+        m, n = part.shape
         row_m, col_n = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
         row_sums, col_sums = torch.empty_like(row_m), torch.zeros_like(col_n)
         for rows in row_chunks(grad_mn):
             square = grad_mn[rows].to(row_m.dtype).square()
             torch.sum(square, 1, out=row_sums[rows])
             col_sums += square.sum(0)
+        row_sums, col_sums = part.sum_along(1, row_sums), part.sum_along(0, col_sums)
         row_m.lerp_(row_sums.div_(n).add_(self.eps[0]), 1 - decay)
         col_n.lerp_(col_sums.div_(m).add_(self.eps[0]), 1 - decay)
-        by_row, by_col = (row_m / row_m.mean()).rsqrt_(), col_n.rsqrt()
+        mean = part.sum_along(0, row_m.sum()).div(m)
+        by_row, by_col = (row_m / mean).rsqrt_(), col_n.rsqrt()
         total = torch.zeros((), dtype=row_m.dtype, device=row_m.device)
         for rows in row_chunks(grad_mn):
             chunk = (grad_mn[rows].to(row_m.dtype) * by_row[rows, None]).mul_(by_col)
             total += torch.linalg.vector_norm(chunk).square()
-        size = total.div_(m * n).sqrt_()
+        size = part.spread.sum(total).div_(m * n).sqrt_()
         return by_row, by_col, size.div_(self.clip_threshold).clamp_(min=1.0).reciprocal_()
 
     def _normalise(self, grad: Tensor, state: State, decay: float) -> Tensor:
@@ -143,12 +159,16 @@ class Adafactor(UpdateRule):
             col.lerp_(square.mean(-2), 1 - decay)
             by_row = (row / row.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1)
             direction = torch.mul(grad, by_row, out=square).mul_(col.rsqrt().unsqueeze(-2))
-        size = torch.linalg.vector_norm(direction).div_(direction.numel() ** 0.5)
+        part = part_of(state) or Part.whole(direction.shape)
+        size = torch.linalg.vector_norm(direction)
+        if not part.spread.alone:
+            size = part.spread.sum(size.square()).sqrt_()
+        size = size / torch.Size(part.shape).numel() ** 0.5
         return direction.div_((size / self.clip_threshold).clamp_(min=1.0))
 
     def by_rows(self, grad: Tensor, state: State, weight: Tensor) -> RowUpdates:
         """See `UpdateRule.by_rows`: first the factors of the second moment, then single rows."""
-        rate = self._rate(state["step"], weight)
+        rate = self._rate(state, weight)
         by_row, by_col, clip = self._factors(grad, state, self._decay(state))
         size = rate * clip
 
@@ -167,7 +187,7 @@ class Adafactor(UpdateRule):
             if grad.dim() == 2:
                 updates.append(self.by_rows(grad, state, weight)(slice(0, len(grad))))
                 continue
-            rate = self._rate(state["step"], weight)
+            rate = self._rate(state, weight)
             wide = grad.to(wide_dtype(grad))
             direction = self._normalise(wide, state, self._decay(state)).mul_(rate)
             updates.append(self._finished(state, direction, rate))

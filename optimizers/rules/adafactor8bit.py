@@ -7,8 +7,10 @@ the first moment is in fp32.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from torch import Tensor
 
@@ -16,8 +18,9 @@ from lowrank.cuda import blockwise
 
 from ..engine.rotation import Rotation
 from .adafactor import Adafactor
-from .base import State, numel
+from .base import RowUpdates, State, numel
 from .quantizers import NATIVE, Quantizer
+from .spread_blocks import cut_part, dequantize, quantize
 
 KEY = "exp_avg"
 SCALES = "exp_avg_absmax"
@@ -49,10 +52,27 @@ class Adafactor8bit(Adafactor):
             return total
         return total - max(itemsize, 4) * size + blockwise.blockwise_bytes(size)
 
+    def deciding_for(self, shape: Sequence[int]) -> Self:
+        """See `UpdateRule.deciding_for`: whether the first moment has 8 bits."""
+        eight = numel(shape) >= self.min_8bit_size
+        return replace(self, min_8bit_size=0 if eight else sys.maxsize)
+
+    def spread(self, key: str, axis: int, shape: Sequence[int]) -> int | None:
+        """See `UpdateRule.spread`: scales are spread by blocks."""
+        return 0 if key == SCALES else super().spread(key, axis, shape)
+
+    def by_rows(self, grad: Tensor, state: State, weight: Tensor) -> RowUpdates:
+        """See `UpdateRule.by_rows`: at once, where processes share blocks."""
+        by_rows = super().by_rows(grad, state, weight)
+        if SCALES not in state or cut_part(state) is None:
+            return by_rows
+        whole = by_rows(slice(0, len(grad)))
+        return lambda rows: replace(whole, direction=whole.direction[rows])
+
     def first_moment(self, state: State) -> Tensor | None:
         """The first moment, dequantised to fp32."""
         if SCALES in state:
-            return self.quantizer.dequantize(state[KEY], state[SCALES], True)
+            return dequantize(self.quantizer, state[KEY], state[SCALES], True, cut_part(state))
         return super().first_moment(state)
 
     def _averaged(self, state: State, direction: Tensor) -> Tensor:
@@ -66,7 +86,8 @@ class Adafactor8bit(Adafactor):
         return moment
 
     def _save(self, state: State, moment: Tensor) -> None:
-        self.quantizer.quantize(moment.contiguous(), True, (state[KEY], state[SCALES]))
+        out = state[KEY], state[SCALES]
+        quantize(self.quantizer, moment, True, out, cut_part(state))
 
     def transport_moments(
         self, state: State, how: str, rotation: Rotation, into: State | None = None

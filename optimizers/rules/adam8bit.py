@@ -9,8 +9,10 @@ Memory of s entries: 2 (s + 4 ceil(s / 256)) bytes; below `min_8bit_size` entrie
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -20,8 +22,9 @@ from lowrank.cuda.native_update import knows_adam
 
 from ..engine.rotation import Rotation
 from .adam import Adam
-from .base import ElementwiseRule, State, Update, numel
+from .base import ElementwiseRule, RowUpdates, State, Update, UpdateRule, numel
 from .quantizers import NATIVE, Native, Quantizer
+from .spread_blocks import cut_part, dequantize, quantize
 from .transport import transported_moments
 
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}
@@ -58,6 +61,21 @@ class Adam8bit(Adam):
         size = numel(shape)
         return 2 * (blockwise.blockwise_bytes(size) if self._is_8bit(shape) else 4 * size)
 
+    def deciding_for(self, shape: Sequence[int]) -> Self:
+        """See `UpdateRule.deciding_for`: whether moments have 8 bits."""
+        return replace(self, min_8bit_size=0 if self._is_8bit(shape) else sys.maxsize)
+
+    def spread(self, key: str, axis: int, shape: Sequence[int]) -> int | None:
+        """See `UpdateRule.spread`: scales are spread by blocks."""
+        return 0 if key.endswith("_absmax") else axis
+
+    def by_rows(self, grad: Tensor, state: State, weight: Tensor) -> RowUpdates:
+        """See `UpdateRule.by_rows`: at once, where processes share blocks."""
+        whole = cut_part(state) is not None and "exp_avg_absmax" in state
+        if whole:
+            return UpdateRule.by_rows(self, grad, state, weight)
+        return ElementwiseRule.by_rows(self, grad, state, weight)
+
     def update(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
     ) -> list[Update]:
@@ -93,6 +111,7 @@ class Adam8bit(Adam):
             isinstance(self.quantizer, Native)
             and not self.compiled
             and "exp_avg_absmax" in state
+            and cut_part(state) is None
             and knows_adam([grad], [state["exp_avg"]], eight_bit=True)
         )
 
@@ -131,12 +150,13 @@ class Adam8bit(Adam):
         if f"{key}_absmax" not in state:
             dense: Tensor = state[key]
             return dense
-        return self.quantizer.dequantize(state[key], state[f"{key}_absmax"], SIGNED[key])
+        scales = state[f"{key}_absmax"]
+        return dequantize(self.quantizer, state[key], scales, SIGNED[key], cut_part(state))
 
     def _save(self, state: State, moments: dict[str, Tensor]) -> None:
         for key, signed in SIGNED.items():
             if f"{key}_absmax" in state:
                 out = state[key], state[f"{key}_absmax"]
-                self.quantizer.quantize(moments[key].contiguous(), signed, out)
+                quantize(self.quantizer, moments[key], signed, out, cut_part(state))
             elif moments[key] is not state[key]:
                 state[key].copy_(moments[key])

@@ -73,6 +73,26 @@ class UpdateRule(ABC):
     def state_bytes(self, shape: Sequence[int], itemsize: int) -> int:
         """Bytes of these entries, for parameters of `itemsize` bytes an entry."""
 
+    def deciding_for(self, shape: Sequence[int]) -> Self:
+        """The same rule with the decisions that it takes for a whole (projected) gradient.
+
+        So each process stores its part in the same form.
+        """
+        return self
+
+    def spread(self, key: str, axis: int, shape: Sequence[int]) -> int | None:
+        """The dimension along which a state entry is spread over processes.
+
+        Args:
+            key: the entry.
+            axis: the axis of the (projected) gradient that is spread.
+            shape: of the whole (projected) gradient.
+
+        Returns:
+            None if all processes have the whole entry.
+        """
+        return axis
+
     def by_rows(self, grad: Tensor, state: State, weight: Tensor) -> RowUpdates:
         """Computes what needs the whole matrix; the rest is computed by chunks of rows on demand.
 

@@ -19,6 +19,7 @@ from ..engine.chunks import wide_dtype
 from ..engine.fp32 import exact_fp32
 from ..engine.geometry import Geometry, Side
 from ..engine.options import ProjectionOptions
+from ..engine.sharding import part_of
 from ..projectors.operand import cast_product
 from ..projectors.random import gaussian
 from .adafactor import Adafactor
@@ -76,6 +77,12 @@ class FloraRule(Adafactor):
         """Zero factors and moment, and a hash of the matrix's name, for its seeds."""
         return super().init(shape, like) | {"matrix": 0}
 
+    def spread(self, key: str, axis: int, shape: Sequence[int]) -> int | None:
+        """See `UpdateRule.spread`: a moment of columns, r x n, is whole on each process."""
+        if key == "exp_avg" and self._geometry(shape).side is Side.LEFT:
+            return None
+        return super().spread(key, axis, shape)
+
     def basis(self, state: State, geometry: Geometry, period: int, like: Tensor) -> Tensor:
         """A, d x r, of a matrix in its `period`-th interval of kappa steps."""
         (shape,) = geometry.basis_shapes.values()
@@ -105,9 +112,13 @@ class FloraRule(Adafactor):
     def _moment(
         self, grad_mn: Tensor, state: State, by_row: Tensor, by_col: Tensor, size: Tensor
     ) -> tuple[Tensor, Tensor, Geometry]:
-        """Advances the compressed moment; returns its previous value, basis and geometry."""
+        """Advances the compressed moment; returns its previous value, basis and geometry.
+
+        Of the basis only the rows of this process's part, if the left side is compressed.
+        """
         assert self.beta1 is not None
-        geometry = self._geometry(grad_mn.shape)
+        part = part_of(state)
+        geometry = self._geometry(grad_mn.shape if part is None else part.shape)
         stored: Tensor = state["exp_avg"]
         moment = stored.to(wide_dtype(grad_mn))
         step, kappa = int(state["step"]), self.options.update_proj_gap
@@ -119,12 +130,16 @@ class FloraRule(Adafactor):
                 between = basis.mT @ old
                 moment.copy_(between @ moment if left else moment @ between.mT)
         before = moment.clone()
+        if left and part is not None:
+            basis = basis[part.start : part.stop]
         scaled = basis * (by_row if left else by_col)[:, None]
         # In the gradient's precision, as every projection; fp16 doesn't hold the factors of small
         # gradients, 1e15 for those that are zero.
         if grad_mn.dtype != torch.float16:
             scaled = scaled.to(grad_mn.dtype)
         product = cast_product(grad_mn, scaled, left).to(moment.dtype)
+        if left and part is not None:
+            product = part.spread.sum(product)
         projected = product.mT * by_col if left else product * by_row[:, None]
         moment.lerp_(projected.mul_(size), 1 - self.beta1)
         if moment is not stored:
@@ -133,7 +148,7 @@ class FloraRule(Adafactor):
 
     def by_rows(self, grad: Tensor, state: State, weight: Tensor) -> RowUpdates:
         """See `UpdateRule.by_rows`: first factors and moment, then single rows."""
-        rate = self._rate(state["step"], weight)
+        rate = self._rate(state, weight)
         by_row, by_col, clip = self._factors(grad, state, self._decay(state))
         size = rate * clip
         moment = None

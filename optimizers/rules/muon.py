@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..engine.chunks import wide_dtype
 from ..engine.rotation import Rotation
+from ..engine.sharding import Part, part_of
 from .base import MOMENT_TRANSPORTS, State, Update, UpdateRule, numel, scalar
 from .precision import moments_dtype, moments_itemsize
 
@@ -27,21 +28,30 @@ ADJUSTMENTS = ("original", "match_rms_adamw")
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalize(matrix_mn: Tensor, steps: int) -> Tensor:
+def orthogonalize(matrix_mn: Tensor, steps: int, part: Part | None = None) -> Tensor:
     """Approximates U V^T of a matrix U S V^T: singular values end between about 0.7 and 1.2.
 
     Runs in bf16 on CUDA and in fp32 (fp64 for fp64 input) elsewhere.
+
+    Args:
+        matrix_mn: the matrix, or this process's part of it.
+        steps: number of iterations.
+        part: the part. Its Gram matrix is the one along the axis that is not spread: a sum.
     """
     a, b, c = COEFFICIENTS
-    tall = matrix_mn.shape[0] > matrix_mn.shape[1]
+    part = part or Part.whole(matrix_mn.shape)
+    tall = matrix_mn.shape[0] > matrix_mn.shape[1] if part.spread.alone else part.axis == 0
     x = matrix_mn.mT if tall else matrix_mn
     if x.device.type == "cuda":
         x = x.bfloat16()
     elif x.dtype != torch.float64:
         x = x.float()
-    x = x / torch.linalg.vector_norm(x).clamp(min=1e-7)
+    norm = torch.linalg.vector_norm(x)
+    if not part.spread.alone:
+        norm = part.spread.sum(norm.float().square()).sqrt_()
+    x = x / norm.clamp(min=1e-7)
     for _ in range(steps):
-        gram = x @ x.mT
+        gram = part.spread.sum(x @ x.mT)
         polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.addmm(x, polynomial, x, beta=a)
     return x.mT if tall else x
@@ -102,11 +112,11 @@ class Muon(UpdateRule):
             if moment is not stored:
                 stored.copy_(moment)
             ahead = grad.lerp(moment, self.momentum) if self.nesterov else moment
-            direction = orthogonalize(ahead, self.ns_steps)
+            part = part_of(state)
+            direction = orthogonalize(ahead, self.ns_steps, part)
+            shape = grad.shape if part is None else part.shape
             updates.append(
-                Update(
-                    direction, lr * self._size(*grad.shape), 1.0 - lr * self.weight_decay, rate=lr
-                )
+                Update(direction, lr * self._size(*shape), 1.0 - lr * self.weight_decay, rate=lr)
             )
         return updates
 

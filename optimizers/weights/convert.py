@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..engine import checks
-from ..layers.convert import merge_factored
+from ..layers.convert import check_not_wrapped, merge_factored
 from ..param_groups import PATTERNS, projected_layers
 from .int8 import Int8Weight
 from .state import attach, detach
@@ -45,11 +44,7 @@ def to_int8(
         weight = layer.weight
         if isinstance(weight, Int8Weight) or not weight.numel():
             continue
-        if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
-            raise ValueError(
-                "a model inside DistributedDataParallel can't get INT8 weights: accepted is "
-                "convert(name, model) before wrapping, or weight_bits=None"
-            )
+        check_not_wrapped(model)
         layer.weight = nn.Parameter(Int8Weight.quantize(weight, weight_group_size))
         attach(layer)
 

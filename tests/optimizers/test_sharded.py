@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from support import set_gradients, tiny_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lowrank.optimizers import AdamW, LowRankOptimizer, build, param_groups
+from lowrank.optimizers import AdamW, LowRankOptimizer, build
 
-NAMES = ("adamw", "adamw_8bit", "adafactor", "muon", "galore_adamw", "relora_adamw")
-PLAIN = "accepted are plain tensors, as under DistributedDataParallel or DeepSpeed's ZeRO stage 0"
+PLAIN = (
+    "accepted are plain tensors, as under DistributedDataParallel or DeepSpeed's ZeRO stage 0, "
+    r"and FSDP2's \(fully_shard\)"
+)
+ACCEPTED = r"accepted is one Shard\(0\), and Replicate over other mesh dimensions"
 
 
 @pytest.fixture
@@ -36,30 +38,53 @@ def sharded_model() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_distributed_tensors_are_refused_at_construction(name: str, two_processes: None) -> None:
-    model = sharded_model()
-    with pytest.raises(ValueError, match=rf"embed_tokens\.weight is a DTensor \(FSDP2.*{PLAIN}"):
-        build(name, model, rank=4)
-    assert isinstance(model.self_attn["q_proj"], nn.Linear)
-    with pytest.raises(ValueError, match=rf"is a DTensor \(FSDP2.*{PLAIN}"):
-        AdamW(model.parameters())
+def placed(*placements: Placement, mesh: tuple[int, ...] = (2,)) -> nn.Parameter:
+    shape = torch.ones(8, 6).size()
+    local = torch.ones(8, 6)
+    made = DTensor.from_local(
+        local,
+        init_device_mesh("cpu", mesh),
+        placements,
+        run_check=False,
+        shape=shape,
+        stride=(6, 1),
+    )
+    return nn.Parameter(made)
 
 
-def test_distributed_tensors_are_refused_in_a_later_group(two_processes: None) -> None:
+@pytest.mark.parametrize(
+    ("placements", "mesh", "said"),
+    [
+        ((Shard(1),), (2,), r"\(S\(1\)\)"),
+        ((Partial(),), (2,), r"\(P\(sum\)\)"),
+        ((Shard(0), Shard(0)), (1, 2), r"\(S\(0\), S\(0\)\)"),
+        ((_StridedShard(0, split_factor=2), Shard(0)), (1, 2), r"_S\(0, 2\)"),
+    ],
+    ids=str,
+)
+def test_other_placements_are_refused_by_name(
+    placements: tuple[Placement, ...], mesh: tuple[int, ...], said: str, two_processes: None
+) -> None:
+    weight = placed(*placements, mesh=mesh)
+    with pytest.raises(
+        ValueError, match=rf"head is a DTensor with placements .*{said}.*{ACCEPTED}"
+    ):
+        AdamW([("head", weight)])
     optimizer = build("adamw", tiny_model())
     groups = len(optimizer.param_groups)
-    weight = sharded_model().lm_head.weight
-    with pytest.raises(ValueError, match=f"head is a DTensor.*{PLAIN}"):
+    with pytest.raises(ValueError, match=rf"head is a DTensor with placements .*{ACCEPTED}"):
         optimizer.add_param_group({"params": [("head", weight)]})
     assert len(optimizer.param_groups) == groups
     assert weight not in optimizer.state
 
 
 @pytest.mark.parametrize("name", ["adamw", "galore_adamw"])
-def test_distributed_tensors_are_refused_in_place_of_others(name: str, two_processes: None) -> None:
+def test_shards_in_place_of_whole_parameters_are_refused(name: str, two_processes: None) -> None:
+    """`fully_shard` after `build` would otherwise train nothing, or lose the state."""
     model = tiny_model()
     optimizer = build(name, model)
+    set_gradients(model, 0)
+    optimizer.step()
     before = optimizer.state_dict()["state"]
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     shards = dict(model.named_parameters())
@@ -67,9 +92,22 @@ def test_distributed_tensors_are_refused_in_place_of_others(name: str, two_proce
         group["params"] = [shards[name] for name in group["param_names"]]
         for param in group["params"]:
             param.grad = torch.zeros_like(param)
-    with pytest.raises(ValueError, match=rf"\.weight and \d more is a DTensor.*{PLAIN}"):
+    with pytest.raises(ValueError, match=r"a DTensor took the place of .* after fully_shard"):
         optimizer.step()
     assert before.keys() == {*range(8)}
+
+
+def test_a_model_that_is_sharded_already_is_not_converted(two_processes: None) -> None:
+    model = sharded_model()
+    for name in ("relora_adamw", "sltrain_adamw", "qgalore_adamw_8bit"):
+        with pytest.raises(ValueError, match=r"inside fully_shard .* before wrapping"):
+            build(name, model, rank=4)
+    assert isinstance(model.self_attn["q_proj"], nn.Linear)
+
+
+def test_heads_that_share_a_basis_are_not_spread(two_processes: None) -> None:
+    with pytest.raises(ValueError, match=r"q_proj\.weight is spread over processes.*heads share"):
+        build("galore_plus_adamw", sharded_model(), rank=4, heads=4)
 
 
 @pytest.mark.parametrize("original", [False, True])
@@ -110,36 +148,3 @@ def test_partitions_of_zero_stage_3_are_refused() -> None:
     weight.ds_id = 0  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="partitioned by DeepSpeed's ZeRO stage 3"):
         AdamW([weight])
-
-
-def test_param_groups_say_so_first(two_processes: None) -> None:
-    with pytest.raises(ValueError, match=r"embed_tokens\.weight is a DTensor"):
-        param_groups(sharded_model())
-
-
-def _worker(rank: int, world: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store-{world}", rank=rank, world_size=world
-    )
-    model = tiny_model()
-    fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
-    said = []
-    for name in NAMES:
-        try:
-            build(name, model, rank=4)
-        except ValueError as error:
-            said.append(str(error))
-    torch.save(said, f"{folder}/{world}-{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
-def test_fully_sharded_models_are_refused_on_each_process(world: int, tmp_path: Path) -> None:
-    mp.spawn(_worker, (world, str(tmp_path)), nprocs=world)
-    for rank in range(world):
-        said = torch.load(tmp_path / f"{world}-{rank}.pt")
-        assert len(said) == len(NAMES)
-        assert all("DTensor" in text and PLAIN in text for text in said)

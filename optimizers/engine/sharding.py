@@ -1,0 +1,202 @@
+"""Which part of a parameter lies on this process.
+
+FSDP2 (`torch.distributed.fsdp.fully_shard`) makes parameters DTensors. Accepted placements are one
+`Shard(0)`, and `Replicate` over any other dimensions of the mesh (HSDP). A step sees plain local
+tensors: rows of the weight and its gradient, and a `LocalState` that knows which `Part` of the
+(projected) gradient its moments belong to. In `optimizer.state` moments are DTensors over the
+parameter's mesh, bases and step counts plain tensors, equal on all processes.
+
+Moments of a right projection are spread as the rows are. A left projection, r x n, has the same
+rows everywhere; its moments are spread by columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .geometry import Geometry, RowRange, Side
+from .processes import ALONE, Processes, chunk_range
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+_ACCEPTED = (
+    "accepted is one Shard(0), and Replicate over other mesh dimensions (fully_shard, also HSDP)"
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The part of a (projected) gradient that this process's moments belong to.
+
+    Attributes:
+        shape: of the whole (projected) gradient.
+        axis: the axis that is spread over the processes; None where all of it is here.
+        start: first index held.
+        stop: one past the last index held.
+        processes: those that the parameter is spread over.
+        weight_entries: number of entries of the whole parameter.
+    """
+
+    shape: tuple[int, ...]
+    axis: int | None
+    start: int
+    stop: int
+    processes: Processes
+    weight_entries: int
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Part:
+        """All of a gradient, on this process."""
+        return cls(tuple(shape), None, 0, 0, ALONE, torch.Size(shape).numel())
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """The shape of this part."""
+        held = self.stop - self.start
+        return tuple(held if i == self.axis else size for i, size in enumerate(self.shape))
+
+    @property
+    def spread(self) -> Processes:
+        """The processes that hold the rest of the (projected) gradient."""
+        return ALONE if self.axis is None else self.processes
+
+    def sum_along(self, axis: int, tensor: Tensor) -> Tensor:
+        """Completes sums that this process took of its part along an axis."""
+        return self.processes.sum(tensor) if axis == self.axis else tensor
+
+
+class LocalState(dict[str, Any]):
+    """A parameter's state during a step: local tensors, and integers that are written through."""
+
+    def __init__(self, origin: dict[str, Any], part: Part) -> None:
+        """Unwraps the DTensors of a state in `optimizer.state`."""
+        super().__init__((key, local_part(value)) for key, value in origin.items())
+        self._origin, self.part = origin, part
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        """Sets an integer here and in the optimizer's state; tensors are written in place."""
+        super().__setitem__(key, value)
+        self._origin[key] = value
+
+
+def part_of(state: dict[str, Any]) -> Part | None:
+    """The part of the (projected) gradient that a state's moments belong to; None for all of it."""
+    return getattr(state, "part", None)
+
+
+def is_dtensor(value: Any) -> bool:
+    """Whether a value is a DTensor, without importing them."""
+    return hasattr(value, "placements") and hasattr(value, "device_mesh")
+
+
+def local_part(value: Any) -> Any:
+    """A DTensor's local tensor; anything else itself."""
+    return value.to_local() if is_dtensor(value) else value
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of a parameter on this process.
+
+    Attributes:
+        shape: of the whole parameter.
+        rows: the rows held; of a scalar the only entry.
+        mesh: of the DTensor; None for a plain tensor.
+        mesh_dim: the mesh dimension that rows are spread over, if any.
+    """
+
+    shape: tuple[int, ...]
+    rows: RowRange
+    mesh: DeviceMesh | None = None
+    mesh_dim: int | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the parameter is a plain tensor."""
+        return self.mesh is None
+
+    @property
+    def entries(self) -> int:
+        """Number of entries of the whole parameter."""
+        return torch.Size(self.shape).numel()
+
+    def local_state(self, state: dict[str, Any], geometry: Geometry | None) -> dict[str, Any]:
+        """A parameter's state as a step sees it; of a plain tensor the state itself."""
+        return state if self.plain or not state else LocalState(state, self.part(geometry))
+
+    def part(self, geometry: Geometry | None) -> Part:
+        """The part of the (projected) gradient whose moments are here."""
+        processes = self.rows.processes
+        if geometry is None:
+            return Part(
+                *(self.shape, 0 if self.shape else None, self.rows.start, self.rows.stop),
+                *(processes, self.entries),
+            )
+        shape = geometry.projected_shape()
+        if geometry.side is Side.RIGHT:
+            return Part(shape, 0, self.rows.start, self.rows.stop, processes, self.entries)
+        if geometry.side is Side.LEFT:
+            held = processes.columns(shape[1])
+            return Part(shape, 1, held.start, held.stop, processes, self.entries)
+        return Part(shape, None, 0, shape[0], processes, self.entries)
+
+    def chunk(self, count: int) -> range:
+        """Which of `count` indices of a spread state entry are here."""
+        return chunk_range(count, self.rows.processes.world, self.rows.processes.rank)
+
+    def distribute(self, local: Tensor, dim: int, shape: Sequence[int]) -> Tensor:
+        """A DTensor of a given shape that is spread along `dim` as the parameter is by rows."""
+        from torch.distributed.tensor import DTensor, Replicate
+        from torch.distributed.tensor import Shard as Placement
+
+        assert self.mesh is not None
+        placements: list[Any] = [Replicate()] * self.mesh.ndim
+        if self.mesh_dim is not None:
+            placements[self.mesh_dim] = Placement(dim)
+        whole = torch.empty(tuple(shape), device="meta")
+        made: Tensor = DTensor.from_local(
+            local,
+            self.mesh,
+            placements,
+            run_check=False,
+            shape=whole.shape,
+            stride=whole.stride(),
+        )
+        return made
+
+
+def shard_of(param: Tensor, called: str | None = None) -> Shard:
+    """Which part of a parameter lies here.
+
+    Args:
+        param: a plain tensor or a DTensor.
+        called: its name in messages.
+
+    Raises:
+        ValueError: its placements aren't accepted.
+    """
+    shape = tuple(param.shape)
+    whole = RowRange.whole(shape[0] if shape else 1)
+    if not is_dtensor(param):
+        return Shard(shape, whole)
+    mesh: DeviceMesh = param.device_mesh  # type: ignore[attr-defined]
+    placements: Sequence[Any] = param.placements  # type: ignore[attr-defined]
+    split = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
+    # By the exact type: a _StridedShard is a Shard too.
+    known = all(type(placements[i]).__name__ == "Shard" and placements[i].dim == 0 for i in split)
+    if not known or len(split) > 1:
+        named = ", ".join(map(str, placements))
+        name = called or f"the parameter of shape {shape}"
+        raise ValueError(f"{name} is a DTensor with placements ({named}): {_ACCEPTED}")
+    if not split:
+        return Shard(shape, whole, mesh)
+    (dim,) = split
+    processes = Processes.of(mesh.get_group(dim))
+    held = chunk_range(shape[0], processes.world, processes.rank)
+    return Shard(shape, RowRange(held.start, held.stop, processes), mesh, dim)
