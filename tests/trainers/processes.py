@@ -31,7 +31,6 @@ class Job:
     Attributes:
         arguments: of `lowrank`.
         processes: how many share the run; 1 starts it without torchrun's environment.
-        adamw: whether torch's own AdamW stands in for the optimizer.
         stop: {rank: (step, signal)} sent to itself at the start of the step after `step`, or, with
             a negative step, while the checkpoint of step -step is written.
         folders: the processes' working folders.
@@ -40,7 +39,6 @@ class Job:
 
     arguments: Sequence[str]
     processes: int = 1
-    adamw: bool = False
     stop: dict[str, tuple[int, int]] = field(default_factory=dict)
     folders: Sequence[str] = ()
     copied: tuple[str, str] | None = None
@@ -163,8 +161,6 @@ def _become(job: Job, rank: int, port: int, folder: Path) -> None:
             )
         if job.folders:
             os.chdir(job.folders[rank])
-        if job.adamw:
-            _stand_in()
         _skip_report()
         if str(rank) in job.stop:
             stop_itself(*job.stop[str(rank)])
@@ -205,24 +201,6 @@ def stop_itself(step: int, number: int) -> None:
         take(self)
 
     loop.Loop._step = dying  # type: ignore[method-assign]
-
-
-def _stand_in() -> None:
-    import torch
-
-    from lowrank.trainers import strategies
-
-    class PlainAdamW(torch.optim.AdamW):
-        def share_refreshes(self) -> None:
-            pass
-
-        def register_refresh_hook(self, hook: object) -> Any:
-            return self.register_step_post_hook(lambda *_: None)
-
-    def build(name: str, model: torch.nn.Module, lr: float, **options: Any) -> Any:
-        return PlainAdamW(model.parameters(), lr=lr, weight_decay=0.1)
-
-    strategies.build = build
 
 
 if __name__ == "__main__":

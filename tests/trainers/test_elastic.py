@@ -46,11 +46,11 @@ def runs(
     arguments: Arguments, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[Outcome]]:
     base = tmp_path_factory.mktemp("runs")
-    jobs = [Job(arguments(base / "whole"), adamw=True)]
+    jobs = [Job(arguments(base / "whole"))]
     for name, ((size, strategy), (size_after, after)) in CHANGES.items():
         killed = {str(size - 1): (5, int(signal.SIGKILL))}
-        jobs.append(Job(arguments(base / name, strategy), size, True, killed))
-        jobs.append(Job(arguments(base / name, after), size_after, True))
+        jobs.append(Job(arguments(base / name, strategy), size, killed))
+        jobs.append(Job(arguments(base / name, after), size_after))
     return base, run_jobs(jobs, base / "jobs")
 
 
@@ -79,9 +79,9 @@ def test_on_as_many_processes_a_run_goes_on_to_the_bit(
     written = [{rank: (-6, int(signal.SIGKILL))} for rank in ("0", "1")]
     folder = tmp_path / "broken"
     jobs = [
-        Job(arguments(tmp_path / "whole", FSDP2), 2, True),
-        *(Job(arguments(folder, FSDP2), 2, True, stop) for stop in (killed, *written)),
-        Job(arguments(folder, FSDP2), 2, True),
+        Job(arguments(tmp_path / "whole", FSDP2), 2),
+        *(Job(arguments(folder, FSDP2), 2, stop) for stop in (killed, *written)),
+        Job(arguments(folder, FSDP2), 2),
     ]
     outcomes = run_jobs(jobs, tmp_path / "jobs")
     for outcome in outcomes[2:]:
@@ -100,7 +100,7 @@ def test_a_run_that_left_no_checkpoint_starts_afresh_with_its_batch(
     stop = {"0": (2, int(signal.SIGKILL))}
     shared = [item for item in arguments(tmp_path / "run", "train.accumulation=2")]
     shared.remove("distributed.data_shards=2")
-    jobs = [Job(shared, 2, True, stop), Job(shared, 1, True)]
+    jobs = [Job(shared, 2, stop), Job(shared, 1)]
     first, second = run_jobs(jobs, tmp_path / "jobs")
     assert "training for 8 steps of 8 x" in first.outputs[0]
     assert "training for 8 steps of 8 x" in second.outputs[0]
@@ -116,16 +116,16 @@ def test_processes_in_folders_of_their_own_write_one_run(
     shutil.copytree(corpus, folders[0] / "texts")
     write_corpus(folders[1] / "texts", documents=50)
     places = tuple(map(str, folders))
-    again = ["pretrain", "--resume=run/checkpoints/step-00000003"]
+    again = ["pretrain", "--resume=run/checkpoints/step-00000006"]
     jobs = [
-        Job(arguments(Path("run"), FSDP2), 2, True, folders=places),
-        Job(again, 2, True, folders=places),
+        Job(arguments(Path("run"), FSDP2), 2, folders=places),
+        Job(again, 2, folders=places),
         # The same name, and other texts in the second folder.
-        Job(arguments(Path("other"), "data.source=texts"), 2, True, folders=places),
+        Job(arguments(Path("other"), "data.source=texts"), 2, folders=places),
     ]
     first, second, other = run_jobs(jobs, tmp_path / "jobs")
     assert first.statuses == second.statuses == [0, 0], (first.errors, second.errors)
-    assert "resuming at step 3" in second.outputs[0]
+    assert "resuming at step 6" in second.outputs[0]
     assert summary(folders[0] / "run")["strategy"] == "fsdp2"
     assert {path.name for path in folders[1].iterdir()} == {"texts"}
     assert other.statuses == [2, 2]

@@ -33,7 +33,7 @@ def outcomes(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     for name, (rank, number) in SIGNALS.items():
         flags = [f"--output={base / name}", "--steps=8", f"--data={corpus}"]
         settings = [*TINY, "distributed.timeout=3"]
-        jobs.append(Job(["pretrain", *flags, *settings], 3, True, {rank: (2, int(number))}))
+        jobs.append(Job(["pretrain", *flags, *settings], 3, {rank: (2, int(number))}))
     return dict(zip(SIGNALS, run_jobs(jobs, base / "jobs"), strict=True))
 
 

@@ -44,11 +44,10 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
         "model.activation_checkpointing=true",
     )
     jobs = {
-        "one": Job(arguments("one", shards, "train.clip=0.5"), adamw=True),
-        "two": Job(arguments("two", *sharded), processes=2, adamw=True),
+        "one": Job(arguments("one", shards, "train.clip=0.5")),
+        "two": Job(arguments("two", *sharded), processes=2),
         "resumed": Job(
             ["pretrain", f"--resume={base / 'resumed' / 'checkpoints' / 'step-00000003'}"],
-            adamw=True,
             copied=(str(base / "two"), str(base / "resumed")),
         ),
     }
