@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -33,6 +33,24 @@ class _Fill:
     dtype: torch.dtype
 
 
+class _Scratch:
+    """One piece of memory for all draws.
+
+    Of many, the C library would keep much between the generator's states, which stay.
+    """
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor; it is valid until the next call."""
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if self._bytes.numel() < size:
+            self._bytes = torch.empty(0, dtype=torch.uint8)  # never two at once
+            self._bytes = torch.empty(size, dtype=torch.uint8)
+        return self._bytes[:size].view(dtype).view(tuple(shape))
+
+
 class FirstWeights:
     """While it is entered, new parameters are on the meta device and their fills are noted.
 
@@ -49,7 +67,8 @@ class FirstWeights:
         self._parameters: list[Tensor] = []
         self._named: dict[str, _Fill] = {}
         self._register: Any = None
-        self._mode = _Notes(self._fills)
+        self._scratch = _Scratch()
+        self._mode = _Notes(self._fills, self._scratch)
 
     def __enter__(self) -> Self:
         self._register = register = nn.Module.register_parameter
@@ -97,7 +116,7 @@ class FirstWeights:
         for name, parameter in network.named_parameters():
             fill = self._named[name]
             torch.set_rng_state(fill.random)
-            whole = torch.empty(parameter.shape, dtype=fill.dtype)
+            whole = self._scratch.take(parameter.shape, fill.dtype)
             fill.function(whole, *fill.arguments, **fill.keywords)
             target = parameter.detach()
             target = target.to_local() if hasattr(target, "to_local") else target
@@ -108,9 +127,9 @@ class FirstWeights:
 class _Notes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes what fills tensors on the meta device."""
 
-    def __init__(self, fills: dict[int, _Fill]) -> None:
+    def __init__(self, fills: dict[int, _Fill], scratch: _Scratch) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._fills = fills
+        self._fills, self._scratch = fills, scratch
 
     def __torch_dispatch__(
         self,
@@ -128,7 +147,7 @@ class _Notes(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     " for a part of a parameter; train it without distributed.strategy=fsdp2"
                 )
             random = torch.get_rng_state()
-            drawn = torch.empty(target.shape, dtype=target.dtype)
+            drawn = self._scratch.take(target.shape, target.dtype)
             func(drawn, *args[1:], **keywords)
             self._fills[id(target)] = _Fill(random, func, args[1:], keywords, target.dtype)
             return target
