@@ -111,10 +111,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Terminated as end:
             how = f"go on with: lowrank pretrain --resume {end.checkpoint.parent.parent}"
             return _fail(f"{end}; {how}", EXIT_TERMINATED, end)
-        except KeyboardInterrupt:
-            return _fail(
-                "interrupted; what was saved can be resumed with --resume", EXIT_INTERRUPTED
-            )
+        except KeyboardInterrupt as end:
+            text = "interrupted; what was saved can be resumed with --resume"
+            return _fail(text, EXIT_INTERRUPTED, end)
         except (ValueError, ImportError) as error:
             return _fail(str(error), EXIT_WRONG, error)
         except OSError as error:

@@ -8,7 +8,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -27,13 +27,11 @@ class World:
         rank: this process's number; 0 writes files and messages.
         size: number of processes.
         device: where this process computes.
-        watch: on the other processes, None where there are none.
     """
 
     rank: int
     size: int
     device: torch.device
-    watch: Watch | None = field(default=None, compare=False, repr=False)
 
     @property
     def leads(self) -> bool:
@@ -116,6 +114,9 @@ def join(
         device_name: `train.device`.
         environment: where RANK, WORLD_SIZE and LOCAL_RANK are looked up.
         timeout: seconds after which a process that doesn't answer counts as lost.
+
+    Raises:
+        LostProcessError: another process has ended or no longer answers.
     """
     size = int(environment.get("WORLD_SIZE", "1"))
     rank = int(environment.get("RANK", "0"))
@@ -125,25 +126,36 @@ def join(
     if size == 1:
         yield World(0, 1, device)
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     # A restart by torchrun counts anew.
     prefix = f"lowrank/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    hosted = environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        limit = timedelta(seconds=timeout)
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=limit)
+        watch = Watch(connections(address, port, prefix), rank, size, timeout, hosted=hosted)
+    except RuntimeError as error:
+        if not is_connection_failure(error):
+            raise
+        raise LostProcessError(
+            f"rank {rank} doesn't reach the other {size - 1} process(es) through {address}:{port}"
+            f" ({_first_line(error)}); all have to be started within distributed.timeout"
+            f" ({timeout:g} seconds)"
+        ) from error
     assert dist.group.WORLD is not None
     _GROUPS.append(dist.group.WORLD)
-    connect = connections(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), prefix)
     try:
-        hosted = environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        with Watch(connect, rank, size, timeout, hosted=hosted) as watch:
-            yield World(rank, size, device, watch)
-            # Together: a process that ends earlier may close connections that others still use.
+        with watch, _as_one(watch):
+            yield World(rank, size, device)
+            # Together: a process that ends earlier may close connections that others use.
             dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
 @contextmanager
-def as_one(world: World) -> Iterator[None]:
+def _as_one(watch: Watch) -> Iterator[None]:
     """Lets several processes speak with one voice while the block runs.
 
     A warning or an error that all of them have is shown by one; an exchange that fails because
@@ -153,10 +165,6 @@ def as_one(world: World) -> Iterator[None]:
     Raises:
         LostProcessError: another process has ended or no longer answers.
     """
-    watch = world.watch
-    if watch is None:
-        yield
-        return
     show = warnings.showwarning
     in_main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
@@ -168,7 +176,7 @@ def as_one(world: World) -> Iterator[None]:
     warnings.showwarning = show_once
     try:
         yield
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if is_connection_failure(error):
             lost = LostProcessError(f"{watch.explain(_first_line(error))}; {ADVICE}")
             if not watch.first_here(LOST):
@@ -180,7 +188,7 @@ def as_one(world: World) -> Iterator[None]:
         raise
     finally:
         warnings.showwarning = show
-        if in_main:
+        if in_main and handler is not None:
             signal.signal(signal.SIGTERM, handler)
 
 

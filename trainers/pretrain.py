@@ -26,7 +26,7 @@ from .data import (
     check_division,
     data_fingerprint,
 )
-from .distributed import World, as_one, join
+from .distributed import World, join
 from .loop import Loop
 from .metrics import cut_after
 from .models import parameter_count
@@ -90,7 +90,7 @@ def pretrain(request: Request, console: Console) -> Path:
         LostProcessError: another process has ended or no longer answers.
     """
     device, timeout = _joining(request)
-    with join(device, timeout=timeout) as world, as_one(world):
+    with join(device, timeout=timeout) as world:
         place, config = _locate(request, world, console)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)

@@ -42,7 +42,7 @@ def catch_termination(*, alone: bool = True) -> Iterator[Wish]:
     Args:
         alone: whether this is the run's only process. With others, an error that leaves the block
             may come of a lost process, for which torchrun sends SIGTERM at once: the flag stays
-            in place, for `distributed.as_one` to remove.
+            in place, for `distributed.join` to remove.
     """
     wish = Wish()
     if threading.current_thread() is not threading.main_thread():

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from processes import Job, Outcome, run_jobs
+from processes import Job, Outcome, free_port, run_jobs
 from tiny_runs import TINY
 
 from lowrank.trainers import watch
-from lowrank.trainers.watch import ADVICE, Watch, is_connection_failure
+from lowrank.trainers.distributed import join
+from lowrank.trainers.watch import ADVICE, LostProcessError, Watch, is_connection_failure
 
 #: By name: which rank gets which signal at the start of the step after 2.
 SIGNALS = {
@@ -23,6 +24,7 @@ SIGNALS = {
     "the first killed": ("0", signal.SIGKILL),
     "stopped": ("1", signal.SIGSTOP),
     "asked to end": ("1", signal.SIGTERM),
+    "interrupted": ("1", signal.SIGINT),
 }
 
 
@@ -72,6 +74,15 @@ def test_processes_that_one_asks_to_end_save_and_end_together(
     told = own_lines(outcome)
     assert len(told) == 1, told
     assert "ended by SIGTERM after step 3; saved" in told[0]
+
+
+@pytest.mark.slow
+def test_an_interruption_is_told_once(outcomes: dict[str, Outcome]) -> None:
+    outcome = outcomes["interrupted"]
+    assert sorted(outcome.statuses) == [1, 1, 130]
+    assert own_lines(outcome) == [
+        "lowrank: interrupted; what was saved can be resumed with --resume"
+    ]
 
 
 class _Store:
@@ -160,3 +171,20 @@ def test_failures_of_connections_are_known_from_others() -> None:
     with pytest.raises(dist.DistStoreError) as told:
         store.get("nothing")
     assert is_connection_failure(told.value)
+
+
+def test_a_process_that_finds_no_others_says_where_it_looked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    port = str(free_port())
+    environment = {
+        "RANK": "1",
+        "WORLD_SIZE": "3",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    text = rf"^rank 1 doesn't reach the other 2 process\(es\) through 127\.0\.0\.1:{port} "
+    with pytest.raises(LostProcessError, match=text), join("cpu", environment, timeout=1):
+        pass
