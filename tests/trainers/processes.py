@@ -6,6 +6,7 @@ once and forks the processes of each run, as torchrun would start them.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -20,6 +21,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+#: In place of a signal: a full disk, for the parts of the optimizer's state or for the weights.
+FULL_SHARDS, FULL_WEIGHTS = 0, -1
+
 #: Seconds after which a job's processes are killed.
 JOB_SECONDS = 60
 
@@ -32,7 +36,8 @@ class Job:
         arguments: of `lowrank`.
         processes: how many share the run; 1 starts it without torchrun's environment.
         stop: {rank: (step, signal)} sent to itself at the start of the step after `step`, or, with
-            a negative step, while the checkpoint of step -step is written.
+            a negative step, while the checkpoint of step -step is written; FULL_SHARDS and
+            FULL_WEIGHTS stand for a full disk there.
         folders: the processes' working folders.
         copied: (from, to): a run's folder that is copied before.
     """
@@ -181,13 +186,21 @@ def _skip_report() -> None:
 
 def stop_itself(step: int, number: int) -> None:
     """Has this process send itself a signal, see `Job.stop`."""
-    from lowrank.trainers import loop, parts
+    from lowrank.trainers import loop, parts, sharded_checkpoint
 
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if step < 0 and number == FULL_WEIGHTS:
+        sharded_checkpoint._header = full
+        return
     if step < 0:
         write = parts.write_shards
 
         def dying_in_write(*arguments: Any) -> None:
-            if arguments[1].name.endswith(f"{-step:08d}"):
+            if number == FULL_SHARDS:
+                sharded_checkpoint.FileSystemWriter.write_data = full
+            elif arguments[1].name.endswith(f"{-step:08d}"):
                 os.kill(os.getpid(), signal.Signals(number))
             write(*arguments)
 

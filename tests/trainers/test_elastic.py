@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from processes import Job, Outcome, run_jobs
+from processes import FULL_SHARDS, FULL_WEIGHTS, Job, Outcome, run_jobs
 from test_sharded_runs import losses
 from tiny_runs import TINY, comparable_metrics, summary, write_corpus
 
@@ -92,6 +92,33 @@ def test_on_as_many_processes_a_run_goes_on_to_the_bit(
     assert summary(folder)["weights_sha256"] == summary(tmp_path / "whole")["weights_sha256"]
     left = {path.name for path in (folder / "checkpoints").iterdir()}
     assert left == {"step-00000006", "step-00000008"}
+
+
+def test_a_full_disk_is_told_once_and_leaves_the_former_checkpoint(
+    arguments: Arguments, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    jobs = [
+        Job(arguments(folder, FSDP2), 2, {"0": (5, int(signal.SIGKILL))}),
+        Job(arguments(folder, FSDP2), 2, {"1": (-6, FULL_SHARDS)}),
+        Job(arguments(folder, FSDP2), 2, {"0": (-6, FULL_WEIGHTS)}),
+        Job(arguments(folder, FSDP2), 2),
+    ]
+    _, shards, weights, last = run_jobs(jobs, tmp_path / "jobs")
+    for outcome, why in (
+        (shards, "No space left on device on rank 1"),
+        (weights, "model.safetensors: No space left on device"),
+    ):
+        assert outcome.statuses == [1, 1], outcome.errors
+        told = [line for error in outcome.errors for line in error.splitlines()]
+        assert len(told) == 1, told
+        assert f"step-00000006 can't be written ({why}); the last whole one is" in told[0]
+    assert "resuming at step 4 of 8" in last.outputs[0]
+    assert last.statuses == [0, 0]
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {
+        "step-00000006",
+        "step-00000008",
+    }
 
 
 def test_a_run_that_left_no_checkpoint_starts_afresh_with_its_batch(
