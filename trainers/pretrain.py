@@ -15,17 +15,11 @@ from rich.console import Console
 
 from lowrank.optimizers import describe
 
+from .agreement import check_processes, check_same_data, check_shared
 from .checkpoint import CheckpointStore
 from .config import RunConfig
 from .config_io import Layer, from_mapping, merge, read_layer, write_config
-from .data import (
-    Tokenizer,
-    TrainingShare,
-    ValidationSet,
-    build_tokenizer,
-    check_division,
-    data_fingerprint,
-)
+from .data import Tokenizer, TrainingShare, ValidationSet, build_tokenizer
 from .distributed import World, join
 from .loop import Loop
 from .metrics import cut_after
@@ -104,7 +98,7 @@ def _run(config: RunConfig, place: Place, world: World, console: Console) -> Non
     store = store_of(folder, keep=config.checkpoint.keep, keep_best=config.checkpoint.best)
     with _build(config, world) as parts:
         if place.checkpoint is not None:
-            _check_shared(place.checkpoint.folder, world)
+            check_shared(place.checkpoint.folder, world)
             read_parts(place.checkpoint.folder, parts)
         if parts.state.step < config.train.steps:
             parts.stream.prefetch()  # data of no use are found before a file is written
@@ -203,7 +197,7 @@ def _decide(request: Request, size: int, console: Console) -> tuple[Place, RunCo
             " data; choose another"
         )
     if config:
-        _check_processes(config, size)
+        check_processes(config, size)
     name = f"{config.model.name}-{config.optimizer.name}" if config else ""
     place = find_place(name, request.output, request.resume, warn)
     if size > 1:
@@ -219,22 +213,15 @@ def _decide(request: Request, size: int, console: Console) -> tuple[Place, RunCo
         config = resumed_config(content, canonical(request.settings, named))
         # Before anything is built: options of another optimizer would fail there with other words.
         check_unchanged(from_mapping(content), config, checkpoint, place.checkpoint.step)
-        _check_processes(config, size)
+        check_processes(config, size)
         return place, config
     # With a folder to resume there is a checkpoint, so these are the settings resolved above.
     assert config is not None
     shards_before = _begun_data_shards(saved) if place.restarts else 0
     shards = config.distributed.data_shards or shards_before or size
     config = replace(config, distributed=replace(config.distributed, data_shards=shards))
-    _check_processes(config, size)
+    check_processes(config, size)
     return place, config
-
-
-def _check_processes(config: RunConfig, size: int) -> None:
-    """Refuses a strategy that can't be had, and processes that can't share a step evenly."""
-    strategy_of(config, size)
-    shards = config.distributed.data_shards or size
-    check_division(config.train.batch_size, config.train.accumulation, shards, size)
 
 
 def _begun_data_shards(saved: Path) -> int:
@@ -274,7 +261,7 @@ def _prepare(
 def _build(config: RunConfig, world: World) -> Iterator[Parts]:
     """Everything the run needs, at step 0; ends the data's helper processes at the end."""
     tokenizer = _tokenizer(config, world)
-    _check_same_data(config, tokenizer, world)
+    check_same_data(config, tokenizer, world)
     seed_everything(config.train.seed)
     training = build_training(config, world)
     stream = TrainingShare(
@@ -312,31 +299,6 @@ def _build(config: RunConfig, world: World) -> Iterator[Parts]:
         )
     finally:
         stream.close()
-
-
-def _check_shared(checkpoint: Path, world: World) -> None:
-    """Refuses a checkpoint that isn't there for all processes, before it looks damaged to some."""
-    for rank, seen in enumerate(world.gather(checkpoint.is_dir())):
-        if not seen:
-            raise ValueError(
-                f"rank {rank} doesn't see {checkpoint}; --output must be on a file system that all"
-                " machines share"
-            )
-
-
-def _check_same_data(config: RunConfig, tokenizer: Tokenizer, world: World) -> None:
-    """Refuses processes that would train on different data without a word."""
-    if world.size == 1:
-        return
-    own = {"data": data_fingerprint(config.data), "tokenizer": tokenizer.fingerprint}
-    first, *others = world.gather(own)
-    for rank, other in enumerate(others, start=1):
-        for what in own:
-            if other[what] != first[what]:
-                raise ValueError(
-                    f"rank {rank} and rank 0 have different {what} for data.source"
-                    f" {config.data.source!r}; every machine needs the same"
-                )
 
 
 def _tokenizer(config: RunConfig, world: World) -> Tokenizer:

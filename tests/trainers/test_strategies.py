@@ -13,9 +13,10 @@ from tiny_runs import summary
 
 import lowrank.optimizers
 from lowrank.trainers import strategies
+from lowrank.trainers.agreement import check_same_data, check_shared
 from lowrank.trainers.data import data_fingerprint
 from lowrank.trainers.distributed import World
-from lowrank.trainers.pretrain import _check_same_data, _check_shared, resolve
+from lowrank.trainers.pretrain import resolve
 
 CPU = torch.device("cpu")
 Run = Callable[[list[str]], tuple[int, str, str]]
@@ -85,9 +86,9 @@ def test_low_rank_gradients_register_the_optimizers_hook(monkeypatch: pytest.Mon
 
 
 def test_a_checkpoint_that_a_process_does_not_see_is_not_called_damaged(tmp_path: Path) -> None:
-    _check_shared(tmp_path, several(True, True))
+    check_shared(tmp_path, several(True, True))
     with pytest.raises(ValueError, match=r"^rank 1 doesn't see .*; --output must be on a file"):
-        _check_shared(tmp_path, several(True, False))
+        check_shared(tmp_path, several(True, False))
 
 
 def test_other_data_or_another_tokenizer_are_named(corpus: Path) -> None:
@@ -95,11 +96,11 @@ def test_other_data_or_another_tokenizer_are_named(corpus: Path) -> None:
     tokenizer: Any = SimpleNamespace(fingerprint="own")
     data = data_fingerprint(config.data)
     same = {"data": data, "tokenizer": "own"}
-    _check_same_data(config, tokenizer, several(same))
+    check_same_data(config, tokenizer, several(same))
     with pytest.raises(ValueError, match=r"^rank 1 and rank 0 have different tokenizer for"):
-        _check_same_data(config, tokenizer, several({**same, "tokenizer": "other"}))
+        check_same_data(config, tokenizer, several({**same, "tokenizer": "other"}))
     with pytest.raises(ValueError, match=r"^rank 1 and rank 0 have different data for"):
-        _check_same_data(config, tokenizer, several({**same, "data": {}}))
+        check_same_data(config, tokenizer, several({**same, "data": {}}))
 
 
 def test_deepspeed_is_refused_by_name(tiny: Tiny, run: Run, tmp_path: Path) -> None:
