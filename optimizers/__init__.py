@@ -6,6 +6,9 @@ spellings (`APOLLOAdamW`).
 
 from typing import TYPE_CHECKING
 
+from .engine.low_rank_hook import GradientTraffic as GradientTraffic
+from .engine.low_rank_hook import LowRankHook as LowRankHook
+from .engine.low_rank_hook import register_low_rank_hook as register_low_rank_hook
 from .engine.method import exported as _exported
 from .engine.optimizer import LowRankOptimizer as LowRankOptimizer
 from .layers.events import LayerEvent as LayerEvent

@@ -164,17 +164,26 @@ def build(
     return optimizer
 
 
-def expected_state_bytes(name: str, model: nn.Module, **options: Any) -> int:
+def expected_state_bytes(name: str, model: nn.Module, world: int = 1, **options: Any) -> int:
     """Bytes of optimizer state by formula, with `build`'s defaults and options.
 
     The model may be on the meta device; only its shapes and dtypes are read.
 
+    Args:
+        name: one of `available()`.
+        model: the model, whole.
+        world: number of processes that its parameters are spread over by `fully_shard` (a dimension
+            of the mesh). Moments fall as 1 / world, bases are whole on each process.
+        **options: as for `build`.
+
     Returns:
-        The integer that `state_bytes(build(name, model, **options))` measures.
+        The integer that `state_bytes(build(name, model, **options))` measures, on the first of the
+        processes, which holds the most.
 
     Raises:
-        ValueError: as `build`.
+        ValueError: as `build`, or `world` is not a positive integer.
     """
+    checks.integer("world", world, low=1)
     method = _method(name)
     make_plain(options)
     group_options, keywords = _sort_options(method, options)
@@ -190,5 +199,5 @@ def expected_state_bytes(name: str, model: nn.Module, **options: Any) -> int:
         composition = template.compose(completed)
         for param in group["params"]:
             if param.numel():
-                total += composition.state_bytes(param.shape, param.element_size())
+                total += composition.state_bytes(param.shape, param.element_size(), world)
     return total

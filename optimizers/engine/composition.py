@@ -12,9 +12,11 @@ from torch import Tensor
 from ..projectors import Projector
 from ..residuals import Residual
 from ..rules import UpdateRule
+from ..rules.rows import SCALES
 from ..schedules import Schedule
-from .geometry import Geometry
+from .geometry import Geometry, RowRange
 from .options import ProjectionOptions
+from .processes import Processes, chunk_range
 from .sharding import Shard, local_part, shard_of
 
 STEP_BYTES = 4  # a 0-d fp32 tensor
@@ -103,19 +105,35 @@ class Composition:
         geometry = None if self.projection is None else self.projection.geometry(shard.shape)
         return new_moments(self.rule, shard, geometry, local_part(param.detach()))
 
-    def state_bytes(self, shape: Sequence[int], itemsize: int) -> int:
-        """Bytes of a parameter's state by formula: the step count and the entries of each part."""
-        if self.projection is None:
-            return STEP_BYTES + self.rule.state_bytes(shape, itemsize)
+    def state_bytes(self, shape: Sequence[int], itemsize: int, world: int = 1) -> int:
+        """Bytes of a parameter's state by formula: the step count and the entries of each part.
+
+        Args:
+            shape: of the whole parameter.
+            itemsize: bytes of its entries.
+            world: number of processes that its rows are spread over; the first one's bytes.
+        """
         projection = self.projection
-        geometry = projection.geometry(shape)
+        geometry = None if projection is None else projection.geometry(shape)
+        total = STEP_BYTES + self._moment_bytes(shape, geometry, itemsize, world)
+        if projection is None or geometry is None:
+            return total
         return (
-            STEP_BYTES
+            total
             + projection.schedule.state_bytes(geometry)
             + projection.projector.state_bytes(geometry, itemsize)
             + projection.residual.state_bytes(geometry)
-            + self.rule.state_bytes(geometry.projected_shape(), itemsize)
         )
+
+    def _moment_bytes(
+        self, shape: Sequence[int], geometry: Geometry | None, itemsize: int, world: int
+    ) -> int:
+        if world == 1:
+            projected = shape if geometry is None else geometry.projected_shape()
+            return self.rule.state_bytes(projected, itemsize)
+        held = chunk_range(shape[0] if shape else 1, world, 0)
+        rows = RowRange(held.start, held.stop, Processes(None, world, 0))
+        return self.rule.part_bytes(Shard(tuple(shape), rows).part(geometry), itemsize)
 
 
 def new_moments(
@@ -141,8 +159,9 @@ def new_moments(
             continue
         shape = list(whole[key].shape)
         if dim is not None:
-            shape[dim] = len(shard.chunk(shape[dim]))
-        # Where a part's size isn't the entry's own (8-bit scales of blocks that parts share).
+            scales = key.endswith(SCALES)
+            shape[dim] = len(shard.chunk(shape[dim])) if scales else part.stop - part.start
+        # Other entries than the part's own: 8-bit scales of blocks that parts share.
         local = value if list(value.shape) == shape else value.new_zeros(shape)
         made[key] = local if dim is None else shard.distribute(local, dim, whole[key].shape)
     return made

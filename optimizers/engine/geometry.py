@@ -87,12 +87,14 @@ class RowRange:
     Attributes:
         start: first row held.
         stop: one past the last row held.
-        processes: those that hold the other rows, each its `chunk_range`.
+        processes: those that hold the other rows.
+        sizes: rows of each of them, in their order; those of `chunk_range` if empty.
     """
 
     start: int
     stop: int
     processes: Processes = field(default=ALONE)
+    sizes: tuple[int, ...] = ()
 
     @classmethod
     def whole(cls, rows: int) -> RowRange:
@@ -101,7 +103,8 @@ class RowRange:
 
     def part(self, span: slice) -> RowRange:
         """The rows of `span`, which counts from `start` and has explicit ends."""
-        return RowRange(self.start + span.start, self.start + span.stop, self.processes)
+        start = self.start
+        return RowRange(start + span.start, start + span.stop, self.processes, self.sizes)
 
     def alone(self) -> RowRange:
         """The same rows where sums over the processes are taken later."""
@@ -109,4 +112,4 @@ class RowRange:
 
     def assemble(self, local_kr: Tensor, rows: int) -> Tensor:
         """The whole tensor of `rows` rows from those of all processes; itself if all are here."""
-        return self.processes.gather_rows(local_kr, rows)
+        return self.processes.gather_rows(local_kr, rows, self.sizes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -17,7 +18,9 @@ from .options import Group, make_plain
 from .plan import Plan, Snapshot
 from .prepare import MadeBy, Maker, drop_unused, follow, revise
 from .seeds import seed_names
+from .state import untouched
 from .step import capturing
+from .zero import Partitions, partitioned
 
 
 class ManagedOptimizer(Optimizer):
@@ -35,6 +38,7 @@ class ManagedOptimizer(Optimizer):
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer`."""
         self._forget()
+        self._partitions: Partitions | None = None
         super().__init__(params, defaults)
 
     @abstractmethod
@@ -66,6 +70,45 @@ class ManagedOptimizer(Optimizer):
         self._snapshots: dict[int, tuple[Group, Snapshot]] = {}
         self._pending_moments: dict[Tensor, PendingMoments] = {}
         self._skipped = SkippedUpdates()
+
+    def _shown(self, *, stepping: bool = False) -> AbstractContextManager[None]:
+        """While parameters have been cut by ZeRO, shows blocks of them in the groups."""
+        if self._partitions is None:
+            self._adopt()
+        if self._partitions is None or self._partitions.groups is self.param_groups:
+            return nullcontext()
+        return self._partitions.shown(self, stepping=stepping)
+
+    def _adopt(self) -> None:
+        """Finds the pieces of parameters that ZeRO has cut since construction, if it has.
+
+        Raises:
+            ValueError: the optimizer has taken a step before.
+        """
+        plans = list(self._plans.values())
+        params = [param for plan in plans for param in plan.params]
+        held = {id(param) for plan in plans for param in plan.group["params"]}
+        if not any(partitioned(param) and id(param) not in held for param in params):
+            return
+        if not all(untouched(self.state[param]) for param in params if self.state.get(param)):
+            raise ValueError(
+                "the optimizer has taken a step before deepspeed.initialize: accepted is "
+                "initialize first, then load_checkpoint"
+            )
+        groups = [plan.group for plan in plans]
+        names = [plan.names for plan in plans]
+        partitions = Partitions(groups, [plan.params for plan in plans], names)
+        for param in params:
+            self.state.pop(param, None)
+        self._plans = {}
+        self._partitions = partitions
+        with partitions.shown(self):
+            for group, plan in zip(self.param_groups, plans, strict=True):
+                core = self._complete(group, plan.snapshot)
+                for block in group["params"]:
+                    if block.numel():
+                        self.state[block] = self.make_state(block, core, group)
+                self._record(group, core)
 
     def _record(self, group: Group, composition: Composition) -> None:
         drawn = seed_names(self.param_groups)[self._index_of(group)]
@@ -154,6 +197,7 @@ class ManagedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores a pickle or copy, and adds options that an older version lacked."""
         super().__setstate__(state)
+        self.__dict__.setdefault("_partitions", None)
         skipped = self.__dict__.get("_skipped")
         self._forget()
         self._skipped = skipped or self._skipped
@@ -171,6 +215,10 @@ class ManagedOptimizer(Optimizer):
         Raises:
             ValueError: a parameter that is in no group has a trained state.
         """
+        with self._shown():
+            return self._shown_state_dict()
+
+    def _shown_state_dict(self) -> dict[str, Any]:
         for group in self.param_groups:
             make_plain(group, self._known())
         for param in drop_unused(self.param_groups, self.state):
@@ -212,7 +260,8 @@ class ManagedOptimizer(Optimizer):
         before = self.register_load_state_dict_pre_hook(inspect)
         after = self.register_load_state_dict_post_hook(restore, prepend=True)
         try:
-            super().load_state_dict(state_dict)
+            with self._shown():
+                super().load_state_dict(state_dict)
         finally:
             before.remove()
             after.remove()

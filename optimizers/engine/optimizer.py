@@ -17,7 +17,7 @@ from .gradients import check_gradients
 from .managed import ManagedOptimizer
 from .options import Group, ProjectionOptions, check_common, check_lr, make_plain
 from .parameters import check_names, check_param, name_alike, names
-from .plan import Plan, Snapshot
+from .plan import Plan, Snapshot, numbered
 from .refresh import RefreshHook
 from .shared_refresh import SharedRefreshes
 from .step import Usable, step_plain, step_projected
@@ -167,10 +167,11 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
 
         A refresh then takes 1 / world of the time, and bases are equal on all processes to the bit.
         Only for copies: never where processes train different models, or one model on different
-        gradients between synchronisations (local SGD, federated training), which is why nothing
-        turns this on by itself. Each process of the group must call this, take the same steps,
-        load the same states, and change options alike; steps whose gradients differ in what is
-        `None` or not finite are fine. Random bases are drawn by each process and need no sending.
+        gradients between synchronisations (local SGD, federated training), which is why only
+        `register_low_rank_hook` turns this on by itself. Each process of the group must call this,
+        take the same steps, load the same states, and change options alike; steps whose gradients
+        differ in what is `None` or not finite are fine. Random bases are drawn by each process and
+        need no sending.
 
         It is not part of the state: a pickle or copy shares nothing.
 
@@ -207,29 +208,29 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         check_gradients(self.param_groups)
-        plans = self._prepare()
-        try:
-            with no_autocast():
-                self._advance(plans)
-        finally:
-            for plan in plans:
-                plan.release()
+        with self._shown(stepping=True):
+            plans = self._prepare()
+            try:
+                with no_autocast():
+                    self._advance(plans)
+            finally:
+                for plan in plans:
+                    plan.release()
         return loss
 
     def _advance(self, plans: Sequence[Plan]) -> None:
         """Takes the step of all groups in turn."""
-        count = sum(len(plan.params) for plan in plans if plan.core.projection is not None)
-        hooks, index = tuple(self._refresh_hooks.values()), 0
+        firsts, count = numbered(plans)
+        hooks = tuple(self._refresh_hooks.values())
         if self._shared is not None:
             self._shared.count_step()
-        for plan in plans:
+        for plan, first in zip(plans, firsts, strict=True):
             usable = self._usable(plan.group)
             if plan.core.projection is None:
                 step_plain(plan, usable)
             else:
                 pending = self._pending_moments
-                step_projected(plan, index, count, hooks, pending, usable, self._shared)
-                index += len(plan.params)
+                step_projected(plan, first, count, hooks, pending, usable, self._shared)
 
     def _usable(self, group: Group) -> Usable:
         if group["skip_nonfinite"] and not group["capturable"]:

@@ -94,8 +94,6 @@ def check_placement(param: Tensor, called: str) -> None:
     kind = None
     if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
         kind = "flattened by FSDP1 (FullyShardedDataParallel)"
-    elif hasattr(param, "ds_id"):
-        kind = "partitioned by DeepSpeed's ZeRO stage 3"
     if kind is not None:
         raise ValueError(f"{called} is {kind}: {_ACCEPTED}")
 

@@ -60,7 +60,4 @@ def whole_first_moment(rule: UpdateRule, state: dict[str, Any]) -> Tensor | None
     moment, part = rule.first_moment(state), part_of(state)
     if moment is None or part is None or part.axis is None:
         return moment
-    count = part.shape[part.axis]
-    if part.axis == 1:
-        return part.spread.gather_columns(moment, count)
-    return part.spread.gather_rows(moment, count)
+    return part.gather(moment)

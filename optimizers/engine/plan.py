@@ -162,6 +162,15 @@ class Plan:
         self.composition, self._lr = self.core.at_rate(self.group), lr
 
 
+def numbered(plans: Sequence[Plan]) -> tuple[list[int], int]:
+    """For each group the number of projected matrices before it; and their number in all groups."""
+    firsts, count = [], 0
+    for plan in plans:
+        firsts.append(count)
+        count += len(plan.params) if plan.core.projection is not None else 0
+    return firsts, count
+
+
 def _counts(states: Sequence[State]) -> list[Tensor | None]:
     return [state.get("step") for state in states]
 

@@ -96,16 +96,25 @@ class Processes:
         """The r x `count` tensor of which each process has its `columns`."""
         return part_rc if self.group is None else self.gather_rows(part_rc.mT, count).mT
 
-    def gather_rows(self, part_cr: Tensor, count: int) -> Tensor:
-        """The tensor of `count` rows of which process i has rows `chunk_range(count, world, i)`."""
+    def gather_rows(self, part_cr: Tensor, count: int, sizes: Sequence[int] = ()) -> Tensor:
+        """The whole tensor of which each process has some consecutive rows, in their order.
+
+        Args:
+            part_cr: this process's rows.
+            count: number of all rows.
+            sizes: rows of each process; those of `chunk_range` by default.
+        """
         if self.group is None:
             return part_cr
-        width, rest = -(-count // self.world), part_cr.shape[1:]
+        width, rest = max(sizes, default=-(-count // self.world)), part_cr.shape[1:]
         own = part_cr.new_zeros(width, *rest)
         own[: len(part_cr)] = part_cr
         gathered = part_cr.new_empty(self.world * width, *rest)
         _newest("all_gather_single", "all_gather_into_tensor")(gathered, own, group=self.group)
-        return gathered[:count]
+        if not sizes:
+            return gathered[:count]
+        parts = gathered.view(self.world, width, *rest).unbind()
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
 def _newest(name: str, older: str) -> Callable[..., Any]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .geometry import Geometry, RowRange, Side
 from .processes import ALONE, Processes, chunk_range
+from .row_block import RowBlock
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -40,6 +41,7 @@ class Part:
         start: first index held.
         stop: one past the last index held.
         processes: those that the parameter is spread over.
+        sizes: indices that each of them holds, see `RowRange`.
         weight_entries: number of entries of the whole parameter.
     """
 
@@ -48,12 +50,13 @@ class Part:
     start: int
     stop: int
     processes: Processes
+    sizes: tuple[int, ...]
     weight_entries: int
 
     @classmethod
     def whole(cls, shape: Sequence[int]) -> Part:
         """All of a gradient, on this process."""
-        return cls(tuple(shape), None, 0, 0, ALONE, torch.Size(shape).numel())
+        return cls(tuple(shape), None, 0, 0, ALONE, (), torch.Size(shape).numel())
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -65,6 +68,15 @@ class Part:
     def spread(self) -> Processes:
         """The processes that hold the rest of the (projected) gradient."""
         return ALONE if self.axis is None else self.processes
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The whole tensor from the processes' parts, of which this one is given."""
+        if self.axis is None:
+            return tensor
+        count = self.shape[self.axis]
+        if self.axis == 1:
+            return self.spread.gather_columns(tensor, count)
+        return self.spread.gather_rows(tensor, count, self.sizes)
 
     def sum_along(self, axis: int, tensor: Tensor) -> Tensor:
         """Completes sums that this process took of its part along an axis."""
@@ -96,8 +108,8 @@ def is_dtensor(value: Any) -> bool:
 
 
 def local_part(value: Any) -> Any:
-    """A DTensor's local tensor; anything else itself."""
-    return value.to_local() if is_dtensor(value) else value
+    """The local tensor of a DTensor or row block; anything else itself."""
+    return value.to_local() if hasattr(value, "to_local") else value
 
 
 @dataclass(frozen=True)
@@ -118,8 +130,8 @@ class Shard:
 
     @property
     def plain(self) -> bool:
-        """Whether the parameter is a plain tensor."""
-        return self.mesh is None
+        """Whether the parameter is a plain tensor, all of it here."""
+        return self.mesh is None and self.rows.processes.alone
 
     @property
     def entries(self) -> int:
@@ -132,30 +144,29 @@ class Shard:
 
     def part(self, geometry: Geometry | None) -> Part:
         """The part of the (projected) gradient whose moments are here."""
-        processes = self.rows.processes
-        if geometry is None:
-            return Part(
-                *(self.shape, 0 if self.shape else None, self.rows.start, self.rows.stop),
-                *(processes, self.entries),
-            )
-        shape = geometry.projected_shape()
-        if geometry.side is Side.RIGHT:
-            return Part(shape, 0, self.rows.start, self.rows.stop, processes, self.entries)
-        if geometry.side is Side.LEFT:
-            held = processes.columns(shape[1])
-            return Part(shape, 1, held.start, held.stop, processes, self.entries)
-        return Part(shape, None, 0, shape[0], processes, self.entries)
+        rows, entries = self.rows, self.entries
+        shape = self.shape if geometry is None else geometry.projected_shape()
+        if not shape or (geometry is not None and geometry.side is Side.BOTH):
+            return Part(shape, None, 0, 0, rows.processes, (), entries)
+        if geometry is not None and geometry.side is Side.LEFT:
+            held = rows.processes.columns(shape[1])
+            return Part(shape, 1, held.start, held.stop, rows.processes, (), entries)
+        return Part(shape, 0, rows.start, rows.stop, rows.processes, rows.sizes, entries)
 
     def chunk(self, count: int) -> range:
         """Which of `count` indices of a spread state entry are here."""
         return chunk_range(count, self.rows.processes.world, self.rows.processes.rank)
 
     def distribute(self, local: Tensor, dim: int, shape: Sequence[int]) -> Tensor:
-        """A DTensor of a given shape that is spread along `dim` as the parameter is by rows."""
+        """A tensor of a given shape that is spread along `dim` as the parameter is by rows.
+
+        A DTensor where the parameter is one, otherwise the local part.
+        """
+        if self.mesh is None:
+            return local
         from torch.distributed.tensor import DTensor, Replicate
         from torch.distributed.tensor import Shard as Placement
 
-        assert self.mesh is not None
         placements: list[Any] = [Replicate()] * self.mesh.ndim
         if self.mesh_dim is not None:
             placements[self.mesh_dim] = Placement(dim)
@@ -183,6 +194,8 @@ def shard_of(param: Tensor, called: str | None = None) -> Shard:
     """
     shape = tuple(param.shape)
     whole = RowRange.whole(shape[0] if shape else 1)
+    if isinstance(param, RowBlock):
+        return Shard(shape, param.rows)
     if not is_dtensor(param):
         return Shard(shape, whole)
     mesh: DeviceMesh = param.device_mesh  # type: ignore[attr-defined]

@@ -81,8 +81,7 @@ def _fused(
         return False
     assert not isinstance(update.alpha, Tensor)
     for chunk in chunks:
-        start = param.rows.start + chunk.start
-        rows = RowRange(start, start + chunk.rows, param.rows.processes)
+        rows = param.rows.part(slice(chunk.start, chunk.start + chunk.rows))
         step = None
         if direction is not None:
             step = projection.projector.back_project(param, rows, direction)

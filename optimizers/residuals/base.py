@@ -68,6 +68,8 @@ class Residual(ABC):
     OPTIONS: ClassVar[tuple[str, ...]] = ()
     #: Whether it uses the norms of the projected gradient and update along the projected axis.
     NORMS: ClassVar[bool] = False
+    #: Whether it uses the gradient outside the subspace.
+    READS_GRADIENT: ClassVar[bool] = True
     #: Numbers of dimensions of the parameters it accepts.
     DIMENSIONS: ClassVar[tuple[int, ...]] = (2,)
 
@@ -102,6 +104,7 @@ class Residual(ABC):
 class Dropped(Residual):
     """Nothing outside the subspace is used (GaLore)."""
 
+    READS_GRADIENT: ClassVar[bool] = False
     DIMENSIONS: ClassVar[tuple[int, ...]] = (2, 4)
 
     def compute_update(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from .base import Residual, WeightUpdate
 @dataclass(frozen=True)
 class SignedBack(Residual):
     """Nothing outside the subspace is used; the step is the sign of the back-projected update."""
+
+    READS_GRADIENT: ClassVar[bool] = False
 
     def compute_update(
         self, param: ProjectedParam, projected: Tensor, update: Update, projector: Projector

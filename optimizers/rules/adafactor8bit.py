@@ -17,10 +17,11 @@ from torch import Tensor
 from lowrank.cuda import blockwise
 
 from ..engine.rotation import Rotation
+from ..engine.sharding import Part
 from .adafactor import Adafactor
 from .base import RowUpdates, State, numel
 from .quantizers import NATIVE, Quantizer
-from .spread_blocks import cut_part, dequantize, quantize
+from .spread_blocks import cut_part, dequantize, quantize, scale_bytes
 
 KEY = "exp_avg"
 SCALES = "exp_avg_absmax"
@@ -56,6 +57,14 @@ class Adafactor8bit(Adafactor):
         """See `UpdateRule.deciding_for`: whether the first moment has 8 bits."""
         eight = numel(shape) >= self.min_8bit_size
         return replace(self, min_8bit_size=0 if eight else sys.maxsize)
+
+    def part_bytes(self, part: Part, itemsize: int) -> int:
+        """See `UpdateRule.part_bytes`: scales are those of its share of the whole's blocks."""
+        dense, size = Adafactor.state_bytes(self, part.local_shape, itemsize), numel(part.shape)
+        if self.beta1 is None or size < self.min_8bit_size:
+            return dense
+        held = numel(part.local_shape)
+        return dense - max(itemsize, 4) * held + held + scale_bytes(part)
 
     def spread(self, key: str, axis: int, shape: Sequence[int]) -> int | None:
         """See `UpdateRule.spread`: scales are spread by blocks."""

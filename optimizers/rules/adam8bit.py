@@ -21,10 +21,11 @@ from lowrank.cuda import blockwise
 from lowrank.cuda.native_update import knows_adam
 
 from ..engine.rotation import Rotation
+from ..engine.sharding import Part
 from .adam import Adam
 from .base import ElementwiseRule, RowUpdates, State, Update, UpdateRule, numel
 from .quantizers import NATIVE, Native, Quantizer
-from .spread_blocks import cut_part, dequantize, quantize
+from .spread_blocks import cut_part, dequantize, quantize, scale_bytes
 from .transport import transported_moments
 
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}
@@ -64,6 +65,12 @@ class Adam8bit(Adam):
     def deciding_for(self, shape: Sequence[int]) -> Self:
         """See `UpdateRule.deciding_for`: whether moments have 8 bits."""
         return replace(self, min_8bit_size=0 if self._is_8bit(shape) else sys.maxsize)
+
+    def part_bytes(self, part: Part, itemsize: int) -> int:
+        """See `UpdateRule.part_bytes`: scales are those of its share of the whole's blocks."""
+        if not self._is_8bit(part.shape):
+            return super().part_bytes(part, itemsize)
+        return 2 * (numel(part.local_shape) + scale_bytes(part))
 
     def spread(self, key: str, axis: int, shape: Sequence[int]) -> int | None:
         """See `UpdateRule.spread`: scales are spread by blocks."""

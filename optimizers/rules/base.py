@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..engine.chunks import row_chunks
 from ..engine.rotation import Rotation
+from ..engine.sharding import Part
 from .rows import BLOCK, state_rows
 
 State = dict[str, Any]
@@ -72,6 +73,10 @@ class UpdateRule(ABC):
     @abstractmethod
     def state_bytes(self, shape: Sequence[int], itemsize: int) -> int:
         """Bytes of these entries, for parameters of `itemsize` bytes an entry."""
+
+    def part_bytes(self, part: Part, itemsize: int) -> int:
+        """`state_bytes` of a part of a (projected) gradient that is spread over processes."""
+        return self.deciding_for(part.shape).state_bytes(part.local_shape, itemsize)
 
     def deciding_for(self, shape: Sequence[int]) -> Self:
         """The same rule with the decisions that it takes for a whole (projected) gradient.

@@ -19,11 +19,12 @@ from ..engine.chunks import wide_dtype
 from ..engine.fp32 import exact_fp32
 from ..engine.geometry import Geometry, Side
 from ..engine.options import ProjectionOptions
-from ..engine.sharding import part_of
+from ..engine.sharding import Part, part_of
 from ..projectors.operand import cast_product
 from ..projectors.random import gaussian
 from .adafactor import Adafactor
 from .base import RowUpdates, State, Update, UpdateRule
+from .precision import moments_itemsize
 
 
 def moment_growth(d: int, r: int, beta1: float, kappa: int) -> float:
@@ -76,6 +77,18 @@ class FloraRule(Adafactor):
     def init(self, shape: Sequence[int], like: Tensor) -> State:
         """Zero factors and moment, and a hash of the matrix's name, for its seeds."""
         return super().init(shape, like) | {"matrix": 0}
+
+    def part_bytes(self, part: Part, itemsize: int) -> int:
+        """See `UpdateRule.part_bytes`: sides are the whole matrix's."""
+        size, held = part.shape, part.local_shape
+        saved = sum(size) - sum(held)
+        if self.beta1 is not None and self._geometry(size).side is Side.RIGHT:
+            saved_moment = (size[0] - held[0]) * self._geometry(size).rank
+        else:
+            saved_moment = 0
+        whole = self.state_bytes(size, itemsize)
+        moment = moments_itemsize(self.moments_dtype, itemsize)
+        return whole - saved * max(itemsize, 4) - saved_moment * moment
 
     def spread(self, key: str, axis: int, shape: Sequence[int]) -> int | None:
         """See `UpdateRule.spread`: a moment of columns, r x n, is whole on each process."""

@@ -11,6 +11,8 @@ from ..engine.chunks import row_chunks, wide_dtype
 
 #: Entries per scale of 8-bit moments; chunks of a weight end at a block's end.
 BLOCK = 256
+#: Suffix of the key of a moment's scales.
+SCALES = "_absmax"
 
 
 def state_rows(state: dict[str, Any], rows: slice, grad: Tensor) -> dict[str, Any]:
@@ -23,7 +25,7 @@ def state_rows(state: dict[str, Any], rows: slice, grad: Tensor) -> dict[str, An
     for key, value in state.items():
         if isinstance(value, Tensor) and value.shape == grad.shape:
             part[key] = value[rows]
-        elif key.endswith("_absmax"):
+        elif key.endswith(SCALES):
             part[key] = value[blocks]
         else:
             part[key] = value

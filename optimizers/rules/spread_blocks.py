@@ -31,7 +31,7 @@ def cut_part(state: dict[str, Any]) -> Part | None:
 def _ends_with_blocks(part: Part) -> bool:
     """Whether each process's part is what it holds of the blocks; the same on all processes."""
     size = torch.Size(part.shape)
-    if part.axis != 0:
+    if part.axis != 0 or part.sizes:
         return False
     world = part.spread.world
     entries = -(-size[0] // world) * size[1:].numel()
@@ -40,6 +40,11 @@ def _ends_with_blocks(part: Part) -> bool:
 
 def _blocks(part: Part) -> int:
     return -(-torch.Size(part.shape).numel() // BLOCK)
+
+
+def scale_bytes(part: Part) -> int:
+    """Bytes of the scales that the first process holds of a moment."""
+    return 4 * -(-_blocks(part) // part.processes.world)
 
 
 def _block_of_entry(part: Part, device: torch.device) -> Tensor:

@@ -1,0 +1,215 @@
+"""DeepSpeed's ZeRO, stages 1 to 3: flat partitions as blocks of rows.
+
+After `deepspeed.initialize(model=model, optimizer=build(name, model))` the optimizer's groups hold
+flat tensors instead of the model's parameters. The optimizer keeps the parameters that it was made
+with, and these say where they are (tried with DeepSpeed 0.19.8): in stages 1 and 2 `_hp_mapping`
+holds the piece as a view of the group's flat partition, in stage 3 `_z3_optimizer.grad_position`
+gives sub-group, offset and length. So there is no line to add.
+
+DeepSpeed calls `step` once for each group (stages 1 and 2) or sub-group (stage 3), with the others
+hidden or empty. While a step, or saving or loading, goes on, `Partitions.shown` has the groups hold
+`RowBlock`s of all parameters; those whose partition has a gradient take the step. The state belongs
+to these blocks and is this process's part alone, as everything in a ZeRO checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from .options import Group
+from .parameters import label
+from .processes import Processes
+from .row_block import Fragment, Layout, RowBlock, return_rows, take_rows
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process's piece of a parameter is.
+
+    Attributes:
+        flat: the flat partition of the parameter's group or sub-group.
+        offset: of the piece in it.
+        start: first entry held, of the flattened parameter.
+        entries: number of entries held, 0 for none.
+    """
+
+    flat: Tensor
+    offset: int
+    start: int
+    entries: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The piece in the partition, or in its gradient."""
+        return flat.detach()[self.offset : self.offset + self.entries]
+
+
+def partitioned(param: Tensor) -> bool:
+    """Whether DeepSpeed has cut a parameter."""
+    return hasattr(param, "_hp_mapping") or hasattr(param, "_z3_optimizer")
+
+
+def whole_shape(param: Tensor) -> tuple[int, ...]:
+    """The shape of a parameter, of which stage 3 leaves nothing in the parameter itself."""
+    return tuple(getattr(param, "ds_shape", param.shape))
+
+
+def place_of(param: Any, flat: Tensor | None) -> tuple[Place, Any]:
+    """Where a parameter's piece is, and the process group that holds the others.
+
+    Args:
+        param: the parameter.
+        flat: what its group holds now; not used in stage 3.
+
+    Raises:
+        ValueError: the piece is not in `flat`.
+    """
+    if hasattr(param, "_z3_optimizer"):
+        engine = param._z3_optimizer
+        sub_group, offset, size = engine.grad_position[engine.get_param_id(param)]
+        start = min(distributed.get_rank(param.ds_process_group) * size, param.ds_numel)
+        entries = min(start + size, param.ds_numel) - start
+        flat = engine.fp32_partitioned_groups_flat[sub_group]
+        assert flat is not None
+        return Place(flat, offset, start, entries), param.ds_process_group
+    mapping = param._hp_mapping
+    if flat is None:
+        raise ValueError(f"{label(None, param)} is in no flat partition of DeepSpeed's ZeRO")
+    if mapping is None:
+        return Place(flat, 0, 0, 0), param._dp_group
+    address, here = mapping.lp_fragment_address, mapping.hp_fragment_address
+    place = Place(flat, here.start, address.start, address.numel)
+    return place, param._dp_group
+
+
+def layouts(
+    places: Sequence[Place], shapes: Sequence[tuple[int, ...]], processes: Processes
+) -> list[Layout]:
+    """How each parameter is cut, from what each process has of it; one collective."""
+    own = [[place.start, place.start + place.entries] for place in places]
+    table = torch.tensor(own, dtype=torch.int64, device=places[0].flat.device)
+    whole = processes.gather_rows(table[None], processes.world).tolist()
+    return [
+        Layout(shape, tuple((cuts[i][0], cuts[i][1]) for cuts in whole))
+        for i, shape in enumerate(shapes)
+    ]
+
+
+class Partitions:
+    """The groups of an optimizer, as flat partitions and as row blocks.
+
+    Attributes:
+        groups: copies of the groups that hold row blocks.
+        processes: those that hold the pieces.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        params: Sequence[Sequence[Tensor]],
+        names: Sequence[Sequence[str | None]],
+    ) -> None:
+        """Finds each parameter's piece.
+
+        Args:
+            groups: the optimizer's own groups, with flat tensors.
+            params: the parameters that each group was made with.
+            names: their names.
+
+        Raises:
+            ValueError: a partition is on another device than its parameters (offload).
+        """
+        self._own, self._checked = list(groups), False
+        self._params = [param for own in params for param in own]
+        flats = [
+            next(iter(group["params"]), None)
+            for group, own in zip(groups, params, strict=True)
+            for _ in own
+        ]
+        found = [place_of(param, flat) for param, flat in zip(self._params, flats, strict=True)]
+        self._places = [place for place, _ in found]
+        self.processes = Processes.of(found[0][1])
+        for param, place in zip(self._params, self._places, strict=True):
+            if param.device != place.flat.device:
+                raise ValueError(
+                    f"{label(None, param)} on {param.device} has its partition on "
+                    f"{place.flat.device}: accepted is ZeRO without offload_optimizer"
+                )
+        shapes = [whole_shape(param) for param in self._params]
+        cuts = layouts(self._places, shapes, self.processes)
+        self._fragments = [
+            Fragment(
+                cut,
+                RowBlock(cut.shape, place.flat.detach()[:0], cut.rows(self.processes)),
+                place.of(place.flat),
+            )
+            for place, cut in zip(self._places, cuts, strict=True)
+        ]
+        blocks = iter([fragment.block for fragment in self._fragments])
+        self.groups: list[Group] = []
+        for group, own, called in zip(groups, params, names, strict=True):
+            copied = {**group, "params": [next(blocks) for _ in own]}
+            if any(name is not None for name in called):
+                copied["param_names"] = list(called)
+            self.groups.append(copied)
+
+    @contextmanager
+    def shown(self, optimizer: Any, *, stepping: bool = False) -> Iterator[None]:
+        """Exchanges an optimizer's groups for those with row blocks.
+
+        Args:
+            optimizer: whose `param_groups` are exchanged.
+            stepping: fill the blocks of partitions with a gradient, and write them back after.
+        """
+        hidden = optimizer.param_groups
+        for own, copied in zip(self._own, self.groups, strict=True):
+            _copy_options(own, copied)
+        optimizer.param_groups = self.groups
+        stepped = self._fill(hidden) if stepping else []
+        try:
+            take_rows(stepped, self.processes)
+            yield
+        finally:
+            return_rows(stepped, self.processes)
+            # Loading makes new groups.
+            self.groups = optimizer.param_groups
+            for own, copied in zip(self._own, self.groups, strict=True):
+                _copy_options(copied, own)
+            optimizer.param_groups = hidden
+
+    def _fill(self, hidden: Sequence[Group]) -> list[Fragment]:
+        """The fragments of partitions that have a gradient, with their entries."""
+        known = {id(flat): flat.grad for group in hidden for flat in group["params"]}
+        filled = []
+        for param, place, fragment in zip(self._params, self._places, self._fragments, strict=True):
+            gradient = known.get(id(place.flat))
+            if gradient is None:
+                continue
+            fragment.weight, fragment.gradient = place.of(place.flat), place.of(gradient)
+            if not self._checked and not hasattr(param, "ds_id"):
+                _check(param, place, fragment.weight)
+            filled.append(fragment)
+        self._checked = self._checked or len(filled) == len(self._fragments)
+        return filled
+
+
+def _copy_options(source: Group, target: Group) -> None:
+    kept = ("params", "param_names")
+    for key in [key for key in target if key not in kept and key not in source]:
+        del target[key]
+    target.update({key: value for key, value in source.items() if key not in kept})
+
+
+def _check(param: Tensor, place: Place, entries: Tensor) -> None:
+    """Raises `ValueError` if a parameter is not where its mapping says."""
+    own = param.detach().flatten()[place.start : place.start + place.entries]
+    if not torch.equal(own, entries.to(own.dtype)):
+        raise ValueError(
+            f"{label(None, param)} is not where DeepSpeed's mapping says: accepted is "
+            "round_robin_gradients=false"
+        )

@@ -1,0 +1,189 @@
+"""DeepSpeed's ZeRO: `deepspeed.initialize(model, optimizer=build(...))` follows one process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from sharded import block, distance, run, tokens, train
+from test_fsdp2 import ALL, QUICK, Case, limit, options_of
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lowrank.optimizers import LowRankOptimizer, build
+
+pytest.importorskip("deepspeed")
+
+
+def engine_of(
+    model: nn.Module, optimizer: LowRankOptimizer, stage: int, world: int, **options: Any
+) -> Any:
+    os.environ.update(DS_ACCELERATOR="cpu")
+    os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(world), LOCAL_RANK="0")
+    os.environ.setdefault("MASTER_PORT", "29511")
+    warnings.simplefilter("ignore")
+    import deepspeed
+
+    # Its reductions in shared memory wait actively, which processes on few cores can't afford.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    zero = {"stage": stage, **options.pop("zero", {})}
+    config = {
+        "train_batch_size": 24,
+        "train_micro_batch_size_per_gpu": 12 // world,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 1.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        **options,
+    }
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def go_on(engine: Any, steps: range, rank: int, world: int) -> None:
+    for step in steps:
+        for part in range(2):
+            rows = tokens(step, part)
+            own = rows[rank * len(rows) // world : (rank + 1) * len(rows) // world]
+            logits = engine(own[:, :-1]).float()
+            loss = functional.cross_entropy(logits.flatten(0, 1), own[:, 1:].flatten())
+            engine.backward(loss)
+            engine.step()
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    """All weights, gathered where stage 3 has cut them."""
+    from deepspeed import zero
+
+    made = {}
+    for name, param in model.named_parameters():
+        cut = [param] if hasattr(param, "ds_id") else []
+        with zero.GatheredParameters(cut, enabled=bool(cut)):
+            made[name] = param.detach().float().clone()
+    return made
+
+
+def follow(
+    rank: int, world: int, folder: Path, cases: list[tuple[Case, int]], steps: int
+) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Weights of each case at its stage, and of one process alone."""
+    made = []
+    for (name, options), stage in cases:
+        model = block()
+        keywords = options_of((name, options))
+        engine = engine_of(model, build(name, model, **keywords), stage, world)
+        go_on(engine, range(steps), rank, world)
+        together, alone = whole(model), {}
+        if rank == 0:
+            model = block()
+            train(model, build(name, model, **keywords), range(steps))
+            alone = {name: param.detach() for name, param in model.named_parameters()}
+        made.append((together, alone))
+    return made
+
+
+def too_far(made: list[Any], cases: list[tuple[Case, int]]) -> dict[str, float]:
+    found = {}
+    for ((name, options), stage), (together, alone) in zip(cases, made, strict=True):
+        called = f"{name} {options} stage {stage}"
+        gap = distance(together, alone)
+        if not gap <= limit(called):
+            found[called] = gap
+    return found
+
+
+@pytest.mark.slow
+def test_two_ranks_follow_one_process(tmp_path: Path) -> None:
+    cases = [(case, stage) for case, stage in zip(QUICK, [1, 2, 3] * len(QUICK), strict=False)]
+    assert not too_far(run(follow, 2, tmp_path, cases, 10)[0], cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [3, 4])
+def test_every_optimizer_at_every_stage(world: int, tmp_path: Path) -> None:
+    """Pieces end within rows; some processes have nothing of some parameters."""
+    cases = [(case, stage) for case in ALL for stage in ((1, 3) if world == 3 else (2,))]
+    assert not too_far(run(follow, world, tmp_path, cases, 30)[0], cases)
+
+
+def resumed(
+    rank: int, world: int, folder: Path, stage: int, options: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights after eight steps, and after four, saving, loading into a new engine, and four."""
+    made = []
+    for parts in ([range(8)], [range(4), range(4, 8)]):
+        for number, steps in enumerate(parts):
+            model = block()
+            optimizer = build("galore_adamw_8bit", model, **options_of(("galore_adamw_8bit", {})))
+            engine = engine_of(model, optimizer, stage, world, **options)
+            if number:
+                engine.load_checkpoint(str(folder), "saved")
+            go_on(engine, steps, rank, world)
+            if len(parts) > number + 1:
+                engine.save_checkpoint(str(folder), "saved")
+        made.append(whole(model))
+    return made[0], made[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_checkpoints_go_on_exactly(stage: int, tmp_path: Path) -> None:
+    straight, again = run(resumed, 2, tmp_path, stage, {"bf16": {"enabled": True}})[0]
+    for name, weight in straight.items():
+        assert torch.equal(weight, again[name]), name
+
+
+def groups_and_refusals(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for stage, zero in ((1, {}), (3, {"sub_group_size": 200})):
+        weights = {}
+        for alone in (False, True):
+            model = block()
+            keywords = options_of(("galore_adamw", {"stagger": True}))
+            optimizer = build("galore_adamw", model, **keywords)
+            optimizer.param_groups[0]["lr"] = 3e-3
+            if alone:
+                train(model, optimizer, range(9))
+                weights[alone] = {n: p.detach().clone() for n, p in model.named_parameters()}
+            else:
+                go_on(engine_of(model, optimizer, stage, world, zero=zero), range(9), rank, world)
+                weights[alone] = whole(model)
+        found[f"stage {stage}"] = distance(weights[False], weights[True])
+    said = []
+    for prepare, options in (
+        (lambda model, optimizer: train(model, optimizer, range(1)), {}),
+        (lambda model, optimizer: None, {"zero": {"round_robin_gradients": True}}),
+    ):
+        model = block()
+        optimizer = build("galore_adamw", model, **options_of(("galore_adamw", {})))
+        prepare(model, optimizer)
+        try:
+            go_on(engine_of(model, optimizer, 2, world, **options), range(2), rank, world)
+            said.append("")
+        except ValueError as error:
+            said.append(str(error))
+    model = block()
+    optimizer = build("relora_adamw", model, rank=4)
+    try:
+        go_on(engine_of(model, optimizer, 1, world), range(1), rank, world)
+    except ValueError as error:
+        said.append(str(error))
+    found["said"] = said
+    return found
+
+
+@pytest.mark.slow
+def test_several_groups_and_sub_groups_and_what_is_refused(tmp_path: Path) -> None:
+    found = run(groups_and_refusals, 2, tmp_path)[0]
+    assert found["stage 1"] <= 1e-5
+    assert found["stage 3"] <= 1e-5
+    assert "taken a step before deepspeed.initialize" in found["said"][0]
+    assert "accepted is round_robin_gradients=false" in found["said"][1]
+    assert "ZeRO stage 0, and FSDP2" in found["said"][2]
