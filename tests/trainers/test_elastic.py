@@ -160,3 +160,23 @@ def test_processes_in_folders_of_their_own_write_one_run(
         "lowrank: rank 1 and rank 0 have different data for data.source 'texts'; every machine"
         " needs the same"
     ]
+
+
+def test_projected_gradients_train_alike_and_go_on(arguments: Arguments, tmp_path: Path) -> None:
+    low = ("distributed.low_rank_gradients=true", "train.clip=0")
+    folder = tmp_path / "low"
+    jobs = [
+        Job(arguments(tmp_path / "whole", "train.clip=0")),
+        Job(arguments(folder, *low), 2, {"1": (5, int(signal.SIGKILL))}),
+        Job(arguments(folder, *low), 2),
+        Job(arguments(tmp_path / "fira", *low, "optimizer.name=fira_adamw"), 2),
+    ]
+    _, _, resumed, fira = run_jobs(jobs, tmp_path / "jobs")
+    assert "resuming at step 4 of 8" in resumed.outputs[0]
+    assert resumed.statuses == [0, 0], resumed.errors
+    found, expected = losses(folder), losses(tmp_path / "whole")
+    assert [item[2] for item in found] == pytest.approx([item[2] for item in expected], abs=1e-5)
+    assert fira.statuses == [2, 2]
+    told = [line for error in fira.errors for line in error.splitlines()]
+    assert len(told) == 1, told
+    assert "FiraAdamW has no matrix whose projected gradient could travel" in told[0]
