@@ -29,6 +29,7 @@ settings that matter, for --set (the folder's config.yaml lists all of them):
   schedule.name=cosine|linear|wsd|constant, schedule.warmup_ratio
   eval.every, eval.tokens, checkpoint.every, checkpoint.keep
   model.dtype=float32|bfloat16, model.activation_checkpointing, model.compile
+  distributed.strategy=auto|ddp|fsdp2 (under torchrun), distributed.timeout
   log.wandb=true
 
 examples:
@@ -109,15 +110,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run(options)
         except Terminated as end:
             how = f"go on with: lowrank pretrain --resume {end.checkpoint.parent.parent}"
-            return _fail(f"{end}; {how}", EXIT_TERMINATED)
-        except KeyboardInterrupt:
-            return _fail(
-                "interrupted; what was saved can be resumed with --resume", EXIT_INTERRUPTED
-            )
+            return _fail(f"{end}; {how}", EXIT_TERMINATED, end)
+        except KeyboardInterrupt as end:
+            text = "interrupted; what was saved can be resumed with --resume"
+            return _fail(text, EXIT_INTERRUPTED, end)
         except (ValueError, ImportError) as error:
-            return _fail(str(error), EXIT_WRONG)
+            return _fail(str(error), EXIT_WRONG, error)
         except OSError as error:
-            return _fail(_system_text(error), EXIT_FAILED)
+            return _fail(_system_text(error), EXIT_FAILED, error)
         except RuntimeError as error:
             return _fail_at_work(error)
     return 0
@@ -176,9 +176,10 @@ def _methods(options: argparse.Namespace) -> None:
 def _fail_at_work(error: RuntimeError) -> int:
     """A failure while the run was going: orderly ones in one line, unforeseen ones as they are."""
     from .loop import TrainingError
+    from .watch import LostProcessError
 
-    if isinstance(error, TrainingError):
-        return _fail(str(error), EXIT_FAILED)
+    if isinstance(error, TrainingError | LostProcessError):
+        return _fail(str(error), EXIT_FAILED, error)
     raise error
 
 
@@ -189,8 +190,10 @@ def _system_text(error: OSError) -> str:
     return str(error.strerror or error)
 
 
-def _fail(message: str, status: int) -> int:
-    sys.stderr.write(f"lowrank: {' '.join(message.split())}\n")
+def _fail(message: str, status: int, error: BaseException | None = None) -> int:
+    """One line, unless another process of the run shows this error."""
+    if not getattr(error, "said_by_another", False):
+        sys.stderr.write(f"lowrank: {' '.join(message.split())}\n")
     return status
 
 

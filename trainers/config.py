@@ -15,7 +15,10 @@ from .data.config import DataConfig
 DTYPES = ("float32", "bfloat16")
 # Beyond any machine's cores; with very many the thread library ends the process without a word.
 MOST_THREADS = 1024
+# A month; beyond some centuries torch's own limits overflow.
+LONGEST_TIMEOUT = 30 * 24 * 3600
 SCHEDULES = ("cosine", "cosine_restarts", "linear", "wsd", "constant")
+STRATEGIES = ("auto", "ddp", "fsdp2", "deepspeed")
 
 
 def _require(condition: bool, key: str, value: object, accepted: str) -> None:
@@ -108,7 +111,8 @@ class TrainConfig:
         steps: optimizer steps.
         batch_size: sequences in one forward pass of one process.
         accumulation: forward passes per optimizer step (a step then takes
-            batch_size x accumulation x processes sequences).
+            batch_size x accumulation x processes sequences; see `DistributedConfig.data_shards`
+            for runs whose number of processes changes).
         clip: global gradient norm above which gradients are scaled down; 0 switches it off.
         seed: seeds the weights, the data order and every other random number.
         device: "auto" (CUDA when there is one, else the CPU), "cpu", "cuda", "cuda:1" ...
@@ -253,6 +257,65 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """How several processes, started by torchrun, share a run.
+
+    All but `data_shards` may change when a run is resumed, and so may the number of processes.
+
+    Attributes:
+        strategy: "auto" (one process by itself, "ddp" under torchrun), "ddp" (each process holds
+            all of the model and the optimizer's state), "fsdp2" (each holds a part of both) or
+            "deepspeed". With one process there is nothing to share and all are the same.
+        data_shards: parts into which the training data are dealt; a step takes
+            train.batch_size x train.accumulation x data_shards sequences, however many processes
+            share them. 0 is as many as there are processes when the run begins.
+        zero_stage: the stage of DeepSpeed's ZeRO, 1, 2 or 3.
+        low_rank_gradients: under "ddp", exchange projected gradients where the optimizer's method
+            allows it.
+        timeout: seconds after which a process that doesn't answer counts as lost, and the others
+            end.
+    """
+
+    strategy: str = "auto"
+    data_shards: int = 0
+    zero_stage: int = 1
+    low_rank_gradients: bool = False
+    timeout: float = 1800.0
+
+    def __post_init__(self) -> None:
+        _require(
+            self.strategy in STRATEGIES,
+            "distributed.strategy",
+            self.strategy,
+            ", ".join(STRATEGIES),
+        )
+        _require(
+            self.data_shards >= 0,
+            "distributed.data_shards",
+            self.data_shards,
+            "0 (as many as processes) or a whole number",
+        )
+        _require(
+            self.zero_stage == 1 or (self.strategy == "deepspeed" and self.zero_stage in (2, 3)),
+            "distributed.zero_stage",
+            self.zero_stage,
+            "1, 2 or 3 with distributed.strategy=deepspeed, else the default 1",
+        )
+        _require(
+            not self.low_rank_gradients or self.strategy in ("auto", "ddp"),
+            "distributed.low_rank_gradients",
+            self.low_rank_gradients,
+            f"false with distributed.strategy={self.strategy}, or true with ddp",
+        )
+        _require(
+            0 < self.timeout <= LONGEST_TIMEOUT,
+            "distributed.timeout",
+            self.timeout,
+            f"a number of seconds above 0, up to {LONGEST_TIMEOUT:,}",
+        )
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything that defines a run."""
 
@@ -264,6 +327,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     @property
     def eval_batch_size(self) -> int:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .watch import ADVICE, LOST, LostProcessError, Watch, connections, is_connection_failure
 
 
 @dataclass(frozen=True)
@@ -93,13 +99,24 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+#: Groups that were joined. Were the last reference that of `DistributedDataParallel`, whose end
+#: keeps Python's lock, gloo's thread could wait for this lock and the process for the thread.
+_GROUPS: list[dist.ProcessGroup] = []
+
+
 @contextmanager
-def join(device_name: str, environment: Mapping[str, str] = os.environ) -> Iterator[World]:
+def join(
+    device_name: str, environment: Mapping[str, str] = os.environ, timeout: float = 1800.0
+) -> Iterator[World]:
     """Joins the processes that torchrun started; one process by itself needs nothing set.
 
     Args:
         device_name: `train.device`.
         environment: where RANK, WORLD_SIZE and LOCAL_RANK are looked up.
+        timeout: seconds after which a process that doesn't answer counts as lost.
+
+    Raises:
+        LostProcessError: another process has ended or no longer answers.
     """
     size = int(environment.get("WORLD_SIZE", "1"))
     rank = int(environment.get("RANK", "0"))
@@ -109,11 +126,76 @@ def join(device_name: str, environment: Mapping[str, str] = os.environ) -> Itera
     if size == 1:
         yield World(0, 1, device)
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=size)
+    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    # A restart by torchrun counts anew.
+    prefix = f"lowrank/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    hosted = environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
-        yield World(rank, size, device)
-        # Together: a process that ends earlier may close connections that others still use.
-        dist.barrier()
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        limit = timedelta(seconds=timeout)
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=limit)
+        watch = Watch(connections(address, port, prefix), rank, size, timeout, hosted=hosted)
+    except RuntimeError as error:
+        if not is_connection_failure(error):
+            raise
+        raise LostProcessError(
+            f"rank {rank} doesn't reach the other {size - 1} process(es) through {address}:{port}"
+            f" ({_first_line(error)}); all have to be started within distributed.timeout"
+            f" ({timeout:g} seconds)"
+        ) from error
+    assert dist.group.WORLD is not None
+    _GROUPS.append(dist.group.WORLD)
+    try:
+        with watch, _as_one(watch):
+            yield World(rank, size, device)
+            # Together: a process that ends earlier may close connections that others use.
+            dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _as_one(watch: Watch) -> Iterator[None]:
+    """Lets several processes speak with one voice while the block runs.
+
+    A warning or an error that all of them have is shown by one; an exchange that fails because
+    another process is gone becomes a `LostProcessError`. SIGTERM, which torchrun then sends, waits
+    for the line about it if `catch_termination` was there to catch it.
+
+    Raises:
+        LostProcessError: another process has ended or no longer answers.
+    """
+    show = warnings.showwarning
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def show_once(message: Warning | str, *rest: Any, **keywords: Any) -> None:
+        if watch.first(str(message)):
+            show(message, *rest, **keywords)
+
+    warnings.showwarning = show_once
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if is_connection_failure(error):
+            lost = LostProcessError(f"{watch.explain(_first_line(error))}; {ADVICE}")
+            if not watch.first_here(LOST):
+                mark_said(lost)
+            raise lost from error
+        watch.first_here(LOST)  # The others will miss this process, for a reason that is told.
+        if not watch.first(str(error)):
+            mark_said(error)
+        raise
+    finally:
+        warnings.showwarning = show
+        if in_main and handler is not None:
+            signal.signal(signal.SIGTERM, handler)
+
+
+def mark_said(error: BaseException) -> None:
+    """Notes that another process shows an error; the command line then doesn't."""
+    error.said_by_another = True  # type: ignore[attr-defined]
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]

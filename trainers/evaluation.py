@@ -15,6 +15,7 @@ from .data import Batch
 from .distributed import World
 from .loss import IGNORED
 from .models import LanguageModel
+from .sharding import reshard
 
 
 class EvaluationSet(Protocol):
@@ -79,10 +80,11 @@ def evaluate(model: LanguageModel, batches: EvaluationSet, world: World) -> Eval
                 loss = model(batch.inputs.to(world.device), batch.targets.to(world.device))
                 nats += loss.double().cpu()
     finally:
+        reshard(model)
         model.train(trained)
-    sums = world.sum(torch.stack([nats, torch.tensor(float(batches.tokens), dtype=torch.float64)]))
-    tokens = int(sums[1].item())
-    covered = world.sum_integer(batches.bytes)
+    told = torch.tensor([batches.tokens, batches.bytes], dtype=torch.float64)
+    sums = world.sum(torch.cat([nats.unsqueeze(0), told]))
+    tokens, covered = int(sums[1].item()), int(sums[2].item())
     if tokens == 0 or covered == 0:
         raise ValueError(
             "the validation set holds no text to predict; raise eval.tokens or add text"

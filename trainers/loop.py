@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from lowrank.optimizers import FactoredAdamW, LayerEvent, RefreshEvent
 from .checkpoint import CheckpointStore
 from .evaluation import Evaluation, count_targets, evaluate
 from .memory import MemoryMeter, peak_bytes
-from .parts import Parts, rank_state, write_parts
+from .parts import Parts, rank_state, write_parts, write_shared
 from .recorder import Recorder
 from .schedules import run_multiplier
+from .sharding import is_sharded
 from .step import clip, compute_gradient, reason_to_skip
 from .termination import Terminated, Wish
 
@@ -83,7 +85,7 @@ class Loop:
         factor = run_multiplier(parts.config, state.step)
         for group, rate in zip(parts.optimizer.param_groups, parts.base_rates, strict=True):
             group["lr"] = rate * factor
-        batches = [next(parts.stream) for _ in range(config.accumulation)]
+        batches = parts.stream.step()
         for batch in batches:
             count_targets(parts.counts, batch.targets)
         gradient = compute_gradient(
@@ -188,18 +190,34 @@ class Loop:
         saved: Path | OSError | None = None
         if parts.world.leads:
             measured = state.last.loss if state.last and state.last_step == state.step else None
+            begun = False
+
+            def write(folder: Path) -> None:
+                nonlocal begun
+                begun = True
+                write_parts(folder, parts, ranks)
+
             try:
                 self._recorder.sync()
-                saved = self._store.save(
-                    state.step, measured, lambda folder: write_parts(folder, parts, ranks)
-                )
+                saved = self._store.save(state.step, measured, write)
             except OSError as error:
                 saved = error
+                if not begun and is_sharded(parts.model):
+                    parts.world.broadcast(None)
+        elif is_sharded(parts.model):
+            self._write_shared()
         saved = parts.world.broadcast(saved)
         if isinstance(saved, OSError):
             raise saved
         assert saved is not None
         return saved
+
+    def _write_shared(self) -> None:
+        """Takes part in rank 0's writing of a checkpoint, which tells of errors itself."""
+        folder = self._parts.world.broadcast(None)
+        if folder is not None:
+            with contextlib.suppress(OSError):
+                write_shared(folder, self._parts)
 
 
 def _skipped_updates(optimizer: torch.optim.Optimizer) -> int:

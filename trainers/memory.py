@@ -12,6 +12,7 @@ from torch import nn
 
 from lowrank.optimizers import state_bytes_by_category
 
+from .sharding import local
 from .weights import stored_tensors
 
 
@@ -21,8 +22,9 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def gradient_bytes(model: nn.Module) -> int:
-    """Bytes of the existing gradients."""
-    return sum(item.grad.nbytes for item in model.parameters() if item.grad is not None)
+    """Bytes of the existing gradients; of sharded ones, of this process's parts."""
+    grads = (item.grad for item in model.parameters())
+    return sum(local(grad).nbytes for grad in grads if grad is not None)
 
 
 def process_bytes(device: torch.device) -> int:
@@ -52,7 +54,7 @@ def sizes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """
     state = state_bytes_by_category(optimizer)
     return {
-        "weights": weight_bytes(model),
+        "weights": sum(local(tensor).nbytes for _, tensor in stored_tensors(model)),
         "gradients": gradient_bytes(model),
         "moments": state["moments"],
         "basis": state["basis"],

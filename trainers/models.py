@@ -48,17 +48,31 @@ def build_model(
     Raises:
         MissingExtraError: `transformers` is not installed.
     """
-    transformers = require("transformers", "train")
-    torch.manual_seed(seed)
-    network = transformers.LlamaForCausalLM(network_config(config, sequence_length))
+    network = new_network(config, sequence_length, seed)
     dtype = getattr(torch, config.dtype)
     for parameter in network.parameters():
         # The weights alone: rotary frequencies in bfloat16 would blur the positions, and
         # from_pretrained keeps them in float32 too.
         parameter.data = parameter.data.to(dtype)
     network.to(device=device)
+    return prepared(network, config)
+
+
+def new_network(config: ModelConfig, sequence_length: int, seed: int) -> Any:
+    """A new `transformers.LlamaForCausalLM` in float32, initialised after seeding torch.
+
+    Raises:
+        MissingExtraError: `transformers` is not installed.
+    """
+    transformers = require("transformers", "train")
+    torch.manual_seed(seed)
+    return transformers.LlamaForCausalLM(network_config(config, sequence_length))
+
+
+def prepared(network: Any, config: ModelConfig) -> LanguageModel:
+    """The network ready for training, inside a `LanguageModel`; its dtype and place are set."""
     # from_pretrained reads the dtype from here
-    network.config.dtype = dtype
+    network.config.dtype = getattr(torch, config.dtype)
     network.train()
     if config.activation_checkpointing:
         _checkpoint_activations(network)

@@ -14,12 +14,23 @@ from lowrank.optimizers import dense_state_dict
 from .checkpoint import DamagedCheckpointError, verify
 from .config import RunConfig
 from .config_io import from_mapping, to_mapping
-from .data import Tokenizer, TrainingStream, ValidationSet
+from .data import Tokenizer, TrainingShare, ValidationSet
 from .distributed import World
-from .files import writing
+from .files import WriteError, writing
 from .missing import require
 from .models import LanguageModel
 from .resume import advice, check_unchanged
+from .sharded_checkpoint import (
+    OPTIMIZER,
+    WEIGHTS,
+    check_replicas,
+    read_optimizer,
+    read_weights,
+    without_shards,
+    write_shards,
+    write_weights,
+)
+from .sharding import is_sharded
 from .state import TrainState, random_state, restore_random_state
 
 #: Quantised weights and converted layers of a checkpoint, where there are any.
@@ -37,10 +48,11 @@ class Parts:
         world: the process group.
         tokenizer: saved with the weights.
         model: the model itself; evaluation and checkpoints use it.
-        module: the module that training calls: the model, or `DistributedDataParallel` around it.
+        module: the module that training calls: the model, sharded or not, or
+            `DistributedDataParallel` around it.
         optimizer: trains the model's parameters.
         base_rates: peak learning rate of each parameter group.
-        stream: training batches of this process.
+        stream: this process's micro-batches of each step.
         validation: validation batches of this process.
         counts: (V,) int64: how often this process saw each token number as a training target.
         state: the counters.
@@ -53,17 +65,17 @@ class Parts:
     module: nn.Module
     optimizer: torch.optim.Optimizer
     base_rates: list[float]
-    stream: TrainingStream
+    stream: TrainingShare
     validation: ValidationSet
     counts: Tensor
     state: TrainState
 
 
 def rank_state(parts: Parts) -> dict[str, Any]:
-    """The state of this process: random numbers, position in the data, counts."""
+    """The state of this process: random numbers, positions in the data, counts."""
     return {
         "random": random_state(parts.world.device),
-        "stream": parts.stream.state_dict(),
+        "streams": parts.stream.state_dict(),
         "counts": parts.counts,
     }
 
@@ -74,21 +86,48 @@ def write_parts(folder: Path, parts: Parts, ranks: list[dict[str, Any]]) -> None
     Args:
         folder: the folder.
         parts: of rank 0.
-        ranks: `rank_state` of every process.
+        ranks: `rank_state` of every process. Of a sharded model all processes must call
+            `write_shared` meanwhile.
 
     Raises:
         WriteError: a file can't be written.
     """
-    save_network(parts.model.network, folder)
+    optimizer = parts.optimizer.state_dict()
+    if is_sharded(parts.model):
+        parts.world.broadcast(folder)
+        write_shared(folder, parts)
+        optimizer, _ = without_shards(optimizer)
+        _write_configs(parts.model.network, folder)
+    else:
+        save_network(parts.model.network, folder)
     with writing(folder / "tokenizer.json"):
         parts.tokenizer.save(folder)
-    _save(parts.optimizer.state_dict(), folder / "optimizer.pt")
+    _save(optimizer, folder / OPTIMIZER)
     content = {
         "config": to_mapping(parts.config),
         "state": parts.state.to_dict(),
         "ranks": ranks,
     }
     _save(content, folder / "trainer.pt")
+
+
+def write_shared(folder: Path, parts: Parts) -> None:
+    """Writes what all processes write together of a sharded model and its optimizer.
+
+    Raises:
+        WriteError: a file can't be written.
+    """
+    leads = parts.world.leads
+    failed: WriteError | None = None
+    try:
+        write_weights(parts.model.network.state_dict(), folder / WEIGHTS if leads else None)
+    except WriteError as error:
+        failed = error
+    if parts.world.broadcast(failed is not None):
+        raise failed or WriteError(None, "rank 0 can't write it", str(folder / WEIGHTS))
+    state = parts.optimizer.state_dict()
+    check_replicas(state, parts.world)
+    write_shards(without_shards(state)[1], folder, parts.world)
 
 
 def _save(content: object, path: Path) -> None:
@@ -109,9 +148,14 @@ def save_network(network: Any, folder: Path) -> None:
     """
     dense = dense_state_dict(network)
     own = {k: v for k, v in network.state_dict().items() if k not in dense}
-    _write_tensors(dense, folder / "model.safetensors")
+    _write_tensors(dense, folder / WEIGHTS)
     if own:
         _write_tensors(own, folder / LAYERS)
+    _write_configs(network, folder)
+
+
+def _write_configs(network: Any, folder: Path) -> None:
+    """Writes the configurations that ``from_pretrained`` reads beside the weights."""
     network.config.architectures = [type(network).__name__]
     with writing(folder / "config.json"):
         network.config.save_pretrained(folder)
@@ -134,8 +178,11 @@ def load_network(network: nn.Module, folder: Path) -> None:
     Raises:
         RuntimeError: they are not those of this network.
     """
+    if is_sharded(network):
+        read_weights(network, folder / WEIGHTS)
+        return
     load_file = require("safetensors.torch", "train").load_file
-    weights: dict[str, Tensor] = load_file(folder / "model.safetensors")
+    weights: dict[str, Tensor] = load_file(folder / WEIGHTS)
     for path in (folder / LAYERS, folder / FORMER_LAYERS):
         if path.is_file():
             layers: dict[str, Tensor] = load_file(path)
@@ -151,14 +198,18 @@ def load_initial(network: nn.Module, folder: Path) -> None:
     Raises:
         ValueError: the folder has no `model.safetensors`, or its weights are of other shapes.
     """
-    path = folder / "model.safetensors"
+    path = folder / WEIGHTS
     if not path.is_file():
         raise ValueError(
             f"model.initial={str(folder)!r}: there is no model.safetensors; accepted is the folder"
             " of a checkpoint"
         )
-    weights: dict[str, Tensor] = require("safetensors.torch", "train").load_file(path)
     try:
+        if is_sharded(network):
+            read_weights(network, path)
+            return
+        load_file = require("safetensors.torch", "train").load_file
+        weights: dict[str, Tensor] = load_file(path)
         network.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"model.initial={str(folder)!r} is of another shape: {error}") from None
@@ -170,14 +221,34 @@ def saved_config(folder: Path) -> dict[str, Any]:
     Raises:
         DamagedCheckpointError: the file can't be read.
     """
+    return _with_data_shards(*_saved(folder))
+
+
+def saved_data_shards(folder: Path) -> int:
+    """Into how many parts the data of a checkpoint's run are dealt.
+
+    Raises:
+        DamagedCheckpointError: the file can't be read.
+    """
+    found: int = saved_config(folder)["distributed"]["data_shards"]
+    return found
+
+
+def _saved(folder: Path) -> tuple[dict[str, Any], int]:
+    """A checkpoint's configuration, and by how many processes it was written."""
     try:
         content = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
-        found: dict[str, Any] = content["config"]
+        return content["config"], len(content["ranks"])
     except Exception as error:  # Torch raises many types for a file that is none of its own.
         raise DamagedCheckpointError(
             f"checkpoint {folder} is damaged: trainer.pt can't be read ({type(error).__name__})"
         ) from None
-    return found
+
+
+def _with_data_shards(config: dict[str, Any], processes: int) -> dict[str, Any]:
+    """A saved configuration; earlier versions dealt the data to the processes without a setting."""
+    section = {"data_shards": processes, **config.get("distributed", {})}
+    return {**config, "distributed": section}
 
 
 def read_parts(folder: Path, parts: Parts) -> None:
@@ -185,26 +256,37 @@ def read_parts(folder: Path, parts: Parts) -> None:
 
     Raises:
         DamagedCheckpointError: a file is not as it was written.
-        ValueError: the run's settings, or the number of processes, are not the checkpoint's.
+        ValueError: the run's settings are not the checkpoint's.
     """
     verify(folder)
     content = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
     state = TrainState.from_dict(content["state"])
-    check_unchanged(from_mapping(content["config"]), parts.config, folder, state.step)
     ranks = content["ranks"]
-    if len(ranks) != parts.world.size:
-        raise ValueError(
-            f"{folder} was written by {len(ranks)} process(es), and this run has"
-            f" {parts.world.size}; resume with as many"
-        )
-    own = ranks[parts.world.rank]
-    optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    saved = from_mapping(_with_data_shards(content["config"], len(ranks)))
+    check_unchanged(saved, parts.config, folder, state.step)
+    optimizer = read_optimizer(folder, parts.optimizer)
     try:
-        parts.stream.load_state_dict(own["stream"])
+        parts.stream.load_state_dict(_positions(ranks))
     except ValueError as error:
         raise ValueError(f"{error}; {advice(['data'], folder)}") from None
     load_network(parts.model.network, folder)
     parts.optimizer.load_state_dict(optimizer)
-    parts.counts.copy_(own["counts"])
+    own, counts = _own(ranks, parts.world)
+    parts.counts.copy_(counts)
     parts.state = state
     restore_random_state(own["random"], parts.world.device)
+
+
+def _positions(ranks: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The positions of all streams of the data, by their numbers."""
+    if "stream" in ranks[0]:  # of version 0.2 and earlier, where each process had one
+        return {number: item["stream"] for number, item in enumerate(ranks)}
+    return {number: state for item in ranks for number, state in item["streams"].items()}
+
+
+def _own(ranks: list[dict[str, Any]], world: World) -> tuple[dict[str, Any], Tensor]:
+    """What a process goes on with, and its counts, which are summed over the processes."""
+    if len(ranks) == world.size:
+        return ranks[world.rank], ranks[world.rank]["counts"]
+    total = torch.stack([item["counts"] for item in ranks]).sum(dim=0)
+    return ranks[0], total if world.leads else torch.zeros_like(total)

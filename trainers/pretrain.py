@@ -6,31 +6,33 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch.nn.parallel import DistributedDataParallel
 
-from lowrank.optimizers import accepts, build, describe
+from lowrank.optimizers import describe
 
+from .agreement import check_processes, check_same_data, check_shared
 from .checkpoint import CheckpointStore
 from .config import RunConfig
-from .config_io import Layer, from_mapping, read_layer, write_config
-from .data import Tokenizer, TrainingStream, ValidationSet, build_tokenizer
+from .config_io import Layer, from_mapping, merge, read_layer, write_config
+from .data import Tokenizer, TrainingShare, ValidationSet, build_tokenizer
 from .distributed import World, join
 from .loop import Loop
 from .metrics import cut_after
-from .models import build_model, parameter_count
-from .parts import Parts, load_initial, read_parts, saved_config
+from .models import parameter_count
+from .parts import Parts, read_parts, saved_config, saved_data_shards
 from .preset import canonical, preset_layer, with_cycle
 from .recorder import Recorder
 from .report import write_report
 from .resume import check_unchanged, resumed_config
-from .run_folder import Place, find_place, hold, store_of
+from .run_folder import Place, absolute, find_place, hold, store_of
 from .state import TrainState, seed_everything
+from .strategies import ALONE, build_training, strategy_of
+from .strategies import replicate as replicate
 from .summary import device_name, summarise, write_summary
 from .table import summary_table
 from .termination import catch_termination
@@ -79,8 +81,10 @@ def pretrain(request: Request, console: Console) -> Path:
         ValueError: something in the request is wrong, or doesn't fit the run to resume.
         Terminated: SIGTERM came; the run is saved.
         TrainingError: the run cannot go on.
+        LostProcessError: another process has ended or no longer answers.
     """
-    with join(_device(request)) as world:
+    device, timeout = _joining(request)
+    with join(device, timeout=timeout) as world:
         place, config = _locate(request, world, console)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
@@ -94,6 +98,7 @@ def _run(config: RunConfig, place: Place, world: World, console: Console) -> Non
     store = store_of(folder, keep=config.checkpoint.keep, keep_best=config.checkpoint.best)
     with _build(config, world) as parts:
         if place.checkpoint is not None:
+            check_shared(place.checkpoint.folder, world)
             read_parts(place.checkpoint.folder, parts)
         if parts.state.step < config.train.steps:
             parts.stream.prefetch()  # data of no use are found before a file is written
@@ -103,7 +108,7 @@ def _run(config: RunConfig, place: Place, world: World, console: Console) -> Non
             console.print(_opening(parts, folder), highlight=False, markup=False, soft_wrap=True)
         world.wait()
         with (
-            catch_termination() as wish,
+            catch_termination(alone=world.size == 1) as wish,
             Recorder(folder, config, parts.state, leads=world.leads, console=console) as recorder,
         ):
             Loop(parts, recorder, store, wish).run()
@@ -134,16 +139,6 @@ def _read_summary(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def replicate(model: torch.nn.Module, world: World) -> torch.nn.Module:
-    """The model as training calls it: inside `DistributedDataParallel` when there are several."""
-    if world.size == 1:
-        return model
-    devices = [world.device] if world.device.type == "cuda" else None
-    return DistributedDataParallel(
-        model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
-    )
-
-
 def _named(settings: Layer, section: str, default: str, key: str = "name") -> str:
     """A text setting, looked up before the whole is checked."""
     content = settings.get(section) or {}
@@ -153,16 +148,25 @@ def _named(settings: Layer, section: str, default: str, key: str = "name") -> st
     return value
 
 
-def _device(request: Request) -> str:
-    """The device asked for, else that of the run to resume: another one would round differently."""
-    asked = _named(request.settings, "train", "", key="device")
+def _joining(request: Request) -> tuple[str, float]:
+    """The device and `distributed.timeout`, which are needed before the settings are resolved.
+
+    As asked for, else those of the run to resume: another device would round differently.
+    """
     folders = [request.output] if request.output is not None else []
     if request.resume not in (None, "auto"):
         folders = [Path(request.resume or ""), Path(request.resume or "").resolve().parent.parent]
     saved = [folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()]
-    if asked or request.resume is None or not saved:
-        return asked or "auto"
-    return _named(read_layer(saved[0]), "train", "auto", key="device")
+    layer = read_layer(saved[0]) if request.resume is not None and saved else {}
+    asked = _named(request.settings, "train", "", key="device")
+    device = asked or _named(layer, "train", "auto", key="device")
+    timeout = None
+    for item in (layer, request.settings):
+        section = item.get("distributed")
+        if isinstance(section, dict):
+            timeout = section.get("timeout", timeout)
+    given = {} if timeout is None else {"timeout": timeout}
+    return device, from_mapping({"distributed": given}).distributed.timeout
 
 
 def _locate(request: Request, world: World, console: Console) -> tuple[Place, RunConfig]:
@@ -170,7 +174,7 @@ def _locate(request: Request, world: World, console: Console) -> tuple[Place, Ru
     found: tuple[Place, RunConfig] | ValueError | OSError | None = None
     if world.leads:
         try:
-            found = _decide(request, console)
+            found = _decide(request, world.size, console)
         except (ValueError, OSError) as error:
             found = error
     found = world.broadcast(found)
@@ -180,7 +184,7 @@ def _locate(request: Request, world: World, console: Console) -> tuple[Place, Ru
     return found
 
 
-def _decide(request: Request, console: Console) -> tuple[Place, RunConfig]:
+def _decide(request: Request, size: int, console: Console) -> tuple[Place, RunConfig]:
     def warn(text: str) -> None:
         console.print(f"warning: {text}", highlight=False, markup=False, soft_wrap=True)
 
@@ -192,22 +196,41 @@ def _decide(request: Request, console: Console) -> tuple[Place, RunConfig]:
             f"--output {request.output} is the data's folder, where metrics.jsonl would be read as"
             " data; choose another"
         )
+    if config:
+        check_processes(config, size)
     name = f"{config.model.name}-{config.optimizer.name}" if config else ""
     place = find_place(name, request.output, request.resume, warn)
+    if size > 1:
+        # The other processes may have other working folders.
+        place = absolute(place)
     saved = place.folder / "config.yaml"
     if place.checkpoint is not None:
-        found = saved.is_file()
-        content = read_layer(saved) if found else saved_config(place.checkpoint.folder)
+        checkpoint = place.checkpoint.folder
+        content = read_layer(saved) if saved.is_file() else saved_config(checkpoint)
+        known = {"distributed": {"data_shards": saved_data_shards(checkpoint)}}
+        content = merge(known, content)
         named = _named(content, "optimizer", RunConfig().optimizer.name)
         config = resumed_config(content, canonical(request.settings, named))
         # Before anything is built: options of another optimizer would fail there with other words.
-        check_unchanged(
-            from_mapping(content), config, place.checkpoint.folder, place.checkpoint.step
-        )
+        check_unchanged(from_mapping(content), config, checkpoint, place.checkpoint.step)
+        check_processes(config, size)
         return place, config
     # With a folder to resume there is a checkpoint, so these are the settings resolved above.
     assert config is not None
+    shards_before = _begun_data_shards(saved) if place.restarts else 0
+    shards = config.distributed.data_shards or shards_before or size
+    config = replace(config, distributed=replace(config.distributed, data_shards=shards))
+    check_processes(config, size)
     return place, config
+
+
+def _begun_data_shards(saved: Path) -> int:
+    """The data shards of a run that was begun and left nothing to go on from; 0 if unknown."""
+    if not saved.is_file():
+        return 0
+    return from_mapping(
+        {"distributed": read_layer(saved).get("distributed")}
+    ).distributed.data_shards
 
 
 def _same(output: Path, source: str) -> bool:
@@ -238,21 +261,16 @@ def _prepare(
 def _build(config: RunConfig, world: World) -> Iterator[Parts]:
     """Everything the run needs, at step 0; ends the data's helper processes at the end."""
     tokenizer = _tokenizer(config, world)
+    check_same_data(config, tokenizer, world)
     seed_everything(config.train.seed)
-    model = build_model(config.model, config.data.sequence_length, config.train.seed, world.device)
-    if config.model.initial:
-        load_initial(model.network, Path(config.model.initial))
-    options = dict(config.optimizer.options)
-    if accepts(config.optimizer.name, "total_steps"):
-        options.setdefault("total_steps", config.train.steps)
-    optimizer = build(config.optimizer.name, model.network, lr=config.optimizer.lr, **options)
-    if world.size > 1:
-        optimizer.share_refreshes()
-    stream = TrainingStream(
+    training = build_training(config, world)
+    stream = TrainingShare(
         config.data,
         tokenizer,
         batch_size=config.train.batch_size,
+        accumulation=config.train.accumulation,
         seed=config.train.seed,
+        shards=config.distributed.data_shards,
         rank=world.rank,
         world_size=world.size,
     )
@@ -261,10 +279,10 @@ def _build(config: RunConfig, world: World) -> Iterator[Parts]:
             config=config,
             world=world,
             tokenizer=tokenizer,
-            model=model,
-            module=replicate(model, world),
-            optimizer=optimizer,
-            base_rates=[float(group["lr"]) for group in optimizer.param_groups],
+            model=training.model,
+            module=training.module,
+            optimizer=training.optimizer,
+            base_rates=[float(group["lr"]) for group in training.optimizer.param_groups],
             stream=stream,
             validation=ValidationSet(
                 config.data,
@@ -295,11 +313,19 @@ def _tokenizer(config: RunConfig, world: World) -> Tokenizer:
 
 def _opening(parts: Parts, folder: Path) -> str:
     config, state = parts.config, parts.state
-    per_step = config.train.batch_size * config.train.accumulation * parts.world.size
+    shards, size = config.distributed.data_shards, parts.world.size
+    per_step = config.train.batch_size * config.train.accumulation * shards
+    strategy = strategy_of(config, size)
+    shared = "" if strategy == ALONE else f", {size} processes ({strategy})"
+    if strategy == ALONE and config.distributed.strategy != "auto":
+        shared = (
+            f", one process, so distributed.strategy={config.distributed.strategy} does nothing"
+        )
     begins = f"resuming at step {state.step} of" if state.step else "training for"
     return (
         f"{config.model.name} ({parameter_count(parts.model) / 1e6:.1f}M parameters) with"
-        f" {config.optimizer.name} on {config.data.source}, {device_name(parts.world.device)}\n"
+        f" {config.optimizer.name} on {config.data.source}, {device_name(parts.world.device)}"
+        f"{shared}\n"
         f"{begins} {config.train.steps:,} steps of {per_step} x"
         f" {config.data.sequence_length} tokens; folder {folder}"
     )

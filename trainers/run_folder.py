@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .checkpoint import CheckpointStore, Manifest, verify
@@ -67,6 +68,15 @@ def find_place(
         begun = _holds_run(folder)
         return Place(folder, _newest(folder, warn), _make(folder), restarts=begun)
     return _explicit(Path(resume), output, warn)
+
+
+def absolute(place: Place) -> Place:
+    """The same place for processes in other working folders."""
+    checkpoint = place.checkpoint
+    if checkpoint is not None:
+        checkpoint = replace(checkpoint, folder=Path(os.path.abspath(checkpoint.folder)))
+    folder = Path(os.path.abspath(place.folder))
+    return replace(place, folder=folder, checkpoint=checkpoint)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from .config import TrainConfig
 from .data import Batch
 from .distributed import World
 from .loss import IGNORED
+from .sharding import is_sharded, local
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def compute_gradient(
     them, without synchronising a GPU.
 
     Args:
-        module: a `LanguageModel`, or one inside `DistributedDataParallel`.
+        module: a `LanguageModel`, sharded or not, or one inside `DistributedDataParallel`.
         batches: this process's micro-batches.
         world: the processes.
         packed: whether there is no padding, so that every process has equally many tokens.
@@ -70,11 +71,16 @@ def compute_gradient(
             loss = module(batch.inputs.to(world.device), batch.targets.to(world.device))
             (loss * factor.to(loss.dtype).to(loss.device)).backward()
         nats += loss.detach().to(device, torch.float64)
-    told = torch.tensor([own, int(flag)], dtype=torch.float64).to(device)
-    sums = world.sum(torch.cat([nats.unsqueeze(0), told]))
     norm = gradient_norm(module.parameters()).to(device).to(torch.float64)
+    told = [nats.unsqueeze(0), torch.tensor([own, int(flag)], dtype=torch.float64).to(device)]
+    if is_sharded(module):
+        # Each process has the norm of its own parts; the exchange takes the squares with it.
+        *sums, square = world.sum(torch.cat([*told, norm.square().unsqueeze(0)])).unbind()
+        norm = square.sqrt()
+    else:
+        sums = list(world.sum(torch.cat(told)).unbind())
     # The one place where the host waits for the device.
-    total, tokens, flags, length = torch.cat([sums, norm.unsqueeze(0)]).tolist()
+    total, tokens, flags, length = torch.stack([*sums, norm]).tolist()
     if packed and tokens != own * world.size:
         raise RuntimeError(
             f"packed batches of unequal size: {tokens:.0f} tokens on {world.size} processes, "
@@ -86,8 +92,8 @@ def compute_gradient(
 def _loss_factor(own: int, world: World, packed: bool) -> Tensor:
     """What makes the sum over tokens the step's mean: processes / tokens, a float64 scalar.
 
-    Processes, because `DistributedDataParallel` takes the mean over them; what is wanted is the
-    sum.
+    Processes, because `DistributedDataParallel` and FSDP2 take the mean over them; what is wanted
+    is the sum.
     """
     tokens = torch.tensor(float(own), dtype=torch.float64).to(_accumulator_device(world))
     tokens = tokens * world.size if packed else world.sum(tokens)
@@ -95,7 +101,7 @@ def _loss_factor(own: int, world: World, packed: bool) -> Tensor:
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The Euclidean norm of all gradients together, in float32."""
+    """The Euclidean norm of all gradients together, in float32; of sharded ones the own parts'."""
     gradients = _gradients(parameters)
     if not gradients:
         return torch.zeros(())
@@ -115,7 +121,7 @@ def clip(parameters: Iterable[nn.Parameter], norm: float, limit: float) -> None:
 
 
 def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    return [item.grad for item in parameters if item.grad is not None]
+    return [local(item.grad) for item in parameters if item.grad is not None]
 
 
 def reason_to_skip(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lowrank.optimizers import expected_state_bytes, state_bytes
 
@@ -16,8 +17,10 @@ from .data import data_fingerprint
 from .evaluation import count_targets, unigram_loss
 from .files import write_text
 from .memory import weight_bytes
-from .models import parameter_count
+from .models import new_network, parameter_count
 from .parts import Parts
+from .sharding import is_sharded
+from .strategies import strategy_of
 from .weights import weights_sha256
 
 
@@ -56,7 +59,7 @@ def summarise(parts: Parts, wall_seconds: float) -> dict[str, Any]:
         "wall_seconds": wall_seconds,
         "weight_bytes": weight_bytes(network),
         "optimizer_state_bytes": state_bytes(parts.optimizer),
-        "adamw_state_bytes": expected_state_bytes("adamw", network),
+        "adamw_state_bytes": expected_state_bytes("adamw", _unsharded(parts)),
         "peak_memory_bytes": state.peak_bytes,
         "skipped_steps": state.skipped,
         "skipped": state.skipped_updates,
@@ -65,6 +68,8 @@ def summarise(parts: Parts, wall_seconds: float) -> dict[str, Any]:
         "data": data_fingerprint(config.data),
         "seed": config.train.seed,
         "processes": world.size,
+        "data_shards": config.distributed.data_shards,
+        "strategy": strategy_of(config, world.size),
         "threads": torch.get_num_threads(),
         "device": device_name(world.device),
         "torch_version": torch.__version__,
@@ -72,6 +77,17 @@ def summarise(parts: Parts, wall_seconds: float) -> dict[str, Any]:
         "lowrank_version": package_version(),
         "weights_sha256": weights_sha256(network),
     }
+
+
+def _unsharded(parts: Parts) -> nn.Module:
+    """A model of the same shapes and dtypes without sharded parameters."""
+    config = parts.config
+    if not is_sharded(parts.model):
+        network: nn.Module = parts.model.network
+        return network
+    with torch.device("meta"):
+        copy = new_network(config.model, config.data.sequence_length, config.train.seed)
+    return copy.to(getattr(torch, config.model.dtype))  # type: ignore[no-any-return]
 
 
 def write_summary(summary: dict[str, Any], path: Path) -> None:

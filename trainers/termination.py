@@ -36,8 +36,14 @@ class Wish:
 
 
 @contextmanager
-def catch_termination() -> Iterator[Wish]:
-    """Turns SIGTERM into a flag while the block runs; outside the main thread nothing changes."""
+def catch_termination(*, alone: bool = True) -> Iterator[Wish]:
+    """Turns SIGTERM into a flag while the block runs; outside the main thread nothing changes.
+
+    Args:
+        alone: whether this is the run's only process. With others, an error that leaves the block
+            may come of a lost process, for which torchrun sends SIGTERM at once: the flag stays
+            in place, for `distributed.join` to remove.
+    """
     wish = Wish()
     if threading.current_thread() is not threading.main_thread():
         yield wish
@@ -45,5 +51,8 @@ def catch_termination() -> Iterator[Wish]:
     before = signal.signal(signal.SIGTERM, wish.note)
     try:
         yield wish
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    except BaseException:
+        if alone:
+            signal.signal(signal.SIGTERM, before)
+        raise
+    signal.signal(signal.SIGTERM, before)

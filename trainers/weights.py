@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from lowrank.optimizers.layers import FactoredLinear
 
+from .sharding import whole
+
 _CHUNK = 1 << 22
 
 
@@ -28,13 +30,14 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def weights_sha256(model: nn.Module) -> str:
     """SHA-256 over all stored tensors sorted by name: name, dtype, shape and bytes of each.
 
-    Equal fingerprints mean weights that are equal to the bit.
+    Equal fingerprints mean weights that are equal to the bit. Of a sharded model every process
+    must call it.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(stored_tensors(model), key=lambda item: item[0]):
         header = f"{name}\n{tensor.dtype}\n{tuple(tensor.shape)}\n"
         digest.update(header.encode())
-        flat = tensor.detach().contiguous().flatten()
+        flat = whole(tensor.detach()).contiguous().flatten()
         # In chunks, so that a model on a GPU needs no full copy in host memory.
         for piece in torch.split(flat, _CHUNK):
             digest.update(piece.cpu().view(torch.uint8).numpy().data)

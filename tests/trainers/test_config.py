@@ -57,6 +57,25 @@ def test_explicit_settings_beat_method_beats_size_beats_default() -> None:
         ({"optimizer": {"lr": -1}}, "optimizer.lr is -1.0; accepted: a positive number"),
         ({"optimizer": {"betas": {"a": 1}}}, "optimizer.betas is {'a': 1}; accepted"),
         ({"data": {"packing": "tight"}}, "data.packing must be 'pack' or 'pad'"),
+        (
+            {"distributed": {"strategy": "fsdp"}},
+            "distributed.strategy is 'fsdp'; accepted: auto, ddp, fsdp2, deepspeed",
+        ),
+        (
+            {"distributed": {"zero_stage": 2}},
+            "distributed.zero_stage is 2; accepted: 1, 2 or 3 with distributed.strategy=deepspeed",
+        ),
+        (
+            {"distributed": {"strategy": "deepspeed", "zero_stage": 4}},
+            "distributed.zero_stage is 4",
+        ),
+        (
+            {"distributed": {"strategy": "fsdp2", "low_rank_gradients": True}},
+            "distributed.low_rank_gradients is True; accepted: false with"
+            " distributed.strategy=fsdp2, or true with ddp",
+        ),
+        ({"distributed": {"timeout": 0}}, "distributed.timeout is 0.0; accepted: a number of sec"),
+        ({"distributed": {"data_shards": -1}}, "distributed.data_shards is -1; accepted: 0"),
     ],
 )
 def test_what_is_wrong_is_named(values: dict[str, Any], message: str) -> None:
@@ -126,7 +145,13 @@ def test_missing_configuration_file(tmp_path: Path) -> None:
 
 def test_changed_keys_are_those_that_make_another_run() -> None:
     before = resolve({})
-    same = resolve({"checkpoint": {"every": 7}, "train": {"device": "cpu"}})
+    same = resolve(
+        {
+            "checkpoint": {"every": 7},
+            "train": {"device": "cpu"},
+            "distributed": {"strategy": "fsdp2", "timeout": 5},
+        }
+    )
     other = resolve({"train": {"steps": 7}, "optimizer": {"rank": 3}})
     assert changed_keys(before, same) == []
     assert {key for key, _, _ in changed_keys(before, other)} == {"train.steps", "optimizer.rank"}

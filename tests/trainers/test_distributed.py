@@ -16,8 +16,8 @@ from lowrank.trainers.config import ModelConfig
 from lowrank.trainers.data import Batch
 from lowrank.trainers.distributed import World, join
 from lowrank.trainers.models import build_model
-from lowrank.trainers.pretrain import replicate
 from lowrank.trainers.step import clip, compute_gradient
+from lowrank.trainers.strategies import replicate
 
 pytestmark = pytest.mark.slow
 Tiny = Callable[..., list[str]]
@@ -100,9 +100,38 @@ def test_a_run_of_two_processes_resumes_exactly(tiny: Tiny, run: Run, tmp_path: 
     assert shared["val_loss"] == pytest.approx(first["val_loss"], rel=1e-6)
     assert shared["bits_per_byte"] == pytest.approx(first["bits_per_byte"], rel=1e-6)
 
-    status, _, errors = run(["pretrain", "--resume", str(broken)])
-    assert status == 2
-    assert "written by 2 process(es), and this run has 1" in errors
+
+STOPPED = """
+import os, signal, sys
+from processes import stop_itself
+from lowrank.trainers.cli import main
+
+if os.environ["RANK"] == "1":
+    stop_itself(5, signal.SIGKILL)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_killed_process_ends_the_run_which_one_process_carries_on(
+    tiny: Tiny, run: Run, tmp_path: Path
+) -> None:
+    script, folder, whole = tmp_path / "stopped.py", tmp_path / "run", tmp_path / "whole"
+    script.write_text(STOPPED)
+    result = torchrun(script, *tiny(folder, 8, "distributed.timeout=10"))
+    assert result.returncode == 1
+    told = [line for line in result.stderr.splitlines() if line.startswith("lowrank:")]
+    assert len(told) == 1, result.stderr
+    assert told[0].startswith("lowrank: rank 1 (")
+    status, output, errors = run(["pretrain", f"--resume={folder}"])
+    assert (status, errors) == (0, "")
+    assert "resuming at step 4 of 8 steps of 8 x 32" in output
+    run(tiny(whole, 8, "distributed.data_shards=2"))
+    expected = [item for item in comparable_metrics(whole) if item["kind"] == "train"]
+    found = [item for item in comparable_metrics(folder) if item["kind"] == "train"]
+    assert [item["loss"] for item in found] == pytest.approx(
+        [item["loss"] for item in expected], abs=1e-5
+    )
+    assert summary(folder)["tokens"] == summary(whole)["tokens"]
 
 
 if __name__ == "__main__":

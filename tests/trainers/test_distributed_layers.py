@@ -15,8 +15,8 @@ from lowrank.trainers.config import ModelConfig
 from lowrank.trainers.data import Batch
 from lowrank.trainers.distributed import World, join
 from lowrank.trainers.models import build_model
-from lowrank.trainers.pretrain import replicate
 from lowrank.trainers.step import compute_gradient
+from lowrank.trainers.strategies import replicate
 from lowrank.trainers.weights import weights_sha256
 
 pytestmark = pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .config import Batch, DataConfig
 from .errors import DataError, DataWarning
+from .shares import TrainingShare, check_division
 from .source import data_fingerprint
 from .stream import TrainingStream
 from .tokenizer import Tokenizer
@@ -16,8 +17,10 @@ __all__ = [
     "DataError",
     "DataWarning",
     "Tokenizer",
+    "TrainingShare",
     "TrainingStream",
     "ValidationSet",
     "build_tokenizer",
+    "check_division",
     "data_fingerprint",
 ]

@@ -1,0 +1,220 @@
+"""Runs of the real command on several processes, all started from one that has torch loaded.
+
+Importing torch and transformers takes longer than a tiny run, so a helper process imports them
+once and forks the processes of each run, as torchrun would start them.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+#: In place of a signal: a full disk, for the parts of the optimizer's state or for the weights.
+FULL_SHARDS, FULL_WEIGHTS = 0, -1
+
+#: Seconds after which a job's processes are killed.
+JOB_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the command.
+
+    Attributes:
+        arguments: of `lowrank`.
+        processes: how many share the run; 1 starts it without torchrun's environment.
+        stop: {rank: (step, signal)} sent to itself at the start of the step after `step`, or, with
+            a negative step, while the checkpoint of step -step is written; FULL_SHARDS and
+            FULL_WEIGHTS stand for a full disk there.
+        folders: the processes' working folders.
+        copied: (from, to): a run's folder that is copied before.
+    """
+
+    arguments: Sequence[str]
+    processes: int = 1
+    stop: dict[str, tuple[int, int]] = field(default_factory=dict)
+    folders: Sequence[str] = ()
+    copied: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job's processes, by rank.
+
+    Attributes:
+        statuses: exit statuses, negative for signals.
+        outputs: standard outputs.
+        errors: standard errors.
+        seconds: from the first process's end to that of the last one that isn't stopped.
+    """
+
+    statuses: list[int]
+    outputs: list[str]
+    errors: list[str]
+    seconds: float
+
+
+def run_jobs(jobs: Sequence[Job], folder: Path, timeout: float = 300) -> list[Outcome]:
+    """Runs jobs one after another; `folder` takes their outputs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    command = [sys.executable, __file__, str(folder)]
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+    assert result.returncode == 0, result.stderr
+    return [Outcome(**item) for item in json.loads((folder / "outcomes.json").read_text())]
+
+
+def succeed(jobs: Sequence[Job], folder: Path) -> list[Outcome]:
+    """Runs jobs that must all end well."""
+    outcomes = run_jobs(jobs, folder)
+    for outcome in outcomes:
+        assert not any(outcome.statuses), "\n".join(outcome.errors)
+    return outcomes
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _serve(folder: Path) -> None:
+    # Everything that takes long, before any process is forked.
+    import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import lowrank.trainers.pretrain  # noqa: F401
+
+    torch.set_num_threads(1)
+    outcomes = []
+    for number, job in enumerate(json.loads((folder / "jobs.json").read_text())):
+        outcomes.append(_run(Job(**job), folder / f"job-{number}"))
+    (folder / "outcomes.json").write_text(json.dumps([asdict(item) for item in outcomes]))
+
+
+def _run(job: Job, folder: Path) -> Outcome:
+    folder.mkdir()
+    if job.copied:
+        shutil.copytree(*job.copied)
+    port = free_port()
+    children = []
+    for rank in range(job.processes):
+        child = os.fork()
+        if child == 0:
+            _become(job, rank, port, folder)
+        children.append(child)
+    statuses: dict[int, int] = {}
+    first = ended = 0.0
+    stopped = [int(rank) for rank, (_, number) in job.stop.items() if number == signal.SIGSTOP]
+    limit = time.monotonic() + JOB_SECONDS
+    while len(statuses) < len(children):
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child == 0:
+            time.sleep(0.002)
+            if time.monotonic() > limit:
+                for item in set(children) - set(statuses):
+                    os.kill(item, signal.SIGKILL)
+            continue
+        first = first or time.monotonic()
+        statuses[child] = os.waitstatus_to_exitcode(status)
+        if len(statuses) == len(children) - len(stopped):
+            ended = time.monotonic()
+            for rank in stopped:
+                os.kill(children[rank], signal.SIGKILL)
+    return Outcome(
+        [statuses[child] for child in children],
+        [(folder / f"out-{rank}").read_text() for rank in range(job.processes)],
+        [(folder / f"err-{rank}").read_text() for rank in range(job.processes)],
+        ended - first,
+    )
+
+
+def _become(job: Job, rank: int, port: int, folder: Path) -> None:
+    """Turns a forked child into one process of the run."""
+    from lowrank.trainers.cli import main
+
+    status = 70
+    try:
+        for name, descriptor in (("out", 1), ("err", 2)):
+            file = os.open(folder / f"{name}-{rank}", os.O_CREAT | os.O_WRONLY)
+            os.dup2(file, descriptor)
+        if job.processes > 1:
+            os.environ.update(
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE=str(job.processes),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(port),
+            )
+        if job.folders:
+            os.chdir(job.folders[rank])
+        _skip_report()
+        if str(rank) in job.stop:
+            stop_itself(*job.stop[str(rank)])
+        status = main(job.arguments)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _skip_report() -> None:
+    from lowrank.trainers import pretrain
+
+    pretrain.write_report = lambda folder: folder / "report.html"
+
+
+def stop_itself(step: int, number: int) -> None:
+    """Has this process send itself a signal, see `Job.stop`."""
+    from lowrank.trainers import loop, parts, sharded_checkpoint
+
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if step < 0 and number == FULL_WEIGHTS:
+        sharded_checkpoint._header = full
+        return
+    if step < 0:
+        write = parts.write_shards
+
+        def dying_in_write(*arguments: Any) -> None:
+            if number == FULL_SHARDS:
+                sharded_checkpoint.FileSystemWriter.write_data = full
+            elif arguments[1].name.endswith(f"{-step:08d}"):
+                os.kill(os.getpid(), signal.Signals(number))
+            write(*arguments)
+
+        parts.write_shards = dying_in_write
+        return
+    take = loop.Loop._step
+
+    def dying(self: Any) -> None:
+        if self._parts.state.step == step:
+            os.kill(os.getpid(), signal.Signals(number))
+        take(self)
+
+    loop.Loop._step = dying  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    _serve(Path(sys.argv[1]))

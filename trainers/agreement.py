@@ -1,0 +1,58 @@
+"""What the processes of a run must have in common, checked before anything is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .config import RunConfig
+from .data import Tokenizer, check_division, data_fingerprint
+from .distributed import World
+from .strategies import strategy_of
+
+
+def check_processes(config: RunConfig, size: int) -> None:
+    """Refuses a strategy that can't be had, and processes that can't share a step evenly.
+
+    Args:
+        config: the run's settings.
+        size: number of processes.
+
+    Raises:
+        ValueError: one line that names the setting or the numbers.
+    """
+    strategy_of(config, size)
+    shards = config.distributed.data_shards or size
+    check_division(config.train.batch_size, config.train.accumulation, shards, size)
+
+
+def check_shared(checkpoint: Path, world: World) -> None:
+    """Refuses a checkpoint that isn't there for all processes, before it looks damaged to some.
+
+    Raises:
+        ValueError: a process doesn't see it; every process must call this.
+    """
+    for rank, seen in enumerate(world.gather(checkpoint.is_dir())):
+        if not seen:
+            raise ValueError(
+                f"rank {rank} doesn't see {checkpoint}; --output must be on a file system that all"
+                " machines share"
+            )
+
+
+def check_same_data(config: RunConfig, tokenizer: Tokenizer, world: World) -> None:
+    """Refuses processes that would train on different data without a word.
+
+    Raises:
+        ValueError: data or tokenizer differ; every process must call this.
+    """
+    if world.size == 1:
+        return
+    own = {"data": data_fingerprint(config.data), "tokenizer": tokenizer.fingerprint}
+    first, *others = world.gather(own)
+    for rank, other in enumerate(others, start=1):
+        for what in own:
+            if other[what] != first[what]:
+                raise ValueError(
+                    f"rank {rank} and rank 0 have different {what} for data.source"
+                    f" {config.data.source!r}; every machine needs the same"
+                )

@@ -1,0 +1,269 @@
+"""Checkpoint files of sharded models and optimizers, of which no process has the whole.
+
+The weights go into the same ``model.safetensors`` as any run's, one parameter at a time: each is
+gathered, and rank 0 writes it. Whoever reads it reads its own parts. The optimizer's sharded
+tensors are written by all processes at once through `torch.distributed.checkpoint`
+(``__N_0.distcp`` and ``.metadata``); in ``optimizer.pt`` marks stand in their places. So a
+checkpoint can be read by any number of processes, sharded or not.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import empty as empty_sharded
+
+from .distributed import World
+from .files import WriteError, writing
+from .missing import require
+from .sharding import local, local_part, whole
+
+WEIGHTS = "model.safetensors"
+OPTIMIZER = "optimizer.pt"
+_MARK = "sharded tensor"
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def write_weights(tensors: Mapping[str, Tensor], path: Path | None) -> None:
+    """Writes tensors, some of them sharded, as a safetensors file; every process must call it.
+
+    Args:
+        tensors: by name, in the same order on every process.
+        path: the file on the process that writes, None on the others.
+
+    Raises:
+        WriteError: the file can't be written. The other processes aren't kept waiting.
+    """
+    failed: WriteError | None = None
+    with ExitStack() as stack:
+        stream: BinaryIO | None = None
+        try:
+            if path is not None:
+                with writing(path):
+                    stream = stack.enter_context(path.open("wb"))
+                    stream.write(_header(tensors))
+        except WriteError as error:
+            failed = error
+        for tensor in tensors.values():
+            complete = whole(tensor.detach())
+            if path is None or stream is None or failed is not None:
+                continue
+            try:
+                with writing(path):
+                    flat = complete.cpu().contiguous().reshape(-1)
+                    stream.write(flat.view(torch.uint8).numpy().data)
+                    stream.flush()
+            except WriteError as error:
+                failed = error
+    if failed is not None:
+        raise failed
+
+
+def _header(tensors: Mapping[str, Tensor]) -> bytes:
+    """The length and the JSON that a safetensors file begins with."""
+    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        content[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data are aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+def read_weights(network: nn.Module, path: Path) -> None:
+    """Copies a safetensors file's tensors into a network, of sharded ones this process's parts.
+
+    Raises:
+        RuntimeError: names or shapes aren't the network's; nothing is changed.
+    """
+    tensors = network.state_dict()
+    with require("safetensors", "train").safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+        wrong = sorted(names ^ set(tensors))
+        if wrong:
+            where = "file" if wrong[0] in names else "network"
+            raise RuntimeError(f"{wrong[0]} is only in the {where}")
+        slices = {name: file.get_slice(name) for name in tensors}
+        for name, tensor in tensors.items():
+            if list(slices[name].get_shape()) != list(tensor.shape):
+                raise RuntimeError(
+                    f"{name} is {slices[name].get_shape()} in the file and"
+                    f" {list(tensor.shape)} in the network"
+                )
+        for name, tensor in tensors.items():
+            local(tensor).copy_(slices[name][local_part(tensor)])
+
+
+def without_shards(state: Any) -> tuple[Any, dict[str, DTensor]]:
+    """A state of nested dictionaries and lists with marks instead of sharded tensors, and those.
+
+    The marks are plain values; `torch.load` reads them with ``weights_only=True``.
+    """
+    found: dict[str, DTensor] = {}
+
+    def visit(item: Any, path: str) -> Any:
+        if isinstance(item, DTensor):
+            found[path] = item
+            return {_MARK: path, "shape": list(item.shape), "dtype": str(item.dtype)}
+        if isinstance(item, Mapping):
+            return {key: visit(value, f"{path}.{key}") for key, value in item.items()}
+        if isinstance(item, list | tuple):
+            return type(item)(visit(value, f"{path}.{at}") for at, value in enumerate(item))
+        return item
+
+    return visit(state, "optimizer"), found
+
+
+def write_shards(shards: Mapping[str, Tensor], folder: Path, world: World) -> None:
+    """Writes sharded tensors into a checkpoint's folder; every process must call it.
+
+    Raises:
+        WriteError: a process can't write, or doesn't see the folder that rank 0 has made.
+    """
+    blind = [rank for rank, seen in enumerate(world.gather(folder.is_dir())) if not seen]
+    if blind:
+        raise WriteError(
+            None,
+            f"rank {blind[0]} doesn't see this folder of rank 0's; --output must be on a file"
+            " system that all machines share",
+            str(folder),
+        )
+    try:
+        state_dict_saver.save(dict(shards), storage_writer=FileSystemWriter(folder))
+    except CheckpointException as error:
+        rank, (reason, _) = next(iter(error.failures.items()))
+        system = reason if isinstance(reason, OSError) else None
+        text = f"{(system and system.strerror) or reason} on rank {rank}"
+        raise WriteError(system and system.errno, text, str(folder)) from error
+
+
+def check_replicas(state: Any, world: World) -> None:
+    """Checks that what is not sharded is equal on all processes, as rank 0 alone saves it.
+
+    Raises:
+        RuntimeError: a tensor differs; the message has its place in the state.
+    """
+    own = {
+        name: float(tensor.detach().double().sum().nan_to_num())
+        for name, tensor in _plain_tensors(state, "optimizer")
+    }
+    for other in world.gather(own):
+        differing = [name for name in own | other if own.get(name) != other.get(name)]
+        if differing:
+            raise RuntimeError(
+                f"{differing[0]} of the optimizer's state differs between processes and isn't"
+                " sharded, so a checkpoint can't hold it"
+            )
+
+
+def _plain_tensors(item: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(item, Tensor) and not isinstance(item, DTensor):
+        yield path, item
+    elif isinstance(item, Mapping):
+        for key, value in item.items():
+            yield from _plain_tensors(value, f"{path}.{key}")
+    elif isinstance(item, list | tuple):
+        for at, value in enumerate(item):
+            yield from _plain_tensors(value, f"{path}.{at}")
+
+
+def read_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """A checkpoint's state of an optimizer, as this process's `load_state_dict` takes it.
+
+    Tensors are sharded as the optimizer's own are now, or as its parameters of the same shape
+    are, whether they were sharded when they were saved or not.
+
+    Returns:
+        The state. Every process must call it if tensors were saved sharded.
+    """
+    saved = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+    now = optimizer.state_dict()["state"]
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    wanted: dict[str, Tensor] = {}
+
+    def place(item: Any, like: Callable[[torch.Size], DTensor | None]) -> Any:
+        marked = isinstance(item, Mapping) and _MARK in item
+        if marked:
+            shape = torch.Size(item["shape"])
+            dtype = getattr(torch, item["dtype"].removeprefix("torch."))
+            model = like(shape)
+            made = (
+                torch.empty(shape, dtype=dtype)
+                if model is None
+                else empty_sharded(
+                    *shape,
+                    dtype=dtype,
+                    device_mesh=model.device_mesh,
+                    placements=model.placements,
+                )
+            )
+            wanted[item[_MARK]] = made
+            return made
+        if isinstance(item, Tensor) and (model := like(item.shape)) is not None:
+            own = item[local_part(model)].clone().to(model.device)
+            return DTensor.from_local(
+                own,
+                model.device_mesh,
+                model.placements,
+                run_check=False,
+                shape=model.shape,
+                stride=model.stride(),
+            )
+        if isinstance(item, Mapping):
+            return {key: place(value, like) for key, value in item.items()}
+        if isinstance(item, list | tuple):
+            return type(item)(place(value, like) for value in item)
+        return item
+
+    for number, entries in saved["state"].items():
+        param = params[number] if isinstance(number, int) and number < len(params) else None
+        for key, value in entries.items():
+            entries[key] = place(value, _model(now.get(number, {}).get(key), param))
+    if wanted:
+        alone = not dist.is_initialized()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            state_dict_loader.load(wanted, storage_reader=FileSystemReader(folder), no_dist=alone)
+    result: dict[str, Any] = saved
+    return result
+
+
+def _model(now: Any, param: Tensor | None) -> Callable[[torch.Size], DTensor | None]:
+    """Which sharded tensor one of a shape is to be laid out like; None for a plain one."""
+
+    def like(shape: torch.Size) -> DTensor | None:
+        if isinstance(now, Tensor):
+            return now if isinstance(now, DTensor) else None
+        if isinstance(param, DTensor) and param.shape == shape:
+            return param
+        return None
+
+    return like

@@ -1,0 +1,119 @@
+"""Building a run's model and optimizer for its number of processes and its strategy."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import lowrank.optimizers as optimizers
+from lowrank.optimizers import accepts, build
+from lowrank.optimizers.engine.method import TABLE
+
+from .config import RunConfig
+from .distributed import World
+from .models import LanguageModel, build_model
+from .parts import load_initial
+from .sharding import build_sharded
+
+#: The strategy of a process by itself, whatever is set.
+ALONE = "alone"
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained, and how.
+
+    Attributes:
+        model: the model itself.
+        module: what training calls: the model, or `DistributedDataParallel` around it.
+        optimizer: of the model's parameters.
+    """
+
+    model: LanguageModel
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+
+
+def strategy_of(config: RunConfig, size: int) -> str:
+    """The strategy that a run of so many processes has: "alone", "ddp" or "fsdp2".
+
+    Raises:
+        ValueError: the strategy isn't built yet, or the optimizer doesn't go with it.
+    """
+    asked, name = config.distributed.strategy, config.optimizer.name
+    if asked == "deepspeed":
+        raise ValueError(
+            "distributed.strategy='deepspeed' is not supported yet; accepted: auto, ddp, fsdp2"
+        )
+    if size == 1:
+        return ALONE
+    if asked != "fsdp2":
+        return "ddp"
+    changes = name in TABLE and TABLE[name].conversion is not None
+    if changes and config.optimizer.options.get("weight_bits", 8) is not None:
+        raise ValueError(
+            f"distributed.strategy='fsdp2' with optimizer.name={name!r}, which changes the model's"
+            " layers; accepted: ddp, or an optimizer that leaves the layers as they are"
+        )
+    return "fsdp2"
+
+
+def build_training(config: RunConfig, world: World) -> Training:
+    """The model with its first weights, and its optimizer; every process must call it.
+
+    Raises:
+        ValueError: a setting is wrong, or doesn't go with the strategy.
+    """
+    strategy = strategy_of(config, world.size)
+    length, seed = config.data.sequence_length, config.train.seed
+    if strategy == "fsdp2":
+        model = build_sharded(config.model, length, seed, world)
+    else:
+        model = build_model(config.model, length, seed, world.device)
+    if config.model.initial:
+        load_initial(model.network, Path(config.model.initial))
+    optimizer = build_optimizer(config, model)
+    if strategy != "ddp":
+        return Training(model, model, optimizer)
+    optimizer.share_refreshes()
+    module = replicate(model, world)
+    if config.distributed.low_rank_gradients:
+        _exchange_low_rank(module, optimizer)
+    return Training(model, module, optimizer)
+
+
+def build_optimizer(config: RunConfig, model: LanguageModel) -> Any:
+    """The run's optimizer."""
+    options = dict(config.optimizer.options)
+    if accepts(config.optimizer.name, "total_steps"):
+        options.setdefault("total_steps", config.train.steps)
+    return build(config.optimizer.name, model.network, lr=config.optimizer.lr, **options)
+
+
+def replicate(model: nn.Module, world: World) -> nn.Module:
+    """The model as training calls it: inside `DistributedDataParallel` when there are several."""
+    if world.size == 1:
+        return model
+    devices = [world.device] if world.device.type == "cuda" else None
+    with warnings.catch_warnings():
+        # Newer versions have another name for the switch, which still broadcasts at the start.
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+        return DistributedDataParallel(
+            model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
+
+
+def _exchange_low_rank(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    register = getattr(optimizers, "register_low_rank_hook", None)
+    if register is None:
+        raise ValueError(
+            "distributed.low_rank_gradients is True, but this version of lowrank.optimizers has no"
+            " register_low_rank_hook; accepted: false"
+        )
+    register(module, optimizer)
