@@ -1,7 +1,8 @@
 """Low-rank factors added to a frozen weight: W = W_f + c B A (Hu et al., LoRA, 2021).
 
-The frozen weight is a parameter without gradient and may be omitted (`W = c B A`). Forward and backward never make a
-dense product: 2 T r (m + n) flops besides the frozen layer's, and no gradient of W_f.
+The frozen weight is a parameter without gradient and may be omitted (`W = c B A`). Forward and
+backward never make a dense product: 2 T r (m + n) flops besides the frozen layer's, and no gradient
+of W_f.
 
 With several heads (LoRA-the-Explorer, Huh et al., arXiv 2402.16728) W = W_f + (c / H) sum B_h A_h,
 and in training each head is added to W_f alone, for its share of the batch.

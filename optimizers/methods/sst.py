@@ -38,8 +38,8 @@ from ..engine.options import Group
 from ..layers import FactoredLinear
 from ..layers.events import LayerEvent
 from ..layers.optimizer import FactoredAdamW, Link
-from ..layers.spread import held_rows
 from ..layers.spectral import SAMPLING, SpectralLinear, sample
+from ..layers.spread import held_rows
 from ..rules import UpdateRule
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
