@@ -71,7 +71,7 @@ def _frozen_names(module: nn.Module) -> list[str]:
 
 
 def _frozen_parameters(layer: FactoredLinear) -> list[str]:
-    return [name for name in layer.FROZEN if getattr(layer, name) is not None]
+    return [name for name in layer.FROZEN if layer._parameters.get(name) is not None]
 
 
 def _remove_check(layer: nn.Module) -> None:

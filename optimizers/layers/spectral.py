@@ -164,6 +164,9 @@ class SpectralLinear(FactoredLinear):
     FACTORS: ClassVar[tuple[str, ...]] = ("singular_values", "left", "right")
     FROZEN: ClassVar[tuple[str, ...]] = ("frozen_left", "frozen_right")
 
+    frozen_left: Tensor
+    frozen_right: Tensor
+
     def __init__(
         self, linear: nn.Linear, seed: int, *, rank: int = 128, enhanced: bool = True
     ) -> None:
@@ -176,8 +179,12 @@ class SpectralLinear(FactoredLinear):
         self.singular_values = nn.Parameter(parts[0].contiguous())
         self.left = nn.Parameter(parts[1][:, :r].contiguous())
         self.right = nn.Parameter(parts[2][:, :r].contiguous())
-        self.frozen_left = nn.Parameter(parts[1][:, r:].contiguous(), requires_grad=False)
-        self.frozen_right = nn.Parameter(parts[2][:, r:].contiguous(), requires_grad=False)
+        for name, vectors in zip(self.FROZEN, parts[1:], strict=True):
+            rest = vectors[:, r:].contiguous()
+            if rest.numel():
+                self.register_parameter(name, nn.Parameter(rest, requires_grad=False))
+            else:  # DTensors can't be gathered without entries
+                self.register_buffer(name, rest)
 
     @classmethod
     def of(cls, linear: nn.Linear, seed: int, **options: Any) -> Self:
@@ -197,10 +204,15 @@ class SpectralLinear(FactoredLinear):
             self.enhanced,
         )
 
-    def _pairs(self) -> list[tuple[HeldRows, HeldRows]]:
-        """The rows here of active and frozen vectors, of U and of V."""
+    def _vectors(self) -> list[list[HeldRows]]:
+        """The rows here of active and frozen vectors, as far as there are any, of U and of V."""
         pairs = ((self.left, self.frozen_left), (self.right, self.frozen_right))
-        return [(held_rows(active), held_rows(frozen)) for active, frozen in pairs]
+        return [[held_rows(part) for part in pair if part.numel()] for pair in pairs]
+
+    @property
+    def _widths(self) -> list[int]:
+        """Numbers of active and of frozen triples."""
+        return [self.rank, len(self.singular_values) - self.rank]
 
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
@@ -211,7 +223,7 @@ class SpectralLinear(FactoredLinear):
     def _whole_weight(self) -> Tensor:
         """`effective_weight`, with one gather of each part if rows are spread."""
         wide = wide_dtype(self.left)
-        u, v = (torch.cat([part.whole() for part in pair], 1).to(wide) for pair in self._pairs())
+        u, v = (torch.cat([part.whole() for part in pair], 1).to(wide) for pair in self._vectors())
         return (u * held_rows(self.singular_values).whole().to(wide)) @ v.mT
 
     def differentiable_weight(self) -> Tensor | None:
@@ -263,10 +275,10 @@ class SpectralLinear(FactoredLinear):
             )
         rest = torch.ones(k, dtype=torch.bool).index_fill_(0, selected, False)
         order = torch.cat([selected, rest.nonzero().flatten()]).to(self.left.device)
-        for active, frozen in self._pairs():
-            vectors = torch.cat([active.local, frozen.local], 1)[:, order]
-            active.local.copy_(vectors[:, : self.rank])
-            frozen.local.copy_(vectors[:, self.rank :])
+        for parts in self._vectors():
+            vectors = torch.cat([part.local for part in parts], 1)[:, order]
+            for part, columns in zip(parts, vectors.split(self._widths, 1), strict=False):
+                part.local.copy_(columns)
         values = held_rows(self.singular_values)
         values.fill(values.whole()[order])
         return order
@@ -288,8 +300,8 @@ class SpectralLinear(FactoredLinear):
             u, s, vh = torch.linalg.svd(weight, full_matrices=False)
         except RuntimeError:  # LinAlgError is one
             return False
-        for whole, (active, frozen) in zip((u, vh.mT), self._pairs(), strict=True):
-            active.fill(whole[:, : self.rank])
-            frozen.fill(whole[:, self.rank :])
+        for whole, parts in zip((u, vh.mT), self._vectors(), strict=True):
+            for part, columns in zip(parts, whole.split(self._widths, 1), strict=False):
+                part.fill(columns)
         held_rows(self.singular_values).fill(s)
         return True
