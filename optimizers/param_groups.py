@@ -37,7 +37,8 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module
     seen: set[nn.Parameter] = set()
     for prefix, module in model.named_modules():
         for name, param in module.named_parameters(recurse=False):
-            if param.requires_grad and param not in seen:
+            frozen = isinstance(module, FactoredLinear) and name in module.FROZEN
+            if param.requires_grad and not frozen and param not in seen:
                 seen.add(param)
                 whole = f"{prefix}.{name}" if prefix else name
                 check_placement(param, whole)

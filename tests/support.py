@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lowrank.optimizers.layers import QuantizedLowRankLinear
+from lowrank.optimizers.layers import FactoredLinear, QuantizedLowRankLinear
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Real English text in C4's layout, where a checkout has it beside it.
@@ -51,9 +51,20 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> TinyBlock:
     return TinyBlock().to(dtype)
 
 
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """All parameters but the frozen matrices of factored layers."""
+    frozen = [
+        getattr(module, name)
+        for module in model.modules()
+        if isinstance(module, FactoredLinear)
+        for name in module.FROZEN
+    ]
+    return [param for param in model.parameters() if all(param is not other for other in frozen)]
+
+
 def set_gradients(model: nn.Module, step: int, scale: float = 1e-2) -> None:
     """Deterministic gradients that differ from step to step."""
-    for index, param in enumerate(model.parameters()):
+    for index, param in enumerate(trained(model)):
         values = hashed(param.numel(), 1000 * index + 1) + 0.6 * hashed(
             param.numel(), 1000 * index + step + 2
         )

@@ -37,6 +37,8 @@ class FactoredLinear(nn.Module):
 
     #: Trained parts, by the names of their parameters.
     FACTORS: ClassVar[tuple[str, ...]]
+    #: Frozen matrices, by the names of their parameters: FSDP2 shards those, and no buffers.
+    FROZEN: ClassVar[tuple[str, ...]] = ()
     #: Attributes with numbers that determine the function; new ones come last.
     SETTINGS: ClassVar[tuple[str, ...]] = ()
 
@@ -245,7 +247,12 @@ def kaiming_bound(fan_in: int) -> float:
 
 @torch.no_grad()
 def add_product(
-    weight_mn: Tensor, left_mk: Tensor, right_kn: Tensor, scale: float, seed: int
+    weight_mn: Tensor,
+    left_mk: Tensor,
+    right_kn: Tensor,
+    scale: float,
+    seed: int,
+    first_row: int = 0,
 ) -> None:
     """In place: weight <- weight + scale * left right, summed in fp32 (fp64) in chunks of rows.
 
@@ -257,6 +264,8 @@ def add_product(
         right_kn: k x n.
         scale: factor on the product.
         seed: of the rounding.
+        first_row: the first of these m rows in the whole weight, so that all processes that share
+            one round as a single process does.
     """
     wide, n = wide_dtype(weight_mn), weight_mn.shape[1]
     right_kn = right_kn.to(wide)
@@ -264,5 +273,5 @@ def add_product(
         part = weight_mn[span]
         total = part.to(wide).addmm(left_mk[span].to(wide), right_kn, alpha=scale)
         if part.dtype == torch.bfloat16:
-            total = stochastic_bfloat16(total, seed, span.start * n)
+            total = stochastic_bfloat16(total, seed, (first_row + span.start) * n)
         part.copy_(total)

@@ -16,6 +16,7 @@ from ..param_groups import PATTERNS, projected_layers
 from .base import FactoredLinear
 from .replicas import mark_frozen, unmark_frozen
 from .seeds import layer_seed, named_layers
+from .spread import check_whole
 
 
 def factored_layers(model: nn.Module) -> Iterator[tuple[str, FactoredLinear]]:
@@ -56,7 +57,7 @@ def to_factored(
     checks.integer("seed", seed, low=0)
     present = list(factored_layers(model))
     for name, layer in present:
-        if type(layer) is not kind:
+        if not isinstance(layer, kind):  # fully_shard makes a subclass
             raise ValueError(
                 f"{name} is a {type(layer).__name__}: accepted for {kind.__name__} are dense "
                 "models (merge(model) makes one)"
@@ -112,7 +113,13 @@ def _irreplaceable(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def merge_factored(model: nn.Module) -> None:
-    """In place: replaces each factored layer by a plain linear one."""
+    """In place: replaces each factored layer by a plain linear one.
+
+    Raises:
+        ValueError: a layer is spread over processes; nothing is changed then.
+    """
+    for name, layer in factored_layers(model):
+        check_whole(layer, name)
     unmark_frozen(model)
     replace_modules(model, {layer: layer.to_linear() for _, layer in factored_layers(model)})
 

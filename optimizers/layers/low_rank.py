@@ -1,7 +1,8 @@
 """Low-rank factors added to a frozen weight: W = W_f + c B A (Hu et al., LoRA, 2021).
 
-The frozen weight is a buffer and may be omitted (`W = c B A`). Forward and backward never make a
-dense product: 2 T r (m + n) flops besides the frozen layer's, and no gradient of W_f.
+The frozen weight is a parameter without gradient and may be omitted (`W = c B A`). Forward and
+backward never make a dense product: 2 T r (m + n) flops besides the frozen layer's, and no gradient
+of W_f.
 
 With several heads (LoRA-the-Explorer, Huh et al., arXiv 2402.16728) W = W_f + (c / H) sum B_h A_h,
 and in training each head is added to W_f alone, for its share of the batch.
@@ -18,13 +19,14 @@ from torch.nn import functional
 from ..engine import checks
 from ..engine.chunks import wide_dtype
 from .base import FactoredLinear, add_product, kaiming_bound, uniform
+from .spread import check_whole, held_rows
 
 
 class LowRankLinear(FactoredLinear):
     """y = x W_f^T + c (x A^T) B^T + b.
 
     Attributes:
-        frozen: m x n buffer, or None.
+        frozen: m x n, or None.
         lora_a: A, r x n, from U(+-1/sqrt(n)); the heads' factors stacked, H r x n.
         lora_b: B, m x r, zeros if there is a frozen weight; m x H r.
         alpha: c r.
@@ -33,9 +35,10 @@ class LowRankLinear(FactoredLinear):
     """
 
     FACTORS: ClassVar[tuple[str, ...]] = ("lora_a", "lora_b")
+    FROZEN: ClassVar[tuple[str, ...]] = ("frozen",)
     SETTINGS: ClassVar[tuple[str, ...]] = ("alpha", "heads")
 
-    frozen: Tensor | None
+    frozen: nn.Parameter | None
 
     def __init__(
         self,
@@ -53,7 +56,8 @@ class LowRankLinear(FactoredLinear):
         m, n, r = self.out_features, self.in_features, self.rank * heads
         weight = linear.weight.detach()
         self.alpha, self.scaling, self.heads = float(alpha), alpha / self.rank, heads
-        self.register_buffer("frozen", weight if keep_frozen else None)
+        frozen = nn.Parameter(weight, requires_grad=False) if keep_frozen else None
+        self.register_parameter("frozen", frozen)
         self.lora_a = nn.Parameter(uniform((r, n), kaiming_bound(n), weight, seed, 0))
         if keep_frozen:
             self.lora_b = nn.Parameter(torch.zeros(m, r, dtype=weight.dtype, device=weight.device))
@@ -77,7 +81,7 @@ class LowRankLinear(FactoredLinear):
         scaling = self.scaling / self.heads
         if self.frozen is None:
             return functional.linear(projected * scaling, self.lora_b, self.bias)
-        y = functional.linear(x, self.frozen, self.bias)
+        y = functional.linear(x, self.frozen.detach(), self.bias)
         return y + functional.linear(projected * scaling, self.lora_b)
 
     def _by_heads(self, x: Tensor) -> Tensor:
@@ -95,7 +99,7 @@ class LowRankLinear(FactoredLinear):
         projected = projected_htm.reshape(*x.shape[:-1], self.out_features)
         if self.frozen is None:
             return projected if self.bias is None else projected + self.bias
-        return functional.linear(x, self.frozen, self.bias) + projected
+        return functional.linear(x, self.frozen.detach(), self.bias) + projected
 
     @torch.no_grad()
     def product(self) -> Tensor:
@@ -118,14 +122,17 @@ class LowRankLinear(FactoredLinear):
         """
         if self.frozen is None:
             raise ValueError("a layer without a frozen weight has nothing to merge into")
-        add_product(self.frozen, self.lora_b, self.lora_a, self.scaling / self.heads, seed)
+        frozen, b, a = (held_rows(part) for part in (self.frozen, self.lora_b, self.lora_a))
+        scale = self.scaling / self.heads
+        add_product(frozen.local, b.local, a.whole(), scale, seed, frozen.span.start)
         bound = kaiming_bound(self.in_features)
-        self.lora_a.copy_(uniform(tuple(self.lora_a.shape), bound, self.lora_a, seed))
-        self.lora_b.zero_()
+        a.fill(uniform(tuple(self.lora_a.shape), bound, a.local, seed))
+        b.local.zero_()
 
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
         """W_f + c B A."""
+        check_whole(self)
         product = self.product()
         return product if self.frozen is None else product.add_(self.frozen)
 
@@ -134,4 +141,4 @@ class LowRankLinear(FactoredLinear):
         if self.heads > 1 and self.training:
             return None
         product = self.lora_b @ self.lora_a * (self.scaling / self.heads)
-        return product if self.frozen is None else product + self.frozen
+        return product if self.frozen is None else product + self.frozen.detach()

@@ -6,6 +6,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from operator import is_
 from typing import Any, ClassVar, Self, overload
 
 import torch
@@ -19,6 +20,7 @@ from ..engine.options import Group
 from ..engine.parameters import label, names
 from ..engine.rotation import Rotation
 from ..engine.rule_families import TORCH_ADAMW
+from ..engine.sharding import shard_of
 from ..rules import UpdateRule
 from . import FactoredLinear
 from .events import EventHook, LayerEvent
@@ -33,15 +35,22 @@ class Link:
         name: the layer's name in its model, without wrappers.
         layer: the layer.
         group: options of its factors.
+        params: its trained parts, in the order of `FACTORS`, as the optimizer has them. Under
+            FSDP2 the layer has others in their place where it is unsharded.
     """
 
     name: str
     layer: FactoredLinear
     group: Group
+    params: tuple[nn.Parameter, ...]
 
     def factors(self) -> list[nn.Parameter]:
         """The trained parts, in the order of `FACTORS`."""
-        return [getattr(self.layer, name) for name in self.layer.FACTORS]
+        return list(self.params)
+
+    def present(self) -> tuple[nn.Parameter, ...]:
+        """What the layer has in the place of its trained parts now."""
+        return tuple(getattr(self.layer, name) for name in self.layer.FACTORS)
 
     def seed(self, *parts: int) -> int:
         """The layer's seed, from its group's."""
@@ -157,7 +166,7 @@ class FactoredAdamW(LowRankOptimizer):
                     f"factors are trained: {type(self).__name__} accepts all of a "
                     f"{self.layer_type.__name__}'s"
                 )
-            links.append(Link(name, layer, groups[own[0]]))
+            links.append(Link(name, layer, groups[own[0]], tuple(own)))
         found = {param for link in links for param in link.factors()}
         for group in self.param_groups:
             for param, name_ in zip(group["params"], names(group), strict=True):
@@ -200,7 +209,7 @@ class FactoredAdamW(LowRankOptimizer):
 
         Raises:
             ValueError: a gradient is sparse, or there are scheduled events and no layers are
-                attached.
+                attached, or their parameters are not the optimizer's.
         """
         factors = [g for g in self.param_groups if g.get("factors") and g["params"]]
         if not self._links and any(self._needs_layers(group) for group in factors):
@@ -214,6 +223,7 @@ class FactoredAdamW(LowRankOptimizer):
                 loss = closure()
         check_gradients(self.param_groups)
         self._prepare()
+        self._follow_layers()
         with no_autocast():
             try:
                 self._before()
@@ -226,6 +236,21 @@ class FactoredAdamW(LowRankOptimizer):
         if not self._all_stepped:
             self._look_for_idle_factors()
         return loss
+
+    def _follow_layers(self) -> None:
+        """Takes over parameters that were exchanged, in the layers and in the groups."""
+        for position, link in enumerate(self._links):
+            now = link.present()
+            if all(map(is_, now, link.params)):
+                continue
+            lost = [n for n, p in zip(link.layer.FACTORS, now, strict=True) if p not in self.state]
+            if lost:
+                raise ValueError(
+                    f"{link.name}.{lost[0]} is another parameter than this optimizer was made for: "
+                    "accepted is build(name, model) after fully_shard(model), and a step after a "
+                    "backward pass, which leaves parameters sharded (so does model.reshard())"
+                )
+            self._links[position] = replace(link, params=now)
 
     def _replace_gradient(self, param: nn.Parameter, grad: Tensor) -> None:
         """Uses another gradient for this step; the user's is restored after it."""
@@ -303,6 +328,6 @@ class FactoredAdamW(LowRankOptimizer):
 
     def _renew(self, param: nn.Parameter, rule: UpdateRule) -> None:
         """Resets a factor's moments and their bias corrections."""
-        state = self.state[param]
+        state = shard_of(param).local_state(self.state[param], None)
         rule.transport_moments(state, "reset", Rotation(None, None))
         state["refreshed_at"] = int(state["step"])

@@ -4,7 +4,8 @@
 
 with P the leading singular vectors of a gradient of W. W_q and P are quantised and frozen; only B
 is trained, so gradients and moments are as small as GaLore's and the weight takes half a byte an
-entry. The optimizer schedules the merges and the new P (`loqt`).
+entry. The optimizer schedules the merges and the new P (`loqt`). W_q and P are buffers, which
+FSDP2 leaves whole on each process: groups of codes with a common scale don't end where rows do.
 
 The gradient of W itself is computed only after `watch(True)`: the backward pass accumulates it in
 `weight_gradient`.
@@ -23,6 +24,7 @@ from ..engine.chunks import wide_dtype
 from .autocast import compute_dtype, on_rows
 from .base import FactoredLinear
 from .frozen import FrozenMatrix, dense_matrix
+from .spread import check_whole, held_rows
 
 _Parts = tuple[Tensor | None, ...]
 
@@ -167,29 +169,39 @@ class QuantizedLowRankLinear(FactoredLinear):
             ||W' - W|| / ||W||, the change of the effective weight by quantisation.
         """
         wide = wide_dtype(self.factor)
-        weight = self.effective_weight()
+        held = held_rows(self.factor)
+        factor = held.whole()
+        weight = self._weight(factor)
         self.basis.assign(basis.to(wide))
-        self.factor.zero_()
+        factor = torch.zeros_like(factor)
         self.base.assign(weight)
         left = self.out_features <= self.in_features
         p = self.basis.dense(wide)
         inverse = torch.linalg.pinv(p.mT @ p, hermitian=True) @ p.mT / self.scale
         for _ in range(iterations if self.base.format else 0):
             error = weight - self.base.dense(wide)
-            self.factor.copy_(inverse @ error if left else error @ inverse.mT)
-            self.base.assign(weight - self.product())
+            factor.copy_(inverse @ error if left else error @ inverse.mT)
+            self.base.assign(weight - self._product(factor))
+        held.fill(factor)
         norm = weight.norm()
-        change = (self.effective_weight() - weight).norm() / torch.where(norm > 0, norm, 1)
+        change = (self._weight(factor) - weight).norm() / torch.where(norm > 0, norm, 1)
         return float(change)
 
     @torch.no_grad()
     def product(self) -> Tensor:
         """c P B or c B P^T, m x n, in fp32 or fp64."""
-        wide = wide_dtype(self.factor)
-        p, b = self.basis.dense(wide), self.factor.to(wide)
+        return self._product(self.factor)
+
+    def _product(self, factor: Tensor) -> Tensor:
+        wide = wide_dtype(factor)
+        p, b = self.basis.dense(wide), factor.to(wide)
         return (p @ b if self.out_features <= self.in_features else b @ p.mT).mul_(self.scale)
 
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
         """W_q + c P B, or W_q + c B P^T."""
-        return self.product().add_(self.base.dense(wide_dtype(self.factor)))
+        check_whole(self)
+        return self._weight(self.factor)
+
+    def _weight(self, factor: Tensor) -> Tensor:
+        return self._product(factor).add_(self.base.dense(wide_dtype(factor)))

@@ -62,9 +62,16 @@ def _frozen_names(module: nn.Module) -> list[str]:
         name
         for prefix, layer in module.named_modules()
         if isinstance(layer, FactoredLinear)
-        for name, _ in layer.named_buffers(prefix)
+        for name in (
+            *(name for name, _ in layer.named_buffers(prefix)),
+            *(f"{prefix}.{name}" if prefix else name for name in _frozen_parameters(layer)),
+        )
     ]
     return names + [_COMPILED + name for name in names]
+
+
+def _frozen_parameters(layer: FactoredLinear) -> list[str]:
+    return [name for name in layer.FROZEN if layer._parameters.get(name) is not None]
 
 
 def _remove_check(layer: nn.Module) -> None:
@@ -118,7 +125,8 @@ def check_replicas(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
 
 def _samples(layer: FactoredLinear) -> Iterator[Tensor]:
     """A few entries of each frozen tensor, in fp64 on the CPU."""
-    frozen = [*layer.buffers(), *(getattr(layer, name) for name in layer.host_tensors())]
+    others = (*_frozen_parameters(layer), *layer.host_tensors())
+    frozen = [*layer.buffers(), *(getattr(layer, name) for name in others)]
     for tensor in frozen:
         flat = tensor.detach().flatten()
         if len(flat):

@@ -25,6 +25,7 @@ from ..engine import checks
 from ..engine.chunks import wide_dtype
 from .autocast import compute_dtype, on_rows
 from .base import FactoredLinear, kaiming_bound, uniform
+from .spread import check_whole
 
 SUPPORTS = ("seeded", "stored")
 INITS = ("official", "model")
@@ -204,6 +205,7 @@ class SparseLowRankLinear(FactoredLinear):
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
         """C B A + S."""
+        check_whole(self)
         wide = wide_dtype(self.lora_a)
         b, a, values = (
             getattr(self, name).to(wide) for name in ("lora_b", "lora_a", "sparse_values")

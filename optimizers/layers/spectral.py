@@ -27,6 +27,7 @@ from ..engine import checks
 from ..engine.chunks import wide_dtype
 from .autocast import compute_dtype, on_rows
 from .base import FactoredLinear
+from .spread import HeldRows, check_whole, held_rows
 
 SAMPLING = ("mixed", "singular", "uniform")
 
@@ -155,12 +156,13 @@ class SpectralLinear(FactoredLinear):
         singular_values: s, (k,), those of the active vectors first.
         left: m x r, active columns of U.
         right: n x r, active columns of V.
-        frozen_left: m x (k - r) buffer.
-        frozen_right: n x (k - r) buffer.
+        frozen_left: m x (k - r), without gradient.
+        frozen_right: n x (k - r), without gradient.
         enhanced: see the module.
     """
 
     FACTORS: ClassVar[tuple[str, ...]] = ("singular_values", "left", "right")
+    FROZEN: ClassVar[tuple[str, ...]] = ("frozen_left", "frozen_right")
 
     frozen_left: Tensor
     frozen_right: Tensor
@@ -177,8 +179,12 @@ class SpectralLinear(FactoredLinear):
         self.singular_values = nn.Parameter(parts[0].contiguous())
         self.left = nn.Parameter(parts[1][:, :r].contiguous())
         self.right = nn.Parameter(parts[2][:, :r].contiguous())
-        self.register_buffer("frozen_left", parts[1][:, r:].contiguous())
-        self.register_buffer("frozen_right", parts[2][:, r:].contiguous())
+        for name, vectors in zip(self.FROZEN, parts[1:], strict=True):
+            rest = vectors[:, r:].contiguous()
+            if rest.numel():
+                self.register_parameter(name, nn.Parameter(rest, requires_grad=False))
+            else:  # DTensors can't be gathered without entries
+                self.register_buffer(name, rest)
 
     @classmethod
     def of(cls, linear: nn.Linear, seed: int, **options: Any) -> Self:
@@ -192,45 +198,46 @@ class SpectralLinear(FactoredLinear):
             self.singular_values,
             self.left,
             self.right,
-            self.frozen_left,
-            self.frozen_right,
+            self.frozen_left.detach(),
+            self.frozen_right.detach(),
             self.bias,
             self.enhanced,
         )
 
-    def _vectors(self) -> tuple[Tensor, Tensor]:
-        """U (m x k) and V (n x k)."""
-        return (
-            torch.cat([self.left.detach(), self.frozen_left], 1),
-            torch.cat([self.right.detach(), self.frozen_right], 1),
-        )
+    def _vectors(self) -> list[list[HeldRows]]:
+        """The rows here of active and frozen vectors, as far as there are any, of U and of V."""
+        pairs = ((self.left, self.frozen_left), (self.right, self.frozen_right))
+        return [[held_rows(part) for part in pair if part.numel()] for pair in pairs]
 
-    def _set_vectors(self, u: Tensor, v: Tensor) -> None:
-        r = self.rank
-        self.left.copy_(u[:, :r])
-        self.right.copy_(v[:, :r])
-        self.frozen_left.copy_(u[:, r:])
-        self.frozen_right.copy_(v[:, r:])
+    @property
+    def _widths(self) -> list[int]:
+        """Numbers of active and of frozen triples."""
+        return [self.rank, len(self.singular_values) - self.rank]
 
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
         """U diag(s) V^T."""
+        check_whole(self)
+        return self._whole_weight()
+
+    def _whole_weight(self) -> Tensor:
+        """`effective_weight`, with one gather of each part if rows are spread."""
         wide = wide_dtype(self.left)
-        u, v = (part.to(wide) for part in self._vectors())
-        return (u * self.singular_values.to(wide)) @ v.mT
+        u, v = (torch.cat([part.whole() for part in pair], 1).to(wide) for pair in self._vectors())
+        return (u * held_rows(self.singular_values).whole().to(wide)) @ v.mT
 
     def differentiable_weight(self) -> Tensor | None:
         """U diag(s) V^T; its gradients are not the enhanced ones."""
         if self.enhanced:
             return None
-        u = torch.cat([self.left, self.frozen_left], 1)
-        v = torch.cat([self.right, self.frozen_right], 1)
+        u = torch.cat([self.left, self.frozen_left.detach()], 1)
+        v = torch.cat([self.right, self.frozen_right.detach()], 1)
         return (u * self.singular_values) @ v.mT
 
     @torch.no_grad()
     def clamp_singular_values(self) -> None:
         """In place: s <- max(s, 0), which changes W."""
-        self.singular_values.clamp_(min=0)
+        held_rows(self.singular_values).local.clamp_(min=0)
 
     @torch.no_grad()
     def renormalize(self) -> None:
@@ -239,9 +246,12 @@ class SpectralLinear(FactoredLinear):
         Vectors of length 0, and of length 1 up to rounding, are unchanged.
         """
         for vectors in (self.left, self.right):
-            norms = vectors.to(wide_dtype(vectors)).norm(dim=0)
+            held = held_rows(vectors)
+            norms = held.local.to(wide_dtype(vectors)).norm(dim=0)
+            if not held.processes.alone:
+                norms = held.processes.sum(norms.square()).sqrt()
             away = (norms > 0) & ((norms - 1).abs() > 4 * torch.finfo(vectors.dtype).eps)
-            vectors.copy_(vectors / torch.where(away, norms, 1))
+            held.local.copy_(held.local / torch.where(away, norms, 1))
 
     @torch.no_grad()
     def resample(self, selected: Tensor) -> Tensor:
@@ -265,25 +275,33 @@ class SpectralLinear(FactoredLinear):
             )
         rest = torch.ones(k, dtype=torch.bool).index_fill_(0, selected, False)
         order = torch.cat([selected, rest.nonzero().flatten()]).to(self.left.device)
-        u, v = self._vectors()
-        self._set_vectors(u[:, order], v[:, order])
-        self.singular_values.copy_(self.singular_values[order])
+        for parts in self._vectors():
+            vectors = torch.cat([part.local for part in parts], 1)[:, order]
+            for part, columns in zip(parts, vectors.split(self._widths, 1), strict=False):
+                part.local.copy_(columns)
+        values = held_rows(self.singular_values)
+        values.fill(values.whole()[order])
         return order
 
     @torch.no_grad()
     def redecompose(self) -> bool:
         """In place: a new SVD of W, values descending, so that vectors are orthogonal again.
 
+        U and V together are not smaller than W, so under FSDP2 every process gathers them, as a
+        forward pass does, and decomposes W itself.
+
         Returns:
             False where W isn't finite or the SVD failed; the layer is unchanged then.
         """
-        weight = self.effective_weight()
+        weight = self._whole_weight()
         if not bool(weight.isfinite().all()):
             return False
         try:
             u, s, vh = torch.linalg.svd(weight, full_matrices=False)
         except RuntimeError:  # LinAlgError is one
             return False
-        self._set_vectors(u, vh.mT)
-        self.singular_values.copy_(s)
+        for whole, parts in zip((u, vh.mT), self._vectors(), strict=True):
+            for part, columns in zip(parts, whole.split(self._widths, 1), strict=False):
+                part.fill(columns)
+        held_rows(self.singular_values).fill(s)
         return True

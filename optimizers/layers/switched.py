@@ -20,6 +20,7 @@ from torch.nn import functional
 from ..engine import checks
 from ..engine.chunks import wide_dtype
 from .base import FactoredLinear, add_product, uniform
+from .spread import check_whole, held_rows
 
 _GAIN = math.sqrt(1 / 3)  # of leaky_relu with slope sqrt(5)
 
@@ -28,18 +29,20 @@ class SwitchedLinear(FactoredLinear):
     """y = x W_f^T + c (x A^T) B^T + b.
 
     Attributes:
-        frozen: W_f, m x n buffer.
+        frozen: W_f, m x n.
         rows_a: A, r x n.
         rows_b: B^T, r x m.
-        candidates_a: N x n, a buffer unless offloaded; outdated at the positions in use.
+        candidates_a: N x n, a buffer unless offloaded; outdated at the positions in use. FSDP2
+            leaves buffers whole on each process.
         candidates_b: N x m, likewise.
         selected: (2, r) int64 on the CPU, no buffer: which candidate each row of A and of B is.
         offload: candidates stay on the CPU when the layer is moved.
     """
 
     FACTORS: ClassVar[tuple[str, ...]] = ("rows_a", "rows_b")
+    FROZEN: ClassVar[tuple[str, ...]] = ("frozen",)
 
-    frozen: Tensor
+    frozen: nn.Parameter
     candidates_a: Tensor
     candidates_b: Tensor
     selected: Tensor
@@ -62,11 +65,10 @@ class SwitchedLinear(FactoredLinear):
         self.selected = torch.stack([chosen, chosen.roll(r // 2)])
         self.rows_a = nn.Parameter(candidates_a[-r:].clone())
         self.rows_b = nn.Parameter(candidates_b[-r:].roll(r // 2, 0).clone())
-        self.register_buffer("frozen", weight.clone())
+        frozen = weight.clone()
         if not weight.is_meta:
-            add_product(
-                self.frozen, self.rows_b.detach().mT, self.rows_a.detach(), -self.scaling, seed
-            )
+            add_product(frozen, self.rows_b.detach().mT, self.rows_a.detach(), -self.scaling, seed)
+        self.frozen = nn.Parameter(frozen, requires_grad=False)
         for name, candidates in (("candidates_a", candidates_a), ("candidates_b", candidates_b)):
             if offload:
                 setattr(self, name, candidates if weight.is_meta else candidates.cpu())
@@ -90,18 +92,19 @@ class SwitchedLinear(FactoredLinear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) to (..., m)."""
         projected = functional.linear(x, self.rows_a) * self.scaling
-        return functional.linear(x, self.frozen, self.bias) + projected @ self.rows_b
+        return functional.linear(x, self.frozen.detach(), self.bias) + projected @ self.rows_b
 
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
         """W_f + c B A."""
+        check_whole(self)
         wide = wide_dtype(self.rows_a)
         product = self.rows_b.to(wide).mT @ self.rows_a.to(wide)
         return product.mul_(self.scaling).add_(self.frozen)
 
     def differentiable_weight(self) -> Tensor:
         """W_f + c B A."""
-        return self.rows_b.mT @ self.rows_a * self.scaling + self.frozen
+        return self.rows_b.mT @ self.rows_a * self.scaling + self.frozen.detach()
 
     @torch.no_grad()
     def switch(self, side: int, first: int, count: int, seed: int) -> Tensor:
@@ -117,19 +120,21 @@ class SwitchedLinear(FactoredLinear):
             (count,) positions of the rows.
         """
         r = self.rank
-        rows, other = (self.rows_a, self.rows_b) if side == 0 else (self.rows_b, self.rows_a)
+        frozen, *both = (held_rows(part) for part in (self.frozen, self.rows_a, self.rows_b))
+        rows, other = both[side], both[1 - side]
         candidates = self.candidates_a if side == 0 else self.candidates_b
         selected = self.selected[side]
         places = torch.arange(first, first + count) % r
         fresh = (int(selected[first - 1]) + 1 + torch.arange(count)) % len(candidates)
-        at = places.to(rows.device)
-        old = rows[at]
-        new = candidates[fresh.to(candidates.device)].to(rows.device)
-        change, beside = old.to(wide_dtype(old)) - new, other[at]
-        pair = (beside.mT, change) if side == 0 else (change.mT, beside)
-        add_product(self.frozen, *pair, self.scaling, seed)
+        at = places.to(rows.local.device)
+        old = rows.pick(at)
+        new = candidates[fresh.to(candidates.device)].to(at.device)
+        change, beside = old.to(wide_dtype(old)) - new, other.pick(at)
+        left_km, right_kn = (beside, change) if side == 0 else (change, beside)
+        left_mk = left_km[:, frozen.rows].mT
+        add_product(frozen.local, left_mk, right_kn, self.scaling, seed, frozen.span.start)
         # The factors may have been cast since the candidates were made.
         candidates[selected[places].to(candidates.device)] = old.to(candidates)
-        rows[at] = new.to(rows.dtype)
+        rows.put(at, new.to(old.dtype))
         selected[places] = fresh
         return at

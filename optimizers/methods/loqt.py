@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from ..engine import checks
 from ..engine.composition import Composition
@@ -35,6 +35,7 @@ from ..engine.method import Conversion, method
 from ..engine.options import Group
 from ..layers import FactoredLinear, QuantizedLowRankLinear
 from ..layers.events import LayerEvent
+from ..layers.mean import mean_gradients
 from ..layers.optimizer import FactoredAdamW, Link
 from ..projectors import REFRESH_MODES
 from ..projectors.decompositions import bases
@@ -213,35 +214,3 @@ def largest_entry(matrix_mn: Tensor) -> float:
     """The largest magnitude, NaN if any entry is, without a temporary matrix."""
     low, high = matrix_mn.aminmax()
     return float(torch.maximum(high, -low))
-
-
-def mean_gradients(own: Sequence[Tensor | None], links: Sequence[Link]) -> list[Tensor | None]:
-    """The mean gradients over processes, so that all compute the same basis.
-
-    Processes first exchange which gradients they have, so that all reduce the same ones.
-
-    Args:
-        own: this process's gradients, m x n; overwritten.
-        links: their layers, the same on each process.
-
-    Returns:
-        For each layer the mean, or None if no process has a gradient.
-    """
-    if not own or not distributed.is_available() or not distributed.is_initialized():
-        return list(own)
-    size = distributed.get_world_size()
-    if size == 1:
-        return list(own)
-    there = torch.tensor([gradient is not None for gradient in own], dtype=torch.int32)
-    there = there.to(links[0].factors()[0].device)
-    distributed.all_reduce(there)
-    means: list[Tensor | None] = []
-    for gradient, link, count in zip(own, links, there.tolist(), strict=True):
-        if count and gradient is None:
-            layer = link.layer
-            gradient = link.factors()[0].new_zeros(layer.out_features, layer.in_features)
-        if count and gradient is not None:
-            distributed.all_reduce(gradient)
-            gradient.div_(size)
-        means.append(gradient if count else None)
-    return means

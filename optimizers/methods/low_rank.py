@@ -27,6 +27,7 @@ from ..engine.options import Group
 from ..layers import FactoredLinear, LowRankLinear
 from ..layers.events import LayerEvent
 from ..layers.optimizer import FactoredAdamW
+from ..layers.spread import held_rows
 from ..rules import UpdateRule
 
 
@@ -87,16 +88,16 @@ def refactor_(b_mr: Tensor, a_rn: Tensor) -> None:
     Factors that are not finite are left unchanged.
 
     Args:
-        b_mr: B, m x r.
+        b_mr: B, m x r; as A it may be spread over processes, which gather both.
         a_rn: A, r x n.
     """
-    wide = wide_dtype(b_mr)
-    q_b, r_b = torch.linalg.qr(b_mr.to(wide))
-    q_a, r_a = torch.linalg.qr(a_rn.to(wide).mT)
+    wide, b, a = wide_dtype(b_mr), held_rows(b_mr), held_rows(a_rn)
+    q_b, r_b = torch.linalg.qr(b.whole().to(wide))
+    q_a, r_a = torch.linalg.qr(a.whole().to(wide).mT)
     core = r_b @ r_a.mT
     if not bool(core.isfinite().all()):
         return
     u, d, vh = torch.linalg.svd(core)
     root = d.sqrt()
-    b_mr.copy_((q_b @ u) * root)
-    a_rn.copy_(root.unsqueeze(1) * (vh @ q_a.mT))
+    b.fill((q_b @ u) * root)
+    a.fill(root.unsqueeze(1) * (vh @ q_a.mT))

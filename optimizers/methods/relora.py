@@ -48,6 +48,7 @@ from ..layers import FactoredLinear, LowRankLinear
 from ..layers.events import LayerEvent
 from ..layers.optimizer import FactoredAdamW, Link
 from ..layers.rewarm import Rewarmed
+from ..layers.spread import held_rows
 from ..rules import UpdateRule
 
 #: Resets of the factors' moments at a merge.
@@ -158,22 +159,25 @@ def prune_(moments: Sequence[Tensor], how: str, ratio: float, seed: int) -> None
     """In place: sets a share of the entries to zero, the same entries in each moment.
 
     Args:
-        moments: of one shape; "magnitude" ranks the entries of the first.
+        moments: of one shape; "magnitude" ranks the entries of the first. If their rows are spread
+            over processes, all prune as one would.
         how: one of `RESETS`.
         ratio: share of the entries.
         seed: of "random"; equal seeds prune equally on every device.
     """
-    first = moments[0]
+    parts = [held_rows(moment) for moment in moments]
+    shape, first = tuple(moments[0].shape), parts[0]
     if how == "zero":
-        for moment in moments:
-            moment.zero_()
+        for part in parts:
+            part.local.zero_()
     elif how == "random":
         generator = torch.Generator().manual_seed(seed)
-        kept = (torch.rand(first.shape, generator=generator) > ratio).to(first.device)
-        for moment in moments:
-            moment.mul_(kept)
+        kept = torch.rand(shape, generator=generator) > ratio
+        for part in parts:
+            part.local.mul_(kept[part.rows].to(part.local.device))
     elif how == "magnitude":
-        pruned = int(ratio * first.numel())
-        lost = first.view(-1).abs().argsort(stable=True)[:pruned]
-        for moment in moments:
-            moment.view(-1)[lost] = 0
+        ranked = first.whole().reshape(-1).abs().argsort(stable=True)
+        lost = torch.zeros(len(ranked), dtype=torch.bool, device=ranked.device)
+        lost[ranked[: int(ratio * len(ranked))]] = True
+        for part in parts:
+            part.local.masked_fill_(lost.view(shape)[part.rows], 0)

@@ -39,6 +39,7 @@ from ..layers import FactoredLinear
 from ..layers.events import LayerEvent
 from ..layers.optimizer import FactoredAdamW, Link
 from ..layers.spectral import SAMPLING, SpectralLinear, sample
+from ..layers.spread import held_rows
 from ..rules import UpdateRule
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -99,7 +100,8 @@ class SSTAdamW(FactoredAdamW):
         rounds = -(-len(layer.singular_values) // layer.rank)
         if self._passed(link, "update_proj_gap") % rounds:
             return False
-        order = layer.singular_values.detach().argsort(descending=True, stable=True)
+        values = held_rows(layer.singular_values).whole()
+        order = values.argsort(descending=True, stable=True)
         if not layer.redecompose():
             return False
         self._permute(layer.singular_values, order)
@@ -110,7 +112,7 @@ class SSTAdamW(FactoredAdamW):
         assert isinstance(layer, SpectralLinear)
         count = self._passed(link, "update_proj_gap")
         generator = torch.Generator().manual_seed(link.seed(count))
-        values = layer.singular_values.detach()
+        values = held_rows(layer.singular_values).whole()
         selected = sample(values, layer.rank, generator, group["sampling"])
         self._permute(layer.singular_values, layer.resample(selected))
         rule = self.factor_rule(group)
@@ -122,4 +124,5 @@ class SSTAdamW(FactoredAdamW):
     def _permute(self, values: Tensor, order: Tensor) -> None:
         state = self.state[values]
         for key in _MOMENTS:
-            state[key].copy_(state[key][order.to(state[key].device)])
+            held = held_rows(state[key])
+            held.fill(held.whole()[order.to(held.local.device)])

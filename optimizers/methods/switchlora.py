@@ -35,6 +35,7 @@ from ..engine.rule_factories import vector_adam_rule
 from ..layers import FactoredLinear
 from ..layers.events import LayerEvent
 from ..layers.optimizer import FactoredAdamW, Link
+from ..layers.spread import held_rows
 from ..layers.switched import SwitchedLinear
 from ..rules import UpdateRule
 
@@ -107,7 +108,7 @@ class SwitchLoRAAdamW(FactoredAdamW):
     def _after(self) -> None:
         for link in self._counted:
             for param in link.factors():
-                self.state[param]["held"].sub_(1).clamp_(min=0)
+                held_rows(self.state[param]["held"]).local.sub_(1).clamp_(min=0)
         self._counted = []
 
     def _is_due(self, link: Link) -> bool:
@@ -115,10 +116,11 @@ class SwitchLoRAAdamW(FactoredAdamW):
         if self._events(link) > self._steps(link):
             return False
         # A parameter without a gradient takes no step, so its rows aren't switched.
-        grads = [param.grad for param in link.factors() if param.grad is not None]
+        grads = [held_rows(param.grad) for param in link.factors() if param.grad is not None]
         if len(grads) < 2 or not link.group["skip_nonfinite"]:
             return len(grads) == 2
-        return all(finite(grads, lambda position: None))
+        spread = [grad.processes for grad in grads]
+        return all(finite([grad.local for grad in grads], lambda position: None, spread))
 
     def _switch(self, link: Link, step: int) -> bool:
         layer, group = link.layer, link.group
@@ -129,8 +131,9 @@ class SwitchLoRAAdamW(FactoredAdamW):
         starts = (states[0]["switched"], states[0]["switched"] + layer.rank // 2)
         for side in (0, 1):
             # Neither window may reach held vectors, which precede the other's start.
-            held = int(states[side]["held"].count_nonzero())
-            count = min(count, (starts[1 - side] - held - starts[side]) % layer.rank)
+            held = held_rows(states[side]["held"])
+            waiting = int(held.processes.sum(held.local.count_nonzero()))
+            count = min(count, (starts[1 - side] - waiting - starts[side]) % layer.rank)
         for side, other in ((0, states[1]), (1, states[0])):
             states[side]["events"] = step + 1
             if count:
@@ -138,8 +141,8 @@ class SwitchLoRAAdamW(FactoredAdamW):
                 places = layer.switch(side, first, count, mix(seed, side))
                 states[side]["switched"] = (states[side]["switched"] + count) % layer.rank
                 for key in ("exp_avg", "exp_avg_sq", "row_steps"):
-                    other[key][places] = 0
-                other["held"][places] = group["freeze_steps"]
+                    held_rows(other[key]).put(places, 0)
+                held_rows(other["held"]).put(places, group["freeze_steps"])
         return count > 0
 
 

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lowrank.optimizers import LayerEvent, build
 from lowrank.optimizers.layers import QuantizedLowRankLinear
 from lowrank.optimizers.layers.frozen import FORMATS, FrozenMatrix
-from lowrank.optimizers.methods.loqt import bases_by, largest_entry, mean_gradients
+from lowrank.optimizers.layers.mean import mean_gradients
+from lowrank.optimizers.methods.loqt import bases_by, largest_entry
 
 SHAPES = ((6, 10), (10, 6), (7, 7))
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -222,13 +223,13 @@ def test_processes_reduce_the_same_gradients(
     optimizer = build("loqt_adamw", model, rank=4)
     reduced: list[tuple[int, ...]] = []
 
-    def all_reduce(tensor: Tensor) -> None:
+    def all_reduce(tensor: Tensor, group: None) -> None:
         reduced.append(tuple(tensor.shape))
         if tensor.dtype == torch.int32:
             tensor.add_(torch.tensor([0, 1], dtype=torch.int32))
 
     monkeypatch.setattr(distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "get_world_size", lambda group: 2)
     monkeypatch.setattr(distributed, "all_reduce", all_reduce)
     links = optimizer._links[1:]
     own = [

@@ -1,0 +1,98 @@
+"""A layer's tensors under FSDP2, whose rows are spread over processes.
+
+Outside a forward or backward pass `fully_shard` leaves DTensors in the place of parameters. Events
+work on the rows that are here; vectors and factors are gathered, dense weights never are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..engine.geometry import RowRange
+from ..engine.processes import Processes
+from ..engine.sharding import is_dtensor, local_part, shard_of
+
+
+@dataclass(frozen=True)
+class HeldRows:
+    """The rows of a tensor that are on this process; every process calls the same methods.
+
+    Attributes:
+        local: the rows, written in place.
+        span: which of the whole tensor's rows they are.
+        count: rows of the whole tensor.
+    """
+
+    local: Tensor
+    span: RowRange
+    count: int
+
+    @property
+    def rows(self) -> slice:
+        """Their positions in the whole tensor."""
+        return slice(self.span.start, self.span.stop)
+
+    @property
+    def processes(self) -> Processes:
+        """Those that hold the other rows."""
+        return self.span.processes
+
+    def whole(self) -> Tensor:
+        """The whole tensor; `local` itself if all rows are here."""
+        return self.processes.gather_rows(self.local, self.count)
+
+    def fill(self, whole: Tensor) -> None:
+        """In place: takes the rows held from a whole tensor."""
+        self.local.copy_(whole[self.rows])
+
+    def pick(self, at: Tensor) -> Tensor:
+        """Rows by their positions in the whole tensor, on every process.
+
+        Args:
+            at: (k,) distinct positions, on the tensor's device.
+        """
+        if self.processes.alone:
+            return self.local[at]
+        picked = self.local.new_zeros(len(at), *self.local.shape[1:])
+        here, own = self._held(at)
+        picked[here] = self.local[own]
+        return self.processes.sum(picked)
+
+    def put(self, at: Tensor, values: Tensor | float) -> None:
+        """In place: sets rows by their positions in the whole tensor.
+
+        Args:
+            at: as in `pick`.
+            values: k rows, or a number.
+        """
+        here, own = self._held(at)
+        self.local[own] = values[here] if isinstance(values, Tensor) else values
+
+    def _held(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of some positions are here, and where in `local`."""
+        here = (at >= self.span.start) & (at < self.span.stop)
+        return here, at[here] - self.span.start
+
+
+def held_rows(tensor: Tensor) -> HeldRows:
+    """The rows of a parameter or of its moments; all of a plain tensor's."""
+    local: Tensor = local_part(tensor.detach())
+    return HeldRows(local, shard_of(tensor).rows, tensor.shape[0])
+
+
+def check_whole(module: nn.Module, called: str = "") -> None:
+    """Raises `ValueError` if parameters of a module are spread over processes.
+
+    Args:
+        module: whose dense weights are to be made.
+        called: its name in the message.
+    """
+    if any(is_dtensor(param) for param in module.parameters()):
+        raise ValueError(
+            f"{called or type(module).__name__} is inside fully_shard (its parameters are "
+            "DTensors), so that no process has its dense weight: accepted is a converted model "
+            "that is not sharded, after load_state_dict(get_model_state_dict(sharded, options="
+            "StateDictOptions(full_state_dict=True)))"
+        )
