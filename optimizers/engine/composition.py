@@ -13,6 +13,7 @@ from ..projectors import Projector
 from ..residuals import Residual
 from ..rules import UpdateRule
 from ..schedules import Schedule
+from . import experts
 from .geometry import Geometry
 from .options import ProjectionOptions
 from .sharding import Shard, local_part, shard_of
@@ -37,7 +38,8 @@ class Projection:
     options: ProjectionOptions
 
     def geometry(self, shape: Sequence[int]) -> Geometry:
-        """Side, rank and shapes for a parameter of the given global shape."""
+        """Side, rank and shapes for a parameter of the given global shape; of experts for each."""
+        shape = experts.matrix_shape(shape)
         return self.projector.geometry(shape, self.options.rank_of(shape), self.options.proj_type)
 
 
@@ -79,8 +81,15 @@ class Composition:
         """Whether the projector has a rate that depends on the learning rate."""
         return self.projection is not None and hasattr(self.projection.projector, "rate")
 
+    def by_expert(self, shape: Sequence[int]) -> bool:
+        """Whether a parameter is trained as E matrices, see `experts`."""
+        matrices = self.projection is not None or self.rule.matrices_only
+        return len(shape) == experts.DIMENSIONS and matrices
+
     def init_state(self, param: Tensor, *, capturable: bool) -> dict[str, Any]:
         """A parameter's whole state: `step`, and the entries of each part."""
+        if self.by_expert(param.shape):
+            return experts.init_state(self, param, capturable=capturable)
         shard = shard_of(param)
         local: Tensor = local_part(param.detach())
         device = param.device if capturable else torch.device("cpu")
@@ -105,6 +114,8 @@ class Composition:
 
     def state_bytes(self, shape: Sequence[int], itemsize: int) -> int:
         """Bytes of a parameter's state by formula: the step count and the entries of each part."""
+        if self.by_expert(shape):
+            return experts.state_bytes(self, shape, itemsize)
         if self.projection is None:
             return STEP_BYTES + self.rule.state_bytes(shape, itemsize)
         projection = self.projection

@@ -218,7 +218,7 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
 
     def _advance(self, plans: Sequence[Plan]) -> None:
         """Takes the step of all groups in turn."""
-        count = sum(len(plan.params) for plan in plans if plan.core.projection is not None)
+        count = sum(plan.matrices for plan in plans if plan.core.projection is not None)
         hooks, index = tuple(self._refresh_hooks.values()), 0
         if self._shared is not None:
             self._shared.count_step()
@@ -229,7 +229,7 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
             else:
                 pending = self._pending_moments
                 step_projected(plan, index, count, hooks, pending, usable, self._shared)
-                index += len(plan.params)
+                index += plan.matrices
 
     def _usable(self, group: Group) -> Usable:
         if group["skip_nonfinite"] and not group["capturable"]:

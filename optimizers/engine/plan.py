@@ -6,6 +6,7 @@ Composing a group takes far longer than checking whether an option was changed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from operator import is_, itemgetter
 
 import torch
@@ -84,7 +85,9 @@ class Plan:
             there are none, so that state that is cleared leaves the memory.
         seed_names: the names that seed the parameters' random numbers, see `seeds`.
         shards: the parts of the parameters that are here.
-        geometries: of the parameters, if the group is projected.
+        geometries: of the parameters, or of each of their experts, if the group is projected.
+        places: the place of each parameter's first matrix among the group's.
+        matrices: number of matrices, each expert being one.
     """
 
     def __init__(
@@ -108,6 +111,8 @@ class Plan:
         self.seed_names = seed_names
         pairs = zip(self.params, self.names, strict=True)
         self.shards = [shard_of(param, name) for param, name in pairs]
+        counts = [p.shape[0] if core.by_expert(p.shape) else 1 for p in self.params]
+        self.places, self.matrices = [0, *accumulate(counts)][:-1], sum(counts)
         self.geometries: list[Geometry | None] = [None] * len(self.params)
         if core.projection is not None:
             self.geometries = [
@@ -140,6 +145,10 @@ class Plan:
         """A parameter's state as a step sees it, see `LocalState`."""
         shard, geometry = self.shards[position], self.geometries[position]
         return shard.local_state(self.states[position], geometry)
+
+    def by_expert(self, position: int) -> bool:
+        """Whether a parameter is trained as E matrices, see `experts`."""
+        return self.core.by_expert(self.params[position].shape)
 
     def release(self) -> None:
         """Ends a step: the states are the optimizer's alone again."""
