@@ -6,6 +6,7 @@ spellings (`APOLLOAdamW`).
 
 from typing import TYPE_CHECKING
 
+from .coverage import projection_summary as projection_summary
 from .engine.method import exported as _exported
 from .engine.optimizer import LowRankOptimizer as LowRankOptimizer
 from .layers.events import LayerEvent as LayerEvent
