@@ -83,9 +83,16 @@ class ExpertState(dict[str, Any]):
         self._counters[key][self._expert] = value
 
 
-def expert_states(state: State) -> list[ExpertState]:
-    """The states of the experts that are here, given a parameter's in `optimizer.state`."""
+def expert_states(state: State, steps: Tensor | None = None) -> list[ExpertState]:
+    """The states of the experts that are here.
+
+    Args:
+        state: a parameter's, in `optimizer.state`.
+        steps: step counts to use instead of those in it, see `Plan.host_steps`.
+    """
     local = {key: local_part(value) for key, value in state.items()}
+    if steps is not None:
+        local["step"] = steps
     count = len(local["step"])
     counters = {key: value for key, value in local.items() if is_counter(key, value)}
     columns: dict[str, Sequence[Any]] = {}
@@ -149,6 +156,11 @@ def on_host(entry: str, value: Tensor, *, capturable: bool) -> bool:
     return (entry == "step" and not capturable) or is_counter(entry, value)
 
 
+def copied_to_host(steps: Tensor, *, capturable: bool) -> bool:
+    """Whether step counts are copied to the host for a step: a DTensor's lie on its device."""
+    return steps.device.type not in ("cpu", "meta") and not capturable
+
+
 def experts_here(param: Tensor) -> Iterator[tuple[int, Tensor]]:
     """The place among all E, and the weight, of each expert that is here."""
     start = shard_of(param).rows.start
@@ -184,7 +196,7 @@ def experts_of(plan: Plan, position: int, grad: Tensor) -> list[Expert]:
     parts = zip(
         experts_here(plan.params[position]),
         grad.unbind(0),
-        expert_states(plan.states[position]),
+        expert_states(plan.states[position], plan.host_steps(position)),
         strict=True,
     )
     return [

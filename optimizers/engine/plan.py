@@ -15,10 +15,11 @@ from torch import Tensor
 from ..rules.base import State
 from . import checks
 from .composition import Composition
+from .experts import copied_to_host
 from .geometry import Geometry
 from .options import NO_OPTIONS, Group, check_lr
 from .parameters import names
-from .sharding import shard_of
+from .sharding import local_part, shard_of
 
 #: Options that affect neither the entries of a state nor their meaning.
 SCALARS = frozenset(
@@ -103,6 +104,7 @@ class Plan:
         self.composition, self._lr = core, group["lr"]
         self.params: list[Tensor] = list(group["params"])
         self.states: list[State] = []
+        self._copied_steps: list[tuple[Tensor, Tensor]] = []
         states = [state.get(param, _NOTHING) for param in self.params]
         # A state is known by its step count, a tensor that a state keeps for good.
         self._counts, self._sizes = _counts(states), list(map(len, states))
@@ -150,9 +152,23 @@ class Plan:
         """Whether a parameter is trained as E matrices, see `experts`."""
         return self.core.by_expert(self.params[position].shape)
 
+    def host_steps(self, position: int) -> Tensor:
+        """Step counts of a parameter's experts, on the host, where rules read each of them.
+
+        `release` writes copies back.
+        """
+        steps: Tensor = local_part(self.states[position]["step"])
+        if not copied_to_host(steps, capturable=self.group["capturable"]):
+            return steps
+        copy = steps.to("cpu", copy=True)
+        self._copied_steps.append((steps, copy))
+        return copy
+
     def release(self) -> None:
         """Ends a step: the states are the optimizer's alone again."""
-        self.states = []
+        for steps, copy in self._copied_steps:
+            steps.copy_(copy)
+        self.states, self._copied_steps = [], []
 
     def read_rate(self) -> None:
         """Updates `composition` with the group's current learning rate.

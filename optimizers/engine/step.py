@@ -197,14 +197,18 @@ def _start_anew(
     pending: MutableMapping[MatrixKey, PendingMoments],
 ) -> None:
     """Resets the step count of matrices whose pending moments got no new basis in this step."""
+    anew: set[MatrixKey] = set()
     for i, (param, state) in enumerate(zip(plan.params, plan.states, strict=True)):
         if pending.pop(param, None) is not None:
             state["step"].zero_()
+            anew.add(param)
         for place, count in by_place(param, state["step"]) if state and plan.by_expert(i) else ():
             if pending.pop((param, place), None) is not None:
                 count.zero_()
+                anew.add((param, place))
     for held in params:
-        if int(held.state["step"]) == 0:
+        if held.key in anew:
+            held.state["step"].zero_()  # may be a copy, see `Plan.host_steps`
             held.steps_done = 0
 
 

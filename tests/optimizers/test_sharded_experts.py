@@ -1,0 +1,272 @@
+"""Experts spread over processes: each trains whole ones, to the bit as one process, in silence."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from experts import ROWS, Moe, gradient, stacked
+from sharded import Recorder, run, whole
+from table import identifier
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from lowrank.optimizers import build
+
+BY_NAME = {identifier(row): row for row in ROWS}
+QUICK = ("galore_adamw", "apollo_adamw", "fira_adamw", "coap_adamw_8bit", "flora_adafactor")
+
+
+class Experts(nn.Module):
+    """Experts alone, whose gradients need no reduction."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        model = Moe(experts)
+        self.mlp = nn.Module()
+        self.mlp.up = nn.Parameter(model.mlp.up.detach().clone())
+        self.mlp.down = nn.Parameter(model.mlp.down.detach().clone())
+
+
+def spread(model: nn.Module, world: int) -> nn.Module:
+    return fully_shard(model, mesh=DeviceMesh("cpu", torch.arange(world)))
+
+
+def set_gradients(model: nn.Module, step: int, broken: int | None = None) -> None:
+    """The same whole gradients on any number of processes."""
+    for index, param in enumerate(model.parameters()):
+        grad = gradient(param.shape, index, step).float()
+        if step == broken and param.dim() == 3:
+            grad[-1, 2, 3] = torch.nan
+        if isinstance(param, DTensor):
+            param.grad = distribute_tensor(grad, param.device_mesh, param.placements)
+        else:
+            param.grad = grad
+
+
+def quiet() -> None:
+    warnings.simplefilter("ignore")
+
+
+def follow(rank: int, world: int, folder: Path, names: list[str], experts: int) -> list[Any]:
+    """Weights of both, the collectives of the steps, and the placements of the state."""
+    quiet()
+    made = []
+    for name in names:
+        both = []
+        recorder = Recorder()
+        for model in (Experts(experts), spread(Experts(experts), world)):
+            optimizer = stacked(BY_NAME[name], model)
+            for step in range(8):
+                set_gradients(model, step, broken=4)
+                with recorder.recording():
+                    optimizer.step()
+            both.append(whole(model))
+        placed = {
+            key: (tuple(value.shape), str(value.placements))
+            for key, value in optimizer.state[model.mlp.up].items()
+            if isinstance(value, DTensor)
+        }
+        plain = {
+            key for key, value in optimizer.state[model.mlp.up].items() if type(value) is Tensor
+        }
+        made.append((both, recorder.calls, placed, plain))
+    return made
+
+
+def check(made: list[Any], names: list[str], experts: int) -> None:
+    for name, ((alone, together), calls, placed, plain) in zip(names, made, strict=True):
+        for key, value in alone.items():
+            assert torch.equal(value, together[key]), (name, key)
+        assert calls == [], name
+        assert plain == set(), name
+        assert all(shape[0] == experts for shape, _ in placed.values())
+        assert {placement for _, placement in placed.values()} == {"(Shard(dim=0),)"}
+
+
+@pytest.mark.parametrize("experts", [3, 1])
+def test_experts_follow_one_process_to_the_bit(experts: int, tmp_path: Path) -> None:
+    names = [*QUICK] if experts == 3 else ["galore_adamw"]
+    for made in run(follow, 2, tmp_path, names, experts):
+        check(made, names, experts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_method_follows_one_process_to_the_bit(world: int, tmp_path: Path) -> None:
+    for made in run(follow, world, tmp_path, list(BY_NAME), 5):
+        check(made, list(BY_NAME), 5)
+
+
+def beside(rank: int, world: int, folder: Path, options: dict[str, Any]) -> list[Any]:
+    """Matrices that are spread by rows, beside experts whose step counts differ."""
+    quiet()
+    made = []
+    for model in (Moe(), spread(Moe(), world)):
+        optimizer = build("galore_adamw", model, lr=1e-2, rank=4, update_proj_gap=3, **options)
+        for step in range(8):
+            set_gradients(model, step, broken=2)
+            optimizer.step()
+        made.append(whole(model))
+    return made
+
+
+def test_experts_beside_spread_matrices(tmp_path: Path) -> None:
+    for alone, together in run(beside, 2, tmp_path, {"foreach": True}):
+        for key, value in alone.items():
+            assert (value - together[key]).norm() <= 1e-5 * value.norm(), key
+
+
+def muon(rank: int, world: int, folder: Path) -> list[Any]:
+    quiet()
+    made = []
+    for model in (Moe(), spread(Moe(), world)):
+        optimizer = build("muon", model, lr=1e-2, foreach=True)
+        for step in range(5):
+            set_gradients(model, step, broken=2)
+            optimizer.step()
+        made.append(whole(model))
+    return made
+
+
+def test_muon_on_spread_experts(tmp_path: Path) -> None:
+    for alone, together in run(muon, 2, tmp_path):
+        for key, value in alone.items():
+            assert (value - together[key]).norm() <= 1e-5 * value.norm(), key
+
+
+def resume(rank: int, world: int, folder: Path) -> list[Any]:
+    """A checkpoint of two processes, loaded by two and (its whole tensors) by one."""
+    quiet()
+    row = BY_NAME["galore_adamw"]
+    model = spread(Experts(3), world)
+    optimizer = stacked(row, model)
+    for step in range(4):
+        set_gradients(model, step)
+        optimizer.step()
+    saved = get_optimizer_state_dict(model, optimizer)
+    full = get_optimizer_state_dict(
+        model, optimizer, options=StateDictOptions(full_state_dict=True)
+    )
+    weights = whole(model)
+    found = []
+    for again in (spread(Experts(3), world), Experts(3)):
+        for name, param in again.named_parameters():
+            value = weights[name]
+            if isinstance(param, DTensor):
+                value = distribute_tensor(value, param.device_mesh, param.placements)
+            param.data.copy_(value)
+        resumed = stacked(row, again)
+        if isinstance(again.mlp.up, DTensor):
+            set_optimizer_state_dict(again, resumed, saved)
+        elif rank == 0:
+            set_optimizer_state_dict(again, resumed, full)
+        else:
+            continue
+        for step in range(4, 8):
+            set_gradients(again, step)
+            resumed.step()
+        found.append(whole(again))
+    for step in range(4, 8):
+        set_gradients(model, step)
+        optimizer.step()
+    return [whole(model), *found]
+
+
+def test_a_checkpoint_is_resumed_exactly(tmp_path: Path) -> None:
+    first, second = run(resume, 2, tmp_path)
+    assert len(first) == 3
+    for wanted, *found in (first, second):
+        for made in found:
+            for key, value in wanted.items():
+                assert torch.equal(value, made[key]), key
+
+
+def changed(rank: int, world: int, folder: Path) -> list[Any]:
+    quiet()
+    made = []
+    for model in (Experts(3), spread(Experts(3), world)):
+        optimizer = stacked(BY_NAME["galore_adamw"], model)
+        for step in range(8):
+            set_gradients(model, step)
+            if step == 5:
+                optimizer.param_groups[0].update(rank=6, moments="rotate")
+            optimizer.step()
+        made.append(whole(model))
+    return made
+
+
+def test_changed_options_are_followed(tmp_path: Path) -> None:
+    for alone, together in run(changed, 2, tmp_path):
+        for key, value in alone.items():
+            assert torch.equal(value, together[key]), key
+
+
+def shared(rank: int, world: int, folder: Path, share: bool) -> list[Any]:
+    """Copies (DDP), whose refreshes of single experts are shared."""
+    quiet()
+    model = Moe()
+    optimizer = stacked(BY_NAME["galore_adamw"], model)
+    if share:
+        optimizer.share_refreshes()
+    recorder = Recorder()
+    for step in range(8):
+        set_gradients(model, step)
+        with recorder.recording():
+            optimizer.step()
+    return [whole(model), sum(call[0] == "broadcast" for call in recorder.calls)]
+
+
+def test_refreshes_of_experts_are_shared(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    (first, sent), (second, _) = run(shared, 2, tmp_path / "a", True)
+    ((alone, _), _) = run(shared, 2, tmp_path / "b", False)
+    assert sent > 0
+    for key, value in alone.items():
+        assert torch.equal(first[key], second[key])
+        assert torch.equal(first[key], value)
+
+
+def refused(rank: int, world: int, folder: Path) -> str:
+    model = spread(Moe(), world)
+    optimizer = stacked(BY_NAME["galore_adamw"], model)
+    optimizer.share_refreshes(dist.group.WORLD)
+    set_gradients(model, 0)
+    try:
+        optimizer.step()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_refreshes_of_spread_parameters_are_not_shared(tmp_path: Path) -> None:
+    for said in run(refused, 2, tmp_path):
+        assert "share_refreshes() with attn.q.weight spread over processes" in said
+
+
+def other_axis(rank: int, world: int, folder: Path) -> str:
+    mesh = DeviceMesh("cpu", torch.arange(world))
+    param = nn.Parameter(distribute_tensor(torch.zeros(4, 12, 12), mesh, [Shard(1)]))
+    try:
+        stacked_groups = [{"params": [("mlp.up", param)], "rank": 4}]
+        BY_NAME["galore_adamw"].optimizer(stacked_groups)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_rows_of_experts_are_not_spread(tmp_path: Path) -> None:
+    for said in run(other_axis, 2, tmp_path):
+        assert "mlp.up is a DTensor with placements (S(1))" in said
