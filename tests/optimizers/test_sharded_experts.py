@@ -24,6 +24,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lowrank.optimizers import build
 
+#: What each of two processes found, by work.
+Made = dict[str, list[Any]]
+
 BY_NAME = {identifier(row): row for row in ROWS}
 QUICK = ("galore_adamw", "apollo_adamw", "fira_adamw", "coap_adamw_8bit", "flora_adafactor")
 
@@ -67,7 +70,11 @@ def follow(rank: int, world: int, folder: Path, names: list[str], experts: int) 
         both = []
         recorder = Recorder()
         for model in (Experts(experts), spread(Experts(experts), world)):
-            optimizer = stacked(BY_NAME[name], model)
+            if experts > 1:
+                optimizer = stacked(BY_NAME[name], model)
+            else:
+                named = {"params": list(model.named_parameters())}
+                optimizer = BY_NAME[name].optimizer([{**named, "rank": 4, "update_proj_gap": 3}])
             for step in range(8):
                 set_gradients(model, step, broken=4)
                 with recorder.recording():
@@ -95,13 +102,6 @@ def check(made: list[Any], names: list[str], experts: int) -> None:
         assert {placement for _, placement in placed.values()} == {"(Shard(dim=0),)"}
 
 
-@pytest.mark.parametrize("experts", [3, 1])
-def test_experts_follow_one_process_to_the_bit(experts: int, tmp_path: Path) -> None:
-    names = [*QUICK] if experts == 3 else ["galore_adamw"]
-    for made in run(follow, 2, tmp_path, names, experts):
-        check(made, names, experts)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_method_follows_one_process_to_the_bit(world: int, tmp_path: Path) -> None:
@@ -109,12 +109,12 @@ def test_every_method_follows_one_process_to_the_bit(world: int, tmp_path: Path)
         check(made, list(BY_NAME), 5)
 
 
-def beside(rank: int, world: int, folder: Path, options: dict[str, Any]) -> list[Any]:
+def beside(rank: int, world: int, folder: Path) -> list[Any]:
     """Matrices that are spread by rows, beside experts whose step counts differ."""
     quiet()
     made = []
     for model in (Moe(), spread(Moe(), world)):
-        optimizer = build("galore_adamw", model, lr=1e-2, rank=4, update_proj_gap=3, **options)
+        optimizer = build("galore_adamw", model, lr=1e-2, rank=4, update_proj_gap=3, foreach=True)
         for step in range(8):
             set_gradients(model, step, broken=2)
             optimizer.step()
@@ -122,8 +122,8 @@ def beside(rank: int, world: int, folder: Path, options: dict[str, Any]) -> list
     return made
 
 
-def test_experts_beside_spread_matrices(tmp_path: Path) -> None:
-    for alone, together in run(beside, 2, tmp_path, {"foreach": True}):
+def test_experts_beside_spread_matrices(made: Made) -> None:
+    for alone, together in made["beside"]:
         for key, value in alone.items():
             assert (value - together[key]).norm() <= 1e-5 * value.norm(), key
 
@@ -140,8 +140,8 @@ def muon(rank: int, world: int, folder: Path) -> list[Any]:
     return made
 
 
-def test_muon_on_spread_experts(tmp_path: Path) -> None:
-    for alone, together in run(muon, 2, tmp_path):
+def test_muon_on_spread_experts(made: Made) -> None:
+    for alone, together in made["muon"]:
         for key, value in alone.items():
             assert (value - together[key]).norm() <= 1e-5 * value.norm(), key
 
@@ -184,13 +184,13 @@ def resume(rank: int, world: int, folder: Path) -> list[Any]:
     return [whole(model), *found]
 
 
-def test_a_checkpoint_is_resumed_exactly(tmp_path: Path) -> None:
-    first, second = run(resume, 2, tmp_path)
+def test_a_checkpoint_is_resumed_exactly(made: Made) -> None:
+    first, second = made["resume"]
     assert len(first) == 3
     for wanted, *found in (first, second):
-        for made in found:
+        for own in found:
             for key, value in wanted.items():
-                assert torch.equal(value, made[key]), key
+                assert torch.equal(value, own[key]), key
 
 
 def changed(rank: int, world: int, folder: Path) -> list[Any]:
@@ -207,32 +207,32 @@ def changed(rank: int, world: int, folder: Path) -> list[Any]:
     return made
 
 
-def test_changed_options_are_followed(tmp_path: Path) -> None:
-    for alone, together in run(changed, 2, tmp_path):
+def test_changed_options_are_followed(made: Made) -> None:
+    for alone, together in made["changed"]:
         for key, value in alone.items():
             assert torch.equal(value, together[key]), key
 
 
-def shared(rank: int, world: int, folder: Path, share: bool) -> list[Any]:
+def shared(rank: int, world: int, folder: Path) -> list[Any]:
     """Copies (DDP), whose refreshes of single experts are shared."""
     quiet()
-    model = Moe()
-    optimizer = stacked(BY_NAME["galore_adamw"], model)
-    if share:
-        optimizer.share_refreshes()
-    recorder = Recorder()
-    for step in range(8):
-        set_gradients(model, step)
-        with recorder.recording():
-            optimizer.step()
-    return [whole(model), sum(call[0] == "broadcast" for call in recorder.calls)]
+    recorder, found = Recorder(), []
+    for share in (True, False):
+        model = Moe()
+        optimizer = stacked(BY_NAME["galore_adamw"], model)
+        if share:
+            optimizer.share_refreshes()
+        for step in range(8):
+            set_gradients(model, step)
+            with recorder.recording():
+                optimizer.step()
+        found.append(whole(model))
+    sent = sum(call[0] == "broadcast" for call in recorder.calls)
+    return [found[0], sent, found[1]]
 
 
-def test_refreshes_of_experts_are_shared(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    (first, sent), (second, _) = run(shared, 2, tmp_path / "a", True)
-    ((alone, _), _) = run(shared, 2, tmp_path / "b", False)
+def test_refreshes_of_experts_are_shared(made: Made) -> None:
+    (first, sent, alone), (second, _, _) = made["shared"]
     assert sent > 0
     for key, value in alone.items():
         assert torch.equal(first[key], second[key])
@@ -251,8 +251,8 @@ def refused(rank: int, world: int, folder: Path) -> str:
     return ""
 
 
-def test_refreshes_of_spread_parameters_are_not_shared(tmp_path: Path) -> None:
-    for said in run(refused, 2, tmp_path):
+def test_refreshes_of_spread_parameters_are_not_shared(made: Made) -> None:
+    for said in made["refused"]:
         assert "share_refreshes() with attn.q.weight spread over processes" in said
 
 
@@ -267,6 +267,41 @@ def other_axis(rank: int, world: int, folder: Path) -> str:
     return ""
 
 
-def test_rows_of_experts_are_not_spread(tmp_path: Path) -> None:
-    for said in run(other_axis, 2, tmp_path):
+def test_rows_of_experts_are_not_spread(made: Made) -> None:
+    for said in made["other_axis"]:
         assert "mlp.up is a DTensor with placements (S(1))" in said
+
+
+# All of it on the same two processes
+
+
+def methods(rank: int, world: int, folder: Path) -> list[Any]:
+    return follow(rank, world, folder, [*QUICK], 3)
+
+
+def one_expert(rank: int, world: int, folder: Path) -> list[Any]:
+    return follow(rank, world, folder, ["galore_adamw"], 1)
+
+
+WORKS = (methods, one_expert, beside, muon, resume, changed, shared, refused, other_axis)
+
+
+def everything(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    return {work.__name__: work(rank, world, folder) for work in WORKS}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """What each process found, by work."""
+    found = run(everything, 2, tmp_path_factory.mktemp("experts"))
+    return {work.__name__: [own[work.__name__] for own in found] for work in WORKS}
+
+
+def test_experts_follow_one_process_to_the_bit(made: Made) -> None:
+    for own in made["methods"]:
+        check(own, [*QUICK], 3)
+
+
+def test_a_process_may_have_no_expert(made: Made) -> None:
+    for own in made["one_expert"]:
+        check(own, ["galore_adamw"], 1)
