@@ -23,6 +23,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lowrank.optimizers import build
+from lowrank.optimizers.engine.batching import refresh_batches, update_batches
+from lowrank.optimizers.engine.geometry import Geometry, RowRange
+from lowrank.optimizers.engine.processes import ALONE, Processes
+from lowrank.optimizers.projectors import ProjectedParam
 
 #: What each of two processes found, by work.
 Made = dict[str, list[Any]]
@@ -305,3 +309,38 @@ def test_experts_follow_one_process_to_the_bit(made: Made) -> None:
 def test_a_process_may_have_no_expert(made: Made) -> None:
     for own in made["one_expert"]:
         check(own, ["galore_adamw"], 1)
+
+
+# Without processes
+
+
+def batches(spread: list[bool], steps: list[int]) -> list[list[int]]:
+    """Positions among the spread matrices, batch by batch."""
+    processes = [Processes(group=object(), world=2) if own else ALONE for own in spread]  # type: ignore[arg-type]
+    weights = [torch.zeros(8, 8) for _ in spread]
+    states: list[dict[str, Any]] = [{} for _ in spread]
+    group = {"foreach": True, "capturable": False}
+    entries = [1 << 22] * len(spread)
+    places = [i for i, own in enumerate(spread) if own]
+    made = update_batches(weights, states, steps, entries, group, processes)
+    found = [[places.index(i) for i in batch if spread[i]] for batch in made]
+    return [batch for batch in found if batch]
+
+
+def test_spread_matrices_are_updated_in_the_same_batches_everywhere() -> None:
+    """However many experts a process has, and whatever their step counts."""
+    alone = batches([True, True, True], [4, 5, 4])
+    assert batches([False, True, False, True, True], [5, 4, 4, 5, 4]) == alone
+    assert batches([False] * 3 + [True] * 3, [4, 4, 4, 4, 5, 4]) == alone
+
+
+def test_spread_matrices_are_refitted_in_the_same_batches_everywhere() -> None:
+    geometry = Geometry.of((16, 16), 4, "std")
+    group = Processes(group=object(), world=2)  # type: ignore[arg-type]
+
+    def param(rows: RowRange) -> ProjectedParam:
+        held = torch.zeros(rows.stop - rows.start, 16)
+        return ProjectedParam(held, held, {}, geometry, rows, 0, 0, "name")
+
+    spread, local = param(RowRange(0, 8, group)), param(RowRange.whole(16))
+    assert list(refresh_batches([local, spread, local])) == [[local, local], [spread]]
