@@ -6,6 +6,7 @@ spellings (`APOLLOAdamW`).
 
 from typing import TYPE_CHECKING
 
+from .coverage import projection_summary as projection_summary
 from .engine.low_rank_hook import GradientTraffic as GradientTraffic
 from .engine.low_rank_hook import LowRankHook as LowRankHook
 from .engine.low_rank_hook import register_low_rank_hook as register_low_rank_hook

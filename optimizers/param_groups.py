@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.optim.optimizer import ParamsT
 
+from .coverage import projection_summary, tell
+from .engine.experts import DIMENSIONS, SMALLEST_SIDE
 from .engine.parameters import check_placement
 from .layers.base import FactoredLinear
 
@@ -65,11 +68,15 @@ def param_groups(
 ) -> list[Group]:
     """Makes parameter groups for a projecting optimizer.
 
-    The weight of each `nn.Linear` whose name contains one of `patterns` is projected; everything
-    else is plain, split into matrices (decayed) and vectors such as biases and norms (not
-    decayed). Tied weights appear once and are never projected. Parameter names are recorded. With
-    `rank_ratio_cnn` (COAP) convolutions of more than 9216 entries are projected too. For a model
-    with factored layers (`convert`) see `factored_groups`.
+    The weight of each `nn.Linear` whose name contains one of `patterns` is projected, and so is
+    each expert of a parameter of E x m x n (E above 1, m and n at least 8; no convolution), as
+    transformers stores them. Everything else is plain, split into matrices (decayed) and vectors
+    such as biases and norms (not decayed). Tied weights appear once and are never projected.
+    Parameter names are recorded. With `rank_ratio_cnn` (COAP) convolutions of more than 9216
+    entries are projected too. For a model with factored layers (`convert`) see `factored_groups`.
+
+    The logger "lowrank" is told once, at INFO, how much is projected, and which large parameters
+    are not: the text of `projection_summary`.
 
     Args:
         model: the model, before any wrapping that flattens parameters.
@@ -86,7 +93,7 @@ def param_groups(
         Groups, projected ones first; empty ones are left out.
 
     Raises:
-        ValueError: no linear layer that is trained matches the patterns, no method has an option of
+        ValueError: no layer that is trained matches the patterns, no method has an option of
             a name that is given, or the model has factored layers and options of a projection are
             given.
     """
@@ -120,7 +127,9 @@ def param_groups(
         _group(decayed, {**decay, **rate}),
         _group(undecayed, {"weight_decay": 0.0, **rate}),
     ]
-    return [group for group in groups if group["params"]]
+    groups = [group for group in groups if group["params"]]
+    tell(projection_summary(groups))
+    return groups
 
 
 def _check_known(options: Mapping[str, Any]) -> None:
@@ -237,8 +246,18 @@ def projected_layers(model: nn.Module, patterns: Sequence[str]) -> list[nn.Linea
 
 
 def _matches(name: str, param: torch.Tensor, module: nn.Module, patterns: Sequence[str]) -> bool:
-    is_weight = isinstance(module, nn.Linear) and param is module.weight
-    return is_weight and any(pattern in name for pattern in patterns)
+    if not any(pattern in name for pattern in patterns):
+        return False
+    if isinstance(module, nn.Linear):
+        return param is module.weight
+    return _holds_experts(param, module)
+
+
+def _holds_experts(param: torch.Tensor, module: nn.Module) -> bool:
+    """Whether a parameter is E x m x n for E experts, as transformers 5 stores them."""
+    if param.dim() != DIMENSIONS or isinstance(module, _ConvNd | nn.Bilinear):
+        return False
+    return len(param) > 1 and min(param.shape[1:]) >= SMALLEST_SIDE
 
 
 def _no_match(model: nn.Module, patterns: Sequence[str]) -> ValueError:

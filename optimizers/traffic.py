@@ -10,7 +10,8 @@ entries of b bytes:
     both, r x r                 r^2 b to a sum
 
 to which come sums of single columns or rows that a rule or residual needs, and 4 bytes a matrix
-for the common decision that its gradient is finite. Columns are padded to a multiple of w.
+for the common decision that its gradient is finite. Columns are padded to a multiple of w. Experts
+that one parameter holds are spread whole, and need nothing.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ def step_bytes(
         world: number of processes.
         checked: whether gradients are checked to be finite.
     """
+    if composition.by_expert(shape):
+        return 0
     held = chunk_range(shape[0] if shape else 1, world, 0)
     shard = Shard(shape, RowRange(held.start, held.stop, Processes(None, world, 0)))
     projection = composition.projection

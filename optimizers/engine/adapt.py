@@ -14,12 +14,34 @@ from typing import Any
 
 from torch import Tensor
 
-from ..projectors import ProjectedParam
+from ..projectors import MatrixKey, ProjectedParam
 from .composition import Composition, Projection
+from .experts import expert_states, experts_here
 from .geometry import Geometry
 from .sharding import shard_of
 
 State = dict[str, Any]
+
+
+def adapt_experts(
+    param: Tensor, old: State, previous: Composition, new: State, composition: Composition
+) -> dict[MatrixKey, PendingMoments]:
+    """`adapt` of each expert that is here, into the new state, in place; arguments are as there."""
+    if not (previous.by_expert(param.shape) and composition.by_expert(param.shape)):
+        return {}
+    pending: dict[MatrixKey, PendingMoments] = {}
+    pairs = zip(expert_states(old), expert_states(new), experts_here(param), strict=True)
+    for before, after, (place, weight_mn) in pairs:
+        made, moments = adapt(weight_mn, before, previous, after, composition)
+        for key, value in made.items():
+            if not isinstance(value, Tensor):
+                if value != after[key]:
+                    after[key] = value
+            elif value is not after[key]:
+                after[key].copy_(value)
+        if moments is not None:
+            pending[param, place] = moments
+    return pending
 
 
 @dataclass(frozen=True)
@@ -145,7 +167,9 @@ def transport_pending(
     assert before is not None
     assert after is not None
     geometry = before.geometry(param.owner.shape)
-    state = shard_of(param.owner).local_state(pending.state, geometry)
+    state = pending.state
+    if param.expert is None:
+        state = shard_of(param.owner).local_state(state, geometry)
     place = replace(param, state=state, geometry=geometry, read=None)
     rotation = after.projector.rotation(param, before.projector.bases(place))
     composition.rule.transport_moments(state, after.options.moments, rotation, into=param.state)

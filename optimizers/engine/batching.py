@@ -12,6 +12,7 @@ from torch import Tensor
 from ..projectors import ProjectedParam
 from .chunks import SCRATCH_BYTES
 from .options import Group
+from .processes import Processes
 
 
 def read_steps(states: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -34,10 +35,12 @@ def update_batches(
     steps_done: Sequence[int],
     entries: Sequence[int],
     group: Group,
+    spread: Sequence[Processes],
 ) -> Iterator[list[int]]:
     """Positions of parameters to update together: same device, dtype and step count.
 
-    On a CPU one matrix at a time keeps its scratch in the cache; on GPUs lists save launches.
+    On a CPU one matrix at a time keeps its scratch in the cache; on GPUs lists save launches. What
+    other processes have parts of comes first, in the same batches on all processes.
 
     Args:
         params: the parameters.
@@ -45,17 +48,20 @@ def update_batches(
         steps_done: the step count of each.
         entries: number of entries of each (projected) gradient, which bounds the scratch.
         group: their options.
+        spread: the processes that have the other parts of each.
     """
     single = group["foreach"] is False
     kinds: dict[Hashable, list[int]] = defaultdict(list)
     # With bias corrections that restart at a refresh, staggered matrices have different ones.
     renewed = group.get("moments") == "reset" or group.get("factors")
-    for i, (param, state) in enumerate(zip(params, states, strict=True)):
+    pairs = list(zip(params, states, strict=True))
+    for i in sorted(range(len(pairs)), key=lambda i: spread[i].alone):
+        param, state = pairs[i]
         cached = param.device.type == "cpu" and group["foreach"] is None and param.dim() > 1
         alone = i if single or cached else -1
         step = 0 if group["capturable"] else steps_done[i]
         since = state.get("refreshed_at") if renewed else None
-        kinds[(param.device, param.dtype, step, since, alone)].append(i)
+        kinds[(param.device, param.dtype, step, since, alone, spread[i].alone)].append(i)
     for indices in kinds.values():
         batch: list[int] = []
         used = 0
@@ -73,7 +79,8 @@ def refresh_batches(params: Sequence[ProjectedParam]) -> Iterator[list[Projected
     """Batches of matrices of one geometry, whose Gram matrices fit in `SCRATCH_BYTES`."""
     kinds: dict[Hashable, list[ProjectedParam]] = defaultdict(list)
     for param in params:
-        kinds[(param.geometry, param.weight.dtype, param.weight.device)].append(param)
+        whole = param.rows.processes.alone
+        kinds[(param.geometry, param.weight.dtype, param.weight.device, whole)].append(param)
     for batch in kinds.values():
         short = min(batch[0].geometry.shape)
         together = max(1, SCRATCH_BYTES // (4 * short * short))

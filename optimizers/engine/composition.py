@@ -14,6 +14,7 @@ from ..residuals import Residual
 from ..rules import UpdateRule
 from ..rules.rows import SCALES
 from ..schedules import Schedule
+from . import experts
 from .geometry import Geometry, RowRange
 from .options import ProjectionOptions
 from .processes import Processes, chunk_range
@@ -39,7 +40,8 @@ class Projection:
     options: ProjectionOptions
 
     def geometry(self, shape: Sequence[int]) -> Geometry:
-        """Side, rank and shapes for a parameter of the given global shape."""
+        """Side, rank and shapes for a parameter of the given global shape; of experts for each."""
+        shape = experts.matrix_shape(shape)
         return self.projector.geometry(shape, self.options.rank_of(shape), self.options.proj_type)
 
 
@@ -81,8 +83,15 @@ class Composition:
         """Whether the projector has a rate that depends on the learning rate."""
         return self.projection is not None and hasattr(self.projection.projector, "rate")
 
+    def by_expert(self, shape: Sequence[int]) -> bool:
+        """Whether a parameter is trained as E matrices, see `experts`."""
+        matrices = self.projection is not None or self.rule.matrices_only
+        return len(shape) == experts.DIMENSIONS and matrices
+
     def init_state(self, param: Tensor, *, capturable: bool) -> dict[str, Any]:
         """A parameter's whole state: `step`, and the entries of each part."""
+        if self.by_expert(param.shape):
+            return experts.init_state(self, param, capturable=capturable)
         shard = shard_of(param)
         local: Tensor = local_part(param.detach())
         device = param.device if capturable else torch.device("cpu")
@@ -113,6 +122,8 @@ class Composition:
             itemsize: bytes of its entries.
             world: number of processes that its rows are spread over; the first one's bytes.
         """
+        if self.by_expert(shape):
+            return experts.state_bytes(self, shape, itemsize, world)
         projection = self.projection
         geometry = None if projection is None else projection.geometry(shape)
         total = STEP_BYTES + self._moment_bytes(shape, geometry, itemsize, world)

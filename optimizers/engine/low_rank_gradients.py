@@ -127,6 +127,8 @@ def why_whole(
         return "capturable=True keeps the step count on the device"
     if geometry is None:
         return "it is empty"
+    if composition.by_expert(param.shape):
+        return "it holds several experts"
     projected = math.prod(geometry.projected_shape())
     if projected >= param.numel():
         return f"its projection has {projected} entries, it has {param.numel()}"

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from ..projectors import MatrixKey
 from . import state_dict as policy
 from .adapt import PendingMoments
 from .composition import Composition
@@ -68,7 +69,7 @@ class ManagedOptimizer(Optimizer):
         """Clears the cached plans and the counts of skipped updates."""
         self._plans: dict[int, Plan] = {}
         self._snapshots: dict[int, tuple[Group, Snapshot]] = {}
-        self._pending_moments: dict[Tensor, PendingMoments] = {}
+        self._pending_moments: dict[MatrixKey, PendingMoments] = {}
         self._skipped = SkippedUpdates()
 
     def _shown(self, *, stepping: bool = False) -> AbstractContextManager[None]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import Tensor
 
 from .composition import Composition
+from .experts import DIMENSIONS, SMALLEST_SIDE, matrix_shape
 from .options import Group
 from .sharding import is_dtensor, local_part, shard_of
 
@@ -139,6 +140,16 @@ def check_exchanged(
         left.remove(shape)
 
 
+def _check_experts(param: Tensor, called: str) -> None:
+    """Raises `ValueError` for what is hardly E matrices: a convolution's kernels."""
+    if min(param.shape[1:]) < SMALLEST_SIDE and param.numel():
+        raise ValueError(
+            f"{called} of shape {tuple(param.shape)} would be {param.shape[0]} matrices: accepted "
+            f"are matrices with sides of at least {SMALLEST_SIDE}; convolutions belong in a group "
+            "without rank (param_groups(model) sorts them)"
+        )
+
+
 def check_param(param: Tensor, name: str | None, composition: Composition) -> None:
     """Raises `ValueError` for a parameter that can't be optimized by this composition."""
     called = label(name, param)
@@ -146,29 +157,34 @@ def check_param(param: Tensor, name: str | None, composition: Composition) -> No
     if not param.is_floating_point():
         raise ValueError(f"{called} has dtype {param.dtype}: accepted are real floating dtypes")
     if composition.projection is None:
-        if composition.rule.matrices_only and param.dim() != 2:
+        if composition.rule.matrices_only and param.dim() not in (2, DIMENSIONS):
             raise ValueError(
                 f"{called} is {param.dim()}-dimensional: accepted are matrices, by "
                 f"{type(composition.rule).__name__}"
             )
+        if composition.by_expert(param.shape):
+            _check_experts(param, called)
         return
     projector = composition.projection.projector
-    if param.dim() not in projector.DIMENSIONS:
+    dim = len(matrix_shape(param.shape))
+    if dim not in projector.DIMENSIONS:
         raise ValueError(
             f"{called} is {param.dim()}-dimensional in a group with rank: accepted are matrices. "
             "ZeRO and FSDP1 flatten parameters to one dimension, use DDP or ZeRO stage 0; biases, "
             "norms and convolutions belong in a group without rank (param_groups(model) sorts them)"
         )
+    if composition.by_expert(param.shape):
+        _check_experts(param, called)
     if param.numel():
-        spread = not shard_of(param).rows.processes.alone
-        if spread and not (projector.SPREADS and param.dim() == 2):
+        spread = dim == param.dim() and not shard_of(param).rows.processes.alone
+        if spread and not (projector.SPREADS and dim == 2):
             raise ValueError(
                 f"{called} is spread over processes: accepted with {type(projector).__name__} are "
                 "whole parameters where heads share a basis, or of more than two dimensions"
             )
         geometry = composition.projection.geometry(param.shape)
         residual = type(composition.projection.residual)
-        if param.dim() not in residual.DIMENSIONS:
+        if dim not in residual.DIMENSIONS:
             raise ValueError(
                 f"{called} is {param.dim()}-dimensional: accepted with {residual.__name__} are "
                 "matrices, with residual='dropped' convolutions too"

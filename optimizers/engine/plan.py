@@ -6,6 +6,7 @@ Composing a group takes far longer than checking whether an option was changed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from operator import is_, itemgetter
 
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor
 from ..rules.base import State
 from . import checks
 from .composition import Composition
+from .experts import copied_to_host
 from .geometry import Geometry
 from .options import NO_OPTIONS, Group, check_lr
 from .parameters import names
-from .sharding import shard_of
+from .sharding import local_part, shard_of
 
 #: Options that affect neither the entries of a state nor their meaning.
 SCALARS = frozenset(
@@ -84,7 +86,9 @@ class Plan:
             there are none, so that state that is cleared leaves the memory.
         seed_names: the names that seed the parameters' random numbers, see `seeds`.
         shards: the parts of the parameters that are here.
-        geometries: of the parameters, if the group is projected.
+        geometries: of the parameters, or of each of their experts, if the group is projected.
+        places: the place of each parameter's first matrix among the group's.
+        matrices: number of matrices, each expert being one.
     """
 
     def __init__(
@@ -100,6 +104,7 @@ class Plan:
         self.composition, self._lr = core, group["lr"]
         self.params: list[Tensor] = list(group["params"])
         self.states: list[State] = []
+        self._copied_steps: list[tuple[Tensor, Tensor]] = []
         states = [state.get(param, _NOTHING) for param in self.params]
         # A state is known by its step count, a tensor that a state keeps for good.
         self._counts, self._sizes = _counts(states), list(map(len, states))
@@ -108,6 +113,8 @@ class Plan:
         self.seed_names = seed_names
         pairs = zip(self.params, self.names, strict=True)
         self.shards = [shard_of(param, name) for param, name in pairs]
+        counts = [p.shape[0] if core.by_expert(p.shape) else 1 for p in self.params]
+        self.places, self.matrices = [0, *accumulate(counts)][:-1], sum(counts)
         self.geometries: list[Geometry | None] = [None] * len(self.params)
         if core.projection is not None:
             self.geometries = [
@@ -141,9 +148,27 @@ class Plan:
         shard, geometry = self.shards[position], self.geometries[position]
         return shard.local_state(self.states[position], geometry)
 
+    def by_expert(self, position: int) -> bool:
+        """Whether a parameter is trained as E matrices, see `experts`."""
+        return self.core.by_expert(self.params[position].shape)
+
+    def host_steps(self, position: int) -> Tensor:
+        """Step counts of a parameter's experts, on the host, where rules read each of them.
+
+        `release` writes copies back.
+        """
+        steps: Tensor = local_part(self.states[position]["step"])
+        if not copied_to_host(steps, capturable=self.group["capturable"]):
+            return steps
+        copy = steps.to("cpu", copy=True)
+        self._copied_steps.append((steps, copy))
+        return copy
+
     def release(self) -> None:
         """Ends a step: the states are the optimizer's alone again."""
-        self.states = []
+        for steps, copy in self._copied_steps:
+            steps.copy_(copy)
+        self.states, self._copied_steps = [], []
 
     def read_rate(self) -> None:
         """Updates `composition` with the group's current learning rate.
@@ -167,7 +192,7 @@ def numbered(plans: Sequence[Plan]) -> tuple[list[int], int]:
     firsts, count = [], 0
     for plan in plans:
         firsts.append(count)
-        count += len(plan.params) if plan.core.projection is not None else 0
+        count += plan.matrices if plan.core.projection is not None else 0
     return firsts, count
 
 

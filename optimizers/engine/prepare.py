@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .adapt import PendingMoments, adapt
+from ..projectors import MatrixKey
+from .adapt import PendingMoments, adapt, adapt_experts
 from .composition import Composition
 from .options import Group
 from .parameters import check_exchanged, check_names, check_param, label, names
@@ -97,7 +98,7 @@ def revise(
     previous: Mapping[int, MadeBy],
     snapshots: Sequence[Snapshot | None],
     maker: Maker,
-) -> tuple[list[Plan], dict[Tensor, PendingMoments]]:
+) -> tuple[list[Plan], dict[MatrixKey, PendingMoments]]:
     """Plans of all groups, after making their state consistent.
 
     Args:
@@ -119,13 +120,11 @@ def revise(
         for group, plan, snapshot in zip(groups, plans, snapshots, strict=True)
     ]
     drop_unused(groups, state)
-    pending: dict[Tensor, PendingMoments] = {}
+    pending: dict[MatrixKey, PendingMoments] = {}
     for change in changes:
         _complete(change.group, change.completed)
         for state_change in change.state_changes:
-            moments = _apply_change(state_change, change, state, maker)
-            if moments is not None:
-                pending[state_change.param] = moments
+            pending |= _apply_change(state_change, change, state, maker)
         if change.before is not None:
             maker.changed(change.group, change.before)
     revised = zip(changes, seed_names(groups), strict=True)
@@ -140,17 +139,20 @@ def _complete(group: Group, completed: Group) -> None:
 
 def _apply_change(
     state_change: _StateChange, change: _GroupChange, state: States, maker: Maker
-) -> PendingMoments | None:
+) -> dict[MatrixKey, PendingMoments]:
     param = state_change.param
     if state_change.how == "move":
         place(state[param], param, capturable=change.group["capturable"])
-        return None
-    new, moments = maker.make(param, change.core, change.group), None
-    if state_change.how == "adapt":
-        assert state_change.previous is not None
-        new, moments = adapt(param, state[param], state_change.previous, new, change.core)
+        return {}
+    new, pending = maker.make(param, change.core, change.group), {}
+    previous = state_change.previous
+    if previous is not None and any(c.by_expert(param.shape) for c in (previous, change.core)):
+        pending = adapt_experts(param, state[param], previous, new, change.core)
+    elif previous is not None:
+        new, moments = adapt(param, state[param], previous, new, change.core)
+        pending = {} if moments is None else {param: moments}
     state[param] = new
-    return moments
+    return pending
 
 
 def drop_unused(groups: Sequence[Group], state: States) -> list[Tensor]:

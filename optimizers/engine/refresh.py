@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..projectors import Bases, ProjectedParam, RefreshEvent, telemetry
+from ..projectors import Bases, MatrixKey, ProjectedParam, RefreshEvent, telemetry
 from .adapt import PendingMoments, transport_pending
 from .batching import refresh_batches
 from .chunks import wide_dtype
@@ -32,7 +32,7 @@ class Refresh:
 
     composition: Composition
     hooks: Sequence[RefreshHook]
-    pending: MutableMapping[Tensor, PendingMoments]
+    pending: MutableMapping[MatrixKey, PendingMoments]
     _events: list[RefreshEvent] = field(default_factory=list)
 
     @property
@@ -70,7 +70,7 @@ class Refresh:
         param.read = None
         if self._transports and previous:
             transport_moments(param, previous, self.projection, self.composition.rule)
-        moments = self.pending.pop(param.owner, None)
+        moments = self.pending.pop(param.key, None)
         if moments is not None:
             transport_pending(param, moments, self.composition)
         if self.hooks:

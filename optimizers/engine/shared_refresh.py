@@ -93,9 +93,15 @@ class SharedRefreshes:
         elif quiet > 0:
             self._quiet[index] = (plan, quiet - 1)
             return
-        held = {id(param.weight): param for param in params}
-        wanted = [own for own in plan.params if own.numel()]
-        found = [held.get(id(own)) for own in wanted]
+        held = {(id(param.owner), param.expert): param for param in params}
+        matrices = [
+            (own, place)
+            for i, own in enumerate(plan.params)
+            for place in (range(len(own)) if plan.by_expert(i) else [None])
+            if own.numel()
+        ]
+        wanted = [own for own, _ in matrices]
+        found = [held.get((id(own), place)) for own, place in matrices]
         schedule = refresh.projection.schedule
 
         def due(param: ProjectedParam, later: int = 0) -> bool:
@@ -208,7 +214,16 @@ class SharedRefreshes:
         return smallest
 
     def _compare(self, plan: Plan) -> None:
-        """Raises `ValueError` on all processes if options or parameters of a group differ."""
+        """Raises `ValueError` on all processes if options or parameters of a group differ.
+
+        So it does for parts of parameters, which are no copies.
+        """
+        for shard, param, name in zip(plan.shards, plan.params, plan.names, strict=True):
+            if not shard.rows.processes.alone:
+                raise ValueError(
+                    f"share_refreshes() with {label(name, param)} spread over processes: accepted "
+                    "are whole copies of a model (DDP)"
+                )
         options = sorted(
             (key, repr(value)) for key, value in plan.group.items() if key not in NO_OPTIONS
         )

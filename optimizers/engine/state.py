@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import experts
 from .composition import Composition
+from .sharding import local_part
 
 State = Mapping[str, Any]
 
@@ -58,7 +60,7 @@ def _tensor_difference(entry: str, value: Any, wanted: Tensor) -> str | None:
 def _integer_difference(entry: str, value: Any, wanted: int) -> str | None:
     if type(value) is not int:
         return f"has {entry}={value!r}; accepted is an integer"
-    if entry == "side" or entry.endswith(("_rows", "_columns")):
+    if experts.is_shared(entry):
         return None if value == wanted else f"has {entry}={value}; accepted is {wanted}"
     low = _LEAST.get(entry, 0)
     if not low <= value < _LARGEST:
@@ -70,6 +72,9 @@ def count_difference(state: State) -> str | None:
     """What is wrong with the step count of a loaded state, or None; reads it back."""
     if state["step"].is_meta:
         return None
+    if state["step"].dim():
+        found = (_expert_difference(own) for own in _expert_counts(state))
+        return next((said for said in found if said is not None), None)
     count = float(state["step"])
     if not (math.isfinite(count) and count >= 0 and count == int(count)):
         return f"has step={count}; accepted is a whole number of at least 0"
@@ -79,18 +84,38 @@ def count_difference(state: State) -> str | None:
     return None
 
 
+def _expert_difference(own: State) -> str | None:
+    for entry in own.keys() - {"step"}:
+        found = _integer_difference(entry, own[entry], own[entry])
+        if found is not None:
+            return found
+    return count_difference(own)
+
+
+def _expert_counts(state: State) -> Iterator[State]:
+    """Step count and integers of each expert that is here."""
+    counts = {
+        key: local_part(value)
+        for key, value in state.items()
+        if key == "step" or experts.is_counter(key, value)
+    }
+    for numbers in zip(*(value.tolist() for value in counts.values()), strict=True):
+        own = dict(zip(counts, numbers, strict=True))
+        yield {**own, "step": torch.tensor(own["step"])}
+
+
 def untouched(state: State) -> bool:
     """Whether a state has taken no step, so that it may be replaced."""
     step = state.get("step") if isinstance(state, Mapping) else None
-    if not isinstance(step, Tensor) or step.numel() != 1:
+    if not isinstance(step, Tensor) or step.dim() > 1:
         return False
-    return step.is_meta or float(step) == 0
+    return step.is_meta or not bool(local_part(step).any())
 
 
 def misplaced(state: State, param: Tensor, *, capturable: bool) -> bool:
     """Whether any tensor of a state is on the wrong device."""
     return any(
-        isinstance(value, Tensor) and value.device != _device(entry, param, capturable)
+        isinstance(value, Tensor) and value.device != _device(entry, value, param, capturable)
         for entry, value in state.items()
     )
 
@@ -99,10 +124,10 @@ def place(state: dict[str, Any], param: Tensor, *, capturable: bool) -> None:
     """In place: moves tensors of a state to the right devices."""
     for entry, value in state.items():
         if isinstance(value, Tensor):
-            state[entry] = value.to(_device(entry, param, capturable))
+            state[entry] = value.to(_device(entry, value, param, capturable))
 
 
-def _device(entry: str, param: Tensor, capturable: bool) -> torch.device:
+def _device(entry: str, value: Tensor, param: Tensor, capturable: bool) -> torch.device:
     """The parameter's device; the host for the step count unless `capturable`."""
-    on_host = entry == "step" and not capturable and not param.is_meta
-    return torch.device("cpu") if on_host else param.device
+    host = experts.on_host(entry, value, capturable=capturable) and not param.is_meta
+    return torch.device("cpu") if host else param.device

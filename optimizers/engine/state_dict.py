@@ -22,6 +22,7 @@ from lowrank.cuda.noise import mix, signed_seed
 from ..projectors.random import SEED
 from ..rules.precision import HALF
 from .composition import Composition
+from .experts import on_host
 from .parameters import check_names, unique_names
 from .plan import Snapshot
 from .seeds import seed_names
@@ -173,8 +174,8 @@ def restore_dtypes(
     for key, param, _ in saved_pairs(groups, state_dict):
         for entry, value in state_dict["state"].get(key, {}).items():
             if isinstance(value, Tensor):
-                on_host = entry == "step" and not capturable[id(param)]
-                device = torch.device("cpu") if on_host else param.device
+                host = on_host(entry, value, capturable=capturable[id(param)])
+                device = torch.device("cpu") if host else param.device
                 if is_dtensor(value):
                     state[param][entry] = value.detach().to(device, copy=True)
                     continue

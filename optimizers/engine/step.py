@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..projectors import ProjectedParam
+from ..projectors import MatrixKey, ProjectedParam
 from ..rules import UpdateRule
 from ..weights import apply_rule
 from .adapt import PendingMoments
 from .batching import read_steps, update_batches
 from .composition import Projection
+from .experts import by_place, experts_of
 from .geometry import Side
 from .gradients import descent_gradient
 from .moments import transport_moments
 from .parts import gather_update, project_part, whole_first_moment
 from .plan import Plan
-from .processes import Processes
+from .processes import ALONE, Processes
 from .refresh import Refresh, RefreshHook, refresh_due
 from .sharding import local_part
 from .shared_refresh import SharedRefreshes
@@ -46,32 +49,67 @@ def step_plain(plan: Plan, usable: Usable) -> None:
         usable: excludes gradients that are not finite.
     """
     group = plan.group
-    grads = [descent_gradient(param, group) for param in plan.params]
-    found = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
+    found = [part for i in range(len(plan.params)) for part in _plain_parts(plan, i)]
     kept = usable(
-        [grad for _, grad in found],
-        [plan.params[i] for i, _ in found],
-        [plan.names[i] for i, _ in found],
-        [plan.shards[i].rows.processes for i, _ in found],
+        [part.grad for part in found],
+        [plan.params[part.position] for part in found],
+        [part.name for part in found],
+        [part.processes for part in found],
     )
     chosen = [found[position] for position in kept]
-    params = [local_part(plan.params[i].detach()) for i, _ in chosen]
-    states = [plan.local_state(i) for i, _ in chosen]
+    params, states = [part.weight for part in chosen], [part.state for part in chosen]
     # Captured steps are not grouped by step count, which would have to be read back.
     steps = [0] * len(states) if group["capturable"] else read_steps(states)
-    entries = [plan.params[i].numel() for i, _ in chosen]
-    for batch in update_batches(params, states, steps, entries, group):
+    entries = [part.entries for part in chosen]
+    spread = [part.processes for part in chosen]
+    for batch in update_batches(params, states, steps, entries, group, spread):
         own = [states[position] for position in batch]
         torch._foreach_add_([state["step"] for state in own], 1)
         apply_rule(
             plan.composition.rule,
-            [chosen[position][1] for position in batch],
+            [chosen[position].grad for position in batch],
             own,
             [params[position] for position in batch],
             group.get("seed", 0),
-            [plan.seed_names[chosen[position][0]] for position in batch],
+            [chosen[position].seed_name for position in batch],
             stochastic=group.get("stochastic_rounding", False),
         )
+
+
+@dataclass
+class _PlainPart:
+    """What is here of a parameter that isn't projected, or of one of its experts."""
+
+    position: int
+    weight: Tensor
+    grad: Tensor
+    state: dict[str, Any]
+    name: str | None
+    seed_name: str
+    processes: Processes
+    entries: int
+
+
+def _plain_parts(plan: Plan, position: int) -> list[_PlainPart]:
+    param, shard = plan.params[position], plan.shards[position]
+    grad = descent_gradient(param, plan.group)
+    if grad is None:
+        return []
+    if plan.by_expert(position):
+        return [
+            _PlainPart(
+                *(position, own.weight, own.grad, own.state, own.name, own.seed_name),
+                *(ALONE, own.weight.numel()),
+            )
+            for own in experts_of(plan, position, grad)
+        ]
+    return [
+        _PlainPart(
+            *(position, local_part(param.detach()), grad, plan.local_state(position)),
+            *(plan.names[position], plan.seed_names[position]),
+            *(shard.rows.processes, param.numel()),
+        )
+    ]
 
 
 def step_projected(
@@ -79,7 +117,7 @@ def step_projected(
     first: int,
     count: int,
     hooks: Sequence[RefreshHook],
-    pending: MutableMapping[Tensor, PendingMoments],
+    pending: MutableMapping[MatrixKey, PendingMoments],
     usable: Usable,
     shared: SharedRefreshes | None,
 ) -> None:
@@ -108,17 +146,30 @@ def step_projected(
 
 
 def projected_params(plan: Plan, first: int) -> list[ProjectedParam]:
-    """A `ProjectedParam` for each parameter that has a gradient."""
-    group, rule = plan.group, plan.composition.rule
-    grads = [descent_gradient(param, group) for param in plan.params]
-    held = [i for i, grad in enumerate(grads) if grad is not None]
-    steps = [0] * len(held) if capturing() else read_steps([plan.states[i] for i in held])
-    params = []
-    for i, steps_done in zip(held, steps, strict=True):
-        param, grad, geometry = plan.params[i], grads[i], plan.geometries[i]
-        own = plan.local_state(i)
-        assert grad is not None
+    """A `ProjectedParam` for each matrix that has a gradient."""
+    rule = plan.composition.rule
+    params: list[ProjectedParam] = []
+    for i, param in enumerate(plan.params):
+        grad, geometry = descent_gradient(param, plan.group), plan.geometries[i]
+        if grad is None:
+            continue
+        index = first + plan.places[i]
         assert geometry is not None
+        if plan.by_expert(i):
+            params += [
+                ProjectedParam(
+                    *(own.weight, own.grad, own.state, geometry, own.rows, index + own.expert),
+                    steps_done=0,
+                    seed_name=own.seed_name,
+                    name=own.name,
+                    param=param,
+                    expert=own.expert,
+                    first_moment=partial(rule.first_moment, own.state),
+                )
+                for own in experts_of(plan, i, grad)
+            ]
+            continue
+        own = plan.local_state(i)
         params.append(
             ProjectedParam(
                 weight=local_part(param),
@@ -126,26 +177,38 @@ def projected_params(plan: Plan, first: int) -> list[ProjectedParam]:
                 state=own,
                 geometry=geometry,
                 rows=plan.shards[i].rows,
-                index=first + i,
-                steps_done=steps_done,
+                index=index,
+                steps_done=0,
                 seed_name=plan.seed_names[i],
                 name=plan.names[i],
                 param=param,
                 first_moment=partial(whole_first_moment, rule, own),
             )
         )
+    if not capturing():
+        for held, steps in zip(params, read_steps([p.state for p in params]), strict=True):
+            held.steps_done = steps
     return params
 
 
 def _start_anew(
-    plan: Plan, params: Sequence[ProjectedParam], pending: MutableMapping[Tensor, PendingMoments]
+    plan: Plan,
+    params: Sequence[ProjectedParam],
+    pending: MutableMapping[MatrixKey, PendingMoments],
 ) -> None:
     """Resets the step count of matrices whose pending moments got no new basis in this step."""
-    for param, state in zip(plan.params, plan.states, strict=True):
+    anew: set[MatrixKey] = set()
+    for i, (param, state) in enumerate(zip(plan.params, plan.states, strict=True)):
         if pending.pop(param, None) is not None:
             state["step"].zero_()
+            anew.add(param)
+        for place, count in by_place(param, state["step"]) if state and plan.by_expert(i) else ():
+            if pending.pop((param, place), None) is not None:
+                count.zero_()
+                anew.add((param, place))
     for held in params:
-        if int(held.state["step"]) == 0:
+        if held.key in anew:
+            held.state["step"].zero_()  # may be a copy, see `Plan.host_steps`
             held.steps_done = 0
 
 
@@ -156,7 +219,8 @@ def _update(plan: Plan, params: Sequence[ProjectedParam], usable: Usable) -> Non
     weights, states = [param.weight for param in params], [param.state for param in params]
     steps = [param.steps_done for param in params]
     entries = [math.prod(param.geometry.projected_shape()) for param in params]
-    for indices in update_batches(weights, states, steps, entries, plan.group):
+    spread = [param.rows.processes for param in params]
+    for indices in update_batches(weights, states, steps, entries, plan.group, spread):
         batch = [params[i] for i in indices]
         gradients = [project_part(param, projection.projector) for param in batch]
         # A non-finite gradient always has a non-finite projection, which is cheaper to check.

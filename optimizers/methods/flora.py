@@ -37,6 +37,7 @@ from torch import Tensor
 from lowrank.cuda.noise import mix
 
 from ..engine.composition import Composition
+from ..engine.experts import by_place, expert_name, matrix_shape
 from ..engine.method import method
 from ..engine.optimizer import LowRankOptimizer
 from ..engine.options import PROJECTION_DEFAULTS, Group, ProjectionOptions
@@ -76,7 +77,11 @@ class FloraAdafactor(LowRankOptimizer):
             name = seed_names(self.param_groups)[self._index_of(group)][index]
             # 63 bits, which an int64 holds. States of 0.1.0 keep their 1, 2, 3.
             own = self.state.get(param, {}).get("matrix")
-            state["matrix"] = mix(0, name) >> 1 if own is None else own
+            if composition.by_expert(param.shape):
+                for place, seeds in by_place(param, state["matrix"]):
+                    seeds.fill_(mix(0, expert_name(name, place)) >> 1)
+            else:
+                state["matrix"] = mix(0, name) >> 1 if own is None else own
             assert isinstance(composition.rule, FloraRule)
             self._warn_of_growth(composition.rule, group)
         return state
@@ -88,7 +93,8 @@ class FloraAdafactor(LowRankOptimizer):
         if beta1 is None or (rule.options, beta1) in known:
             return
         known.add((rule.options, beta1))
-        sizes = [rule.basis_shape(param.shape) for param in group["params"] if param.numel()]
+        shapes = [matrix_shape(param.shape) for param in group["params"] if param.numel()]
+        sizes = [rule.basis_shape(shape) for shape in shapes]
         growth, (d, r) = max((moment_growth(d, r, beta1, kappa), (d, r)) for d, r in sizes)
         if growth >= 1.0:
             warn_user(

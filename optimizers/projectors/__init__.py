@@ -1,6 +1,6 @@
 """Projectors: which subspace a gradient is projected to."""
 
-from .base import Bases, ProjectedParam, Projector
+from .base import Bases, MatrixKey, ProjectedParam, Projector
 from .coordinate import CoordinateProjector
 from .correlation import CorrelationProjector
 from .cross_head import CrossHeadProjector
@@ -18,6 +18,7 @@ __all__ = [
     "CoordinateProjector",
     "CorrelationProjector",
     "CrossHeadProjector",
+    "MatrixKey",
     "OnlineProjector",
     "ProjectedParam",
     "Projector",

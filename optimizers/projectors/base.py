@@ -18,6 +18,8 @@ from ..storage.base import BasisStorage, DenseBasis
 from . import apply
 
 Bases = tuple[Tensor, ...]
+#: A parameter, or one with the place of an expert in it.
+MatrixKey = Tensor | tuple[Tensor, int]
 
 
 def no_moment() -> Tensor | None:
@@ -41,6 +43,7 @@ class ProjectedParam:
         seed_name: the name that seeds its random numbers, see `engine.seeds`.
         name: the parameter's recorded name, if any.
         param: the parameter that `weight` is a part of, None for `weight` itself.
+        expert: its place among the matrices that `param` holds, see `engine.experts`.
         first_moment: reads the rule's current first moment, in the projected shape.
         read: cache of the bases during this step; None after they change.
     """
@@ -55,6 +58,7 @@ class ProjectedParam:
     seed_name: str
     name: str | None = None
     param: Tensor | None = None
+    expert: int | None = None
     first_moment: Callable[[], Tensor | None] = no_moment
     read: Bases | None = None
 
@@ -62,6 +66,11 @@ class ProjectedParam:
     def owner(self) -> Tensor:
         """The parameter, as `optimizer.state` knows it."""
         return self.weight if self.param is None else self.param
+
+    @property
+    def key(self) -> MatrixKey:
+        """What tells the matrix from all others of an optimizer."""
+        return self.owner if self.expert is None else (self.owner, self.expert)
 
     @property
     def across(self) -> Processes:

@@ -1,0 +1,59 @@
+"""What of a model is projected, in words."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+
+#: Share of all parameters from which one that isn't projected is named.
+LARGE = 0.01
+#: Names of such parameters that are listed.
+LISTED = 12
+
+_LOGGER = logging.getLogger("lowrank")
+_SIZES = ("rank", "rank_ratio_matrix", "rank_ratio_cnn")
+
+
+def projection_summary(groups: Sequence[Mapping[str, Any]]) -> str:
+    """How many matrices are projected, what share of the parameters, and what large ones are not.
+
+    `param_groups` logs it at INFO to the logger "lowrank", each text once.
+
+    Args:
+        groups: as `param_groups` returns them, or an optimizer's `param_groups`.
+    """
+    projected, plain = _sorted(groups)
+    total = sum(param.numel() for _, param in [*projected, *plain])
+    stacked = [param for _, param in projected if param.dim() == 3]
+    matrices = len(projected) - len(stacked) + sum(len(param) for param in stacked)
+    share = sum(param.numel() for _, param in projected) / max(total, 1)
+    said = f"projected: {matrices} matrices, {share:.1%} of {total:,} parameters"
+    if stacked:
+        experts = sum(len(param) for param in stacked)
+        said += f" ({experts} of the matrices are experts, in {len(stacked)} parameters)"
+    parts = [(param.numel() / max(total, 1), name) for name, param in plain]
+    large = sorted((part for part in parts if part[0] > LARGE), key=lambda part: -part[0])
+    named = [f"{name} ({part:.1%})" for part, name in large[:LISTED]]
+    if len(large) > LISTED:
+        named.append(f"{len(large) - LISTED} more")
+    return f"{said}; not projected, of more than {LARGE:.0%} each: {', '.join(named) or 'none'}"
+
+
+@lru_cache(maxsize=1024)
+def tell(text: str) -> None:
+    """Logs a text at INFO, once."""
+    _LOGGER.info(text)
+
+
+def _sorted(groups: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[str, Tensor]], ...]:
+    lists: tuple[list[tuple[str, Tensor]], ...] = ([], [])
+    for index, group in enumerate(groups):
+        sized = any(group.get(name) is not None for name in _SIZES)
+        params = list(group["params"])
+        names = group.get("param_names") or [f"group{index}.{i}" for i in range(len(params))]
+        lists[0 if sized else 1].extend(zip(names, params, strict=True))
+    return lists
