@@ -166,10 +166,11 @@ def transport_pending(
     before, after = pending.composition.projection, composition.projection
     assert before is not None
     assert after is not None
-    geometry = before.geometry(param.owner.shape)
-    state = pending.state
+    geometry, state = before.geometry(param.owner.shape), pending.state
     if param.expert is None:
-        state = shard_of(param.owner).local_state(state, geometry)
+        shard = shard_of(param.owner)
+        geometry = shard.seen(geometry)
+        state = shard.local_state(state, geometry)
     place = replace(param, state=state, geometry=geometry, read=None)
     rotation = after.projector.rotation(param, before.projector.bases(place))
     composition.rule.transport_moments(state, after.options.moments, rotation, into=param.state)

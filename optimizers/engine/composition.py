@@ -92,7 +92,6 @@ class Composition:
         """A parameter's whole state: `step`, and the entries of each part."""
         if self.by_expert(param.shape):
             return experts.init_state(self, param, capturable=capturable)
-        shard = shard_of(param)
         local: Tensor = local_part(param.detach())
         device = param.device if capturable else torch.device("cpu")
         if param.device.type == "meta":
@@ -101,7 +100,7 @@ class Composition:
         state |= dict.fromkeys(self.counters, 0)
         if self.projection is not None:
             projection = self.projection
-            geometry = projection.geometry(shard.shape)
+            geometry = projection.geometry(param.shape)
             state["side"] = int(geometry.side)
             state |= projection.schedule.init(geometry, local)
             state |= projection.projector.init(geometry, local)
@@ -111,7 +110,9 @@ class Composition:
     def moments(self, param: Tensor) -> dict[str, Any]:
         """The rule's part of a parameter's state."""
         shard = shard_of(param)
-        geometry = None if self.projection is None else self.projection.geometry(shard.shape)
+        geometry = None
+        if self.projection is not None:
+            geometry = shard.seen(self.projection.geometry(param.shape))
         return new_moments(self.rule, shard, geometry, local_part(param.detach()))
 
     def state_bytes(self, shape: Sequence[int], itemsize: int, world: int = 1) -> int:
@@ -159,6 +160,8 @@ def new_moments(
         like: the local part.
     """
     part = shard.part(geometry)
+    if part.transposed:  # stored as the parameter lies
+        part = part.mirror()
     if shard.plain or part.axis is None:
         return rule.init(part.shape, like)
     whole = rule.init(part.shape, like.to("meta"))

@@ -9,7 +9,7 @@ l = max(m, n).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 from torch import Tensor
@@ -51,23 +51,38 @@ class Geometry:
         shape: (m, n), the whole matrix, also when this process holds only some of its rows.
         side: the projected axis.
         rank: r, at most min(m, n).
+        mirrored: it is that of the transposed parameter, whose columns are spread over processes.
     """
 
     shape: tuple[int, int]
     side: Side
     rank: int
+    mirrored: bool = field(default=False, kw_only=True)
 
     @classmethod
     def of(cls, shape: tuple[int, int], rank: int, proj_type: str) -> Geometry:
         """The geometry of an m x n matrix; a rank above min(m, n) is clamped to it."""
         return cls(shape, side_of(shape, proj_type), min(rank, *shape))
 
+    def mirror(self) -> Geometry:
+        """The geometry of the transposed parameter: keys and values of its bases are the same."""
+        sides = {Side.LEFT: Side.RIGHT, Side.RIGHT: Side.LEFT, Side.BOTH: Side.BOTH}
+        m, n = self.shape
+        return replace(self, shape=(n, m), side=sides[self.side], mirrored=not self.mirrored)
+
+    @property
+    def original_shape(self) -> tuple[int, int]:
+        """The shape of the parameter, whichever way it is seen."""
+        m, n = self.shape
+        return (n, m) if self.mirrored else (m, n)
+
     @property
     def basis_shapes(self) -> dict[str, tuple[int, int]]:
-        """State key and shape of each basis: m x r on the left, n x r on the right."""
+        """State key and shape of each basis, the left one first: m x r, n x r."""
         m, n = self.shape
         if self.side is Side.BOTH:
-            return {"basis": (m, self.rank), "basis_right": (n, self.rank)}
+            left, right = ("basis_right", "basis") if self.mirrored else ("basis", "basis_right")
+            return {left: (m, self.rank), right: (n, self.rank)}
         return {"basis": ((m if self.side is Side.LEFT else n), self.rank)}
 
     def projected_shape(self, local_rows: int | None = None) -> tuple[int, int]:

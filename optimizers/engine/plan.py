@@ -118,8 +118,8 @@ class Plan:
         self.geometries: list[Geometry | None] = [None] * len(self.params)
         if core.projection is not None:
             self.geometries = [
-                core.projection.geometry(param.shape) if param.numel() else None
-                for param in self.params
+                own.seen(core.projection.geometry(param.shape)) if param.numel() else None
+                for param, own in zip(self.params, self.shards, strict=True)
             ]
 
     @property

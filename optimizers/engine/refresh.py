@@ -114,7 +114,7 @@ def _event(
     return RefreshEvent(
         step=param.steps_done + 1,
         name=param.name,
-        shape=param.geometry.shape,
+        shape=param.geometry.original_shape,
         rank=param.geometry.rank if projected.dim() > 2 else min(param.geometry.projected_shape()),
         seconds=seconds,
         captured_energy=telemetry.captured_energy(param, projected),

@@ -1,10 +1,11 @@
 """Which part of a parameter lies on this process.
 
 FSDP2 (`torch.distributed.fsdp.fully_shard`) makes parameters DTensors. Accepted placements are one
-`Shard(0)`, and `Replicate` over any other dimensions of the mesh (HSDP). A step sees plain local
-tensors: rows of the weight and its gradient, and a `LocalState` that knows which `Part` of the
-(projected) gradient its moments belong to. In `optimizer.state` moments are DTensors over the
-parameter's mesh, bases and step counts plain tensors, equal on all processes.
+`Shard(0)`, or `Shard(1)` of a matrix, and `Replicate` over any other dimensions of the mesh (HSDP).
+A step sees plain local tensors: rows of the weight and its gradient, of a matrix with spread
+columns those of its transpose; and a `LocalState` that knows which `Part` of the (projected)
+gradient its moments belong to. In `optimizer.state` moments are DTensors over the parameter's mesh,
+bases and step counts plain tensors, equal on all processes.
 
 Moments of a right projection are spread as the rows are. A left projection, r x n, has the same
 rows everywhere; its moments are spread by columns.
@@ -13,7 +14,7 @@ rows everywhere; its moments are spread by columns.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 _ACCEPTED = (
-    "accepted is one Shard(0), and Replicate over other mesh dimensions (fully_shard, also HSDP)"
+    "accepted is one Shard(0), or Shard(1) of a matrix, and Replicate over other mesh dimensions "
+    "(fully_shard, also HSDP)"
 )
 
 
@@ -43,6 +45,7 @@ class Part:
         processes: those that the parameter is spread over.
         sizes: indices that each of them holds, see `RowRange`.
         weight_entries: number of entries of the whole parameter.
+        transposed: it is that of the transposed parameter.
     """
 
     shape: tuple[int, ...]
@@ -52,11 +55,22 @@ class Part:
     processes: Processes
     sizes: tuple[int, ...]
     weight_entries: int
+    transposed: bool = False
 
     @classmethod
     def whole(cls, shape: Sequence[int]) -> Part:
         """All of a gradient, on this process."""
         return cls(tuple(shape), None, 0, 0, ALONE, (), torch.Size(shape).numel())
+
+    def mirror(self) -> Part:
+        """The same part of the transposed gradient."""
+        axis = self.axis if self.axis is None else 1 - self.axis
+        return replace(self, shape=self.shape[::-1], axis=axis, transposed=not self.transposed)
+
+    @property
+    def original_shape(self) -> tuple[int, ...]:
+        """The whole shape, as the parameter lies."""
+        return self.shape[::-1] if self.transposed else self.shape
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -83,12 +97,25 @@ class Part:
         return self.processes.sum(tensor) if axis == self.axis else tensor
 
 
+#: Entries that belong to rows and columns, and change places in the transpose.
+_FACTORS = {"exp_avg_sq_row": "exp_avg_sq_col", "exp_avg_sq_col": "exp_avg_sq_row"}
+
+
+def _seen(key: str, value: Any) -> Any:
+    """An entry of the state of a parameter that is seen as its transpose: moments, not bases."""
+    matrix = isinstance(value, Tensor) and value.dim() == 2 and not key.startswith("basis")
+    return value.mT if matrix else value
+
+
 class LocalState(dict[str, Any]):
     """A parameter's state during a step: local tensors, and integers that are written through."""
 
     def __init__(self, origin: dict[str, Any], part: Part) -> None:
         """Unwraps the DTensors of a state in `optimizer.state`."""
-        super().__init__((key, local_part(value)) for key, value in origin.items())
+        local = {key: local_part(value) for key, value in origin.items()}
+        if part.transposed:
+            local = {_FACTORS.get(key, key): _seen(key, value) for key, value in local.items()}
+        super().__init__(local)
         self._origin, self.part = origin, part
 
     def __setitem__(self, key: str, value: Any) -> None:
@@ -117,16 +144,30 @@ class Shard:
     """The part of a parameter on this process.
 
     Attributes:
-        shape: of the whole parameter.
+        shape: of the whole parameter, or its transpose.
         rows: the rows held; of a scalar the only entry.
         mesh: of the DTensor; None for a plain tensor.
         mesh_dim: the mesh dimension that rows are spread over, if any.
+        transposed: the parameter's columns are spread, so that it is seen as its transpose.
     """
 
     shape: tuple[int, ...]
     rows: RowRange
     mesh: DeviceMesh | None = None
     mesh_dim: int | None = None
+    transposed: bool = False
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """This process's part of the parameter, or its gradient, as rows."""
+        return self.as_rows(local_part(tensor))
+
+    def as_rows(self, local: Tensor) -> Tensor:
+        """A local part as it is seen: spread columns as rows."""
+        return local.mT if self.transposed else local
+
+    def seen(self, geometry: Geometry) -> Geometry:
+        """The geometry of what a step sees, from the parameter's."""
+        return geometry.mirror() if self.transposed else geometry
 
     @property
     def plain(self) -> bool:
@@ -147,11 +188,13 @@ class Shard:
         rows, entries = self.rows, self.entries
         shape = self.shape if geometry is None else geometry.projected_shape()
         if not shape or (geometry is not None and geometry.side is Side.BOTH):
-            return Part(shape, None, 0, 0, rows.processes, (), entries)
+            return Part(shape, None, 0, 0, rows.processes, (), entries, self.transposed)
         if geometry is not None and geometry.side is Side.LEFT:
             held = rows.processes.columns(shape[1])
-            return Part(shape, 1, held.start, held.stop, rows.processes, (), entries)
-        return Part(shape, 0, rows.start, rows.stop, rows.processes, rows.sizes, entries)
+            span = held.start, held.stop
+            return Part(shape, 1, *span, rows.processes, (), entries, self.transposed)
+        span = rows.start, rows.stop
+        return Part(shape, 0, *span, rows.processes, rows.sizes, entries, self.transposed)
 
     def chunk(self, count: int) -> range:
         """Which of `count` indices of a spread state entry are here."""
@@ -202,7 +245,8 @@ def shard_of(param: Tensor, called: str | None = None) -> Shard:
     placements: Sequence[Any] = param.placements  # type: ignore[attr-defined]
     split = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
     # By the exact type: a _StridedShard is a Shard too.
-    known = all(type(placements[i]).__name__ == "Shard" and placements[i].dim == 0 for i in split)
+    dims = [placements[i].dim if type(placements[i]).__name__ == "Shard" else None for i in split]
+    known = all(spread == 0 or (spread == 1 and len(shape) == 2) for spread in dims)
     if not known or len(split) > 1:
         named = ", ".join(map(str, placements))
         name = called or f"the parameter of shape {shape}"
@@ -211,5 +255,7 @@ def shard_of(param: Tensor, called: str | None = None) -> Shard:
         return Shard(shape, whole, mesh)
     (dim,) = split
     processes = Processes.of(mesh.get_group(dim))
+    transposed = dims == [1]
+    shape = shape[::-1] if transposed else shape
     held = chunk_range(shape[0], processes.world, processes.rank)
-    return Shard(shape, RowRange(held.start, held.stop, processes), mesh, dim)
+    return Shard(shape, RowRange(held.start, held.stop, processes), mesh, dim, transposed)

@@ -25,7 +25,6 @@ from .parts import gather_update, project_part, whole_first_moment
 from .plan import Plan
 from .processes import ALONE, Processes
 from .refresh import Refresh, RefreshHook, refresh_due
-from .sharding import local_part
 from .shared_refresh import SharedRefreshes
 from .write import apply_update
 
@@ -105,7 +104,8 @@ def _plain_parts(plan: Plan, position: int) -> list[_PlainPart]:
         ]
     return [
         _PlainPart(
-            *(position, local_part(param.detach()), grad, plan.local_state(position)),
+            *(position, shard.local(param.detach()), shard.as_rows(grad)),
+            plan.local_state(position),
             *(plan.names[position], plan.seed_names[position]),
             *(shard.rows.processes, param.numel()),
         )
@@ -172,8 +172,8 @@ def projected_params(plan: Plan, first: int) -> list[ProjectedParam]:
         own = plan.local_state(i)
         params.append(
             ProjectedParam(
-                weight=local_part(param),
-                grad=grad,
+                weight=plan.shards[i].local(param),
+                grad=plan.shards[i].as_rows(grad),
                 state=own,
                 geometry=geometry,
                 rows=plan.shards[i].rows,

@@ -122,7 +122,7 @@ class SingularProjector(Projector):
         geometry = params[0].geometry
         previous = [self.bases(param)[0] if param.fitted else None for param in params]
         # A batch shares its sketch, which doesn't depend on which matrices are in the batch.
-        shape = "x".join(map(str, geometry.shape))
+        shape = "x".join(map(str, geometry.original_shape))
         seed = draw_seed(self.seed, shape, params[0].steps_done, "sketch")
 
         def attempt(picked: slice, mode: str) -> list[tuple[Tensor, ...]]:

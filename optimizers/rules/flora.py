@@ -51,6 +51,7 @@ class FloraRule(Adafactor):
     """
 
     matrices_only: ClassVar[bool] = True
+    mirrors: ClassVar[bool] = False
 
     options: ProjectionOptions = field(default_factory=ProjectionOptions)
 

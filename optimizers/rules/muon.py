@@ -121,7 +121,7 @@ class Muon(UpdateRule):
             ahead = grad.lerp(moment, self.momentum) if self.nesterov else moment
             part = part_of(state)
             direction = orthogonalize(ahead, self.ns_steps, part)
-            shape = grad.shape if part is None else part.shape
+            shape = grad.shape if part is None else part.original_shape
             updates.append(
                 Update(direction, lr * self._size(*shape), 1.0 - lr * self.weight_decay, rate=lr)
             )

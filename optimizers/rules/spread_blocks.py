@@ -23,7 +23,7 @@ from .rows import BLOCK
 def cut_part(state: dict[str, Any]) -> Part | None:
     """The part that a state belongs to if it cuts blocks, else None."""
     part = part_of(state)
-    if part is None or part.spread.alone or _ends_with_blocks(part):
+    if part is None or (not part.transposed and (part.spread.alone or _ends_with_blocks(part))):
         return None
     return part
 
@@ -31,7 +31,7 @@ def cut_part(state: dict[str, Any]) -> Part | None:
 def _ends_with_blocks(part: Part) -> bool:
     """Whether each process's part is what it holds of the blocks; the same on all processes."""
     size = torch.Size(part.shape)
-    if part.axis != 0 or part.sizes:
+    if part.axis != 0 or part.sizes or part.transposed:
         return False
     world = part.processes.world
     entries = -(-size[0] // world) * size[1:].numel()
@@ -57,7 +57,12 @@ def scale_traffic(part: Part) -> int:
 
 def _block_of_entry(part: Part, device: torch.device) -> Tensor:
     """For each entry of this part the number of its block."""
+    if part.transposed:
+        return _block_of_entry(part.mirror(), device).mT
     size = torch.Size(part.shape)
+    if part.axis is None:
+        whole = torch.arange(size.numel(), device=device).view(size)
+        return whole.div_(BLOCK, rounding_mode="floor")
     positions = torch.arange(part.stop - part.start, device=device) + part.start
     if part.axis == 0:
         width = size[1:].numel()
@@ -83,7 +88,7 @@ def dequantize(
     if part is None:
         return quantizer.dequantize(codes, absmax, signed)
     scales = part.spread.gather_rows(absmax, _blocks(part))
-    own = scales[_block_of_entry(part, codes.device).view(-1)]
+    own = scales[_block_of_entry(part, codes.device).reshape(-1)]
     return blockwise.dequantize_blockwise(codes, own, signed, block=1)
 
 
@@ -101,7 +106,7 @@ def quantize(
     codes, absmax = out
     block = _block_of_entry(part, moment.device)
     scales = moment.new_zeros(_blocks(part))
-    scales.scatter_reduce_(0, block.view(-1), moment.abs().reshape(-1), "amax")
+    scales.scatter_reduce_(0, block.reshape(-1), moment.abs().reshape(-1), "amax")
     scales = part.spread.largest(scales)
     held = part.spread.columns(len(scales))
     absmax.copy_(scales[held.start : held.stop])

@@ -15,6 +15,7 @@ from support import hashed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 from torch.nn import functional
 
 #: What each process does: (rank, world, folder, *arguments) -> anything that can be saved.
@@ -95,9 +96,14 @@ def train(
         optimizer.zero_grad()
 
 
-def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """FSDP2's wrapping of a model."""
-    fully_shard(model, mesh=mesh)
+def shard(model: nn.Module, mesh: DeviceMesh, *, columns: bool = False) -> nn.Module:
+    """FSDP2's wrapping of a model; with `columns` matrices are spread by columns if they divide."""
+
+    def place(param: nn.Parameter) -> Shard | None:
+        by_columns = columns and param.dim() == 2 and param.shape[1] % mesh.size() == 0
+        return Shard(1) if by_columns else None
+
+    fully_shard(model, mesh=mesh, shard_placement_fn=place)
     return model
 
 

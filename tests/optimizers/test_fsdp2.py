@@ -61,7 +61,13 @@ def options_of(case: Case) -> dict[str, Any]:
 
 
 def follow(
-    rank: int, world: int, folder: Path, cases: list[Case], sizes: list[int], steps: int
+    rank: int,
+    world: int,
+    folder: Path,
+    cases: list[Case],
+    sizes: list[int],
+    steps: int,
+    columns: bool = False,
 ) -> list[dict[int, dict[str, Tensor]]]:
     """Weights of each case for each number of ranks; the last process trains alone as well."""
     warnings.simplefilter("ignore")
@@ -71,7 +77,7 @@ def follow(
         found: dict[int, dict[str, Tensor]] = {}
         for size in sizes:
             if rank < size:
-                model = shard(block(), meshes[size])
+                model = shard(block(), meshes[size], columns=columns)
                 train(model, build(case[0], model, **options_of(case)), range(steps), rank, size)
                 found[size] = whole(model)
         if rank == world - 1:
@@ -100,6 +106,23 @@ def limit(called: str) -> float:
 def test_two_ranks_follow_one_process(tmp_path: Path) -> None:
     made = run(follow, 2, tmp_path, QUICK, [2], 16)
     far = {k: gap for k, gap in check(made, QUICK, [2]).items() if not gap <= limit(k)}
+    assert not far
+
+
+COLUMNS: list[Case] = [
+    *(case for case in QUICK if case[0] != "flora_adafactor"),
+    ("galore_adafactor", {"beta1": 0.9}),
+    ("galore_muon", {}),
+    ("coap_adafactor_8bit", {}),
+    ("galore_adamw", {"refresh": "randomized", "moments": "rotate"}),
+    ("galore_adamw_8bit", {"proj_type": "full"}),
+]
+
+
+@pytest.mark.slow
+def test_columns_may_be_spread(tmp_path: Path) -> None:
+    made = run(follow, 3, tmp_path, COLUMNS, [2, 3], 16, True)
+    far = {k: gap for k, gap in check(made, COLUMNS, [2, 3]).items() if not gap <= limit(k)}
     assert not far
 
 
