@@ -17,9 +17,6 @@ from .distributed import World
 from .first_weights import FirstWeights
 from .models import LanguageModel, new_network, prepared
 
-#: Whether wide weights are divided by columns; the optimizers accept rows alone so far.
-WIDE_BY_COLUMNS = False
-
 
 def build_sharded(
     config: ModelConfig, sequence_length: int, seed: int, world: World
@@ -58,7 +55,7 @@ def shard(model: LanguageModel, mesh: DeviceMesh) -> None:
 
     The root is the `LanguageModel`, whose forward pass reads the output head's weight itself.
     """
-    placement = shard_placement(model, mesh.size()) if WIDE_BY_COLUMNS else None
+    placement = shard_placement(model, mesh.size())
     for layer in model.network.model.layers:
         fully_shard(layer, mesh=mesh, shard_placement_fn=placement)
     fully_shard(model, mesh=mesh, shard_placement_fn=placement)

@@ -156,11 +156,6 @@ def check_param(param: Tensor, name: str | None, composition: Composition) -> No
     check_placement(param, called)
     if not param.is_floating_point():
         raise ValueError(f"{called} has dtype {param.dtype}: accepted are real floating dtypes")
-    if shard_of(param).transposed and not composition.rule.mirrors:
-        raise ValueError(
-            f"{called} is a DTensor with Shard(1): accepted by {type(composition.rule).__name__} "
-            "is Shard(0)"
-        )
     if composition.projection is None:
         if composition.rule.matrices_only and param.dim() not in (2, DIMENSIONS):
             raise ValueError(

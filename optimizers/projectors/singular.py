@@ -162,7 +162,9 @@ class SingularProjector(Projector):
         return results
 
     def _aligned(self, param: ProjectedParam, bases: Bases) -> Bases:
-        if self.refresh == "svd" or not param.fitted:
+        # The official code's signs are those of LAPACK's SVD of the whole matrix.
+        official = self.refresh == "svd" and param.rows.processes.alone
+        if official or not param.fitted:
             return bases
         pairs = zip(bases, self.bases(param), strict=True)
         return tuple(align_signs(new, old) for new, old in pairs)

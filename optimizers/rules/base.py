@@ -58,8 +58,6 @@ class UpdateRule(ABC):
 
     #: Whether only matrices can be updated.
     matrices_only: ClassVar[bool] = False
-    #: Whether a matrix and its transpose are updated alike (their moments being transposes).
-    mirrors: ClassVar[bool] = True
     #: Which of `MOMENT_TRANSPORTS` it supports.
     transports: ClassVar[tuple[str, ...]] = ("keep",)
 

@@ -51,7 +51,6 @@ class FloraRule(Adafactor):
     """
 
     matrices_only: ClassVar[bool] = True
-    mirrors: ClassVar[bool] = False
 
     options: ProjectionOptions = field(default_factory=ProjectionOptions)
 
@@ -100,9 +99,10 @@ class FloraRule(Adafactor):
         return total
 
     def spread(self, key: str, axis: int, shape: Sequence[int]) -> int | None:
-        """See `UpdateRule.spread`: a moment of columns, r x n, is whole on each process."""
-        if key == "exp_avg" and self._geometry(shape).side is Side.LEFT:
-            return None
+        """See `UpdateRule.spread`: a moment without the spread axis is whole on each process."""
+        if key == "exp_avg":
+            own = 1 if self._geometry(shape).side is Side.LEFT else 0
+            return axis if axis == own else None
         return super().spread(key, axis, shape)
 
     def basis(self, state: State, geometry: Geometry, period: int, like: Tensor) -> Tensor:
@@ -140,7 +140,9 @@ class FloraRule(Adafactor):
         """
         assert self.beta1 is not None
         part = part_of(state)
-        geometry = self._geometry(grad_mn.shape if part is None else part.shape)
+        geometry = self._geometry(grad_mn.shape if part is None else part.original_shape)
+        if part is not None and part.transposed:
+            geometry = geometry.mirror()
         stored: Tensor = state["exp_avg"]
         moment = stored.to(wide_dtype(grad_mn))
         step, kappa = int(state["step"]), self.options.update_proj_gap

@@ -37,12 +37,16 @@ QUICK: list[Case] = [
 ]
 ALL: list[Case] = [
     *((name, {}) for name in NAMES),
+]
+VARIANTS: list[Case] = [
     *(
         (name, {"proj_type": side})
         for name in ("galore_adamw", "fira_adamw", "galore_adafactor", "frugal_adamw")
         for side in ("left", "right")
     ),
-    *(("galore_adamw", {"refresh": mode}) for mode in ("svd", "randomized", "warm")),
+    *(("galore_adamw", {"refresh": mode}) for mode in ("randomized", "warm")),
+    # Signs of a decomposition of the whole matrix can't be known: compared up to the first refresh.
+    ("galore_adamw", {"refresh": "svd", "update_proj_gap": 40}),
     *(("galore_adamw", {"moments": how}) for how in ("reset", "restore", "rotate")),
     ("galore_adamw", {"stagger": True, "basis": "int8"}),
     ("galore_adamw", {"proj_type": "full"}),
@@ -55,6 +59,8 @@ ALL: list[Case] = [
 def options_of(case: Case) -> dict[str, Any]:
     name, options = case
     made = {"lr": 1e-2, "rank": 4, "update_proj_gap": 7, **OPTIONS[name], **options}
+    if name == "apollo_mini_adamw":
+        made["lr"] = 1e-3  # times the square root of 128; higher rates magnify rounding errors
     if name == "qgalore_adamw_8bit":
         made["weight_bits"] = None
     return made
@@ -110,7 +116,8 @@ def test_two_ranks_follow_one_process(tmp_path: Path) -> None:
 
 
 COLUMNS: list[Case] = [
-    *(case for case in QUICK if case[0] != "flora_adafactor"),
+    *QUICK,
+    ("flora_adafactor", {"proj_type": "reverse_std"}),
     ("galore_adafactor", {"beta1": 0.9}),
     ("galore_muon", {}),
     ("coap_adafactor_8bit", {}),
@@ -132,4 +139,11 @@ def test_every_optimizer_on_two_to_four_ranks(tmp_path: Path) -> None:
     sizes = [2, 3, 4]
     made = run(follow, 4, tmp_path, ALL, sizes, 30)
     far = {k: gap for k, gap in check(made, ALL, sizes).items() if not gap <= limit(k)}
+    assert not far
+
+
+@pytest.mark.slow
+def test_options_on_three_ranks(tmp_path: Path) -> None:
+    made = run(follow, 3, tmp_path, VARIANTS, [3], 16)
+    far = {k: gap for k, gap in check(made, VARIANTS, [3]).items() if not gap <= limit(k)}
     assert not far
