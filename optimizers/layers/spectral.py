@@ -277,7 +277,7 @@ class SpectralLinear(FactoredLinear):
         order = torch.cat([selected, rest.nonzero().flatten()]).to(self.left.device)
         for parts in self._vectors():
             vectors = torch.cat([part.local for part in parts], 1)[:, order]
-            for part, columns in zip(parts, vectors.split(self._widths, 1), strict=False):
+            for part, columns in zip(parts, torch.split(vectors, self._widths, 1), strict=False):
                 part.local.copy_(columns)
         values = held_rows(self.singular_values)
         values.fill(values.whole()[order])
@@ -301,7 +301,7 @@ class SpectralLinear(FactoredLinear):
         except RuntimeError:  # LinAlgError is one
             return False
         for whole, parts in zip((u, vh.mT), self._vectors(), strict=True):
-            for part, columns in zip(parts, whole.split(self._widths, 1), strict=False):
+            for part, columns in zip(parts, torch.split(whole, self._widths, 1), strict=False):
                 part.fill(columns)
         held_rows(self.singular_values).fill(s)
         return True

@@ -171,6 +171,7 @@ def uses(rank: int, world: int, folder: Path) -> dict[str, Any]:
         "resumed": resumed(mesh, rank),
         "rounded": rounded(mesh),
         "evaluated": evaluated(mesh, rank),
+        "unequal": [unequal(name, mesh, rank) for name in ("loqt_adamw", "switchlora_adamw")],
     }
 
 
@@ -301,6 +302,17 @@ def evaluated(mesh: DeviceMesh, rank: int) -> list[bool]:
     return [layer._probe is not None for _, layer in factored_layers(model)]
 
 
+def unequal(name: str, mesh: DeviceMesh, rank: int) -> str:
+    """What is said where processes began with different models."""
+    model = convert(name, block(seed=rank), rank=4, seed=rank)
+    fully_shard(model, mesh=mesh)
+    try:
+        train(model, build(name, model, rank=4), range(1), rank, mesh.size())
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
 def test_what_is_spread_sent_and_refused(two_ranks: list[Any]) -> None:
     for _, found in two_ranks:
         assert len(found["rows"]) == 4
@@ -316,3 +328,5 @@ def test_what_is_spread_sent_and_refused(two_ranks: list[Any]) -> None:
         assert not found["resumed"]
         assert found["rounded"] < 0.01
         assert found["evaluated"] == [False] * 4
+        for message in found["unequal"]:
+            assert message.startswith("frozen weights of attn.q differ between processes, and full")
