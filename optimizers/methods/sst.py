@@ -15,10 +15,12 @@ renormalised. The learning rate's warm-up after a draw is left to the schedule (
 Memory per m x n matrix with b-byte parameters: b k (m + n + 1) for weights, 2 b (r (m + n) + k) for
 moments and half of that for gradients.
 
+Under FSDP2 the SVD gathers U, s and V of one layer at a time, which together are not smaller than
+W, on every process.
+
 Not specified by the sources, chosen here: draws are without replacement, with the probability
 (1 / k + s_i / sum s) / 2 (`sampling` has others), from (seed, layer, iteration), equal on every
-process. Under FSDP2 the SVD gathers U, s and V of one layer at a time, which together are not smaller
-than W, on every process. On a LLaMA of 1M parameters, 320 steps of English text and three seeds, none of this
+process. On a LLaMA of 1M parameters, 320 steps of English text and three seeds, none of this
 mattered: perplexity was 100.5 with the defaults and a gap of 40, 100.2 by singular value alone,
 100.6 uniformly, 100.4 with gradients scaled by s or with fresh moments for s, 100.7 with gaps of 10
 or 20 or a re-warm-up after each draw, and 100.1 with a gap of 80.
