@@ -42,7 +42,7 @@ QUICK: list[Case] = [
 EVERY: list[Case] = [
     ("relora_adamw", {**UNIT, "prune_ratio": 0.7, "reset": "magnitude"}),
     ("switchlora_adamw", SWITCHES),
-    ("sst_adamw", {"update_proj_gap": 3, "lr": 3e-3}),
+    ("sst_adamw", {"update_proj_gap": 5}),
     ("loqt_adamw", EXACT_BASIS),
     ("low_rank_adamw", {**UNIT, "refactor_gap": 7}),
     ("sltrain_adamw", {**UNIT, "refactor_gap": 7, "density": 0.1}),
