@@ -106,7 +106,9 @@ def convert(name: str, model: nn.Module, **options: Any) -> nn.Module:
     layers leave the model unchanged; `merge` undoes it. Processes that train together need equal
     models here, because DDP broadcasts INT8 weights as dense copies, which are requantised. DDP
     ignores frozen tensors of factored layers if it wraps the given model or a part of it; if it
-    wraps a parent module, pass that module here as well.
+    wraps a parent module, pass that module here as well. `fully_shard` (FSDP2) comes between this
+    and `build`; it shards factors and frozen weights, and leaves buffers whole on each process
+    (LoQT's quantised weights, SwitchLoRA's candidates).
 
     Args:
         name: one of `available()`.

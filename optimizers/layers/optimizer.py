@@ -24,6 +24,7 @@ from ..engine.sharding import shard_of
 from ..rules import UpdateRule
 from . import FactoredLinear
 from .events import EventHook, LayerEvent
+from .replicas import check_buffers
 from .seeds import layer_seed, named_layers
 
 
@@ -76,7 +77,7 @@ class FactoredAdamW(LowRankOptimizer):
     def _make_attributes(self) -> None:
         super()._make_attributes()
         self._links: list[Link] = []
-        self._all_stepped = False
+        self._all_stepped = self._compared = False
         self._replaced: list[tuple[nn.Parameter, Tensor]] = []
         self._event_hooks: dict[int, EventHook] = OrderedDict()
 
@@ -116,6 +117,7 @@ class FactoredAdamW(LowRankOptimizer):
         """Restores a pickle or copy, without layers."""
         self.__dict__.setdefault("_links", [])
         self.__dict__.setdefault("_all_stepped", False)
+        self.__dict__.setdefault("_compared", False)
         self.__dict__.setdefault("_replaced", [])
         self.__dict__.setdefault("_event_hooks", OrderedDict())
         super().__setstate__(state)
@@ -182,7 +184,7 @@ class FactoredAdamW(LowRankOptimizer):
                 "happens to them: their factors were frozen, or in no parameter group",
                 stacklevel=2,
             )
-        self._links, self._all_stepped = links, False
+        self._links, self._all_stepped, self._compared = links, False, False
         return self
 
     def register_event_hook(self, hook: EventHook) -> RemovableHandle:
@@ -210,6 +212,7 @@ class FactoredAdamW(LowRankOptimizer):
         Raises:
             ValueError: a gradient is sparse, or there are scheduled events and no layers are
                 attached, or their parameters are not the optimizer's.
+            RuntimeError: in the first step, if what FSDP2 leaves whole differs between processes.
         """
         factors = [g for g in self.param_groups if g.get("factors") and g["params"]]
         if not self._links and any(self._needs_layers(group) for group in factors):
@@ -224,6 +227,9 @@ class FactoredAdamW(LowRankOptimizer):
         check_gradients(self.param_groups)
         self._prepare()
         self._follow_layers()
+        if not self._compared:
+            check_buffers([(link.name, link.layer) for link in self._links])
+            self._compared = True
         with no_autocast():
             try:
                 self._before()

@@ -1,25 +1,31 @@
-"""Factored layers under `DistributedDataParallel` (DDP).
+"""Factored layers under `DistributedDataParallel` (DDP), and what FSDP2 leaves whole.
 
-Factors are handled as other parameters. Frozen weights, bases and candidates are buffers that each
-process updates identically, so DDP is told to ignore them: by default it would broadcast all of
-them before each forward pass. The list of ignored names is relative to the wrapped module, so each
+Factors are handled as other parameters. Each process updates frozen weights, bases and candidates
+identically, so DDP is told to ignore them: by default it would broadcast all buffers before each
+forward pass. The list of ignored names is relative to the wrapped module, so each
 module that contains factored layers has its own; `convert(name, parent)` adds one to a parent
 module that is created later.
 
-The first forward pass inside DDP checks that the processes have equal frozen weights.
+The first forward pass inside DDP checks that the processes have equal frozen weights. Under FSDP2,
+which shards parameters and leaves buffers alone, the optimizer's first step checks the buffers.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..engine.sharding import is_dtensor
 from .base import FactoredLinear
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 _MARK = "_ddp_params_and_buffers_to_ignore"
 #: `torch.compile(model)` shows its model's list, with this prefix on names.
@@ -103,31 +109,52 @@ def check_replicas(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
     if parallel.process_group.size() == 1:
         return
     _warn_of_broadcasts(parallel, [each for _, each in layers])
+    _compare(layers, parallel.process_group, "DDP doesn't broadcast them")
+
+
+def check_buffers(layers: Sequence[tuple[str, FactoredLinear]]) -> None:
+    """Compares what FSDP2 leaves whole in layers between processes; each of them calls this.
+
+    Raises:
+        RuntimeError: buffers or host tensors differ between processes.
+    """
+    meshes: dict[DeviceMesh, list[tuple[str, FactoredLinear]]] = {}
+    for name, layer in layers:
+        mesh = getattr(getattr(layer, layer.FACTORS[0]), "device_mesh", None)
+        if mesh is not None:
+            meshes.setdefault(mesh, []).append((name, layer))
+    for mesh, members in meshes.items():
+        for group in mesh.get_all_groups():
+            if group.size() > 1:
+                _compare(members, group, "fully_shard doesn't broadcast them")
+
+
+def _compare(layers: Sequence[tuple[str, FactoredLinear]], group: ProcessGroup, why: str) -> None:
     samples = [(name, sample) for name, each in layers for sample in _samples(each)]
     if not samples:
         return
-    device = next(layer.parameters()).device
+    device = next(layers[0][1].parameters()).device
     found = torch.cat([sample for _, sample in samples]).to(device)
     # The maximum of both signs equals the local values on every process only if all are equal.
     both = torch.stack([found, -found])
-    distributed.all_reduce(both, op=distributed.ReduceOp.MAX, group=parallel.process_group)
+    distributed.all_reduce(both, op=distributed.ReduceOp.MAX, group=group)
     unequal = (both[0] != -both[1]).cpu()
     first = 0
     for name, sample in samples:
         if bool(unequal[first : first + len(sample)].any()):
             raise RuntimeError(
-                f"frozen weights of {name} differ between processes, and DDP doesn't broadcast "
-                "them: accepted are equal models before convert or build (torch.manual_seed with "
-                "one seed, or one checkpoint, on each process)"
+                f"frozen weights of {name} differ between processes, and {why}: accepted are equal "
+                "models before convert or build (torch.manual_seed with one seed, or one "
+                "checkpoint, on each process)"
             )
         first += len(sample)
 
 
 def _samples(layer: FactoredLinear) -> Iterator[Tensor]:
-    """A few entries of each frozen tensor, in fp64 on the CPU."""
+    """A few entries of each frozen tensor that is whole, in fp64 on the CPU."""
     others = (*_frozen_parameters(layer), *layer.host_tensors())
     frozen = [*layer.buffers(), *(getattr(layer, name) for name in others)]
-    for tensor in frozen:
+    for tensor in (tensor for tensor in frozen if not is_dtensor(tensor)):
         flat = tensor.detach().flatten()
         if len(flat):
             stride = max(1, len(flat) // _SAMPLED)

@@ -301,7 +301,7 @@ class SpectralLinear(FactoredLinear):
         except RuntimeError:  # LinAlgError is one
             return False
         for whole, parts in zip((u, vh.mT), self._vectors(), strict=True):
-            for part, columns in zip(parts, whole.split(self._widths, 1), strict=False):
+            for part, columns in zip(parts, torch.split(whole, self._widths, 1), strict=False):
                 part.fill(columns)
         held_rows(self.singular_values).fill(s)
         return True

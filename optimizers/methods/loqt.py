@@ -14,7 +14,8 @@ Memory per m x n matrix in NF4, with b-byte parameters and d = min(m, n), l = ma
 the steps T_i b m n for the gradient of W.
 
 G is summed over micro-batches and, where `torch.distributed` is on, averaged over all processes;
-a process without a gradient of a layer counts as zero there.
+a process without a gradient of a layer counts as zero there. Under FSDP2 only B and its moments are
+sharded; W_q and P, which are quantised, are whole on each process, and so are G and W at a new P.
 Difference: the released code keeps B's moments (`reset="none"`).
 """
 

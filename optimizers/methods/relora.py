@@ -25,7 +25,8 @@ moments and b r (m + n) for gradients.
 
 The sum is taken in fp32 and rounded stochastically where W_f is bf16, so that a small B A is
 preserved in expectation (`LowRankLinear.merge`). A is drawn from (seed, layer, merge), equal on
-every process.
+every process. Under FSDP2 a merge gathers A, and pruning by magnitude the first moments; each
+process adds to its rows of W_f. `heads` divide each process's own batch.
 """
 
 from __future__ import annotations

@@ -15,6 +15,9 @@ renormalised. The learning rate's warm-up after a draw is left to the schedule (
 Memory per m x n matrix with b-byte parameters: b k (m + n + 1) for weights, 2 b (r (m + n) + k) for
 moments and half of that for gradients.
 
+Under FSDP2 the SVD gathers U, s and V of one layer at a time, which together are not smaller than
+W, on every process.
+
 Not specified by the sources, chosen here: draws are without replacement, with the probability
 (1 / k + s_i / sum s) / 2 (`sampling` has others), from (seed, layer, iteration), equal on every
 process. On a LLaMA of 1M parameters, 320 steps of English text and three seeds, none of this

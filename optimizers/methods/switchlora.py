@@ -13,7 +13,8 @@ steps; the switched vector's moments are kept. Adam's bias corrections count eac
 Memory: as `layers.switched`, and 2 r (m + n) entries and 8 bytes a pair of vectors for moments.
 
 The released code stops when the interval is too short for the freezing; here that is an error at
-construction. Random numbers depend on (seed, layer, step), equal on every process.
+construction. Under FSDP2 candidates are whole on each process, and a switch exchanges 2 k (m + n)
+entries. Random numbers depend on (seed, layer, step), equal on every process.
 """
 
 from __future__ import annotations
