@@ -113,12 +113,14 @@ def test_fp16_does_what_fp32_does(kind: str, name: str) -> None:
         assert float((half - full).norm()) < slack * float(full.norm()), side
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if "scaled" in kind and "8" not in kind])
+#: Adafactor's own factors overflow there.
+OVERFLOWING = [k for k in KINDS if "scaled" in k and "8" not in k and "Ada" not in k]
+
+
+@pytest.mark.parametrize("kind", OVERFLOWING)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_norms_whose_squares_overflow(kind: str, dtype: torch.dtype) -> None:
     """Beyond 1.8e19 the second moment is infinite and the step zero, not NaN."""
-    if "Ada" in kind:
-        pytest.skip("Adafactor's own factors overflow there")
     grads = [noise(1, 1e-7), noise(2, 1e-2), noise(3, 1e30), noise(4, 1e-2), noise(5, 1e30)]
     for side in ("left", "right"):
         assert bool(train(kind, grads, side, dtype).isfinite().all())

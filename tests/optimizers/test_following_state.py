@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support import set_gradients, tiny_model
-from table import Row, every, every_with, representative, train, weight_of
+from table import TABLE, Row, every, every_with, identifier, representative, train, weight_of
 from torch import Tensor, nn
 
 from lowrank.optimizers import AdamW, GaLoreAdamW, LowRankOptimizer, build, state_bytes
@@ -121,10 +121,8 @@ def test_incomplete_state_is_refused(row: Row) -> None:
     optimizer.step()
 
 
-@every
+@pytest.mark.parametrize("row", [row for row in TABLE if not row.factored], ids=identifier)
 def test_parameters_exchanged_for_others_of_their_shapes(row: Row) -> None:
-    if row.factored:
-        pytest.skip("the layers hold the parameters")
     model, twin = tiny_model(), tiny_model()
     optimizer, other = row.build(model), row.build(twin)
     for group in optimizer.param_groups:
