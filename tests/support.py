@@ -76,4 +76,4 @@ def set_gradients(model: nn.Module, step: int, scale: float = 1e-2) -> None:
 
 
 def weights(model: nn.Module) -> list[Tensor]:
-    return [param.detach().clone() for param in model.parameters()]
+    return [param.detach().clone() for param in trained(model)]

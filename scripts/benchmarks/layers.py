@@ -43,7 +43,8 @@ class PlainLinear(nn.Module):
         for name in layer.FACTORS:
             self.register_parameter(name, nn.Parameter(getattr(layer, name).detach().clone()))
         for name in layer.FROZEN:
-            self.register_buffer(name, getattr(layer, name).detach())
+            weight = getattr(layer, name)
+            self.register_buffer(name, None if weight is None else weight.detach())
         for name, buffer in layer.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
         for name, module in layer.named_children():

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from support import set_gradients, tiny_model, weights
+from support import set_gradients, tiny_model, trained, weights
 from table import (
     TABLE,
     Row,
@@ -32,7 +32,7 @@ def test_every_parameter_moves_and_stays_finite(row: Row) -> None:
     model = row.prepare(tiny_model())
     before = weights(model)
     train(model, row.build(model), range(5))
-    for old, param in zip(before, model.parameters(), strict=True):
+    for old, param in zip(before, trained(model), strict=True):
         assert param.isfinite().all()
         assert not torch.equal(old, param)
 
@@ -87,11 +87,11 @@ def test_lr_is_read_each_step_as_float_or_tensor(row: Row) -> None:
         train(by_float, still, range(4, 5))
     frozen = weights(by_float)
     train(by_float, still, range(4, 5))
-    assert all(torch.equal(a, b) for a, b in zip(frozen, by_float.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(frozen, trained(by_float), strict=True))
     for group in still.param_groups:
         group["lr"] = 0.1
     train(by_float, still, range(5, 6))
-    assert not any(torch.equal(a, b) for a, b in zip(frozen, by_float.parameters(), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(frozen, trained(by_float), strict=True))
 
 
 @representative
@@ -101,7 +101,7 @@ def test_maximize_ascends(row: Row) -> None:
     for step in range(4):
         set_gradients(down, step)
         set_gradients(up, step)
-        for a, b in zip(down.parameters(), up.parameters(), strict=True):
+        for a, b in zip(trained(down), trained(up), strict=True):
             b.grad = -a.grad
         descending.step()
         ascending.step()
@@ -136,12 +136,12 @@ def test_capturable(row: Row) -> None:
 def test_weight_decay_shrinks_weights_by_lr_times_decay(row: Row) -> None:
     model = row.prepare(tiny_model())
     optimizer = row.build(model, lr=0.1, weight_decay=0.5, **row.quiet)
-    for param in model.parameters():
+    for param in trained(model):
         param.grad = torch.zeros_like(param)
     factors = {p for g in optimizer.param_groups if g.get("factors") for p in g["params"]}
     before = weights(model)
     optimizer.step()
-    for old, param in zip(before, model.parameters(), strict=True):
+    for old, param in zip(before, trained(model), strict=True):
         # vectors (norms and biases) are not decayed, but for those that a weight is made of
         decayed = param.dim() > 1 or param in factors
         if row.name == "sst_adamw" and param in factors:
@@ -189,7 +189,7 @@ def test_parameter_names_are_recorded(row: Row) -> None:
     model = tiny_model()
     optimizer = row.build(model)
     names = {name for group in optimizer.param_groups for name in group["param_names"]}
-    assert names == {name for name, _ in model.named_parameters()}
+    assert names == {name for name, p in model.named_parameters() if p.requires_grad}
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert "param_names" in optimizer.state_dict()["param_groups"][0]
 

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from support import set_gradients, tiny_model, weights
+from support import set_gradients, tiny_model, trained, weights
 from table import Row, assert_close, every, every_with, representative, train, weight_of
 from torch import Tensor, nn
 
@@ -37,14 +37,14 @@ def test_missing_and_empty_gradients_are_left_alone(row: Row) -> None:
 @every
 def test_non_contiguous_weights_and_gradients(row: Row) -> None:
     plain, strided = tiny_model(), tiny_model()
-    for param in strided.parameters():
+    for param in trained(strided):
         if param.dim() == 2:
             param.data = param.data.t().contiguous().t()
     first, second = row.build(plain), row.build(strided)
     for step in range(4):
         for model, optimizer in ((plain, first), (strided, second)):
             set_gradients(model, step)
-            for param in model.parameters():
+            for param in trained(model):
                 if model is strided and param.dim() == 2:
                     param.grad = param.grad.t().contiguous().t()
             optimizer.step()
@@ -80,7 +80,7 @@ def test_non_finite_gradients_leave_the_parameter_as_it_is(row: Row, bad: float)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(model, optimizer, range(4, 7))
-    assert all(param.isfinite().all() for param in model.parameters())
+    assert all(param.isfinite().all() for param in trained(model))
     if row.projects and row.refits in ("solver", "draw"):
         assert optimizer.state[hit[0]]["refreshed_at"] >= 3  # the missed refresh was made up
 
@@ -90,13 +90,13 @@ def test_zero_gradients_from_the_start(row: Row) -> None:
     model = row.prepare(tiny_model())
     optimizer = row.build(model, weight_decay=0.0, **row.quiet)
     before = weights(model)
-    for param in model.parameters():
+    for param in trained(model):
         param.grad = torch.zeros_like(param)
     for _ in range(2):
         optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, trained(model), strict=True))
     train(model, optimizer, range(3))
-    for old, param in zip(before, model.parameters(), strict=True):
+    for old, param in zip(before, trained(model), strict=True):
         assert param.isfinite().all()
         assert not torch.equal(old, param)
 
@@ -109,7 +109,7 @@ def test_extreme_gradient_scales(row: Row, scale: float) -> None:
     for step in range(4):
         set_gradients(model, step, scale)
         optimizer.step()
-    assert all(param.isfinite().all() for param in model.parameters())
+    assert all(param.isfinite().all() for param in trained(model))
 
 
 @representative
@@ -123,7 +123,7 @@ def test_grad_scaler_skips_without_advancing(row: Row) -> None:
     before = weights(model)
     scaler.step(optimizer)
     scaler.update()
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, trained(model), strict=True))
     assert all(int(state["step"]) == 0 for state in optimizer.state.values())
     set_gradients(model, 0)
     scaler.step(optimizer)

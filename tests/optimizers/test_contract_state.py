@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import TinyBlock, tiny_model, weights
+from support import TinyBlock, tiny_model, trained, weights
 from table import DTYPES, Row, assert_same, every, every_with, representative, train
 from torch import Tensor
 
@@ -22,12 +22,12 @@ from lowrank.optimizers import build, expected_state_bytes, state_bytes
 def test_state_is_made_at_construction_and_plain(row: Row, dtype: torch.dtype) -> None:
     model = tiny_model(dtype=dtype)
     optimizer = row.build(model)
-    assert set(optimizer.state) == set(model.parameters())
+    assert set(optimizer.state) == set(trained(model))
     keys = {param: sorted(state) for param, state in optimizer.state.items()}
     before = weights(model)
     for state in optimizer.state.values():
         assert all(isinstance(value, Tensor | int) for value in state.values())
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, trained(model), strict=True))
     train(model, optimizer, range(4))
     assert keys == {param: sorted(state) for param, state in optimizer.state.items()}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import set_gradients, tiny_model
+from support import set_gradients, tiny_model, trained
 from torch import Tensor, nn
 
 from lowrank.optimizers import build
@@ -85,7 +85,7 @@ def test_gradients_are_never_written_to() -> None:
     held = 0
     for step in range(30):
         set_gradients(model, step)
-        grads = [(param, param.grad, param.grad.clone()) for param in model.parameters()]
+        grads = [(param, param.grad, param.grad.clone()) for param in trained(model)]
         optimizer.step()
         held += sum(
             int(state["held"].sum()) for state in optimizer.state.values() if "held" in state
