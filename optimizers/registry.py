@@ -14,6 +14,7 @@ from .engine.method import TABLE, Method
 from .engine.optimizer import LowRankOptimizer
 from .engine.options import make_plain
 from .engine.parameters import check_placement
+from .engine.replaced import Watch
 from .layers.convert import meta_copy
 from .layers.optimizer import FactoredAdamW
 from .traffic import step_bytes
@@ -166,6 +167,7 @@ def build(
     optimizer = method.optimizer(method.groups(model, **group_options), **keywords)
     if isinstance(optimizer, FactoredAdamW):
         optimizer.attach(model)
+    optimizer._origin = Watch(model)
     return optimizer
 
 

@@ -16,12 +16,13 @@ from .adapt import PendingMoments
 from .composition import Composition
 from .gradients import SkippedUpdates
 from .options import Group, make_plain
+from .parameters import label
 from .plan import Plan, Snapshot
 from .prepare import MadeBy, Maker, drop_unused, follow, revise
 from .seeds import seed_names
 from .state import untouched
 from .step import capturing
-from .zero import Partitions, partitioned
+from .zero import Partitions, partitioned, whole_shape
 
 
 class ManagedOptimizer(Optimizer):
@@ -96,6 +97,13 @@ class ManagedOptimizer(Optimizer):
                 "the optimizer has taken a step before deepspeed.initialize: accepted is "
                 "initialize first, then load_checkpoint"
             )
+        for plan in plans:
+            for param, name in zip(plan.params, plan.names, strict=True):
+                if plan.core.by_expert(whole_shape(param)):
+                    raise ValueError(
+                        f"{label(name, param)} holds experts and was cut by ZeRO: accepted is "
+                        "fully_shard, DistributedDataParallel or ZeRO stage 0"
+                    )
         groups = [plan.group for plan in plans]
         names = [plan.names for plan in plans]
         partitions = Partitions(groups, [plan.params for plan in plans], names)

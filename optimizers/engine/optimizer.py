@@ -19,6 +19,7 @@ from .options import Group, ProjectionOptions, check_common, check_lr, make_plai
 from .parameters import check_names, check_param, name_alike, names
 from .plan import Plan, Snapshot, numbered
 from .refresh import RefreshHook
+from .replaced import Watch
 from .shared_refresh import SharedRefreshes
 from .step import Usable, step_plain, step_projected
 from .strategies import (
@@ -47,6 +48,7 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
     def _make_attributes(self) -> None:
         self._refresh_hooks: dict[int, RefreshHook] = OrderedDict()
         self._shared: SharedRefreshes | None = None
+        self._origin: Watch | None = None
 
     # Groups and state
 
@@ -208,6 +210,8 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         check_gradients(self.param_groups)
+        if self._origin is not None:
+            self._origin.check(self.param_groups)
         with self._shown(stepping=True):
             plans = self._prepare()
             try:

@@ -95,6 +95,11 @@ def check_placement(param: Tensor, called: str) -> None:
     kind = None
     if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
         kind = "flattened by FSDP1 (FullyShardedDataParallel)"
+    elif hasattr(param, "ds_id") and not param.numel():
+        raise ValueError(
+            f"{called} was cut before there is an optimizer (deepspeed.zero.Init): accepted is a "
+            "model made outside of zero.Init, which deepspeed.initialize then cuts"
+        )
     if kind is not None:
         raise ValueError(f"{called} is {kind}: {_ACCEPTED}")
 

@@ -21,7 +21,7 @@ PLAIN = (
     "accepted are plain tensors, as under DistributedDataParallel or DeepSpeed's ZeRO stage 0, "
     r"and FSDP2's \(fully_shard\)"
 )
-ACCEPTED = r"accepted is one Shard\(0\), and Replicate over other mesh dimensions"
+ACCEPTED = r"accepted is one Shard\(0\), or Shard\(1\) of a matrix, and Replicate over other"
 
 
 @pytest.fixture
@@ -55,7 +55,6 @@ def placed(*placements: Placement, mesh: tuple[int, ...] = (2,)) -> nn.Parameter
 @pytest.mark.parametrize(
     ("placements", "mesh", "said"),
     [
-        ((Shard(1),), (2,), r"\(S\(1\)\)"),
         ((Partial(),), (2,), r"\(P\(sum\)\)"),
         ((Shard(0), Shard(0)), (1, 2), r"\(S\(0\), S\(0\)\)"),
         ((_StridedShard(0, split_factor=2), Shard(0)), (1, 2), r"_S\(0, 2\)"),
@@ -95,6 +94,29 @@ def test_shards_in_place_of_whole_parameters_are_refused(name: str, two_processe
     with pytest.raises(ValueError, match=r"a DTensor took the place of .* after fully_shard"):
         optimizer.step()
     assert before.keys() == {*range(8)}
+
+
+def test_a_model_that_was_sharded_since_is_told_of(two_processes: None) -> None:
+    """All of it, or a part: the others' gradients would hide that it is not trained."""
+    for part in ("", "mlp.up_proj"):
+        model = tiny_model()
+        optimizer = build("galore_adamw", model, rank=4)
+        set_gradients(model, 0)
+        optimizer.step()
+        optimizer.zero_grad()
+        fully_shard(model.get_submodule(part), mesh=init_device_mesh("cpu", (2,)))
+        for name, param in model.named_parameters():
+            if not name.startswith(part):
+                param.grad = torch.ones_like(param)
+        with pytest.raises(ValueError, match=r"replaced in the model .* after fully_shard"):
+            optimizer.step()
+
+
+def test_parameters_that_zero_init_has_cut_are_refused() -> None:
+    weight = nn.Parameter(torch.zeros(0))
+    weight.ds_id = 0  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"deepspeed\.zero\.Init"):
+        AdamW([weight])
 
 
 def test_a_model_that_is_sharded_already_is_not_converted(two_processes: None) -> None:
