@@ -44,8 +44,8 @@ def check_partitions(checkpoint: Path, config: RunConfig, size: int) -> None:
         return
     written = _shared_by(processes, before)
     accepted = (
-        f"{processes} processes with {_settings(before)}, as DeepSpeed's partitions can't be divided"
-        " anew"
+        f"{processes} processes with {_settings(before)}, as DeepSpeed's partitions can't be"
+        " divided anew"
         if before
         else "auto, ddp or fsdp2"
     )

@@ -55,8 +55,8 @@ def sizes(
     """Bytes of weights, gradients and optimizer state, as a ``train`` record names them.
 
     Call it while the gradients exist; of an engine, which drops them, it tells those before the
-    latest step, and as weights also the engine's float32 copies. It visits every tensor, which takes as long as a small
-    step: `MemoryMeter` calls it rarely.
+    latest step, and as weights also the engine's float32 copies. It visits every tensor, which
+    takes as long as a small step: `MemoryMeter` calls it rarely.
     """
     state = state_bytes_by_category(optimizer)
     if engine is None:

@@ -58,8 +58,8 @@ def strategy_of(config: RunConfig, size: int) -> str:
     changes = name in TABLE and TABLE[name].conversion is not None
     if changes and config.optimizer.options.get("weight_bits", 8) is not None:
         raise ValueError(
-            f"distributed.strategy={asked!r} with optimizer.name={name!r}, which changes the model's"
-            " layers; accepted: ddp, or an optimizer that leaves the layers as they are"
+            f"distributed.strategy={asked!r} with optimizer.name={name!r}, which changes the"
+            " model's layers; accepted: ddp, or an optimizer that leaves the layers as they are"
         )
     return asked
 

@@ -140,9 +140,9 @@ class ZeroEngine:
         return content
 
     def load(self, content: dict[str, Any], world: World) -> None:
-        """Goes on from a partition that `read` gave; in stages 1 and 2 the weights are loaded before.
+        """Goes on from a partition that `read` gave; every process must call it.
 
-        Every process must call it.
+        In stages 1 and 2 the model's weights are loaded before.
         """
         inner = self.module.optimizer
         if self.stage == 3:

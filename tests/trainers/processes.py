@@ -105,9 +105,31 @@ def _serve(folder: Path) -> None:
 
     torch.set_num_threads(1)
     outcomes = []
-    for number, job in enumerate(json.loads((folder / "jobs.json").read_text())):
+    jobs = json.loads((folder / "jobs.json").read_text())
+    if any("deepspeed" in argument for job in jobs for argument in job["arguments"]):
+        _prepare_deepspeed()
+    for number, job in enumerate(jobs):
         outcomes.append(_run(Job(**job), folder / f"job-{number}"))
     (folder / "outcomes.json").write_text(json.dumps([asdict(item) for item in outcomes]))
+
+
+def _prepare_deepspeed() -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    from lowrank.trainers import zero_engine
+
+    # Its reductions in shared memory wait actively, which processes on few cores can't afford.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    plain = zero_engine.engine_config
+
+    def small(*arguments: Any) -> dict[str, Any]:
+        """With parameters that stage 3 keeps whole, and larger ones that it doesn't."""
+        found = plain(*arguments)
+        found["zero_optimization"]["stage3_param_persistence_threshold"] = 2000
+        return found
+
+    zero_engine.engine_config = small
 
 
 def _run(job: Job, folder: Path) -> Outcome:
