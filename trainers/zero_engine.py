@@ -13,6 +13,7 @@ import contextlib
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,7 @@ class ZeroEngine:
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed, quiet but for warnings.
+    """DeepSpeed, quiet but for errors.
 
     Raises:
         MissingExtraError: it is not installed.
@@ -184,8 +185,9 @@ def import_deepspeed(device: torch.device) -> Any:
     """
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     deepspeed = require("deepspeed", "deepspeed")
-    # It writes to standard output, for each process.
+    # It writes to standard output, for each process, and calls what torch has renamed.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated")
     found = str(deepspeed.accelerator.get_accelerator().device_name())
     if found.split(":")[0] != device.type:
         raise ValueError(
