@@ -48,7 +48,7 @@ def strategy_of(config: RunConfig, size: int) -> str:
     """The strategy that a run of so many processes has: "alone", "ddp", "fsdp2" or "deepspeed".
 
     Raises:
-        ValueError: the optimizer doesn't go with the strategy.
+        ValueError: the optimizer or `model.compile` doesn't go with the strategy.
     """
     asked, name = config.distributed.strategy, config.optimizer.name
     if size == 1:
@@ -60,6 +60,11 @@ def strategy_of(config: RunConfig, size: int) -> str:
         raise ValueError(
             f"distributed.strategy={asked!r} with optimizer.name={name!r}, which changes the"
             " model's layers; accepted: ddp, or an optimizer that leaves the layers as they are"
+        )
+    if asked == "deepspeed" and config.distributed.zero_stage == 3 and config.model.compile:
+        raise ValueError(
+            "model.compile is True with distributed.zero_stage=3, whose hooks have the model compiled"
+            " again and again; accepted: false, or distributed.zero_stage=1 or 2"
         )
     return asked
 

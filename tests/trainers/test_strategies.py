@@ -70,6 +70,17 @@ def test_methods_that_change_layers_are_not_sharded(name: str, strategy: str) ->
         strategies.strategy_of(config, 2)
 
 
+def test_stage_3_is_not_compiled() -> None:
+    for stage in (2, 3):
+        section = {"strategy": "deepspeed", "zero_stage": stage}
+        config = resolve({"distributed": section, "model": {"compile": True}})
+        assert strategies.strategy_of(config, 1) == "alone"
+        if stage == 2:
+            assert strategies.strategy_of(config, 2) == "deepspeed"
+    with pytest.raises(ValueError, match=r"model.compile is True with distributed.zero_stage=3"):
+        strategies.strategy_of(config, 2)
+
+
 def test_qgalore_with_dense_weights_is_sharded() -> None:
     optimizer = {"name": "qgalore_adamw_8bit", "weight_bits": None}
     config = resolve({"distributed": {"strategy": "fsdp2"}, "optimizer": optimizer})
@@ -148,7 +159,7 @@ def test_other_checkpoints_are_not_divided_by_deepspeed(tmp_path: Path) -> None:
         saved = checkpoint(tmp_path / str(number), strategy, 1, processes)
         check_partitions(saved, zero, 1)
         check_partitions(saved, resolve({"distributed": {"strategy": "ddp"}}), 3)
-        with pytest.raises(ValueError, match="without DeepSpeed, and .* 2 .*: auto, ddp or fsdp2"):
+        with pytest.raises(ValueError, match=r"without DeepSpeed, and .* 2 .*: auto, ddp or fsdp2"):
             check_partitions(saved, zero, 2)
 
 
