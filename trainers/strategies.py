@@ -63,8 +63,8 @@ def strategy_of(config: RunConfig, size: int) -> str:
         )
     if asked == "deepspeed" and config.distributed.zero_stage == 3 and config.model.compile:
         raise ValueError(
-            "model.compile is True with distributed.zero_stage=3, whose hooks have the model compiled"
-            " again and again; accepted: false, or distributed.zero_stage=1 or 2"
+            "model.compile is True with distributed.zero_stage=3, whose hooks have the model"
+            " compiled again and again; accepted: false, or distributed.zero_stage=1 or 2"
         )
     return asked
 
