@@ -7,6 +7,7 @@ from pathlib import Path
 from .config import RunConfig
 from .data import Tokenizer, check_division, data_fingerprint
 from .distributed import World
+from .parts import saved_partitions
 from .strategies import strategy_of
 
 
@@ -23,6 +24,46 @@ def check_processes(config: RunConfig, size: int) -> None:
     strategy_of(config, size)
     shards = config.distributed.data_shards or size
     check_division(config.train.batch_size, config.train.accumulation, shards, size)
+
+
+def check_partitions(checkpoint: Path, config: RunConfig, size: int) -> None:
+    """Refuses to go on from a checkpoint that is divided by DeepSpeed otherwise than the run.
+
+    Args:
+        checkpoint: where to go on from.
+        config: the run's settings.
+        size: number of processes.
+
+    Raises:
+        ValueError: one line that names both numbers of processes.
+    """
+    processes, before = saved_partitions(checkpoint)
+    strategy = strategy_of(config, size)
+    now = config.distributed.zero_stage if strategy == "deepspeed" else 0
+    if before == now and (now == 0 or processes == size):
+        return
+    written = _shared_by(processes, before)
+    accepted = (
+        f"{processes} processes with {_settings(before)}, as DeepSpeed's partitions can't be"
+        " divided anew"
+        if before
+        else "auto, ddp or fsdp2"
+    )
+    raise ValueError(
+        f"{checkpoint} was written by {written}, and the run goes on with {_shared_by(size, now)};"
+        f" accepted: {accepted}, or a new run with another --output from these weights with --set"
+        f" model.initial={checkpoint}"
+    )
+
+
+def _shared_by(processes: int, stage: int) -> str:
+    """How many processes, and the settings that divide a run among them."""
+    several = f"{processes} process" + ("es" if processes != 1 else "")
+    return f"{several} with {_settings(stage)}" if stage else f"{several} without DeepSpeed"
+
+
+def _settings(stage: int) -> str:
+    return f"distributed.strategy=deepspeed and distributed.zero_stage={stage}"
 
 
 def check_shared(checkpoint: Path, world: World) -> None:

@@ -260,16 +260,19 @@ class LogConfig:
 class DistributedConfig:
     """How several processes, started by torchrun, share a run.
 
-    All but `data_shards` may change when a run is resumed, and so may the number of processes.
+    All but `data_shards` may change when a run is resumed, and so may the number of processes; from
+    and to "deepspeed" nothing may.
 
     Attributes:
         strategy: "auto" (one process by itself, "ddp" under torchrun), "ddp" (each process holds
             all of the model and the optimizer's state), "fsdp2" (each holds a part of both) or
-            "deepspeed". With one process there is nothing to share and all are the same.
+            "deepspeed" (ZeRO, which divides what `zero_stage` says). With one process there is
+            nothing to share and all are the same.
         data_shards: parts into which the training data are dealt; a step takes
             train.batch_size x train.accumulation x data_shards sequences, however many processes
             share them. 0 is as many as there are processes when the run begins.
-        zero_stage: the stage of DeepSpeed's ZeRO, 1, 2 or 3.
+        zero_stage: the stage of DeepSpeed's ZeRO: 1 (the optimizer's state is divided), 2 (and the
+            gradients) or 3 (and the weights).
         low_rank_gradients: under "ddp", exchange projected gradients where the optimizer's method
             allows it.
         timeout: seconds after which a process that doesn't answer counts as lost, and the others

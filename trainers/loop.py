@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,10 +14,9 @@ from lowrank.optimizers import FactoredAdamW, LayerEvent, RefreshEvent
 from .checkpoint import CheckpointStore
 from .evaluation import Evaluation, count_targets, evaluate
 from .memory import MemoryMeter, peak_bytes
-from .parts import Parts, rank_state, write_parts, write_shared
+from .parts import Parts, rank_state, write_parts, write_shared, written_by_all
 from .recorder import Recorder
 from .schedules import run_multiplier
-from .sharding import is_sharded
 from .step import clip, compute_gradient, reason_to_skip
 from .termination import Terminated, Wish
 
@@ -44,7 +44,7 @@ class Loop:
         self._wish = wish
         self._events: list[RefreshEvent] = []
         self._layer_events: list[LayerEvent] = []
-        self._meter = MemoryMeter(parts.model, parts.optimizer, parts.world.device)
+        self._meter = MemoryMeter(parts.model, parts.optimizer, parts.world.device, parts.engine)
         self._asked = False
         # A counter that isn't saved with the optimizer restarts in every process.
         self._uncounted = parts.state.skipped_updates - _skipped_updates(parts.optimizer)
@@ -94,13 +94,18 @@ class Loop:
             parts.world,
             packed=parts.config.data.packing == "pack",
             flag=self._wish.came,
+            engine=parts.engine,
         )
         # Processes end together: a later request takes effect in the next step.
         self._asked = gradient.flags > 0
         reason = reason_to_skip(gradient, state.mean_loss, config)
         self._events.clear()
         self._layer_events.clear()
-        if reason is None:
+        if parts.engine is not None:
+            # The norm is known only after the step, which the engine leaves out if it isn't finite.
+            gradient = replace(gradient, norm=parts.engine.step(take=reason is None))
+            reason = reason or reason_to_skip(gradient, state.mean_loss, config)
+        elif reason is None:
             clip(parts.model.parameters(), gradient.norm, config.clip)
             parts.optimizer.step()
         memory = self._meter.read(bool(self._events or self._layer_events))
@@ -202,9 +207,9 @@ class Loop:
                 saved = self._store.save(state.step, measured, write)
             except OSError as error:
                 saved = error
-                if not begun and is_sharded(parts.model):
+                if not begun and written_by_all(parts):
                     parts.world.broadcast(None)
-        elif is_sharded(parts.model):
+        elif written_by_all(parts):
             self._write_shared()
         saved = parts.world.broadcast(saved)
         if isinstance(saved, OSError):

@@ -12,13 +12,16 @@ from torch import nn
 
 from lowrank.optimizers import state_bytes_by_category
 
-from .sharding import local
+from .sharding import local, whole_shape
 from .weights import stored_tensors
+from .zero_engine import ZeroEngine
 
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of a model's tensors in a checkpoint, every shared tensor once."""
-    return sum(tensor.nbytes for _, tensor in stored_tensors(model))
+    return sum(
+        whole_shape(tensor).numel() * tensor.element_size() for _, tensor in stored_tensors(model)
+    )
 
 
 def gradient_bytes(model: nn.Module) -> int:
@@ -46,16 +49,24 @@ def peak_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def sizes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+def sizes(
+    model: nn.Module, optimizer: torch.optim.Optimizer, engine: ZeroEngine | None = None
+) -> dict[str, int]:
     """Bytes of weights, gradients and optimizer state, as a ``train`` record names them.
 
-    Call it while the gradients exist. It visits every tensor, which takes as long as a small
-    step: `MemoryMeter` calls it rarely.
+    Call it while the gradients exist; of an engine, which drops them, it tells those before the
+    latest step, and as weights also the engine's float32 copies. It visits every tensor, which
+    takes as long as a small step: `MemoryMeter` calls it rarely.
     """
     state = state_bytes_by_category(optimizer)
+    if engine is None:
+        weights = sum(local(tensor).nbytes for _, tensor in stored_tensors(model))
+        gradients = gradient_bytes(model)
+    else:
+        weights, gradients = engine.weight_bytes(), engine.gradient_bytes
     return {
-        "weights": sum(local(tensor).nbytes for _, tensor in stored_tensors(model)),
-        "gradients": gradient_bytes(model),
+        "weights": weights,
+        "gradients": gradients,
         "moments": state["moments"],
         "basis": state["basis"],
         "other_state": state["other"],
@@ -72,17 +83,23 @@ class MemoryMeter:
         model: the model.
         optimizer: its optimizer.
         device: the device.
+        engine: which holds gradients and weights under DeepSpeed.
     """
 
     #: Steps after which sizes are measured again in any case.
     EVERY = 100
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        engine: ZeroEngine | None = None,
     ) -> None:
         self._model = model
         self._optimizer = optimizer
         self._device = device
+        self._engine = engine
         self._sizes: dict[str, int] = {}
         self._entries = -1
         self._age = 0
@@ -96,7 +113,7 @@ class MemoryMeter:
         entries = sum(map(len, self._optimizer.state.values()))
         self._age += 1
         if changed or entries != self._entries or self._age >= self.EVERY:
-            self._sizes = sizes(self._model, self._optimizer)
+            self._sizes = sizes(self._model, self._optimizer, self._engine)
             self._entries, self._age = entries, 0
         return {
             **self._sizes,

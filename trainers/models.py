@@ -114,4 +114,5 @@ def network_config(config: ModelConfig, sequence_length: int) -> Any:
 
 def parameter_count(model: nn.Module) -> int:
     """Number of trained parameters, every shared tensor once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    # Stage 3 of ZeRO leaves a parameter no entries of its own.
+    return sum(getattr(item, "ds_numel", item.numel()) for item in model.parameters())

@@ -32,6 +32,7 @@ from .sharded_checkpoint import (
 )
 from .sharding import is_sharded
 from .state import TrainState, random_state, restore_random_state
+from .zero_engine import ZeroEngine
 
 #: Quantised weights and converted layers of a checkpoint, where there are any.
 LAYERS = "layers.safetensors"
@@ -49,13 +50,14 @@ class Parts:
         tokenizer: saved with the weights.
         model: the model itself; evaluation and checkpoints use it.
         module: the module that training calls: the model, sharded or not, or
-            `DistributedDataParallel` around it.
+            `DistributedDataParallel` or DeepSpeed's engine around it.
         optimizer: trains the model's parameters.
         base_rates: peak learning rate of each parameter group.
         stream: this process's micro-batches of each step.
         validation: validation batches of this process.
         counts: (V,) int64: how often this process saw each token number as a training target.
         state: the counters.
+        engine: under DeepSpeed.
     """
 
     config: RunConfig
@@ -69,6 +71,7 @@ class Parts:
     validation: ValidationSet
     counts: Tensor
     state: TrainState
+    engine: ZeroEngine | None = None
 
 
 def rank_state(parts: Parts) -> dict[str, Any]:
@@ -80,29 +83,36 @@ def rank_state(parts: Parts) -> dict[str, Any]:
     }
 
 
+def written_by_all(parts: Parts) -> bool:
+    """Whether all processes write a checkpoint together, through `write_shared`."""
+    return parts.engine is not None or is_sharded(parts.model)
+
+
 def write_parts(folder: Path, parts: Parts, ranks: list[dict[str, Any]]) -> None:
     """Writes a checkpoint's files into an empty folder.
 
     Args:
         folder: the folder.
         parts: of rank 0.
-        ranks: `rank_state` of every process. Of a sharded model all processes must call
+        ranks: `rank_state` of every process. Where `written_by_all`, the others must call
             `write_shared` meanwhile.
 
     Raises:
         WriteError: a file can't be written.
     """
-    optimizer = parts.optimizer.state_dict()
-    if is_sharded(parts.model):
+    if written_by_all(parts):
         parts.world.broadcast(folder)
         write_shared(folder, parts)
-        optimizer, _ = without_shards(optimizer)
         _write_configs(parts.model.network, folder)
     else:
         save_network(parts.model.network, folder)
     with writing(folder / "tokenizer.json"):
         parts.tokenizer.save(folder)
-    _save(optimizer, folder / OPTIMIZER)
+    if parts.engine is None:
+        optimizer = parts.optimizer.state_dict()
+        if is_sharded(parts.model):
+            optimizer, _ = without_shards(optimizer)
+        _save(optimizer, folder / OPTIMIZER)
     content = {
         "config": to_mapping(parts.config),
         "state": parts.state.to_dict(),
@@ -120,11 +130,15 @@ def write_shared(folder: Path, parts: Parts) -> None:
     leads = parts.world.leads
     failed: WriteError | None = None
     try:
-        write_weights(parts.model.network.state_dict(), folder / WEIGHTS if leads else None)
+        tensors = parts.model.network.state_dict(keep_vars=True)
+        write_weights(tensors, folder / WEIGHTS if leads else None)
     except WriteError as error:
         failed = error
     if parts.world.broadcast(failed is not None):
         raise failed or WriteError(None, "rank 0 can't write it", str(folder / WEIGHTS))
+    if parts.engine is not None:
+        parts.engine.save(folder, parts.world)
+        return
     state = parts.optimizer.state_dict()
     check_replicas(state, parts.world)
     write_shards(without_shards(state)[1], folder, parts.world)
@@ -234,6 +248,18 @@ def saved_data_shards(folder: Path) -> int:
     return found
 
 
+def saved_partitions(folder: Path) -> tuple[int, int]:
+    """By how many processes a checkpoint was written, and the stage of ZeRO it is divided by or 0.
+
+    Raises:
+        DamagedCheckpointError: the file can't be read.
+    """
+    config, processes = _saved(folder)
+    section = config.get("distributed", {})
+    divided = processes > 1 and section.get("strategy") == "deepspeed"
+    return processes, section.get("zero_stage", 1) if divided else 0
+
+
 def _saved(folder: Path) -> tuple[dict[str, Any], int]:
     """A checkpoint's configuration, and by how many processes it was written."""
     try:
@@ -264,14 +290,22 @@ def read_parts(folder: Path, parts: Parts) -> None:
     ranks = content["ranks"]
     saved = from_mapping(_with_data_shards(content["config"], len(ranks)))
     check_unchanged(saved, parts.config, folder, state.step)
-    optimizer = read_optimizer(folder, parts.optimizer)
+    engine, world = parts.engine, parts.world
+    if engine is None:
+        optimizer = read_optimizer(folder, parts.optimizer)
+    else:
+        optimizer = engine.read(folder, world)
     try:
         parts.stream.load_state_dict(_positions(ranks))
     except ValueError as error:
         raise ValueError(f"{error}; {advice(['data'], folder)}") from None
-    load_network(parts.model.network, folder)
-    parts.optimizer.load_state_dict(optimizer)
-    own, counts = _own(ranks, parts.world)
+    if engine is None or engine.stage < 3:
+        load_network(parts.model.network, folder)
+    if engine is None:
+        parts.optimizer.load_state_dict(optimizer)
+    else:
+        engine.load(optimizer, world)
+    own, counts = _own(ranks, world)
     parts.counts.copy_(counts)
     parts.state = state
     restore_random_state(own["random"], parts.world.device)

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from lowrank.optimizers import describe
 
-from .agreement import check_processes, check_same_data, check_shared
+from .agreement import check_partitions, check_processes, check_same_data, check_shared
 from .checkpoint import CheckpointStore
 from .config import RunConfig
 from .config_io import Layer, from_mapping, merge, read_layer, write_config
@@ -214,6 +214,7 @@ def _decide(request: Request, size: int, console: Console) -> tuple[Place, RunCo
         # Before anything is built: options of another optimizer would fail there with other words.
         check_unchanged(from_mapping(content), config, checkpoint, place.checkpoint.step)
         check_processes(config, size)
+        check_partitions(checkpoint, config, size)
         return place, config
     # With a folder to resume there is a checkpoint, so these are the settings resolved above.
     assert config is not None
@@ -296,6 +297,7 @@ def _build(config: RunConfig, world: World) -> Iterator[Parts]:
             ),
             counts=torch.zeros(config.model.vocab_size, dtype=torch.int64),
             state=TrainState(),
+            engine=training.engine,
         )
     finally:
         stream.close()
@@ -316,7 +318,8 @@ def _opening(parts: Parts, folder: Path) -> str:
     shards, size = config.distributed.data_shards, parts.world.size
     per_step = config.train.batch_size * config.train.accumulation * shards
     strategy = strategy_of(config, size)
-    shared = "" if strategy == ALONE else f", {size} processes ({strategy})"
+    stage = f", zero_stage {parts.engine.stage}" if parts.engine else ""
+    shared = "" if strategy == ALONE else f", {size} processes ({strategy}{stage})"
     if strategy == ALONE and config.distributed.strategy != "auto":
         shared = (
             f", one process, so distributed.strategy={config.distributed.strategy} does nothing"

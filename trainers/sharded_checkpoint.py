@@ -28,7 +28,7 @@ from torch.distributed.tensor import empty as empty_sharded
 from .distributed import World
 from .files import WriteError, writing
 from .missing import require
-from .sharding import local, local_part, whole
+from .sharding import local, local_part, whole, whole_shape
 
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.pt"
@@ -68,7 +68,7 @@ def write_weights(tensors: Mapping[str, Tensor], path: Path | None) -> None:
         except WriteError as error:
             failed = error
         for tensor in tensors.values():
-            complete = whole(tensor.detach())
+            complete = whole(tensor).detach()
             if path is None or stream is None or failed is not None:
                 continue
             try:
@@ -87,10 +87,11 @@ def _header(tensors: Mapping[str, Tensor]) -> bytes:
     content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
+        shape = whole_shape(tensor)
+        start, end = end, end + shape.numel() * tensor.element_size()
         content[name] = {
             "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
+            "shape": list(shape),
             "data_offsets": [start, end],
         }
     text = json.dumps(content, separators=(",", ":")).encode()

@@ -15,6 +15,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from .config import ModelConfig
 from .distributed import World
 from .first_weights import FirstWeights
+from .missing import require
 from .models import LanguageModel, new_network, prepared
 
 
@@ -99,12 +100,23 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, on every process; each must call it for a sharded one."""
+    """All of a tensor, on every process; each must call it for a sharded one.
+
+    Of a parameter that ZeRO's stage 3 has cut: the parameter itself, not one detached from it.
+    """
+    if hasattr(tensor, "ds_id"):
+        with require("deepspeed", "deepspeed").zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """The shape of all of a tensor; stage 3 of ZeRO leaves a parameter none of its own."""
+    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
+
+
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a model's parameters are divided among processes."""
+    """Whether a model's parameters are divided among processes by FSDP2."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 

@@ -17,6 +17,7 @@ from .data import Batch
 from .distributed import World
 from .loss import IGNORED
 from .sharding import is_sharded, local
+from .zero_engine import ZeroEngine
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ def compute_gradient(
     *,
     packed: bool = False,
     flag: bool = False,
+    engine: ZeroEngine | None = None,
 ) -> Gradient:
     """Leaves in ``.grad`` the gradient of the mean loss over all tokens of the step.
 
@@ -52,11 +54,14 @@ def compute_gradient(
     them, without synchronising a GPU.
 
     Args:
-        module: a `LanguageModel`, sharded or not, or one inside `DistributedDataParallel`.
+        module: a `LanguageModel`, sharded or not, or one inside `DistributedDataParallel` or
+            DeepSpeed's engine.
         batches: this process's micro-batches.
         world: the processes.
         packed: whether there is no padding, so that every process has equally many tokens.
         flag: this process's flag, summed in `Gradient.flags`.
+        engine: keeps the gradient in a place of its own; the norm is then 0 here, and known after
+            its step.
 
     Raises:
         RuntimeError: `packed` is True, and processes have different numbers of tokens.
@@ -68,10 +73,17 @@ def compute_gradient(
     for index, batch in enumerate(batches):
         last = index == len(batches) - 1
         with _synchronised(module, last):
+            if engine is not None:
+                engine.begin(last)
             loss = module(batch.inputs.to(world.device), batch.targets.to(world.device))
-            (loss * factor.to(loss.dtype).to(loss.device)).backward()
+            share = loss * factor.to(loss.dtype).to(loss.device)
+            if engine is not None:
+                engine.backward(share)
+            else:
+                share.backward()
         nats += loss.detach().to(device, torch.float64)
-    norm = gradient_norm(module.parameters()).to(device).to(torch.float64)
+    norm = torch.zeros(()) if engine else gradient_norm(module.parameters())
+    norm = norm.to(device).to(torch.float64)
     told = [nats.unsqueeze(0), torch.tensor([own, int(flag)], dtype=torch.float64).to(device)]
     if is_sharded(module):
         # Each process has the norm of its own parts; the exchange takes the squares with it.
@@ -92,8 +104,8 @@ def compute_gradient(
 def _loss_factor(own: int, world: World, packed: bool) -> Tensor:
     """What makes the sum over tokens the step's mean: processes / tokens, a float64 scalar.
 
-    Processes, because `DistributedDataParallel` and FSDP2 take the mean over them; what is wanted
-    is the sum.
+    Processes, because `DistributedDataParallel`, FSDP2 and ZeRO take the mean over them; what is
+    wanted is the sum.
     """
     tokens = torch.tensor(float(own), dtype=torch.float64).to(_accumulator_device(world))
     tokens = tokens * world.size if packed else world.sum(tokens)

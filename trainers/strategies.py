@@ -20,6 +20,7 @@ from .distributed import World
 from .models import LanguageModel, build_model
 from .parts import load_initial
 from .sharding import build_sharded
+from .zero_engine import ZeroEngine, import_deepspeed
 
 #: The strategy of a process by itself, whatever is set.
 ALONE = "alone"
@@ -31,37 +32,41 @@ class Training:
 
     Attributes:
         model: the model itself.
-        module: what training calls: the model, or `DistributedDataParallel` around it.
+        module: what training calls: the model, or `DistributedDataParallel` or DeepSpeed's engine
+            around it.
         optimizer: of the model's parameters.
+        engine: under "deepspeed".
     """
 
     model: LanguageModel
     module: nn.Module
     optimizer: torch.optim.Optimizer
+    engine: ZeroEngine | None = None
 
 
 def strategy_of(config: RunConfig, size: int) -> str:
-    """The strategy that a run of so many processes has: "alone", "ddp" or "fsdp2".
+    """The strategy that a run of so many processes has: "alone", "ddp", "fsdp2" or "deepspeed".
 
     Raises:
-        ValueError: the strategy isn't built yet, or the optimizer doesn't go with it.
+        ValueError: the optimizer or `model.compile` doesn't go with the strategy.
     """
     asked, name = config.distributed.strategy, config.optimizer.name
-    if asked == "deepspeed":
-        raise ValueError(
-            "distributed.strategy='deepspeed' is not supported yet; accepted: auto, ddp, fsdp2"
-        )
     if size == 1:
         return ALONE
-    if asked != "fsdp2":
+    if asked not in ("fsdp2", "deepspeed"):
         return "ddp"
     changes = name in TABLE and TABLE[name].conversion is not None
     if changes and config.optimizer.options.get("weight_bits", 8) is not None:
         raise ValueError(
-            f"distributed.strategy='fsdp2' with optimizer.name={name!r}, which changes the model's"
-            " layers; accepted: ddp, or an optimizer that leaves the layers as they are"
+            f"distributed.strategy={asked!r} with optimizer.name={name!r}, which changes the"
+            " model's layers; accepted: ddp, or an optimizer that leaves the layers as they are"
         )
-    return "fsdp2"
+    if asked == "deepspeed" and config.distributed.zero_stage == 3 and config.model.compile:
+        raise ValueError(
+            "model.compile is True with distributed.zero_stage=3, whose hooks have the model"
+            " compiled again and again; accepted: false, or distributed.zero_stage=1 or 2"
+        )
+    return asked
 
 
 def build_training(config: RunConfig, world: World) -> Training:
@@ -69,8 +74,11 @@ def build_training(config: RunConfig, world: World) -> Training:
 
     Raises:
         ValueError: a setting is wrong, or doesn't go with the strategy.
+        MissingExtraError: DeepSpeed is asked for and not installed.
     """
     strategy = strategy_of(config, world.size)
+    if strategy == "deepspeed":
+        import_deepspeed(world.device)  # a missing one is told before anything is built
     length, seed = config.data.sequence_length, config.train.seed
     if strategy == "fsdp2":
         model = build_sharded(config.model, length, seed, world)
@@ -79,6 +87,9 @@ def build_training(config: RunConfig, world: World) -> Training:
     if config.model.initial:
         load_initial(model.network, Path(config.model.initial))
     optimizer = build_optimizer(config, model)
+    if strategy == "deepspeed":
+        engine = ZeroEngine(config, model, optimizer, world)
+        return Training(model, engine.module, optimizer, engine)
     if strategy != "ddp":
         return Training(model, model, optimizer)
     optimizer.share_refreshes()

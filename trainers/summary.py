@@ -82,7 +82,7 @@ def summarise(parts: Parts, wall_seconds: float) -> dict[str, Any]:
 def _unsharded(parts: Parts) -> nn.Module:
     """A model of the same shapes and dtypes without sharded parameters."""
     config = parts.config
-    if not is_sharded(parts.model):
+    if parts.engine is None and not is_sharded(parts.model):
         network: nn.Module = parts.model.network
         return network
     with torch.device("meta"):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lowrank.optimizers.layers import FactoredLinear
 
-from .sharding import whole
+from .sharding import whole, whole_shape
 
 _CHUNK = 1 << 22
 
@@ -35,9 +35,9 @@ def weights_sha256(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(stored_tensors(model), key=lambda item: item[0]):
-        header = f"{name}\n{tensor.dtype}\n{tuple(tensor.shape)}\n"
+        header = f"{name}\n{tensor.dtype}\n{tuple(whole_shape(tensor))}\n"
         digest.update(header.encode())
-        flat = whole(tensor.detach()).contiguous().flatten()
+        flat = whole(tensor).detach().contiguous().flatten()
         # In chunks, so that a model on a GPU needs no full copy in host memory.
         for piece in torch.split(flat, _CHUNK):
             digest.update(piece.cpu().view(torch.uint8).numpy().data)

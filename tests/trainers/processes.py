@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 #: In place of a signal: a full disk, for the parts of the optimizer's state or for the weights.
-FULL_SHARDS, FULL_WEIGHTS = 0, -1
+FULL_SHARDS, FULL_WEIGHTS, FULL_PARTITION = 0, -1, -2
 
 #: Seconds after which a job's processes are killed.
 JOB_SECONDS = 60
@@ -36,8 +36,8 @@ class Job:
         arguments: of `lowrank`.
         processes: how many share the run; 1 starts it without torchrun's environment.
         stop: {rank: (step, signal)} sent to itself at the start of the step after `step`, or, with
-            a negative step, while the checkpoint of step -step is written; FULL_SHARDS and
-            FULL_WEIGHTS stand for a full disk there.
+            a negative step, while the checkpoint of step -step is written; FULL_SHARDS,
+            FULL_WEIGHTS and FULL_PARTITION (ZeRO's) stand for a full disk there.
         folders: the processes' working folders.
         copied: (from, to): a run's folder that is copied before.
     """
@@ -105,9 +105,65 @@ def _serve(folder: Path) -> None:
 
     torch.set_num_threads(1)
     outcomes = []
-    for number, job in enumerate(json.loads((folder / "jobs.json").read_text())):
+    jobs = json.loads((folder / "jobs.json").read_text())
+    if any("deepspeed" in argument for job in jobs for argument in job["arguments"]):
+        _prepare_deepspeed()
+        _disturb()
+    for number, job in enumerate(jobs):
         outcomes.append(_run(Job(**job), folder / f"job-{number}"))
     (folder / "outcomes.json").write_text(json.dumps([asdict(item) for item in outcomes]))
+
+
+def _prepare_deepspeed() -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    from lowrank.trainers import zero_engine
+
+    # Its reductions in shared memory wait actively, which processes on few cores can't afford.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    plain = zero_engine.engine_config
+
+    def small(*arguments: Any) -> dict[str, Any]:
+        """With parameters that stage 3 keeps whole, and larger ones that it doesn't."""
+        found = plain(*arguments)
+        found["zero_optimization"]["stage3_param_persistence_threshold"] = 2000
+        return found
+
+    zero_engine.engine_config = small
+
+
+#: Steps done before the one whose loss counts as a spike, and before that without a gradient.
+SPIKE, NOT_FINITE = 2, 4
+
+
+def _disturb() -> None:
+    """Has two steps of every run be skipped."""
+    from lowrank.trainers import loop
+
+    take, judge = loop.Loop._step, loop.reason_to_skip
+
+    def step(self: Any) -> None:
+        done, module = self._parts.state.step, self._parts.model
+        if done == SPIKE:
+            loop.reason_to_skip = lambda gradient, *rest: ("spike", gradient.loss)
+        handle = module.register_forward_hook(_not_finite) if done == NOT_FINITE else None
+        try:
+            take(self)
+        finally:
+            loop.reason_to_skip = judge
+            if handle is not None:
+                handle.remove()
+
+    loop.Loop._step = step  # type: ignore[method-assign]
+
+
+def _not_finite(module: Any, inputs: Any, loss: Any) -> Any:
+    """A hook that leaves a loss as it is, and of its gradient nothing finite on the last rank."""
+    last = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
+    if loss.requires_grad and last:
+        loss.register_hook(lambda gradient: gradient * float("inf"))
+    return loss
 
 
 def _run(job: Job, folder: Path) -> Outcome:
@@ -191,6 +247,15 @@ def stop_itself(step: int, number: int) -> None:
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    if step < 0 and number == FULL_PARTITION:
+        save = parts.torch.save
+
+        def save_no_file(*arguments: Any, **keywords: Any) -> None:
+            # Exchanges between processes pickle with keywords.
+            (save if keywords else full)(*arguments, **keywords)
+
+        parts.torch.save = save_no_file  # type: ignore[assignment]
+        return
     if step < 0 and number == FULL_WEIGHTS:
         sharded_checkpoint._header = full
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +14,10 @@ from tiny_runs import summary
 
 import lowrank.optimizers
 from lowrank.trainers import strategies
-from lowrank.trainers.agreement import check_same_data, check_shared
+from lowrank.trainers.agreement import check_partitions, check_same_data, check_shared
 from lowrank.trainers.data import data_fingerprint
 from lowrank.trainers.distributed import World
+from lowrank.trainers.missing import MissingExtraError
 from lowrank.trainers.pretrain import resolve
 
 CPU = torch.device("cpu")
@@ -46,6 +48,8 @@ def several(*heard: object) -> Several:
         ("auto", 2, "ddp"),
         ("ddp", 2, "ddp"),
         ("fsdp2", 2, "fsdp2"),
+        ("deepspeed", 1, "alone"),
+        ("deepspeed", 2, "deepspeed"),
     ],
 )
 def test_the_strategy_follows_the_number_of_processes(asked: str, size: int, found: str) -> None:
@@ -53,12 +57,27 @@ def test_the_strategy_follows_the_number_of_processes(asked: str, size: int, fou
     assert strategies.strategy_of(config, size) == found
 
 
+@pytest.mark.parametrize("strategy", ["fsdp2", "deepspeed"])
 @pytest.mark.parametrize("name", ["relora_adamw", "qgalore_adamw_8bit", "sltrain_adamw"])
-def test_methods_that_change_layers_are_not_sharded(name: str) -> None:
-    settings = {"distributed": {"strategy": "fsdp2"}, "optimizer": {"name": name}}
+def test_methods_that_change_layers_are_not_sharded(name: str, strategy: str) -> None:
+    settings = {"distributed": {"strategy": strategy}, "optimizer": {"name": name}}
     config = resolve(settings)
     assert strategies.strategy_of(config, 1) == "alone"
-    with pytest.raises(ValueError, match=f"optimizer.name='{name}', which changes the model's"):
+    said = (
+        f"distributed.strategy='{strategy}' with optimizer.name='{name}', which changes the model's"
+    )
+    with pytest.raises(ValueError, match=said):
+        strategies.strategy_of(config, 2)
+
+
+def test_stage_3_is_not_compiled() -> None:
+    for stage in (2, 3):
+        section = {"strategy": "deepspeed", "zero_stage": stage}
+        config = resolve({"distributed": section, "model": {"compile": True}})
+        assert strategies.strategy_of(config, 1) == "alone"
+        if stage == 2:
+            assert strategies.strategy_of(config, 2) == "deepspeed"
+    with pytest.raises(ValueError, match=r"model.compile is True with distributed.zero_stage=3"):
         strategies.strategy_of(config, 2)
 
 
@@ -103,12 +122,45 @@ def test_other_data_or_another_tokenizer_are_named(corpus: Path) -> None:
         check_same_data(config, tokenizer, several({**same, "data": {}}))
 
 
-def test_deepspeed_is_refused_by_name(tiny: Tiny, run: Run, tmp_path: Path) -> None:
-    arguments = tiny(tmp_path / "run", 2, "distributed.strategy=deepspeed")
-    status, _, errors = run(arguments)
-    assert status == 2
-    assert errors.startswith("lowrank: distributed.strategy='deepspeed' is not supported yet")
-    assert not (tmp_path / "run").exists()
+def test_a_missing_deepspeed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    settings = {"distributed": {"strategy": "deepspeed"}}
+    with pytest.raises(MissingExtraError, match=r'pip install "lowrank-pretrain\[deepspeed\]"'):
+        strategies.build_training(resolve(settings), World(0, 2, CPU))
+
+
+def checkpoint(folder: Path, strategy: str, stage: int, processes: int) -> Path:
+    """A folder with what says how a checkpoint is divided."""
+    section = {"strategy": strategy, "zero_stage": stage}
+    content = {"config": {"distributed": section}, "ranks": [{}] * processes}
+    folder.mkdir()
+    torch.save(content, folder / "trainer.pt")
+    return folder
+
+
+def test_deepspeeds_partitions_are_not_divided_anew(tmp_path: Path) -> None:
+    zero = checkpoint(tmp_path / "zero", "deepspeed", 2, 4)
+    same = {"strategy": "deepspeed", "zero_stage": 2}
+    check_partitions(zero, resolve({"distributed": same}), 4)
+    for settings, size, said in (
+        (same, 3, "by 4 processes with .*zero_stage=2, and the run goes on with 3 processes with"),
+        (same, 1, "by 4 processes with .*, and the run goes on with 1 process without DeepSpeed"),
+        ({**same, "zero_stage": 3}, 4, "goes on with 4 processes with .*zero_stage=3; accepted: 4"),
+        ({"strategy": "fsdp2"}, 4, "goes on with 4 processes without DeepSpeed; accepted: 4"),
+    ):
+        with pytest.raises(ValueError, match=f"{said}.*--set model.initial={zero}$"):
+            check_partitions(zero, resolve({"distributed": settings}), size)
+
+
+def test_other_checkpoints_are_not_divided_by_deepspeed(tmp_path: Path) -> None:
+    zero = resolve({"distributed": {"strategy": "deepspeed"}})
+    for number, strategy, processes in ((0, "fsdp2", 2), (1, "deepspeed", 1)):
+        saved = checkpoint(tmp_path / str(number), strategy, 1, processes)
+        check_partitions(saved, zero, 1)
+        check_partitions(saved, resolve({"distributed": {"strategy": "ddp"}}), 3)
+        with pytest.raises(ValueError, match=r"without DeepSpeed, and .* 2 .*: auto, ddp or fsdp2"):
+            check_partitions(saved, zero, 2)
 
 
 def test_one_process_says_that_there_is_nothing_to_share(
