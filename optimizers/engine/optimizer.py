@@ -154,6 +154,7 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_refresh_hooks", OrderedDict())
         self.__dict__.setdefault("_shared", None)
+        self.__dict__.setdefault("_origin", None)
 
     def register_refresh_hook(self, hook: RefreshHook) -> RemovableHandle:
         """Calls `hook(event)` after each refresh of a matrix; measuring costs one projection.
