@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank.optimizers import state_bytes_by_category
 
@@ -19,9 +19,14 @@ from .zero_engine import ZeroEngine
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of a model's tensors in a checkpoint, every shared tensor once."""
-    return sum(
-        whole_shape(tensor).numel() * tensor.element_size() for _, tensor in stored_tensors(model)
-    )
+    return sum(_whole_bytes(tensor) for _, tensor in stored_tensors(model))
+
+
+def _whole_bytes(tensor: Tensor) -> int:
+    """Bytes of all of a tensor; a quantised one, which is never divided, knows its own."""
+    if local(tensor) is tensor and whole_shape(tensor) == tensor.shape:
+        return tensor.nbytes
+    return whole_shape(tensor).numel() * tensor.element_size()
 
 
 def gradient_bytes(model: nn.Module) -> int:
