@@ -84,6 +84,11 @@ def dense(model: nn.Module, case: Case) -> dict[str, Tensor]:
     return whole(merge(twin))
 
 
+def sizes_of(position: int, sizes: list[int]) -> list[int]:
+    """One number of ranks for each case, in turn."""
+    return [sizes[position % len(sizes)]]
+
+
 def follow(
     rank: int, world: int, folder: Path, cases: list[Case], sizes: list[int], steps: int
 ) -> list[dict[Any, Any]]:
@@ -96,9 +101,9 @@ def follow(
     if 0 in sizes:
         meshes[0] = DeviceMesh("cpu", torch.arange(world).view(-1, 2), mesh_dim_names=("a", "b"))
     made = []
-    for case in cases:
+    for position, case in enumerate(cases):
         found: dict[Any, Any] = {}
-        for size in sizes:
+        for size in sizes_of(position, sizes):
             if rank < (size or world):
                 model = sharded(case, meshes[size])
                 optimizer = built(case, model)
@@ -123,7 +128,7 @@ def far(made: list[Any], cases: list[Case], sizes: list[int], events: int) -> di
         alone = made[-1][position]
         due = "refactor_gap" in case[1] or not case[0].startswith("sltrain")
         assert len(alone["events"]) >= (events if due else 0), case
-        for size in sizes:
+        for size in sizes_of(position, sizes):
             gap = distance(made[0][position][size], alone[1])
             if not gap <= (5e-2 if "8bit" in case[0] else 1e-5):
                 found[f"{case[0]} {case[1]} on {size}"] = gap
