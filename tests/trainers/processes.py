@@ -223,6 +223,8 @@ def _become(job: Job, rank: int, port: int, folder: Path) -> None:
         if job.folders:
             os.chdir(job.folders[rank])
         _skip_report()
+        # A shell ignores interrupts for what it runs in the background, and children inherit that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if str(rank) in job.stop:
             stop_itself(*job.stop[str(rank)])
         status = main(job.arguments)
