@@ -126,10 +126,6 @@ class Fragment:
     gradient: Tensor | None = None
 
 
-def _piece(fragment: Fragment, rank: int) -> tuple[int, int]:
-    return fragment.layout.pieces[rank]
-
-
 def take_rows(fragments: Sequence[Fragment], processes: Processes) -> None:
     """In place: gives each fragment's block its rows of weight and gradient.
 
@@ -147,7 +143,7 @@ def take_rows(fragments: Sequence[Fragment], processes: Processes) -> None:
         for transfer in fragment.layout.transfers():
             entries = transfer.stop - transfer.start
             if transfer.holder == processes.rank:
-                first = transfer.start - _piece(fragment, processes.rank)[0]
+                first = transfer.start - fragment.layout.pieces[processes.rank][0]
                 own = slice(first, first + entries)
                 pair = torch.stack([fragment.weight[own], fragment.gradient[own]])
                 sent.append((transfer.owner, pair))

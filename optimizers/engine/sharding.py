@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .geometry import Geometry, RowRange, Side
-from .processes import ALONE, Processes, chunk_range
+from .processes import ALONE, Processes
 from .row_block import RowBlock
 
 if TYPE_CHECKING:
@@ -196,10 +196,6 @@ class Shard:
         span = rows.start, rows.stop
         return Part(shape, 0, *span, rows.processes, rows.sizes, entries, self.transposed)
 
-    def chunk(self, count: int) -> range:
-        """Which of `count` indices of a spread state entry are here."""
-        return chunk_range(count, self.rows.processes.world, self.rows.processes.rank)
-
     def distribute(self, local: Tensor, dim: int, shape: Sequence[int]) -> Tensor:
         """A tensor of a given shape that is spread along `dim` as the parameter is by rows.
 
@@ -257,5 +253,5 @@ def shard_of(param: Tensor, called: str | None = None) -> Shard:
     processes = Processes.of(mesh.get_group(dim))
     transposed = dims == [1]
     shape = shape[::-1] if transposed else shape
-    held = chunk_range(shape[0], processes.world, processes.rank)
+    held = processes.columns(shape[0])
     return Shard(shape, RowRange(held.start, held.stop, processes), mesh, dim, transposed)
