@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from fsdp2_runs import ALL, QUICK, Case, limit, options_of
 from sharded import block, distance, run, tokens, train
-from test_fsdp2 import ALL, QUICK, Case, limit, options_of
 from torch import Tensor, nn
 from torch.nn import functional
 
