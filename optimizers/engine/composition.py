@@ -17,7 +17,7 @@ from ..schedules import Schedule
 from . import experts
 from .geometry import Geometry, RowRange
 from .options import ProjectionOptions
-from .processes import Processes, chunk_range
+from .processes import Processes
 from .sharding import Shard, local_part, shard_of
 
 STEP_BYTES = 4  # a 0-d fp32 tensor
@@ -143,8 +143,7 @@ class Composition:
         if world == 1:
             projected = shape if geometry is None else geometry.projected_shape()
             return self.rule.state_bytes(projected, itemsize)
-        held = chunk_range(shape[0] if shape else 1, world, 0)
-        rows = RowRange(held.start, held.stop, Processes(None, world, 0))
+        rows = RowRange.held(shape[0] if shape else 1, Processes(None, world, 0))
         return self.rule.part_bytes(Shard(tuple(shape), rows).part(geometry), itemsize)
 
 

@@ -97,7 +97,7 @@ class Layout:
         """The rows of this process, with those of the others."""
         own = self.owned(processes.rank)
         sizes = tuple(len(self.owned(rank)) for rank in range(processes.world))
-        return RowRange(own.start, own.stop, processes, sizes)
+        return RowRange(own.start, own.stop, processes, sizes, total=self.shape[0])
 
     def transfers(self) -> Iterator[Transfer]:
         """What is sent between processes, in the same order on all of them."""

@@ -253,5 +253,4 @@ def shard_of(param: Tensor, called: str | None = None) -> Shard:
     processes = Processes.of(mesh.get_group(dim))
     transposed = dims == [1]
     shape = shape[::-1] if transposed else shape
-    held = processes.columns(shape[0])
-    return Shard(shape, RowRange(held.start, held.stop, processes), mesh, dim, transposed)
+    return Shard(shape, RowRange.held(shape[0], processes), mesh, dim, transposed)

@@ -37,7 +37,6 @@ class Operand:
         scale: float,
         side: Side,
         rows: RowRange | None = None,
-        whole_rows: int | None = None,
     ) -> None:
         """An operand.
 
@@ -46,12 +45,10 @@ class Operand:
             scale: largest absolute entry of the whole gradient.
             side: the projected axis.
             rows: the rows held; all of them by default.
-            whole_rows: m, if `rows` are given.
         """
         k, n = grad_kn.shape
-        m = k if whole_rows is None else whole_rows
-        rows = RowRange.whole(m) if rows is None else rows
-        self.grad_kn, self.rows, self.whole_rows = grad_kn, rows, m
+        self.grad_kn, self.rows = grad_kn, RowRange.whole(k) if rows is None else rows
+        m = self.rows.total
         # A is the gradient or its transpose; for a square one, such that the short side is `side`.
         self.wide = m < n or (m == n and side is not Side.RIGHT)
         self.short, self.long = min(m, n), max(m, n)
@@ -74,7 +71,7 @@ class Operand:
             product = torch.cat([piece @ right_nk for _, piece in self._pieces()])
         else:
             product = right_nk.new_empty(0, right_nk.shape[1], dtype=self.dtype)
-        return self.rows.assemble(product, self.whole_rows)
+        return self.rows.assemble(product)
 
     def _columns_times(self, right_mk: Tensor) -> Tensor:
         right_mk = right_mk[self.rows.start : self.rows.stop]
