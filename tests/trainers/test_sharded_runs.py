@@ -81,6 +81,9 @@ def test_losses_are_those_of_one_process(name: str, runs: tuple[Path, dict[str, 
     for key in ("tokens", "epochs", "unigram_val_loss", "skipped_documents", "data_shards"):
         assert other[key] == one[key], key
     assert other["strategy"] == {"two": "fsdp2", "resumed": "alone"}[name]
+    assert other["state_processes"] == {"two": 2, "resumed": 1}[name]
+    shares = [other[key] / one[key] for key in ("optimizer_state_bytes", "adamw_state_bytes")]
+    assert all(0.4 < share < 0.7 for share in shares) == (name == "two")
 
 
 def test_one_process_speaks(runs: tuple[Path, dict[str, Outcome]]) -> None:
