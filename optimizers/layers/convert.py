@@ -94,6 +94,8 @@ def check_not_wrapped(model: nn.Module) -> None:
         wrapper = "DistributedDataParallel"
     elif any(is_dtensor(param) for param in model.parameters()):
         wrapper = "fully_shard (its parameters are DTensors)"
+    elif any(hasattr(param, "ds_id") for param in model.parameters()):
+        wrapper = "DeepSpeed's ZeRO stage 3 (zero.Init or an engine)"
     if wrapper is not None:
         raise ValueError(
             f"a model inside {wrapper} can't be converted: accepted is convert(name, model) before "

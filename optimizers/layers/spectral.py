@@ -276,9 +276,10 @@ class SpectralLinear(FactoredLinear):
         rest = torch.ones(k, dtype=torch.bool).index_fill_(0, selected, False)
         order = torch.cat([selected, rest.nonzero().flatten()]).to(self.left.device)
         for parts in self._vectors():
-            vectors = torch.cat([part.local for part in parts], 1)[:, order]
+            span = parts[-1].span  # of what stays in place: ZeRO may cut the active ones elsewhere
+            vectors = torch.cat([part.at(span) for part in parts], 1)[:, order]
             for part, columns in zip(parts, torch.split(vectors, self._widths, 1), strict=False):
-                part.local.copy_(columns)
+                part.take(span, columns)
         values = held_rows(self.singular_values)
         values.fill(values.whole()[order])
         return order
