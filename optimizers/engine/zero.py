@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, distributed
 
 from .options import Group
-from .parameters import label
+from .parameters import label, whole_shape
 from .processes import Processes
 from .row_block import Fragment, Layout, RowBlock, return_rows, take_rows
 
@@ -55,16 +55,6 @@ class Place:
 def partitioned(param: Tensor) -> bool:
     """Whether DeepSpeed has cut a parameter."""
     return hasattr(param, "_hp_mapping") or hasattr(param, "_z3_optimizer")
-
-
-def is_cut(param: Tensor) -> bool:
-    """Whether nothing is left of a parameter but this process's piece, as in stage 3."""
-    return hasattr(param, "ds_id") and not param.numel() and bool(getattr(param, "ds_numel", 0))
-
-
-def whole_shape(param: Tensor) -> tuple[int, ...]:
-    """The shape of a parameter, of which stage 3 leaves nothing in the parameter itself."""
-    return tuple(getattr(param, "ds_shape", param.shape))
 
 
 def place_of(param: Any, flat: Tensor | None) -> tuple[Place, Any]:

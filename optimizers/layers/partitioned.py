@@ -15,8 +15,9 @@ from typing import Any
 
 from torch import Tensor, distributed
 
+from ..engine.parameters import whole_shape
 from ..engine.row_block import Fragment, RowBlock, return_rows, take_rows
-from ..engine.zero import Partitions, Place, layouts, whole_shape
+from ..engine.zero import Partitions, Place, layouts
 from .base import FactoredLinear
 from .link import Link
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..engine.geometry import RowRange
+from ..engine.parameters import is_cut
 from ..engine.processes import Processes
 from ..engine.row_block import RowBlock
 from ..engine.sharding import is_dtensor, local_part, shard_of
-from ..engine.zero import is_cut
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from sharded import distance, run, train
+from sharded import train
 from sharded import whole as plain
-from test_fsdp2_layers import EVERY, OTHERS, Case, built, converted, far
+from test_fsdp2_layers import Case, built, converted
 from test_zero import engine_of, go_on, whole
 from torch import Tensor, nn
 
@@ -47,6 +46,6 @@ def follow(
             found["events"] = []
             optimizer.register_event_hook(found["events"].append)
             train(model, optimizer, range(steps))
-            found[1.0] = plain(merge(model))
+            found["alone"] = plain(merge(model))
         made.append(found)
     return made
