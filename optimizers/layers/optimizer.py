@@ -222,7 +222,8 @@ class FactoredAdamW(LowRankOptimizer):
                 "hand: accepted is attach(model) before the first step"
             )
         loss = super().step(closure)
-        if not self._all_stepped:
+        waiting = self._cut is not None and self._cut.waiting
+        if not (self._all_stepped or waiting):
             self._look_for_idle_factors()
         return loss
 
@@ -324,7 +325,8 @@ class FactoredAdamW(LowRankOptimizer):
         }
         idle = {name: link for name, link in idle.items() if self._needs_layers(link.group)}
         if idle:
-            steps = max(int(state["step"]) for state in self.state.values())
+            # Engines may have entries of their own in the state.
+            steps = max(int(state.get("step", 0)) for state in self.state.values())
             if steps < min(self._patience(link.group) for link in idle.values()):
                 return
             warnings.warn(

@@ -96,6 +96,11 @@ class PartitionedLayers:
         self._arrived.difference_update(block for link in done for block in link.params)
         return done
 
+    @property
+    def waiting(self) -> bool:
+        """Whether some factors have had their gradient, and others of their layer not yet."""
+        return bool(self._arrived)
+
     @contextmanager
     def shown(self, links: Sequence[Link]) -> Iterator[None]:
         """Has layers show the blocks of their factors."""

@@ -180,7 +180,7 @@ class SpectralLinear(FactoredLinear):
         self.left = nn.Parameter(parts[1][:, :r].contiguous())
         self.right = nn.Parameter(parts[2][:, :r].contiguous())
         for name, vectors in zip(self.FROZEN, parts[1:], strict=True):
-            # A copy: a single column counts as contiguous whatever its stride, which DeepSpeed reads.
+            # A copy: one column counts as contiguous whatever its stride, which DeepSpeed reads.
             rest = vectors[:, r:].clone(memory_format=torch.contiguous_format)
             if rest.numel():
                 self.register_parameter(name, nn.Parameter(rest, requires_grad=False))
