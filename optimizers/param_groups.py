@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from .coverage import projection_summary, tell
 from .engine.experts import DIMENSIONS, SMALLEST_SIDE
-from .engine.parameters import check_placement
+from .engine.parameters import check_placement, whole_shape
 from .layers.base import FactoredLinear
 
 Group = dict[str, Any]
@@ -111,11 +111,7 @@ def param_groups(
     convolutions: list[tuple[str, nn.Parameter]] = []
     if method_options.get("rank_ratio_cnn") is not None:
         tied = _tied(model)
-        convolutions = [
-            (n, p)
-            for n, p in decayed
-            if p.dim() == 4 and p.numel() > SMALL_CONVOLUTION and p not in tied
-        ]
+        convolutions = [(n, p) for n, p in decayed if _is_large_convolution(p) and p not in tied]
         decayed = [(n, p) for n, p in decayed if all(p is not kernel for _, kernel in convolutions)]
     if not projected and not convolutions:
         raise _no_match(model, patterns)
@@ -169,7 +165,9 @@ def factored_groups(
     undecayed: list[tuple[str, nn.Parameter]] = []
     for name, param, module in _parameters(model):
         own = isinstance(module, FactoredLinear) and name.rpartition(".")[2] in module.FACTORS
-        (factors if own else decayed if param.dim() > 1 else undecayed).append((name, param))
+        (factors if own else decayed if len(whole_shape(param)) > 1 else undecayed).append(
+            (name, param)
+        )
     if not factors:
         raise ValueError(
             f"no layer of {type(model).__name__} is factored; accepted is a model after "
@@ -222,7 +220,8 @@ def split(model: nn.Module, patterns: Sequence[str]) -> tuple[list[tuple[str, nn
     lists: tuple[list[tuple[str, nn.Parameter]], ...] = ([], [], [])
     for name, param, module in _parameters(model):
         target = param not in tied and _matches(name, param, module, patterns)
-        lists[0 if target else 1 if param.dim() > 1 else 2].append((name, param))
+        matrix = len(whole_shape(param)) > 1
+        lists[0 if target else 1 if matrix else 2].append((name, param))
     return lists
 
 
@@ -255,9 +254,15 @@ def _matches(name: str, param: torch.Tensor, module: nn.Module, patterns: Sequen
 
 def _holds_experts(param: torch.Tensor, module: nn.Module) -> bool:
     """Whether a parameter is E x m x n for E experts, as transformers 5 stores them."""
-    if param.dim() != DIMENSIONS or isinstance(module, _ConvNd | nn.Bilinear):
+    shape = whole_shape(param)
+    if len(shape) != DIMENSIONS or isinstance(module, _ConvNd | nn.Bilinear):
         return False
-    return len(param) > 1 and min(param.shape[1:]) >= SMALLEST_SIDE
+    return shape[0] > 1 and min(shape[1:]) >= SMALLEST_SIDE
+
+
+def _is_large_convolution(param: torch.Tensor) -> bool:
+    shape = whole_shape(param)
+    return len(shape) == 4 and shape.numel() > SMALL_CONVOLUTION
 
 
 def _no_match(model: nn.Module, patterns: Sequence[str]) -> ValueError:
@@ -336,11 +341,11 @@ def sorted_groups(params: ParamsT, **sizes: Any) -> ParamsT:
 
 
 def _kind(param: Tensor, sizes: Group) -> str:
-    rank, ratio = sizes["rank"], sizes["rank_ratio_matrix"]
-    if param.dim() == 2 and (ratio is not None or rank is not None):
-        return "matrix" if ratio is not None or min(param.shape) > rank else "plain"
-    if param.dim() == 4 and sizes["rank_ratio_cnn"] is not None:
-        return "convolution" if param.numel() > SMALL_CONVOLUTION else "plain"
+    rank, ratio, shape = sizes["rank"], sizes["rank_ratio_matrix"], whole_shape(param)
+    if len(shape) == 2 and (ratio is not None or rank is not None):
+        return "matrix" if ratio is not None or min(shape) > rank else "plain"
+    if sizes["rank_ratio_cnn"] is not None and _is_large_convolution(param):
+        return "convolution"
     return "plain"
 
 

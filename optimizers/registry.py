@@ -13,7 +13,7 @@ from .engine.composition import Composition
 from .engine.method import TABLE, Method
 from .engine.optimizer import LowRankOptimizer
 from .engine.options import make_plain
-from .engine.parameters import check_placement
+from .engine.parameters import check_placement, whole_shape
 from .engine.replaced import Watch
 from .layers.convert import meta_copy
 from .layers.optimizer import FactoredAdamW
@@ -194,8 +194,9 @@ def expected_state_bytes(name: str, model: nn.Module, world: int = 1, **options:
     total = 0
     for composition, _, params in _compositions(name, model, options):
         for param in params:
-            if param.numel():
-                total += composition.state_bytes(param.shape, param.element_size(), world)
+            shape = whole_shape(param)
+            if shape.numel():
+                total += composition.state_bytes(shape, param.element_size(), world)
     return total
 
 
@@ -224,8 +225,8 @@ def expected_step_traffic(name: str, model: nn.Module, world: int, **options: An
     for composition, group, params in _compositions(name, model, options):
         checked = bool(group["skip_nonfinite"]) and not group["capturable"]
         for param in params:
-            if param.numel():
-                shape, itemsize = tuple(param.shape), param.element_size()
+            shape, itemsize = whole_shape(param), param.element_size()
+            if shape.numel():
                 total += step_bytes(composition, shape, itemsize, world, checked=checked)
     return total
 

@@ -16,13 +16,13 @@ from .adapt import PendingMoments
 from .composition import Composition
 from .gradients import SkippedUpdates
 from .options import Group, make_plain
-from .parameters import label
+from .parameters import is_cut, label, whole_shape
 from .plan import Plan, Snapshot
 from .prepare import MadeBy, Maker, drop_unused, follow, revise
 from .seeds import seed_names
 from .state import untouched
 from .step import capturing
-from .zero import Partitions, partitioned, whole_shape
+from .zero import Partitions, partitioned
 
 
 class ManagedOptimizer(Optimizer):
@@ -77,6 +77,8 @@ class ManagedOptimizer(Optimizer):
         """While parameters have been cut by ZeRO, shows blocks of them in the groups."""
         if self._partitions is None:
             self._adopt()
+            if stepping and self._partitions is None:
+                self._check_held()
         if self._partitions is None or self._partitions.groups is self.param_groups:
             return nullcontext()
         return self._partitions.shown(self, stepping=stepping)
@@ -118,6 +120,17 @@ class ManagedOptimizer(Optimizer):
                     if block.numel():
                         self.state[block] = self.make_state(block, core, group)
                 self._record(group, core)
+
+    def _check_held(self) -> None:
+        """Raises `ValueError` for a parameter of which no engine has cut a piece."""
+        for plan in self._plans.values():
+            for param, name in zip(plan.params, plan.names, strict=True):
+                if is_cut(param):
+                    raise ValueError(
+                        f"{label(name, param)} was cut by deepspeed.zero.Init and is in no engine: "
+                        "accepted is deepspeed.initialize(model=..., optimizer=...), whose engine "
+                        "takes the steps"
+                    )
 
     def _record(self, group: Group, composition: Composition) -> None:
         drawn = seed_names(self.param_groups)[self._index_of(group)]

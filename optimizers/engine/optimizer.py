@@ -211,8 +211,7 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         check_gradients(self.param_groups)
-        if self._origin is not None:
-            self._origin.check(self.param_groups)
+        self._check_model()
         with self._shown(stepping=True):
             plans = self._prepare()
             try:
@@ -222,6 +221,11 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
                 for plan in plans:
                     plan.release()
         return loss
+
+    def _check_model(self) -> None:
+        """Raises `ValueError` if the model has other parameters than the optimizer."""
+        if self._origin is not None:
+            self._origin.check(self.param_groups)
 
     def _advance(self, plans: Sequence[Plan]) -> None:
         """Takes the step of all groups in turn."""

@@ -33,6 +33,8 @@ class Watch:
         if idle == self._idle or model is None:
             return
         self._idle = idle
+        if not idle:  # engines may have put flat partitions in the place of what is named
+            return
         present = dict(model.named_parameters(remove_duplicate=False))
         for group in groups:
             for name, param in zip(names(group), group["params"], strict=True):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..engine import checks
+from ..engine.parameters import is_cut
 from ..engine.sharding import is_dtensor
 from ..param_groups import PATTERNS, projected_layers
 from .base import FactoredLinear
@@ -94,6 +95,8 @@ def check_not_wrapped(model: nn.Module) -> None:
         wrapper = "DistributedDataParallel"
     elif any(is_dtensor(param) for param in model.parameters()):
         wrapper = "fully_shard (its parameters are DTensors)"
+    elif any(hasattr(param, "ds_id") for param in model.parameters()):
+        wrapper = "DeepSpeed's ZeRO stage 3 (zero.Init or an engine)"
     if wrapper is not None:
         raise ValueError(
             f"a model inside {wrapper} can't be converted: accepted is convert(name, model) before "
@@ -133,7 +136,13 @@ def replace_modules(model: nn.Module, made: dict[nn.Module, nn.Module]) -> None:
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of a model on the meta device, without memory for tensors."""
+    """A copy of a model on the meta device, without memory for tensors.
+
+    Raises:
+        ValueError: nothing of the model is here.
+    """
+    if any(is_cut(param) for param in model.parameters()):
+        check_not_wrapped(model)
     memo: dict[int, Any] = {}
     host = [getattr(layer, n) for _, layer in factored_layers(model) for n in layer.host_tensors()]
     for tensor in (*model.parameters(), *model.buffers(), *host):

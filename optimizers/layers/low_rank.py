@@ -124,7 +124,7 @@ class LowRankLinear(FactoredLinear):
             raise ValueError("a layer without a frozen weight has nothing to merge into")
         frozen, b, a = (held_rows(part) for part in (self.frozen, self.lora_b, self.lora_a))
         scale = self.scaling / self.heads
-        add_product(frozen.local, b.local, a.whole(), scale, seed, frozen.span.start)
+        add_product(frozen.local, b.at(frozen.span), a.whole(), scale, seed, frozen.span.start)
         bound = kaiming_bound(self.in_features)
         a.fill(uniform(tuple(self.lora_a.shape), bound, a.local, seed))
         b.local.zero_()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..engine import checks
+from ..engine.parameters import whole_shape
 from ..layers.convert import check_not_wrapped, merge_factored
 from ..param_groups import PATTERNS, projected_layers
 from .int8 import Int8Weight
@@ -42,7 +43,7 @@ def to_int8(
         return
     for layer in projected_layers(model, patterns):
         weight = layer.weight
-        if isinstance(weight, Int8Weight) or not weight.numel():
+        if isinstance(weight, Int8Weight) or not whole_shape(weight).numel():
             continue
         check_not_wrapped(model)
         layer.weight = nn.Parameter(Int8Weight.quantize(weight, weight_group_size))
