@@ -191,9 +191,10 @@ class Partitions:
         try:
             take_rows(stepped, self.processes)
             yield
-        finally:
+            # Not after an error, which may be this process's alone: the others don't call it then.
             return_rows(stepped, self.processes)
             self._copy_to_model([f for f in stepped if f.gradient is None])
+        finally:
             # Loading makes new groups.
             self.groups = optimizer.param_groups
             for own, copied in zip(self._own, self.groups, strict=True):

@@ -119,11 +119,9 @@ class PartitionedLayers:
         for _, _, place, fragment in own:
             fragment.weight = place.of(place.flat)
         take_rows(fragments, self.processes)
-        try:
-            with _exchanged((layer, name, fragment.block) for layer, name, _, fragment in own):
-                yield
-        finally:
-            return_rows(fragments, self.processes)
+        with _exchanged((layer, name, fragment.block) for layer, name, _, fragment in own):
+            yield
+        return_rows(fragments, self.processes)
 
 
 @contextmanager

@@ -44,7 +44,7 @@ class HeldRows:
 
     def whole(self) -> Tensor:
         """The whole tensor; `local` itself if all rows are here."""
-        return self.span.assemble(self.local, self.count)
+        return self.span.assemble(self.local)
 
     def at(self, span: RowRange) -> Tensor:
         """Those rows of the whole tensor that this process holds of another one.
@@ -59,7 +59,7 @@ class HeldRows:
         if span == self.span:
             self.local.copy_(rows)
         else:
-            self.fill(span.assemble(rows, self.count))
+            self.fill(span.assemble(rows))
 
     def fill(self, whole: Tensor) -> None:
         """In place: takes the rows held from a whole tensor."""

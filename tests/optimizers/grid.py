@@ -22,9 +22,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from fsdp2_runs import options_of
 from sharded import block, distance, run, shard, tokens, train
 from sharded import whole as unsharded
-from test_fsdp2 import options_of
 from test_fsdp2_layers import COMMON, EVERY
 from test_zero import engine_of, go_on, whole
 from torch import Tensor, nn
