@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from sharded import block, distance, run, train
+from sharded import block, distance, run, tokens, train
 from sharded import whole as plain
 from test_fsdp2_layers import COMMON, EVERY, OTHERS, SWITCHES, UNIT, Case, built, converted
 from test_zero import engine_of, go_on, quiet_deepspeed, whole
@@ -97,6 +97,7 @@ def on_two_ranks(rank: int, world: int, folder: Path) -> dict[str, Any]:
         "split": split_factors(rank, world),
         "halves": half_precision(rank, world),
         "said": refusals(rank, world),
+        "held": held_until_backward(rank, world),
         "cut": made_in_pieces(rank, world),
     }
 
@@ -229,14 +230,61 @@ def refusals(rank: int, world: int) -> dict[str, str]:
         model = convert(name, block(seed=rank), rank=4, seed=rank)
         engine = engine_of(model, build(name, model, rank=4), 1, world)
         found[name] = said(go_on, engine, range(1), rank, world)
+        found["late"] = said(convert, "sst_adamw", block_in(engine))
     return found
+
+
+def block_in(engine: Any) -> nn.Module:
+    """A dense module whose parameters an engine holds."""
+    made = block()
+    for name in ("up", "down"):
+        made.mlp[name].weight = next(iter(engine.module.mlp[name].parameters()))
+    return made
+
+
+def held_until_backward(rank: int, world: int) -> list[str]:
+    """Parameters of layers whose gathered entries stay in memory after the forward pass."""
+    storages: dict[str, Any] = {}
+
+    def watch(name: str, layer: nn.Module) -> None:
+        def look(*_: Any) -> None:
+            for key, param in layer.named_parameters():
+                storages[f"{name}.{key}"] = param.data.untyped_storage()._weak_ref()
+
+        layer.register_forward_hook(look, prepend=True)
+
+    held = []
+    small = ("param_persistence_threshold", "max_reuse_distance", "prefetch_bucket_size")
+    zero = dict.fromkeys([f"stage3_{key}" for key in (*small, "max_live_parameters")], 0)
+    for name in ("relora_adamw", "switchlora_adamw", "sst_adamw"):
+        model = convert(name, block(), rank=4)
+        engine = engine_of(model, build(name, model, rank=4), 3, world, zero=zero)
+        for called, layer in factored_layers(model):
+            watch(called, layer)
+        storages.clear()
+        loss = engine(tokens(0, 0)[: 12 // world, :-1]).square().mean()
+        assert len(storages) > 12
+        held += [f"{name} {key}" for key, own in storages.items() if not expired(own)]
+        engine.backward(loss)
+    return held
+
+
+def expired(storage: Any) -> bool:
+    gone: bool = torch.UntypedStorage._expired(storage)
+    torch.UntypedStorage._free_weak_ref(storage)
+    return gone
 
 
 def test_what_is_refused(two_ranks: dict[str, Any]) -> None:
     found = two_ranks["said"]
     assert found["dense"].startswith("SparseLowRankLinear is cut by ZeRO stage 3")
+    assert "inside DeepSpeed's ZeRO" in found["late"]
     for name in ("loqt_adamw", "switchlora_adamw"):
         assert found[name].startswith("frozen weights of attn.q differ between processes")
+
+
+def test_gathered_weights_are_freed_after_the_forward_pass(two_ranks: dict[str, Any]) -> None:
+    assert two_ranks["held"] == []
 
 
 # Models that are made in pieces
@@ -280,6 +328,6 @@ def test_models_that_are_made_in_pieces(two_ranks: dict[str, Any]) -> None:
     found = two_ranks["cut"]
     assert "was cut by deepspeed.zero.Init and is in no engine" in found.pop("no engine")
     for message in found.pop("said"):
-        assert "DeepSpeed's ZeRO stage 3 (zero.Init or an engine)" in message
+        assert "a model inside DeepSpeed's ZeRO (zero.Init or an engine)" in message
     assert len(found) == 3
     assert max(found.values()) <= 1e-5, found
