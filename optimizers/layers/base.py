@@ -224,6 +224,15 @@ class _RefusesGradients(torch.autograd.Function):
         )
 
 
+def constant(frozen: Tensor) -> Tensor:
+    """A tensor that gets no gradient, for a forward pass.
+
+    The parameter itself if it is frozen: ZeRO's stage 3 frees what a module's own parameters have
+    gathered until the backward pass, and couldn't what a detached tensor shares.
+    """
+    return frozen.detach() if frozen.requires_grad else frozen
+
+
 def uniform(shape: tuple[int, ...], bound: float, like: Tensor, *seed: int) -> Tensor:
     """Samples U(-bound, bound), equal on every device and process for equal seeds.
 

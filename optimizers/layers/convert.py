@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..engine import checks
 from ..engine.parameters import is_cut
 from ..engine.sharding import is_dtensor
+from ..engine.zero import partitioned
 from ..param_groups import PATTERNS, projected_layers
 from .base import FactoredLinear
 from .replicas import mark_frozen, unmark_frozen
@@ -95,8 +96,8 @@ def check_not_wrapped(model: nn.Module) -> None:
         wrapper = "DistributedDataParallel"
     elif any(is_dtensor(param) for param in model.parameters()):
         wrapper = "fully_shard (its parameters are DTensors)"
-    elif any(hasattr(param, "ds_id") for param in model.parameters()):
-        wrapper = "DeepSpeed's ZeRO stage 3 (zero.Init or an engine)"
+    elif any(hasattr(param, "ds_id") or partitioned(param) for param in model.parameters()):
+        wrapper = "DeepSpeed's ZeRO (zero.Init or an engine)"
     if wrapper is not None:
         raise ValueError(
             f"a model inside {wrapper} can't be converted: accepted is convert(name, model) before "

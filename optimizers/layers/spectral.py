@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from ..engine import checks
 from ..engine.chunks import wide_dtype
 from .autocast import compute_dtype, on_rows
-from .base import FactoredLinear
+from .base import FactoredLinear, constant
 from .spread import HeldRows, check_whole, held_rows
 
 SAMPLING = ("mixed", "singular", "uniform")
@@ -199,8 +199,8 @@ class SpectralLinear(FactoredLinear):
             self.singular_values,
             self.left,
             self.right,
-            self.frozen_left.detach(),
-            self.frozen_right.detach(),
+            constant(self.frozen_left),
+            constant(self.frozen_right),
             self.bias,
             self.enhanced,
         )
@@ -231,8 +231,8 @@ class SpectralLinear(FactoredLinear):
         """U diag(s) V^T; its gradients are not the enhanced ones."""
         if self.enhanced:
             return None
-        u = torch.cat([self.left, self.frozen_left.detach()], 1)
-        v = torch.cat([self.right, self.frozen_right.detach()], 1)
+        u = torch.cat([self.left, constant(self.frozen_left)], 1)
+        v = torch.cat([self.right, constant(self.frozen_right)], 1)
         return (u * self.singular_values) @ v.mT
 
     @torch.no_grad()

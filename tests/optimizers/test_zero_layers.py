@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from sharded import block, distance, run, train
+from sharded import block, distance, run, tokens, train
 from sharded import whole as plain
 from test_fsdp2_layers import COMMON, EVERY, OTHERS, SWITCHES, UNIT, Case, built, converted
 from test_zero import engine_of, go_on, quiet_deepspeed, whole
@@ -97,6 +97,7 @@ def on_two_ranks(rank: int, world: int, folder: Path) -> dict[str, Any]:
         "split": split_factors(rank, world),
         "halves": half_precision(rank, world),
         "said": refusals(rank, world),
+        "held": held_until_backward(rank, world),
         "cut": made_in_pieces(rank, world),
     }
 
@@ -113,11 +114,11 @@ def test_two_ranks_follow_one_process(two_ranks: dict[str, Any]) -> None:
 
 
 def resumed(rank: int, world: int, folder: Path) -> dict[str, float]:
-    """Distance between eight steps, and four, saving, loading into a new engine, and four."""
+    """Distance between seven steps, and four, saving, loading into a new engine, and three."""
     found = {}
     for case, stage in zip(OFTEN, (2, 3, 3, 1), strict=True):
         made = []
-        for parts in ([range(8)], [range(4), range(4, 8)]):
+        for parts in ([range(7)], [range(4), range(4, 7)]):
             for number, steps in enumerate(parts):
                 model = converted(case)
                 engine = engine_of(model, built(case, model), stage, world)
@@ -152,21 +153,17 @@ def by_factor(model: nn.Module, case: Case) -> Any:
 def split_factors(rank: int, world: int) -> dict[str, Any]:
     """Factors that step in turn: in two groups, or in sub-groups of stage 3."""
     found: dict[str, Any] = {}
-    for case in (("relora_adamw", {**UNIT, "update_proj_gap": 3}), ("sst_adamw", {})):
-        case = (case[0], {**case[1], "update_proj_gap": 3})
-        for stage, zero in ((1, {}), (3, {"sub_group_size": 60})):
-            weights = []
-            for alone in (False, True):
-                model = converted(case)
-                optimizer = by_factor(model, case)
-                if alone:
-                    train(model, optimizer, range(8))
-                    weights.append(plain(merge(model)))
-                else:
-                    engine = engine_of(model, optimizer, stage, world, zero=zero)
-                    go_on(engine, range(8), rank, world)
-                    weights.append(dense(model, case))
-            found[f"{case[0]} {stage}"] = distance(*weights)
+    for case, stage, zero in (
+        (("relora_adamw", {**UNIT, "update_proj_gap": 3}), 1, {}),
+        (("sst_adamw", {"update_proj_gap": 3}), 3, {"sub_group_size": 60}),
+    ):
+        model = converted(case)
+        go_on(
+            engine_of(model, by_factor(model, case), stage, world, zero=zero), range(8), rank, world
+        )
+        alone = converted(case)
+        train(alone, by_factor(alone, case), range(8))
+        found[case[0]] = distance(dense(model, case), plain(merge(alone)))
     case = ("switchlora_adamw", SWITCHES)
     model = converted(case)
     engine = engine_of(model, built(case, model), 3, world, zero={"sub_group_size": 60})
@@ -185,14 +182,14 @@ def said(call: Any, *arguments: Any) -> str:
 def test_factors_that_step_in_turn(two_ranks: dict[str, Any]) -> None:
     found = two_ranks["split"]
     assert "more than one partition of ZeRO" in found.pop("refused")
-    assert len(found) == 4
+    assert len(found) == 2
     assert max(found.values()) <= 1e-5, found
 
 
 def half_precision(rank: int, world: int) -> dict[str, Any]:
     """Largest difference of the model's factors from the engine's; and from one in fp32."""
     found = {}
-    for case, stage in zip(OFTEN, (3, 2, 1, 3), strict=True):
+    for case, stage in ((OFTEN[0], 3), (OFTEN[2], 2)):
         model = converted(case)
         optimizer = built(case, model)
         engine = engine_of(model, optimizer, stage, world, bf16={"enabled": True})
@@ -216,7 +213,7 @@ def half_precision(rank: int, world: int) -> dict[str, Any]:
 def test_half_precision_models_have_the_engines_weights(two_ranks: dict[str, Any]) -> None:
     for name, (apart, distance_) in two_ranks["halves"].items():
         assert apart == 0.0, name
-        assert distance_ < 0.2, name
+        assert distance_ < 0.05, name
 
 
 def refusals(rank: int, world: int) -> dict[str, str]:
@@ -233,14 +230,61 @@ def refusals(rank: int, world: int) -> dict[str, str]:
         model = convert(name, block(seed=rank), rank=4, seed=rank)
         engine = engine_of(model, build(name, model, rank=4), 1, world)
         found[name] = said(go_on, engine, range(1), rank, world)
+        found["late"] = said(convert, "sst_adamw", block_in(engine))
     return found
+
+
+def block_in(engine: Any) -> nn.Module:
+    """A dense module whose parameters an engine holds."""
+    made = block()
+    for name in ("up", "down"):
+        made.mlp[name].weight = next(iter(engine.module.mlp[name].parameters()))
+    return made
+
+
+def held_until_backward(rank: int, world: int) -> list[str]:
+    """Parameters of layers whose gathered entries stay in memory after the forward pass."""
+    storages: dict[str, Any] = {}
+
+    def watch(name: str, layer: nn.Module) -> None:
+        def look(*_: Any) -> None:
+            for key, param in layer.named_parameters():
+                storages[f"{name}.{key}"] = param.data.untyped_storage()._weak_ref()
+
+        layer.register_forward_hook(look, prepend=True)
+
+    held = []
+    small = ("param_persistence_threshold", "max_reuse_distance", "prefetch_bucket_size")
+    zero = dict.fromkeys([f"stage3_{key}" for key in (*small, "max_live_parameters")], 0)
+    for name in ("relora_adamw", "switchlora_adamw", "sst_adamw"):
+        model = convert(name, block(), rank=4)
+        engine = engine_of(model, build(name, model, rank=4), 3, world, zero=zero)
+        for called, layer in factored_layers(model):
+            watch(called, layer)
+        storages.clear()
+        loss = engine(tokens(0, 0)[: 12 // world, :-1]).square().mean()
+        assert len(storages) > 12
+        held += [f"{name} {key}" for key, own in storages.items() if not expired(own)]
+        engine.backward(loss)
+    return held
+
+
+def expired(storage: Any) -> bool:
+    gone: bool = torch.UntypedStorage._expired(storage)
+    torch.UntypedStorage._free_weak_ref(storage)
+    return gone
 
 
 def test_what_is_refused(two_ranks: dict[str, Any]) -> None:
     found = two_ranks["said"]
     assert found["dense"].startswith("SparseLowRankLinear is cut by ZeRO stage 3")
+    assert "inside DeepSpeed's ZeRO" in found["late"]
     for name in ("loqt_adamw", "switchlora_adamw"):
         assert found[name].startswith("frozen weights of attn.q differ between processes")
+
+
+def test_gathered_weights_are_freed_after_the_forward_pass(two_ranks: dict[str, Any]) -> None:
+    assert two_ranks["held"] == []
 
 
 # Models that are made in pieces
@@ -257,15 +301,8 @@ def made_in_pieces(rank: int, world: int) -> dict[str, Any]:
             return block()
 
     found: dict[str, Any] = {}
-    for name, options in (
-        ("adamw", {}),
-        ("muon", {}),
-        ("galore_adamw", {}),
-        ("coap_adafactor", {}),
-        ("flora_adafactor", {}),
-        ("fira_adamw", {}),
-    ):
-        keywords = {**COMMON, **options}
+    for name in ("muon", "galore_adamw", "flora_adafactor"):
+        keywords = COMMON
         model = cut()
         assert not any(param.numel() for param in model.parameters())
         optimizer = build(name, model, **keywords)
@@ -291,6 +328,6 @@ def test_models_that_are_made_in_pieces(two_ranks: dict[str, Any]) -> None:
     found = two_ranks["cut"]
     assert "was cut by deepspeed.zero.Init and is in no engine" in found.pop("no engine")
     for message in found.pop("said"):
-        assert "DeepSpeed's ZeRO stage 3 (zero.Init or an engine)" in message
-    assert len(found) == 6
+        assert "a model inside DeepSpeed's ZeRO (zero.Init or an engine)" in message
+    assert len(found) == 3
     assert max(found.values()) <= 1e-5, found
