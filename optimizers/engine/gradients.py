@@ -18,12 +18,16 @@ def check_gradients(groups: Iterable[Group]) -> None:
     """Raises `ValueError` for a sparse gradient."""
     for group in groups:
         for position, param in enumerate(group["params"]):
-            grad = param.grad
-            if grad is not None and grad.is_sparse:
-                raise ValueError(
-                    f"{label(names(group)[position], param)} has a sparse gradient: accepted are "
-                    "dense ones (sparse=False in nn.Embedding)"
-                )
+            check_dense(param, names(group)[position])
+
+
+def check_dense(param: Tensor, name: str | None) -> None:
+    """Raises `ValueError` for a sparse gradient."""
+    if param.grad is not None and param.grad.is_sparse:
+        raise ValueError(
+            f"{label(name, param)} has a sparse gradient: accepted are dense ones (sparse=False in "
+            "nn.Embedding)"
+        )
 
 
 def descent_gradient(param: Tensor, group: Group) -> Tensor | None:
