@@ -239,6 +239,11 @@ class InBackward(Passes):
                 f"{what} in the middle of a step, after a backward pass that made updates: "
                 "accepted is after step()"
             )
+        lacking = self._optimizer._not_saved() if self._window.passes else None
+        if lacking is not None:
+            raise ValueError(
+                f"{what} in the middle of a step would lack {lacking}: accepted is after step()"
+            )
 
     def meaning(self, saved_group: Group) -> Composition:
         """The composition of a saved group."""

@@ -57,21 +57,33 @@ def refuse_wrappers(optimizer: LowRankOptimizer) -> None:
     And if a `GradScaler` is in use. Looks at all objects of the process, so it is called once.
     """
     own = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    engine: Any = getattr(sys.modules.get("deepspeed"), "DeepSpeedEngine", ())
-    for found in gc.get_objects():
-        kind = type(found)  # `isinstance` would ask proxies, which may import or compute something
-        if issubclass(kind, torch.amp.GradScaler):
+    for found in _wrappers():
+        if isinstance(found, torch.amp.GradScaler):
             if found._enabled and found._scale is not None:
-                raise ValueError(f"{_SCALER} (if it is in use for another model only)")
-        elif issubclass(kind, (nn.parallel.DistributedDataParallel, engine)) and any(
-            id(param) in own for param in found.parameters()
-        ):
+                raise ValueError(f"{_SCALER} (also of a scaler that another model's loss uses)")
+        elif any(id(param) in own for param in found.parameters()):
             raise ValueError(
-                f"update_in_backward with {kind.__name__}, {_BEFORE}: accepted is "
+                f"update_in_backward with {type(found).__name__}, {_BEFORE}: accepted is "
                 "fully_shard(model), or one process"
             )
     if distributed.is_available() and distributed.is_initialized():
         _warn_of_copies(optimizer)
+
+
+def _wrappers() -> list[Any]:
+    """All scalers, and all models of DDP and DeepSpeed."""
+    wanted: list[Any] = [torch.amp.GradScaler, nn.parallel.DistributedDataParallel]
+    wanted.append(getattr(sys.modules.get("deepspeed"), "DeepSpeedEngine", None))
+    known: dict[type, bool] = {}
+    found = []
+    for made in gc.get_objects():
+        kind = type(made)  # `isinstance` would ask proxies, which may import or compute something
+        match = known.get(kind)
+        if match is None:
+            match = known[kind] = any(base in wanted for base in kind.__mro__)
+        if match:
+            found.append(made)
+    return found
 
 
 def _warn_of_copies(optimizer: LowRankOptimizer) -> None:

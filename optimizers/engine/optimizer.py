@@ -275,6 +275,10 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
         """By parameter id: why its gradient is kept until `step`."""
         return {}
 
+    def _not_saved(self) -> str | None:
+        """What of an unfinished step a `state_dict` can't have, if anything."""
+        return None
+
     def _had_gradient(self, param: Tensor) -> bool:
         """Whether a parameter has or had a gradient in this step."""
         known = self._in_backward
