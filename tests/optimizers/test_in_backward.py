@@ -18,6 +18,7 @@ from lowrank.optimizers import available, build, param_groups, update_in_backwar
 STEPS = 5  # with a refit in the first, the third and the fifth
 FEW = 3
 
+
 @pytest.fixture(autouse=True)
 def quick() -> Iterator[None]:
     with unexamined(), warnings.catch_warnings():
