@@ -20,6 +20,7 @@ from .low_rank_gradients import examine, places_in
 from .options import Group
 from .parameters import unique_names
 from .plan import EVERYTHING, Given, Plan
+from .sharding import local_part
 from .warn import warn_user
 
 _WHOLE_NORM = "norm='exact' with accumulation: the norm of a sum is not known from its terms"
@@ -72,6 +73,13 @@ class InBackward(Passes):
         None without `max_norm`, and before the first step.
         """
         return None if self._norm is None else float(self._norm)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of gradients, and of sums of their projections, that are kept now."""
+        kept = [own.gradient for own in self._window.whole.values()]
+        kept += [own.projected for own in self._window.sums.values()]
+        return sum(int(local_part(tensor).nbytes) for tensor in kept)
 
     def whole(self) -> dict[str, str]:
         """Parameters whose gradients are kept whole until `step()` or the last pass: {name: why}.
