@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -12,6 +11,7 @@ from .options import Group
 from .parameters import label, names, unique_names
 from .processes import Processes
 from .sharding import local_part
+from .warn import warn_user
 
 
 def check_gradients(groups: Iterable[Group]) -> None:
@@ -132,11 +132,10 @@ class SkippedUpdates:
         def count(position: int) -> None:
             param = params[position]
             if not self._counts:
-                warnings.warn(
+                warn_user(
                     f"non-finite gradient of {label(called[position], param)}: this step does not "
                     "update it (warned once; `skipped_by_name()` counts; skip_nonfinite=False "
-                    "turns the check off)",
-                    stacklevel=6,
+                    "turns the check off)"
                 )
             self._counts[param] = self._counts.get(param, 0) + 1
 
