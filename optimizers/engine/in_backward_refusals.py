@@ -42,8 +42,15 @@ def refuse_options(optimizer: LowRankOptimizer) -> None:
             "update_in_backward after share_refreshes() or register_low_rank_hook(), which are for "
             f"DistributedDataParallel, {_BEFORE}: accepted is fully_shard(model)"
         )
+    seen: set[int] = set()
     for group in optimizer.param_groups:
         for param, name in zip(group["params"], names(group), strict=True):
+            if id(param) in seen:
+                raise ValueError(
+                    f"update_in_backward with {label(name, param)} twice in the groups: accepted "
+                    "is once"
+                )
+            seen.add(id(param))
             if partitioned(param) or hasattr(param, "ds_id"):
                 raise ValueError(
                     f"update_in_backward with {label(name, param)} in DeepSpeed's ZeRO, which "

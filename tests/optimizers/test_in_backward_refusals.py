@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lowrank.optimizers import (
+    AdamW,
     GaLoreAdamW,
     build,
     param_groups,
@@ -99,6 +100,14 @@ def test_twice() -> None:
 def test_capturable() -> None:
     with pytest.raises(ValueError, match="capturable=True with update_in_backward: accepted is F"):
         update_in_backward(make(capturable=True)[1])
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_that_is_there_twice() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = AdamW([weight, weight])
+    with pytest.raises(ValueError, match=r"shape \(3,\) twice in the groups: accepted is once"):
+        update_in_backward(optimizer)
 
 
 # Wrappers
