@@ -101,13 +101,21 @@ def build_training(config: RunConfig, world: World) -> Training:
         engine = ZeroEngine(config, model, optimizer, world)
         return Training(model, engine.module, optimizer, engine)
     if strategy != "ddp":
-        handle = begin(optimizer, config.train) if config.train.update_in_backward else None
+        handle = None
+        if config.train.update_in_backward:
+            handle = begin(optimizer, config.train, micro_batches(config, world.size))
         return Training(model, model, optimizer, handle=handle)
     optimizer.share_refreshes()
     module = replicate(model, world)
     if config.distributed.low_rank_gradients:
         _exchange_low_rank(module, optimizer)
     return Training(model, module, optimizer)
+
+
+def micro_batches(config: RunConfig, size: int) -> int:
+    """A process's micro-batches of a step."""
+    shards = config.distributed.data_shards or size
+    return -(-config.train.accumulation * shards // size)
 
 
 def build_optimizer(config: RunConfig, model: LanguageModel) -> Any:
