@@ -215,12 +215,7 @@ class FactoredAdamW(LowRankOptimizer):
             RuntimeError: in the first step, if what FSDP2 or ZeRO leaves whole differs between
                 processes.
         """
-        factors = [g for g in self.param_groups if g.get("factors") and g["params"]]
-        if not self._links and any(self._needs_layers(group) for group in factors):
-            raise ValueError(
-                f"{type(self).__name__} has no layers, since it was copied, pickled or made by "
-                "hand: accepted is attach(model) before the first step"
-            )
+        self._check_before_updates()
         loss = super().step(closure)
         waiting = self._cut is not None and self._cut.waiting
         if not (self._all_stepped or waiting):
@@ -279,6 +274,14 @@ class FactoredAdamW(LowRankOptimizer):
     def _frozen_rows(self, links: Sequence[Link]) -> AbstractContextManager[None]:
         """While layers' frozen weights are read and written."""
         return nullcontext() if self._cut is None else self._cut.frozen_rows(links)
+
+    def _check_before_updates(self) -> None:
+        factors = [g for g in self.param_groups if g.get("factors") and g["params"]]
+        if not self._links and any(self._needs_layers(group) for group in factors):
+            raise ValueError(
+                f"{type(self).__name__} has no layers, since it was copied, pickled or made by "
+                "hand: accepted is attach(model) before the first step"
+            )
 
     def _follow_layers(self) -> None:
         """Takes over parameters that were exchanged, in the layers and in the groups."""
