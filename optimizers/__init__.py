@@ -28,7 +28,9 @@ from .registry import expected_state_bytes as expected_state_bytes
 from .registry import expected_step_traffic as expected_step_traffic
 from .registry import method_table as method_table
 from .registry import option_aliases as option_aliases
+from .weights import Int4Weight as Int4Weight
 from .weights import Int8Weight as Int8Weight
+from .weights import QuantizedWeight as QuantizedWeight
 from .weights import dense_state_dict as dense_state_dict
 from .weights.convert import merge as merge
 

@@ -31,7 +31,6 @@ from ..engine.method import Conversion, method
 from ..engine.optimizer import LowRankOptimizer
 from ..engine.options import Group
 from ..engine.rule_families import ADAMW_8BIT
-from ..weights.convert import to_int8
 
 _BASES = {4: "int4", 8: "int8"}
 
@@ -42,7 +41,7 @@ _BASES = {4: "int4", 8: "int8"}
     summary="Q-GaLore: lazy refreshes, INT4 bases, INT8 weights, 8-bit moments",
     state="m r / 2 + 2 n r bytes",
     weights="m n bytes",
-    conversion=Conversion(to_int8, ("weight_bits", "weight_group_size")),
+    conversion=Conversion.to_quantized(8),
 )
 class QGaLoreAdamW8bit(LowRankOptimizer):
     """Q-GaLore with 8-bit Adam; the official schedule and signs with `refresh="svd"`.
