@@ -116,9 +116,9 @@ def convert(name: str, model: nn.Module, **options: Any) -> nn.Module:
         name: one of `available()`.
         model: the model.
         **options: as for `build`. Methods that leave layers as they are have `weight_bits` (8, 4,
-            or None for dense weights, the default but for `qgalore_adamw_8bit`), `weight_group_size`
-            (256 or 64), `weight_include` (any of "embeddings" and "head", to quantise these too)
-            and `patterns`.
+            or None for dense weights, the default but for `qgalore_adamw_8bit`),
+            `weight_group_size` (256 or 64), `weight_include` (any of "embeddings" and "head", to
+            quantise these too) and `patterns`.
 
     Returns:
         The model.

@@ -55,12 +55,16 @@ def strategy_of(config: RunConfig, size: int) -> str:
         return ALONE
     if asked not in ("fsdp2", "deepspeed"):
         return "ddp"
-    changes = name in TABLE and TABLE[name].conversion is not None
-    if changes and config.optimizer.options.get("weight_bits", 8) is not None:
-        raise ValueError(
-            f"distributed.strategy={asked!r} with optimizer.name={name!r}, which changes the"
-            " model's layers; accepted: ddp, or an optimizer that leaves the layers as they are"
-        )
+    if name in TABLE:
+        conversion = TABLE[name].conversion
+        bits = method_options(config).get("weight_bits", conversion.weight_bits)
+        if conversion.replaces_layers or bits is not None:
+            how = "" if conversion.replaces_layers else f" (weights in {bits} bits)"
+            raise ValueError(
+                f"distributed.strategy={asked!r} with optimizer.name={name!r}, which changes the"
+                f" model's layers{how}; accepted: ddp, or an optimizer that leaves the layers as"
+                " they are, with model.weight_bits=16"
+            )
     if asked == "deepspeed" and config.distributed.zero_stage == 3 and config.model.compile:
         raise ValueError(
             "model.compile is True with distributed.zero_stage=3, whose hooks have the model"
@@ -99,9 +103,36 @@ def build_training(config: RunConfig, world: World) -> Training:
     return Training(model, module, optimizer)
 
 
+def method_options(config: RunConfig) -> dict[str, Any]:
+    """The options of a run's optimizer, `model.weight_bits` among them.
+
+    Raises:
+        ValueError: `model.weight_bits` contradicts the optimizer's option of that name, or the
+            method has no quantised weights.
+    """
+    options, name, asked = dict(config.optimizer.options), config.optimizer.name, "weight_bits"
+    bits = config.model.weight_bits
+    if bits is None or name not in TABLE:
+        return options
+    own = None if bits == 16 else bits
+    if asked in options and options[asked] != own:
+        raise ValueError(
+            f"model.weight_bits={bits} and optimizer.weight_bits={options[asked]!r} contradict each"
+            " other; accepted: one of the two"
+        )
+    if asked in TABLE[name].conversion.options:
+        options[asked] = own
+    elif own is not None:
+        raise ValueError(
+            f"model.weight_bits={bits} with optimizer.name={name!r}, which replaces the layers;"
+            " accepted: 16, or an optimizer that leaves the layers as they are"
+        )
+    return options
+
+
 def build_optimizer(config: RunConfig, model: LanguageModel) -> Any:
     """The run's optimizer."""
-    options = dict(config.optimizer.options)
+    options = method_options(config)
     if accepts(config.optimizer.name, "total_steps"):
         options.setdefault("total_steps", config.train.steps)
     return build(config.optimizer.name, model.network, lr=config.optimizer.lr, **options)

@@ -94,7 +94,7 @@ def to_quantized(
 def _check_present(model: nn.Module, bits: int | None, *, given: bool) -> None:
     """Raises `ValueError` if a weight is quantised to another width than the one asked for."""
     for name, param in model.named_parameters():
-        if given and isinstance(param, QuantizedWeight) and param.BITS != bits:
+        if given and isinstance(param, QuantizedWeight) and bits != param.BITS:
             raise ValueError(
                 f"weight_bits={bits} for a model whose {name} is in {param.BITS} bits already: "
                 f"accepted are weight_bits={param.BITS}, or merge(model) before, which makes it "
@@ -108,12 +108,12 @@ def _targets(
     """Layers to quantise, without those that are; all owners of a tied weight, or none."""
     targets: list[nn.Linear | nn.Embedding] = list(projected_layers(model, patterns))
     for name, module in model.named_modules():
+        matched = any(pattern in name for pattern in patterns)
         if isinstance(module, nn.Embedding) and "embeddings" in include:
             _check_embedding(name, module)
             targets.append(module)
-        elif isinstance(module, nn.Linear) and "head" in include and module not in targets:
-            if not any(pattern in name for pattern in patterns):
-                targets.append(module)
+        elif isinstance(module, nn.Linear) and "head" in include and not matched:
+            targets.append(module)
     targets = [
         layer
         for layer in targets
@@ -121,20 +121,22 @@ def _targets(
         and layer.weight.requires_grad
         and not isinstance(layer.weight, QuantizedWeight)
     ]
-    chosen = {id(layer.weight) for layer in targets}
-    for name, module in model.named_modules():
+    _check_tied(model, targets, include)
+    return targets
+
+
+def _check_tied(model: nn.Module, targets: Sequence[nn.Module], include: Sequence[str]) -> None:
+    """Raises `ValueError` if a weight is also that of a module which stays dense."""
+    chosen = {id(layer.weight): layer for layer in targets}
+    names = {module: name for name, module in model.named_modules()}
+    for module, called in names.items():
         for own, param in module.named_parameters(recurse=False):
             if id(param) in chosen and (module not in targets or own != "weight"):
-                other = next(
-                    n
-                    for n, m in model.named_modules()
-                    if m in targets and m is not module and getattr(m, "weight", None) is param
-                )
                 raise ValueError(
-                    f"weight_include={tuple(include)!r}: {other}.weight is also {name}.{own}, which "
-                    f"is not included: accepted is {INCLUDE!r} for both, or untied weights"
+                    f"weight_include={tuple(include)!r}: {names[chosen[id(param)]]}.weight is also "
+                    f"{called}.{own}, which is not included: accepted are both (weight_include="
+                    f"{INCLUDE!r}), or untied weights"
                 )
-    return targets
 
 
 def _check_embedding(name: str, module: nn.Embedding) -> None:

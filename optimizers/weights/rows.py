@@ -94,7 +94,7 @@ def _bfloat16_rows(weight: Tensor, rows: RowRange, seed: int) -> Iterator[tuple[
 
 
 def weight_chunks(weight: Tensor) -> Iterator[slice]:
-    """`row_chunks` that end where a block of 8-bit moments and a group of a quantised weight end."""
+    """`row_chunks` that end at ends of blocks of 8-bit moments and of groups of the weight."""
     block = lcm(BLOCK, weight.group_size) if isinstance(weight, QuantizedWeight) else BLOCK
     return row_chunks(weight, block=block)
 

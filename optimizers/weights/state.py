@@ -118,8 +118,8 @@ def _nearest(own: QuantizedWeight, dense: Tensor) -> QuantizedWeight:
 def dense_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """A module's state dict on the CPU, as of the equivalent dense model.
 
-    Quantised weights are dense under their own names, and a factored layer has its effective `weight`.
-    A dense model and other tools can load it: for a Hugging Face model
+    Quantised weights are dense under their own names, and a factored layer has its effective
+    `weight`. A dense model and other tools can load it: for a Hugging Face model
     `model.save_pretrained(folder, state_dict=dense_state_dict(model))`.
     """
     layers = dict(factored_layers(module))

@@ -206,7 +206,7 @@ def test_convert_errors() -> None:
     with pytest.raises(ValueError, match="unknown optimizer 'qgalore'"):
         convert("qgalore", tiny_model())
     with pytest.raises(ValueError, match="weight_bits"):
-        convert("galore_adamw", tiny_model(), weight_bits=8)
+        convert("relora_adamw", tiny_model(), weight_bits=8)
 
 
 # Several processes
