@@ -12,6 +12,8 @@ from .engine.low_rank_hook import LowRankHook as LowRankHook
 from .engine.low_rank_hook import register_low_rank_hook as register_low_rank_hook
 from .engine.method import exported as _exported
 from .engine.optimizer import LowRankOptimizer as LowRankOptimizer
+from .layers.compressed import Compression as Compression
+from .layers.compressed import compress_activations as compress_activations
 from .layers.events import LayerEvent as LayerEvent
 from .layers.optimizer import FactoredAdamW as FactoredAdamW
 from .memory import state_bytes as state_bytes

@@ -47,6 +47,10 @@ class ModelConfig:
             dense). The optimizer's option of that name may not contradict it;
             `optimizer.weight_include` and `optimizer.weight_group_size` go with it.
         activation_checkpointing: recompute each block in the backward pass.
+        compressed_activations: columns to which the inputs that projected layers keep for the
+            backward pass are compressed (CompAct); 0 keeps them whole. Gradients of these weights
+            are then exact on average only.
+        compression_gap: steps between draws of the random projections.
         compile: run the blocks through `torch.compile`.
         initial: a checkpoint's folder (a run's or Hugging Face's, with `model.safetensors`) whose
             weights the run starts from, "" for random ones; ReLoRA's full-rank warm start.
@@ -64,6 +68,8 @@ class ModelConfig:
     dtype: str = "float32"
     weight_bits: int | None = None
     activation_checkpointing: bool = False
+    compressed_activations: int = 0
+    compression_gap: int = 50
     compile: bool = False
     initial: str = ""
 
@@ -87,6 +93,17 @@ class ModelConfig:
             value = getattr(self, key)
             _require(value > 0, f"model.{key}", value, "a positive number")
         _require(self.dtype in DTYPES, "model.dtype", self.dtype, " or ".join(DTYPES))
+        rank = self.compressed_activations
+        _require(rank >= 0, "model.compressed_activations", rank, "0 (off) or a number of columns")
+        _require(
+            not rank or not (self.activation_checkpointing or self.compile),
+            "model.compressed_activations",
+            rank,
+            "0 with model.activation_checkpointing, which keeps none of these inputs, and with"
+            " model.compile",
+        )
+        gap = self.compression_gap
+        _require(gap >= 1, "model.compression_gap", gap, "a number of steps, at least 1")
         bits = self.weight_bits
         _require(bits in WEIGHT_BITS, "model.weight_bits", bits, "16, 8, 4 or null")
 

@@ -88,6 +88,7 @@ class Loop:
         batches = parts.stream.step()
         for batch in batches:
             count_targets(parts.counts, batch.targets)
+        parts.model.begin_step(state.step)
         gradient = compute_gradient(
             parts.module,
             batches,

@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lowrank.optimizers as optimizers
-from lowrank.optimizers import accepts, build
+from lowrank.optimizers import accepts, build, compress_activations
 from lowrank.optimizers.engine.method import TABLE
+from lowrank.optimizers.param_groups import PATTERNS
 
 from .config import RunConfig
 from .distributed import World
@@ -65,6 +66,11 @@ def strategy_of(config: RunConfig, size: int) -> str:
                 f" model's layers{how}; accepted: ddp, or an optimizer that leaves the layers as"
                 " they are, with model.weight_bits=16"
             )
+    if config.model.compressed_activations:
+        raise ValueError(
+            f"distributed.strategy={asked!r} with model.compressed_activations="
+            f"{config.model.compressed_activations}; accepted: ddp, or 0"
+        )
     if asked == "deepspeed" and config.distributed.zero_stage == 3 and config.model.compile:
         raise ValueError(
             "model.compile is True with distributed.zero_stage=3, whose hooks have the model"
@@ -91,6 +97,14 @@ def build_training(config: RunConfig, world: World) -> Training:
     if config.model.initial:
         load_initial(model.network, Path(config.model.initial))
     optimizer = build_optimizer(config, model)
+    if config.model.compressed_activations:
+        model.compression = compress_activations(
+            model.network,
+            config.model.compressed_activations,
+            gap=config.model.compression_gap,
+            seed=seed,
+            patterns=method_options(config).get("patterns", PATTERNS),
+        )
     if strategy == "deepspeed":
         engine = ZeroEngine(config, model, optimizer, world)
         return Training(model, engine.module, optimizer, engine)

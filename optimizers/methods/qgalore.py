@@ -17,8 +17,8 @@ Differences: the released code stores one code of P per byte; clips weight group
 here each group's range includes zero; updates dense copies of bf16 weights in bf16; rounds the
 low-rank update to the weight's precision before the back-projection; stores the weight's gradient
 in an attribute that clipping and DDP ignore; and does not train norms, embeddings and head when
-updating layer by layer. `build` quantises the weights (`weight_bits=None` leaves them dense, 4 takes
-four bits, see `cuda.int4_update`); the class itself accepts any parameters, INT8 or not.
+updating layer by layer. `build` quantises the weights (`weight_bits=None` leaves them dense, 4 is
+in `cuda.int4_update`); the class itself accepts any parameters, INT8 or not.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from .formats import GROUP_SIZES
 from .int4 import Int4Weight
 from .int8 import Int8Weight
 from .quantized import QuantizedWeight
-from .state import attach, detach
+from .state import attach, detach, is_attached
 
 #: Names of the options of `to_quantized`.
 OPTIONS = ("weight_bits", "weight_group_size", "weight_include")
@@ -92,7 +92,17 @@ def to_quantized(
 
 
 def _check_present(model: nn.Module, bits: int | None, *, given: bool) -> None:
-    """Raises `ValueError` if a weight is quantised to another width than the one asked for."""
+    """Raises `ValueError` if a weight is in another width than asked for, or not quantised anymore.
+
+    Wrappers that cut weights into shards (FSDP2) cut a dense copy.
+    """
+    for name, module in model.named_modules():
+        if is_attached(module) and not isinstance(module.weight, QuantizedWeight):
+            raise ValueError(
+                f"{name}.weight was quantised, and is a {type(module.weight).__name__} now: "
+                "accepted are dense weights (weight_bits=None) for fully_shard and other wrappers "
+                "that shard weights"
+            )
     for name, param in model.named_parameters():
         if given and isinstance(param, QuantizedWeight) and bits != param.BITS:
             raise ValueError(

@@ -31,6 +31,11 @@ def attach(module: nn.Module) -> None:
     module.register_load_state_dict_pre_hook(join_weight)  # type: ignore[no-untyped-call]
 
 
+def is_attached(module: nn.Module) -> bool:
+    """Whether a module has the hooks."""
+    return any(saved is split_weight for saved in module._state_dict_hooks.values())
+
+
 def detach(module: nn.Module) -> None:
     """Removes the hooks."""
     for key, saved in list(module._state_dict_hooks.items()):
