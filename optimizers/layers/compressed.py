@@ -6,9 +6,9 @@ alone. Here it is projected in the forward pass,
 
     z = x Q,   Q: n x r with entries N(0, 1/r),   dW = (dy^T z) Q^T
 
-and T r numbers are kept instead of T n. E[Q Q^T] = I, so that dW is the gradient on average, of rank
-r and in the row space of Q^T. Q is drawn anew, from (seed, the layer's name, step // gap), each
-time it is used. Gradients of x and of the bias are exact.
+and T r numbers are kept instead of T n. E[Q Q^T] = I, so that dW is the gradient on average. It has
+rank r and its rows are in the space of Q's columns. Q is drawn anew, from (seed, the layer's name,
+step // gap), each time it is used. Gradients of x and of the bias are exact.
 
 Differences from the paper: dW is expanded to m x n, so that any optimizer takes it; one that
 projects on the right finds the space of Q itself. Layers that share their input each keep a
@@ -151,7 +151,7 @@ def compress_activations(
         A handle with `step` and `remove()`.
 
     Raises:
-        ValueError: an option is out of range, no layer matches, or one has a forward pass of its own.
+        ValueError: an option is out of range, no layer matches, or one is of another class.
     """
     checks.integer("rank", rank, low=1)
     checks.integer("gap", gap, low=1)

@@ -105,7 +105,7 @@ def test_wrong_use_is_named() -> None:
     model = tiny_model()
     with pytest.raises(ValueError, match="rank=0"):
         compress_activations(model, 0)
-    with pytest.raises(ValueError, match="no nn.Linear"):
+    with pytest.raises(ValueError, match=r"no nn\.Linear"):
         compress_activations(model, 4, patterns=["nothing"])
     compress_activations(model, 4)
     with pytest.raises(ValueError, match="q_proj is a CompressedLinear"):
