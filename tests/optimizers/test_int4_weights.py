@@ -249,8 +249,8 @@ def test_first_weights_are_the_nearest(kind: type[QuantizedWeight]) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(ValueError, match="accepted are copy_"), torch.no_grad():
         weight.lerp_(dense, 0.01)
-    weight.data = dense
-    assert same(weight, before)
+    weight.data = 5 * dense
+    assert same(weight, kind.quantize(5 * dense, 64))
 
 
 # Copies and files

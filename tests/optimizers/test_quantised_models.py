@@ -133,18 +133,23 @@ def test_embeddings_that_are_changed_in_forward_are_refused() -> None:
 @pytest.mark.parametrize("name", available())
 def test_every_method_rounds_bfloat16_stochastically(name: str) -> None:
     """Updates far below bf16's precision are lost to the nearest, and arrive on average."""
-    model = tiny_model(dtype=torch.bfloat16)
     options = OPTIONS.get(name, {}) | (
         {"weight_bits": None} if "weight_bits" in TABLE[name].conversion.options else {}
     )
-    optimizer = build(name, model, lr=1e-5, rank=4, stochastic_rounding=True, **options)
-    start = model.embed_tokens.weight.detach().double().clone()
-    for _ in range(3):
-        for param in model.parameters():
-            if param.requires_grad:
-                param.grad = torch.ones_like(param)
-        optimizer.step()
-    moved = model.embed_tokens.weight.detach().double() - start
-    assert (moved != 0).any()
-    assert (moved == 0).any()
-    assert float(moved.mean()) < 0
+    if name == "galore_plus_adamw":
+        options = {}
+    moved = []
+    for stochastic in (False, True):
+        model = tiny_model(dtype=torch.bfloat16)
+        with torch.no_grad():
+            model.embed_tokens.weight.fill_(1.0)
+        optimizer = build(name, model, lr=1e-4, rank=4, stochastic_rounding=stochastic, **options)
+        for _ in range(3):
+            for param in model.parameters():
+                if param.requires_grad:
+                    param.grad = torch.ones_like(param)
+            optimizer.step()
+        moved.append(model.embed_tokens.weight.detach().double() - 1)
+    assert (moved[0] == 0).all()
+    assert (moved[1] < 0).any()
+    assert (moved[1] == 0).any()
