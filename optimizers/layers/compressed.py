@@ -94,15 +94,14 @@ class _Compressed(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, seed: int, rank: int
     ) -> Tensor:
-        quantised = isinstance(weight, QuantizedWeight)
-        parts: Sequence[Tensor] = (
-            weight.parts() if isinstance(weight, QuantizedWeight) else (weight,)
-        )
-        ctx.layout = weight.layout() if isinstance(weight, QuantizedWeight) else None
+        parts: Sequence[Tensor] = (weight,)
+        ctx.layout, dense = None, weight
+        if isinstance(weight, QuantizedWeight):
+            parts, ctx.layout = weight.parts(), weight.storage_format()
+            dense = weight.dequantize(x.dtype)
         ctx.draw, ctx.weight_dtype = (x.shape[1], rank, seed), weight.dtype
         ctx.save_for_backward(x @ _matrix(ctx.draw, x), *parts)
-        dense = weight.dequantize(x.dtype) if quantised else weight.to(x.dtype)
-        return functional.linear(x, dense, bias)
+        return functional.linear(x, dense.to(x.dtype), bias)
 
     @staticmethod
     @once_differentiable

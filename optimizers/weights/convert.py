@@ -57,8 +57,8 @@ def to_quantized(
     bits = default_bits if isinstance(weight_bits, EllipsisType) else weight_bits
     checks.choice("weight_bits", bits, (8, 4, None))
     include = (weight_include,) if isinstance(weight_include, str) else tuple(weight_include)
-    for part in include:
-        checks.choice("weight_include", part, INCLUDE)
+    for asked in include:
+        checks.choice("weight_include", asked, INCLUDE)
     if weight_group_size is not None:
         checks.integer("weight_group_size", weight_group_size, low=1)
         if bits == 4 and weight_group_size % 2:
@@ -69,9 +69,9 @@ def to_quantized(
     _check_present(model, bits, given=not isinstance(weight_bits, EllipsisType))
     if bits is None:
         if include or weight_group_size is not None:
-            name = "weight_include" if include else "weight_group_size"
-            value = include or weight_group_size
-            raise ValueError(f"{name}={value!r} with dense weights: accepted with weight_bits=8, 4")
+            said = f"weight_include={include!r}" if include else ""
+            said = said or f"weight_group_size={weight_group_size}"
+            raise ValueError(f"{said} with dense weights: accepted with weight_bits=8 or 4")
         return
     targets = _targets(model, patterns, include)
     if not targets:

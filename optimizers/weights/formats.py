@@ -154,7 +154,8 @@ class Format8(Format):
         self, parts: Parts, new: Tensor, old: Tensor, seed: int | None, first: int, turn: int
     ) -> None:
         """See `Format.store`: each changed group gets its own new range."""
-        store_changed(new, old, *parts, self.group_size, signed_seed(seed), first)
+        codes, scales, zeros = parts
+        store_changed(new, old, codes, scales, zeros, self.group_size, signed_seed(seed), first)
 
     def _codes_at(self, codes: Tensor, places: Tensor) -> Tensor:
         return codes.view(-1)[places].unsqueeze(1)

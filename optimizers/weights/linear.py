@@ -20,7 +20,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
         # The parts themselves, so that autograd detects a weight that changed in between.
         ctx.save_for_backward(x, *weight.parts())
-        ctx.layout, ctx.weight_dtype = weight.layout(), weight.dtype
+        ctx.layout, ctx.weight_dtype = weight.storage_format(), weight.dtype
         return functional.linear(x, weight.dequantize(x.dtype), bias)
 
     @staticmethod

@@ -86,17 +86,17 @@ class QuantizedWeight(Tensor):
         layout = FORMATS[cls.BITS](tuple(dense.shape), size)
         return cls.of_parts(layout.encode(dense), dense.shape, size)
 
-    def layout(self) -> Format:
+    def storage_format(self) -> Format:
         """How the parts are to be read."""
         return FORMATS[self.BITS](tuple(self.shape), self.group_size)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """A dense copy, in the apparent dtype unless another is given; no gradient flows to it."""
-        return self.layout().dense(self.parts(), dtype or self.scales.dtype)
+        return self.storage_format().dense(self.parts(), dtype or self.scales.dtype)
 
     def rows_at(self, indices: Tensor) -> Tensor:
         """Rows of the weight, (..., n) for indices of shape (...), in the apparent dtype."""
-        return self.layout().rows_at(self.parts(), indices, self.scales.dtype)
+        return self.storage_format().rows_at(self.parts(), indices, self.scales.dtype)
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
@@ -123,7 +123,7 @@ class QuantizedWeight(Tensor):
 
     def entries(self, start: int, stop: int) -> Chunk:
         """The flattened entries [start, stop), which must be whole groups."""
-        layout = self.layout()
+        layout = self.storage_format()
         return Chunk(layout, layout.part(self.parts(), start, stop), stop - start)
 
     def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
@@ -142,9 +142,7 @@ class QuantizedWeight(Tensor):
     def like_parameter(self, parts: Parts) -> Self:
         """A weight of the same layout, that is a parameter and has a gradient if this one does."""
         made = self.of_parts(parts, self.shape, self.group_size, self.requires_grad)
-        if isinstance(self, nn.Parameter):
-            return nn.Parameter(made, self.requires_grad)  # type: ignore[return-value]
-        return made
+        return nn.Parameter(made, self.requires_grad) if is_parameter(self) else made  # type: ignore[return-value]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         if id(self) not in memo:
@@ -204,7 +202,12 @@ class QuantizedWeight(Tensor):
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        return run(QuantizedWeight, func, args, kwargs or {})
+        return run(QuantizedWeight, func, args, kwargs or {})  # type: ignore[type-abstract]
+
+
+def is_parameter(tensor: Tensor) -> bool:
+    """Whether a tensor is an `nn.Parameter`; of a subclass type checkers deny it."""
+    return isinstance(tensor, nn.Parameter)
 
 
 def _set_data(weight: Tensor, value: Tensor) -> None:
@@ -220,7 +223,7 @@ def _set_data(weight: Tensor, value: Tensor) -> None:
             f"{weight.device}: accepted are the same; module.to(...) moves and casts"
         )
     if isinstance(value, type(weight)) and value.group_size == weight.group_size:
-        for name, part in zip(weight.layout().PARTS, value.parts(), strict=True):
+        for name, part in zip(weight.storage_format().PARTS, value.parts(), strict=True):
             setattr(weight, name, part)
     else:
         weight.assign(value.dequantize() if isinstance(value, QuantizedWeight) else value)

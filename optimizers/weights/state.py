@@ -57,7 +57,7 @@ def split_weight(
     # Keeps the order of entries; few follow, since this module was saved last.
     following = list(takewhile(lambda key: key != name, reversed(state_dict)))
     del state_dict[name]
-    for part, tensor in zip(weight.layout().PARTS, weight.parts(), strict=True):
+    for part, tensor in zip(weight.storage_format().PARTS, weight.parts(), strict=True):
         state_dict[f"{name}.{part}"] = tensor
     state_dict[f"{name}.{GROUP_SIZE}"] = torch.tensor(weight.group_size, device="cpu")
     for key in reversed(following):
@@ -115,7 +115,7 @@ def join_weight(
 
 def _nearest(own: QuantizedWeight, dense: Tensor) -> QuantizedWeight:
     """A copy of a weight, with other values: the nearest, and the same codes for equal ones."""
-    made = own.detach().clone()
+    made = own.like([part.clone() for part in own.parts()])
     made.assign(dense, nearest=True)
     return made
 

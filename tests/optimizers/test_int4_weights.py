@@ -203,12 +203,12 @@ def test_dense_memory_is_refused_by_name(kind: type[QuantizedWeight]) -> None:
 def test_a_running_average_follows(kind: type[QuantizedWeight]) -> None:
     """w <- 0.99 w + 0.01 t through copy_: to the nearest it would never move."""
     torch.manual_seed(0)
-    target = (0.2 * matrix(64, 64, 5)).float()
-    weight = nn.Parameter(kind.quantize((0.2 * matrix(64, 64, 0)).float(), 64))
+    target = (0.2 * matrix(16, 64, 5)).float()
+    weight = nn.Parameter(kind.quantize((0.2 * matrix(16, 64, 0)).float(), 64))
     start = float((weight.dequantize() - target).norm())
     with torch.no_grad():
-        for _ in range(400):
-            weight.copy_(0.99 * weight.dequantize() + 0.01 * target)
+        for _ in range(200):
+            weight.copy_(0.98 * weight.dequantize() + 0.02 * target)
     # exp(-4) of the distance, and the rounding's
     assert float((weight.dequantize() - target).norm()) < (0.25 if kind is Int4Weight else 0.1) * (
         start
@@ -354,21 +354,20 @@ def test_the_seed_of_four_bits_is_the_weights_own() -> None:
 @pytest.mark.parametrize("include", [(), ("embeddings", "head")], ids=["projected", "all"])
 def test_no_temporary_of_the_weights_size(include: tuple[str, ...]) -> None:
     torch.manual_seed(0)
-    model = nn.ModuleDict({"mlp": nn.Linear(1536, 1024, bias=False)}).to(torch.bfloat16)
-    name = "galore_adamw_8bit"
+    model = nn.ModuleDict({"mlp": nn.Linear(1536, 768, bias=False)}).to(torch.bfloat16)
     if include:
-        model = nn.ModuleDict({"mlp": nn.Linear(8, 8), "wte": nn.Embedding(1024, 1536)})
+        model = nn.ModuleDict({"mlp": nn.Linear(8, 8), "wte": nn.Embedding(768, 1536)})
         model = model.to(torch.bfloat16)
-    optimizer = build(name, model, rank=8, weight_bits=4, weight_include=include)
-    for _ in range(2):
-        for param in model.parameters():
-            param.grad = torch.randn(param.shape, dtype=torch.bfloat16)
-        optimizer.step()
+    options = {"rank": 8, "weight_bits": 4, "weight_include": include}
+    optimizer = build("apollo_adamw", model, **options)
+    for param in model.parameters():
+        param.grad = torch.randn(param.shape, dtype=torch.bfloat16)
+    optimizer.step()
     with torch.profiler.profile(profile_memory=True) as profile:
         optimizer.step()
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert largest <= 4 * (1 << 18) + 4 * 1536  # one fp32 chunk
-    assert largest < 1024 * 1536
+    assert largest < 768 * 1536
 
 
 def test_bytes_of_both_widths() -> None:

@@ -136,8 +136,6 @@ def test_every_method_rounds_bfloat16_stochastically(name: str) -> None:
     options = OPTIONS.get(name, {}) | (
         {"weight_bits": None} if "weight_bits" in TABLE[name].conversion.options else {}
     )
-    if name == "galore_plus_adamw":
-        options = {}
     moved = []
     for stochastic in (False, True):
         model = tiny_model(dtype=torch.bfloat16)
