@@ -28,6 +28,7 @@ from .registry import convert as convert
 from .registry import describe as describe
 from .registry import expected_state_bytes as expected_state_bytes
 from .registry import expected_step_traffic as expected_step_traffic
+from .registry import expected_weight_bytes as expected_weight_bytes
 from .registry import method_table as method_table
 from .registry import option_aliases as option_aliases
 from .weights import Int4Weight as Int4Weight

@@ -15,7 +15,7 @@ from .engine.optimizer import LowRankOptimizer
 from .engine.options import make_plain
 from .engine.parameters import check_placement
 from .engine.replaced import Watch
-from .layers.convert import meta_copy
+from .layers.convert import factored_layers, meta_copy
 from .layers.optimizer import FactoredAdamW
 from .traffic import step_bytes
 
@@ -199,6 +199,26 @@ def expected_state_bytes(name: str, model: nn.Module, world: int = 1, **options:
             if param.numel():
                 total += composition.state_bytes(param.shape, param.element_size(), world)
     return total
+
+
+def expected_weight_bytes(name: str, model: nn.Module, **options: Any) -> int:
+    """Bytes of a model's parameters and buffers as `build` would leave them, by formula.
+
+    Quantised weights count with codes and scales, tied ones once; buffers that a state dict leaves
+    out count too.
+
+    Args:
+        name: one of `available()`.
+        model: the model, which stays as it is; it may be on the meta device.
+        **options: as for `build`.
+
+    Raises:
+        ValueError: as `build`.
+    """
+    made = convert(name, meta_copy(model), **options)
+    host = [getattr(layer, n) for _, layer in factored_layers(made) for n in layer.host_tensors()]
+    tensors = {id(tensor): tensor for tensor in (*made.parameters(), *made.buffers(), *host)}
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def expected_step_traffic(name: str, model: nn.Module, world: int, **options: Any) -> int:

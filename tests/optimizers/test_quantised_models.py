@@ -17,10 +17,12 @@ from lowrank.optimizers import (
     build,
     convert,
     expected_state_bytes,
+    expected_weight_bytes,
     merge,
     state_bytes,
 )
 from lowrank.optimizers.engine.method import TABLE
+from lowrank.optimizers.layers.convert import factored_layers
 
 KEEPING = [name for name in available() if not TABLE[name].conversion.replaces_layers]
 OPTIONS: dict[str, dict[str, Any]] = {"galore_plus_adamw": {"heads": 2}}
@@ -58,6 +60,30 @@ def test_every_method_trains_them(name: str, bits: int) -> None:
         slope = float(quantised.flatten() @ dense / dense.square().sum())
         spread = float(noise.std()) / float(dense.norm())
         assert abs(slope - 1) < 5 * spread + 0.15, key
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("galore_adamw", {}),
+        ("qgalore_adamw_8bit", {}),
+        ("apollo_adamw", {"weight_bits": 4, "weight_include": ALL, "weight_group_size": 20}),
+        ("sltrain_adamw", {"rank": 4}),
+        ("switchlora_adamw", {"rank": 4, "offload": True}),
+    ],
+)
+def test_weight_bytes_are_known_before(name: str, options: dict[str, Any]) -> None:
+    model = tiny_model(dtype=torch.bfloat16)
+    expected = expected_weight_bytes(name, model, **options)
+    assert all(type(param) is nn.Parameter for param in model.parameters())
+    assert expected_weight_bytes(name, model.to("meta"), **options) == expected
+    model = convert(name, tiny_model(dtype=torch.bfloat16), **options)
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [
+        getattr(layer, host) for _, layer in factored_layers(model) for host in layer.host_tensors()
+    ]
+    parts = [p for t in tensors for p in (t.parts() if isinstance(t, QuantizedWeight) else (t,))]
+    assert sum(part.untyped_storage().nbytes() for part in parts) == expected
 
 
 @pytest.mark.parametrize("bits", [8, 4])
