@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from types import EllipsisType
 
 from torch import nn
@@ -83,7 +84,8 @@ def to_quantized(
         weight = layer.weight
         assert isinstance(weight, nn.Parameter)
         if id(weight) not in made:
-            made[id(weight)] = nn.Parameter(KINDS[bits].quantize(weight, size))
+            quantised = KINDS[bits].quantize(weight, size)
+            made[id(weight)] = nn.Parameter(quantised, weight.requires_grad)
         layer.weight = made[id(weight)]
         attach(layer)
     whole = sum(param.numel() for param in model.parameters())
@@ -116,20 +118,25 @@ def _targets(
     model: nn.Module, patterns: Sequence[str], include: Sequence[str]
 ) -> list[nn.Linear | nn.Embedding]:
     """Layers to quantise, without those that are; all owners of a tied weight, or none."""
-    targets: list[nn.Linear | nn.Embedding] = list(projected_layers(model, patterns))
+    others: dict[str, list[nn.Linear | nn.Embedding]] = {part: [] for part in include}
     for name, module in model.named_modules():
         matched = any(pattern in name for pattern in patterns)
-        if isinstance(module, nn.Embedding) and "embeddings" in include:
+        if isinstance(module, nn.Embedding) and "embeddings" in others:
             _check_embedding(name, module)
-            targets.append(module)
-        elif isinstance(module, nn.Linear) and "head" in include and not matched:
-            targets.append(module)
+            others["embeddings"].append(module)
+        elif isinstance(module, nn.Linear) and "head" in others and not matched:
+            others["head"].append(module)
+    for part, found in others.items():
+        if not found:
+            what = "nn.Embedding" if part == "embeddings" else "nn.Linear that no pattern matches"
+            raise ValueError(
+                f"weight_include={tuple(include)!r}: {type(model).__name__} has no {what}; "
+                f"accepted are parts that it has, without {part!r}"
+            )
     targets = [
         layer
-        for layer in targets
-        if layer.weight.numel()
-        and layer.weight.requires_grad
-        and not isinstance(layer.weight, QuantizedWeight)
+        for layer in (*projected_layers(model, patterns), *chain(*others.values()))
+        if layer.weight.numel() and not isinstance(layer.weight, QuantizedWeight)
     ]
     _check_tied(model, targets, include)
     return targets

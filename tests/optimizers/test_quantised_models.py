@@ -143,6 +143,24 @@ def test_bad_options_change_nothing(options: dict[str, Any], message: str) -> No
     assert not any(isinstance(p, QuantizedWeight) for p in model.parameters())
 
 
+def test_frozen_embeddings_and_parts_that_are_missing() -> None:
+    model = tiny_model()
+    model.embed_tokens.requires_grad_(False)
+    optimizer = build("adamw", model, weight_bits=4, weight_include="embeddings")
+    weight = model.embed_tokens.weight
+    assert isinstance(weight, Int4Weight)
+    assert not weight.requires_grad
+    codes = weight.codes.clone()
+    model(torch.arange(8).view(1, 8)).sum().backward()
+    optimizer.step()
+    assert torch.equal(weight.codes, codes)
+    model = nn.ModuleDict({"mlp": nn.Linear(8, 8)})
+    for part, missing in (("embeddings", "nn.Embedding"), ("head", "nn.Linear that no pattern")):
+        with pytest.raises(ValueError, match=rf"has no {missing}.* without '{part}'"):
+            build("galore_adamw", model, rank=4, weight_bits=4, weight_include=part)
+        assert type(model["mlp"].weight) is nn.Parameter
+
+
 def test_methods_that_replace_layers_have_no_such_option() -> None:
     with pytest.raises(ValueError, match="unknown option of relora_adamw 'weight_bits'"):
         build("relora_adamw", tiny_model(), rank=4, weight_bits=8)
