@@ -14,6 +14,8 @@ from .engine.low_rank_hook import LowRankHook as LowRankHook
 from .engine.low_rank_hook import register_low_rank_hook as register_low_rank_hook
 from .engine.method import exported as _exported
 from .engine.optimizer import LowRankOptimizer as LowRankOptimizer
+from .layers.compressed import Compression as Compression
+from .layers.compressed import compress_activations as compress_activations
 from .layers.events import LayerEvent as LayerEvent
 from .layers.optimizer import FactoredAdamW as FactoredAdamW
 from .memory import state_bytes as state_bytes
@@ -28,9 +30,12 @@ from .registry import convert as convert
 from .registry import describe as describe
 from .registry import expected_state_bytes as expected_state_bytes
 from .registry import expected_step_traffic as expected_step_traffic
+from .registry import expected_weight_bytes as expected_weight_bytes
 from .registry import method_table as method_table
 from .registry import option_aliases as option_aliases
+from .weights import Int4Weight as Int4Weight
 from .weights import Int8Weight as Int8Weight
+from .weights import QuantizedWeight as QuantizedWeight
 from .weights import dense_state_dict as dense_state_dict
 from .weights.convert import merge as merge
 

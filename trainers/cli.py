@@ -29,6 +29,7 @@ settings that matter, for --set (the folder's config.yaml lists all of them):
   schedule.name=cosine|linear|wsd|constant, schedule.warmup_ratio
   eval.every, eval.tokens, checkpoint.every, checkpoint.keep
   model.dtype=float32|bfloat16, model.activation_checkpointing, model.compile
+  model.weight_bits=16|8|4, model.compressed_activations=COLUMNS
   distributed.strategy=auto|ddp|fsdp2|deepspeed (under torchrun), distributed.timeout
   log.wandb=true
 

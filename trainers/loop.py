@@ -91,6 +91,7 @@ class Loop:
         batches = parts.stream.step()
         for batch in batches:
             count_targets(parts.counts, batch.targets)
+        parts.model.begin_step(state.step)
         self._events.clear()
         self._layer_events.clear()
         gradient, reason, kept = self._take(batches)
