@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lowrank.optimizers import FactoredAdamW, LayerEvent, RefreshEvent
+from lowrank.optimizers import LayerEvent, RefreshEvent
 
 from .checkpoint import CheckpointStore
 from .evaluation import Evaluation, count_targets, evaluate
@@ -61,8 +61,9 @@ class Loop:
         """
         parts, steps = self._parts, self._parts.config.train.steps
         handles = [parts.optimizer.register_refresh_hook(self._events.append)]  # type: ignore[attr-defined]
-        if isinstance(parts.optimizer, FactoredAdamW):
-            handles.append(parts.optimizer.register_event_hook(self._layer_events.append))
+        register = getattr(parts.optimizer, "register_event_hook", None)
+        if register is not None:
+            handles.append(register(self._layer_events.append))
         try:
             if parts.state.first is None:
                 parts.state.first = self._evaluate()
@@ -99,6 +100,7 @@ class Loop:
         # Processes end together: a later request takes effect in the next step.
         self._asked = gradient.flags > 0
         reason = reason_to_skip(gradient, state.mean_loss, config)
+        own_seconds: float | None = None
         self._events.clear()
         self._layer_events.clear()
         if parts.engine is not None:
@@ -107,7 +109,7 @@ class Loop:
             reason = reason or reason_to_skip(gradient, state.mean_loss, config)
         elif reason is None:
             clip(parts.model.parameters(), gradient.norm, config.clip)
-            parts.optimizer.step()
+            own_seconds = self._step_optimizer()
         memory = self._meter.read(bool(self._events or self._layer_events))
         parts.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - start
@@ -124,6 +126,7 @@ class Loop:
             learning_rate=parts.base_rates[0] * factor,
             grad_norm=gradient.norm,
             seconds=seconds,
+            optimizer_seconds=own_seconds,
             tokens=gradient.tokens,
             memory=memory,
         )
@@ -141,6 +144,18 @@ class Loop:
                 f" {state.skipped_updates} parameter update(s) whose gradient was not finite;"
                 " metrics.jsonl counts them on as skipped"
             )
+
+    def _step_optimizer(self) -> float | None:
+        """Steps the optimizer; its own time where `log.optimizer_time` asks for it."""
+        parts, device = self._parts, self._parts.world.device
+        if not parts.config.log.optimizer_time:
+            parts.optimizer.step()
+            return None
+        wait_for(device)
+        start = time.perf_counter()
+        parts.optimizer.step()
+        wait_for(device)
+        return time.perf_counter() - start
 
     def _skip(self, reason: str, value: float) -> None:
         state, limit = self._parts.state, self._parts.config.train.max_skips
@@ -223,6 +238,12 @@ class Loop:
         if folder is not None:
             with contextlib.suppress(OSError):
                 write_shared(folder, self._parts)
+
+
+def wait_for(device: torch.device) -> None:
+    """Waits until a CUDA device has done all that was given to it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _skipped_updates(optimizer: torch.optim.Optimizer) -> int:

@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lowrank.optimizers as optimizers
-from lowrank.optimizers import accepts, build
 from lowrank.optimizers.engine.method import TABLE
 
+from .choice import build_named, is_single_process
 from .config import RunConfig
 from .distributed import World
 from .models import LanguageModel, build_model
@@ -53,6 +53,12 @@ def strategy_of(config: RunConfig, size: int) -> str:
     asked, name = config.distributed.strategy, config.optimizer.name
     if size == 1:
         return ALONE
+    if is_single_process(config):
+        raise ValueError(
+            f"optimizer.name={name!r} with optimizer.plain_rule="
+            f"{config.optimizer.options.get('plain_rule', 'own')!r} on {size} processes; accepted:"
+            " one process for official packages and for another plain_rule than 'own'"
+        )
     if asked not in ("fsdp2", "deepspeed"):
         return "ddp"
     changes = name in TABLE and TABLE[name].conversion is not None
@@ -102,9 +108,8 @@ def build_training(config: RunConfig, world: World) -> Training:
 def build_optimizer(config: RunConfig, model: LanguageModel) -> Any:
     """The run's optimizer."""
     options = dict(config.optimizer.options)
-    if accepts(config.optimizer.name, "total_steps"):
-        options.setdefault("total_steps", config.train.steps)
-    return build(config.optimizer.name, model.network, lr=config.optimizer.lr, **options)
+    name, lr = config.optimizer.name, config.optimizer.lr
+    return build_named(name, model.network, lr, options, config.train.steps)
 
 
 def replicate(model: nn.Module, world: World) -> nn.Module:
