@@ -165,5 +165,5 @@ def _plain(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_object(value: Any) -> bool:
     """Whether a value of a state is of a class of the package's own."""
-    plain = Tensor | int | float | str | list | tuple | dict | type(None)
-    return not isinstance(value, plain) and hasattr(value, "__dict__")
+    plain = value is None or isinstance(value, Tensor | int | float | str | list | tuple | dict)
+    return not plain and hasattr(value, "__dict__")

@@ -193,8 +193,7 @@ def build_official(
     decay = float(options.get("weight_decay", 0.0))
     groups: list[dict[str, Any]] = [{"params": projected["params"], **made}]
     for group in others:
-        own = {key: group[key] for key in ("params", "lr", "weight_decay") if key in group}
-        groups.append(own)
+        groups.append({k: v for k, v in group.items() if k in ("params", "lr", "weight_decay")})
     keywords = {key: options[key] for key in package.keywords if key in options}
     # Importing some of them imports bitsandbytes, which logs what it lacks on a CPU.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

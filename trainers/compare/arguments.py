@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .command import Asked
+    from .decide import Asked
 
 _TEXT = """\
 Trains a list of methods on the same data, seeds and schedule, and leaves a folder with results.csv,
@@ -47,9 +47,9 @@ def add_compare(commands: Any) -> argparse.ArgumentParser:
     add(
         "--equal",
         choices=("steps", "tokens", "memory"),
-        help="what all runs have the same of: steps (default), tokens (methods with a batch of their"
-        " own take more or fewer steps), memory (each rank is the largest that takes no more than"
-        " the first method's weights and state)",
+        help="what all runs have the same of: steps (default), tokens (methods with a batch of"
+        " their own take more or fewer steps), memory (each rank is the largest that takes no more"
+        " than the first method's weights and state)",
     )
     add(
         "--tune",
@@ -88,7 +88,7 @@ def asked_for(options: argparse.Namespace) -> Asked:
         ValueError: a value is not accepted.
     """
     from ..config_io import merge, parse_override
-    from .command import Asked
+    from .decide import Asked
     from .entries import parse_seeds
 
     return Asked(

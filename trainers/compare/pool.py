@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -47,8 +47,8 @@ class Outcome:
     def loss(self) -> float:
         """Final validation loss, nats per token; infinite where training broke off."""
         value = self.summary.get("val_loss")
-        finite = isinstance(value, int | float) and math.isfinite(value)
-        return float(value) if finite else math.inf
+        loss = float(value) if isinstance(value, int | float) else math.inf
+        return loss if math.isfinite(loss) else math.inf
 
     @property
     def broke_off(self) -> bool:
@@ -104,10 +104,8 @@ class _Worker:
     def close(self) -> None:
         """Ends its input, on which a run at work saves itself."""
         assert self._process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):
             self._process.stdin.close()
-        except BrokenPipeError:
-            pass
 
     def join(self) -> None:
         """Waits for its end."""

@@ -15,6 +15,7 @@ from ..config_io import flatten
 from ..files import write_text
 from ..summary import package_version
 
+NO_METHODS = "--methods is not given; accepted: names, `lowrank methods` lists them"
 FORMAT = 1
 NAME = "comparison.json"
 EQUALS = ("steps", "tokens", "memory")
@@ -59,9 +60,7 @@ class Setting:
 
     def __post_init__(self) -> None:
         if not self.methods:
-            raise ValueError(
-                "--methods is not given; accepted: names, `lowrank methods` lists them"
-            )
+            raise ValueError(NO_METHODS)
         if self.steps < FEWEST_STEPS:
             raise ValueError(f"--steps is {self.steps}; accepted: {FEWEST_STEPS} or more")
         if self.equal not in EQUALS:

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,13 @@ from .results import Results, Row, Seed
 from .statistics import Spread, pareto
 
 CSV, JSON = "results.csv", "results.json"
-_SPREADS = (
+_SPREADS: tuple[tuple[str, Callable[[Row], Spread | None]], ...] = (
     ("val_loss", lambda row: row.loss),
     ("difference", lambda row: row.against),
     ("perplexity", lambda row: row.over("perplexity")),
     ("bits_per_byte", lambda row: row.over("bits_per_byte")),
 )
-_TIMES = ("optimizer_ms", "refresh_ms", "worst_ms", "step_ms")
+TIMES = ("optimizer_ms", "refresh_ms", "worst_ms", "step_ms")
 
 
 def front(results: Results) -> list[str]:
@@ -63,7 +63,7 @@ def _flat(row: Row, best: bool) -> dict[str, Any]:
         line[f"{name}_predicted"] = row.predicted.get(name, "")
         size = row.measured(name)
         line[f"{name}_measured"] = "" if size is None else int(size)
-    for name in _TIMES:
+    for name in TIMES:
         value = row.median(name)
         line[name] = "" if value is None else value
     line["steps"], line["tokens"] = row.seeds[0].steps, int(row.seeds[0].tokens)
@@ -99,7 +99,7 @@ def _row(row: Row) -> dict[str, Any]:
             for name in CATEGORIES
         },
         "optimizer_state_bytes": row.state,
-        **{name: row.median(name) for name in _TIMES},
+        **{name: row.median(name) for name in TIMES},
         "remarks": list(row.remarks),
         "runs": [_seed(item) for item in row.seeds],
     }
