@@ -57,7 +57,11 @@ def parser() -> argparse.ArgumentParser:
     )
     pretrain.set_defaults(run=_pretrain)
     add = pretrain.add_argument
-    add("--model", metavar="NAME", help="llama_9m (default), llama_60m, 130m, 350m, 1b or 7b")
+    add(
+        "--model",
+        metavar="NAME",
+        help="llama_9m (default), llama_1m, llama_60m, 130m, 350m, 1b or 7b",
+    )
     add("--optimizer", metavar="NAME", help="default galore_adamw; `lowrank methods` lists all")
     add("--data", metavar="SOURCE", help="stdlib (default), c4, or a folder of text files")
     add("--steps", metavar="N", type=int, help="optimizer steps")

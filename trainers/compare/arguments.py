@@ -19,7 +19,7 @@ _EXAMPLES = """\
 examples:
   lowrank compare --methods adamw,galore_adamw,official:galore_adamw --output runs/three
   lowrank compare --methods adamw+plain_rule=adafactor,apollo_adamw+rank=64 --tune --jobs 2
-  lowrank compare --methods all,official:all --model llama_1m --rates benchmarks/learning-rates.json
+  lowrank compare --methods adamw,all,official:all --model llama_1m --tune --jobs 2
   lowrank compare --methods adamw,galore_adamw --dry-run
 """
 

@@ -56,8 +56,8 @@ def parse_methods(text: str) -> tuple[Entry, ...]:
     Args:
         text: names with commas between them; to each may be added ``+key=value``, an option of its
             optimizer (``+plain_rule=adamw``) or one of the settings in `OWN_KEYS` or of the
-            section schedule (``+schedule.name=wsd``). "all" is every method of ours, "official:all"
-            every official package.
+            section schedule (``+schedule.name=wsd``). "all" is every method of ours that isn't
+            named before, "official:all" every official package.
 
     Raises:
         ValueError: a name or a key is unknown, or a method is given twice.
@@ -68,10 +68,10 @@ def parse_methods(text: str) -> tuple[Entry, ...]:
         raise ValueError(f"--methods is {text!r}; accepted: names, `lowrank methods` lists them")
     entries: list[Entry] = []
     for name in names:
-        if name == ALL[0]:
-            found = [_entry(each) for each in available()]
-        elif name == ALL[1]:
-            found = [_entry(PREFIX + each) for each in PACKAGES]
+        if name in ALL:
+            every = available() if name == ALL[0] else [PREFIX + each for each in PACKAGES]
+            # Those that are named before have their place.
+            found = [_entry(each) for each in every if each not in {e.label for e in entries}]
         else:
             found = [_entry(name)]
         entries += found

@@ -11,7 +11,7 @@ import numpy as np
 from ..compare.memory import CATEGORIES
 from ..compare.results import Curve, Results, Row
 from ..compare.tables import front
-from ..units import format_bytes, format_duration, format_perplexity, format_tick
+from ..units import format_bytes, format_duration, format_perplexity, format_seconds, format_tick
 from .drawing import (
     LIGHT,
     POINT_LIMIT,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _MOST_CURVES = 10
 _ROW_HEIGHT = 0.3  # inches
+_SHORT = 180.0  # seconds that are not written as minutes
 _LONGEST_NAME = {WIDE[0]: 44, SMALL[0]: 22}
 
 
@@ -116,16 +117,16 @@ def _label_across(axes: Axes, axis: str) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     write: Callable[[float], str] = format_tick if axis == "tokens" else format_duration
+    if axis == "seconds" and axes.get_xlim()[1] < _SHORT:
+        write = format_seconds
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: write(max(value, 0.0))))
     axes.set_xlabel("tokens" if axis == "tokens" else "time in steps")
 
 
 @styled
 def plane_figure(results: Results) -> Drawing | None:
     """Draws perplexity against the bytes of weights and state, with the Pareto front."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
     places = {row.entry.label: place for place, row in enumerate(results.ordered, start=1)}
     points = []
     for row in results.ordered:
@@ -162,8 +163,7 @@ def plane_figure(results: Results) -> Drawing | None:
             )
         axes.margins(x=0.06, y=0.1)
         label_values(axes, format_perplexity)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=5 if number else 8))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
+        _label_sizes(axes, 4 if number else 8)
         axes.set_xlabel("weights and optimizer state")
         described = ", ".join(
             f"{row.entry.label} {format_bytes(x)} {format_perplexity(y.mean)}"
@@ -181,6 +181,18 @@ def plane_figure(results: Results) -> Drawing | None:
         " the front no other method is as good in both."
     )
     return Drawing("plane", "Memory and perplexity", svgs[0], keys, caption, svgs[1])
+
+
+def _label_sizes(axes: Axes, count: int) -> None:
+    """Puts the horizontal axis's ticks at round binary sizes."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
+
+    low, high = axes.get_xlim()
+    unit = 1024.0 ** int(math.log(max(high, 1.0), 1024))
+    name = format_bytes(unit).split()[1]
+    ticks = MaxNLocator(nbins=count).tick_values(low / unit, high / unit) * unit
+    axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size / unit:.4g} {name}"))
 
 
 def _plane_colour(row: Row, results: Results, best: Sequence[str]) -> str:
