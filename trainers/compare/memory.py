@@ -48,8 +48,10 @@ def predicted(config: RunConfig) -> dict[str, int]:
 
 
 def held(config: RunConfig) -> int:
-    """Bytes of weights and optimizer state."""
-    return sum(size for name, size in predicted(config).items() if name != "gradients")
+    """Bytes of weights and optimizer state; of an official package those of ours of its method."""
+    own = replace(config.optimizer, name=method_of(config.optimizer.name))
+    sizes = predicted(replace(config, optimizer=own))
+    return sum(size for name, size in sizes.items() if name != "gradients")
 
 
 def rank_for(config: RunConfig, most: int) -> tuple[int | None, str]:
@@ -58,10 +60,6 @@ def rank_for(config: RunConfig, most: int) -> tuple[int | None, str]:
     Returns:
         The rank, None to leave the options as they are, and a remark where `most` isn't met.
     """
-    if is_official(config.optimizer.name):
-        # Its state is known in the first step; ours of the same method has the same shapes.
-        own = replace(config.optimizer, name=method_of(config.optimizer.name))
-        config = replace(config, optimizer=own)
     whole = held(_at(config, 1))
     if held(_at(config, config.model.hidden_size)) == whole:
         return None, f"takes {whole:,} bytes whatever its rank; the first method {most:,}"

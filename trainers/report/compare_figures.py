@@ -190,8 +190,8 @@ def _label_sizes(axes: Axes, count: int) -> None:
     low, high = axes.get_xlim()
     unit = 1024.0 ** int(math.log(max(high, 1.0), 1024))
     name = format_bytes(unit).split()[1]
-    ticks = MaxNLocator(nbins=count).tick_values(low / unit, high / unit) * unit
-    axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
+    ticks = np.asarray(MaxNLocator(nbins=count).tick_values(low / unit, high / unit)) * unit
+    axes.xaxis.set_major_locator(FixedLocator(ticks[(ticks >= low) & (ticks <= high)].tolist()))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size / unit:.4g} {name}"))
 
 
