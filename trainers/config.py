@@ -293,11 +293,14 @@ class LogConfig:
         progress: show the progress bar.
         wandb: also log to Weights & Biases (offline when WANDB_MODE says so).
         wandb_project: the project there.
+        optimizer_time: record the optimizer's own time of each step, for which a CUDA device is
+            waited for.
     """
 
     progress: bool = True
     wandb: bool = False
     wandb_project: str = "lowrank"
+    optimizer_time: bool = False
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ FREE_ON_RESUME = frozenset(
         "log.progress",
         "log.wandb",
         "log.wandb_project",
+        "log.optimizer_time",
         "train.device",
         "train.threads",
         "train.max_skips",

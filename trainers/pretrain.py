@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lowrank.optimizers import describe
-
 from .agreement import check_partitions, check_processes, check_same_data, check_shared
 from .checkpoint import CheckpointStore
 from .config import RunConfig
@@ -24,6 +22,7 @@ from .distributed import World, join
 from .loop import Loop
 from .metrics import cut_after
 from .models import parameter_count
+from .official import canonical_name
 from .parts import Parts, read_parts, saved_config, saved_data_shards
 from .preset import canonical, preset_layer, with_cycle
 from .recorder import Recorder
@@ -46,11 +45,13 @@ class Request:
         settings: what was given explicitly (configuration file, flags, ``--set``), already layered.
         output: the run's folder, None for the default below ``runs``.
         resume: None, "auto", or a folder.
+        report: whether report.html is written at the end.
     """
 
     settings: Layer = field(default_factory=dict)
     output: Path | None = None
     resume: str | None = None
+    report: bool = True
 
 
 def resolve(settings: Layer) -> RunConfig:
@@ -61,8 +62,9 @@ def resolve(settings: Layer) -> RunConfig:
     """
     default = RunConfig()
     model = _named(settings, "model", default.model.name)
-    optimizer = _named(settings, "optimizer", default.optimizer.name)
-    describe(optimizer)  # raises with the nearest name before anything is made
+    # raises with the nearest name before anything is made
+    optimizer = canonical_name(_named(settings, "optimizer", default.optimizer.name))
+    settings = merge(settings, {"optimizer": {"name": optimizer}})
     preset = canonical(preset_layer(model, optimizer), optimizer)
     return from_mapping(with_cycle(preset, canonical(settings, optimizer)))
 
@@ -89,11 +91,11 @@ def pretrain(request: Request, console: Console) -> Path:
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         with hold(place.folder, place.made) if world.leads else nullcontext():
-            _run(config, place, world, console)
+            _run(config, place, world, console, request.report)
     return place.folder
 
 
-def _run(config: RunConfig, place: Place, world: World, console: Console) -> None:
+def _run(config: RunConfig, place: Place, world: World, console: Console, report: bool) -> None:
     folder, started = place.folder, time.perf_counter()
     store = store_of(folder, keep=config.checkpoint.keep, keep_best=config.checkpoint.best)
     with _build(config, world) as parts:
@@ -114,10 +116,12 @@ def _run(config: RunConfig, place: Place, world: World, console: Console) -> Non
             Loop(parts, recorder, store, wish).run()
         summary = summarise(parts, carried + time.perf_counter() - started)
     if world.leads:
-        finish(folder, summary, console)
+        finish(folder, summary, console, report)
 
 
-def finish(folder: Path, summary: dict[str, Any], console: Console) -> None:
+def finish(
+    folder: Path, summary: dict[str, Any], console: Console, with_report: bool = True
+) -> None:
     """Writes summary.json, unless the finished run has one, and report.html; prints the table."""
     path = folder / "summary.json"
     written = _read_summary(path)
@@ -125,9 +129,10 @@ def finish(folder: Path, summary: dict[str, Any], console: Console) -> None:
         write_summary(summary, path)
     else:
         summary = written
-    report = write_report(folder)
+    report = write_report(folder) if with_report else None
     console.print(summary_table(summary))
-    console.print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
+    if report is not None:
+        console.print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _read_summary(path: Path) -> dict[str, Any] | None:

@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lowrank.optimizers as optimizers
-from lowrank.optimizers import InBackward, accepts, build, compress_activations
+from lowrank.optimizers import InBackward, compress_activations
 from lowrank.optimizers.engine.method import TABLE
 from lowrank.optimizers.param_groups import PATTERNS
 
+from .choice import build_named, is_single_process
 from .config import RunConfig
 from .distributed import World
 from .in_backward import begin
@@ -56,8 +57,19 @@ def strategy_of(config: RunConfig, size: int) -> str:
             the strategy.
     """
     asked, name = config.distributed.strategy, config.optimizer.name
+    if config.train.update_in_backward and is_single_process(config):
+        raise ValueError(
+            f"train.update_in_backward is True with optimizer.name={name!r}; accepted: false for"
+            " official packages and for another optimizer.plain_rule than 'own'"
+        )
     if size == 1:
         return ALONE
+    if is_single_process(config):
+        raise ValueError(
+            f"optimizer.name={name!r} with optimizer.plain_rule="
+            f"{config.optimizer.options.get('plain_rule', 'own')!r} on {size} processes; accepted:"
+            " one process for official packages and for another plain_rule than 'own'"
+        )
     if config.train.update_in_backward and asked != "fsdp2":
         raise ValueError(
             f"train.update_in_backward is True with distributed.strategy={asked!r} on {size}"
@@ -166,9 +178,8 @@ def method_options(config: RunConfig) -> dict[str, Any]:
 def build_optimizer(config: RunConfig, model: LanguageModel) -> Any:
     """The run's optimizer."""
     options = method_options(config)
-    if accepts(config.optimizer.name, "total_steps"):
-        options.setdefault("total_steps", config.train.steps)
-    return build(config.optimizer.name, model.network, lr=config.optimizer.lr, **options)
+    name, lr = config.optimizer.name, config.optimizer.lr
+    return build_named(name, model.network, lr, options, config.train.steps)
 
 
 def replicate(model: nn.Module, world: World) -> nn.Module:
