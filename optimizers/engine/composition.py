@@ -134,7 +134,7 @@ class Composition:
             total
             + projection.schedule.state_bytes(geometry)
             + projection.projector.state_bytes(geometry, itemsize)
-            + projection.residual.state_bytes(geometry)
+            + projection.residual.state_bytes(geometry, itemsize)
         )
 
     def _moment_bytes(
@@ -174,9 +174,7 @@ def new_moments(
         shape = list(whole[key].shape)
         if dim is not None:
             scales = key.endswith(SCALES)
-            shape[dim] = (
-                len(part.processes.columns(shape[dim])) if scales else part.stop - part.start
-            )
+            shape[dim] = len(part.processes.columns(shape[dim])) if scales else rule.held(key, part)
         # Other entries than the part's own: 8-bit scales of blocks that parts share.
         local = value if list(value.shape) == shape else value.new_zeros(shape)
         made[key] = local if dim is None else shard.distribute(local, dim, whole[key].shape)

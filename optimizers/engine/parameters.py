@@ -169,6 +169,8 @@ def check_param(param: Tensor, name: str | None, composition: Composition) -> No
             )
         if composition.by_expert(param.shape):
             _check_experts(param, called)
+        else:
+            composition.rule.check_part(shard_of(param, called).part(None), called)
         return
     projector = composition.projection.projector
     dim = len(matrix_shape(param.shape))

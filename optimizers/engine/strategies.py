@@ -13,12 +13,22 @@ from ..projectors import (
     CoordinateProjector,
     CorrelationProjector,
     CrossHeadProjector,
+    DCTProjector,
     OnlineProjector,
     Projector,
     RandomProjector,
     SingularProjector,
+    SwitchedProjector,
 )
-from ..residuals import Dropped, NormScaled, Residual, ScaledGradient, SignResidual
+from ..residuals import (
+    ColumnScaled,
+    Dropped,
+    NormScaled,
+    Residual,
+    RowNormalised,
+    ScaledGradient,
+    SignResidual,
+)
 from ..schedules import EveryK, LazyLayerwise, Once, Schedule
 from ..storage import BasisStorage, DenseBasis, Int4Basis, Int8Basis
 from . import checks
@@ -29,9 +39,11 @@ PROJECTORS: dict[str, type[Projector]] = {
     "coap": CorrelationProjector,
     "cross_head": CrossHeadProjector,
     "coordinate": CoordinateProjector,
+    "dct": DCTProjector,
     "online": OnlineProjector,
     "random": RandomProjector,
     "singular": SingularProjector,
+    "switched": SwitchedProjector,
 }
 SCHEDULES: dict[str, type[Schedule]] = {
     "every": EveryK,
@@ -47,8 +59,10 @@ STORAGES: dict[str | None, tuple[type[BasisStorage], dict[str, Any]]] = {
     "int4": (Int4Basis, {}),
 }
 RESIDUALS: dict[str, type[Residual]] = {
+    "column_scaled": ColumnScaled,
     "dropped": Dropped,
     "norm_scaled": NormScaled,
+    "row_normalised": RowNormalised,
     "scaled": ScaledGradient,
     "sign": SignResidual,
 }

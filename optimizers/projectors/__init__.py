@@ -4,10 +4,12 @@ from .base import Bases, MatrixKey, ProjectedParam, Projector
 from .coordinate import CoordinateProjector
 from .correlation import CorrelationProjector
 from .cross_head import CrossHeadProjector
+from .dct import DCTProjector
 from .decompositions import REFRESH_MODES
 from .online import ONLINE_OPTIMIZERS, OnlineProjector
 from .random import DISTRIBUTIONS, RandomProjector
 from .singular import SingularProjector
+from .switched import SwitchedProjector
 from .telemetry import RefreshEvent
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "CoordinateProjector",
     "CorrelationProjector",
     "CrossHeadProjector",
+    "DCTProjector",
     "MatrixKey",
     "OnlineProjector",
     "ProjectedParam",
@@ -25,4 +28,5 @@ __all__ = [
     "RandomProjector",
     "RefreshEvent",
     "SingularProjector",
+    "SwitchedProjector",
 ]

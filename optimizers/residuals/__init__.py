@@ -1,16 +1,20 @@
 """Residuals: how the gradient outside the subspace is used."""
 
 from .base import Dropped, Residual, RowEdit, ScaledPart, WeightUpdate
+from .column_scaled import ColumnScaled
 from .norm_scaled import NormScaled
+from .row_normalised import RowNormalised
 from .scaled_gradient import ScaledGradient
 from .sign import SignResidual
 from .signed_back import SignedBack
 
 __all__ = [
+    "ColumnScaled",
     "Dropped",
     "NormScaled",
     "Residual",
     "RowEdit",
+    "RowNormalised",
     "ScaledGradient",
     "ScaledPart",
     "SignResidual",

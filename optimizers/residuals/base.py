@@ -82,11 +82,11 @@ class Residual(ABC):
         """State entries of a new matrix."""
         return {}
 
-    def state_bytes(self, geometry: Geometry) -> int:
-        """Bytes of these entries."""
+    def state_bytes(self, geometry: Geometry, itemsize: int) -> int:
+        """Bytes of these entries, for parameters of `itemsize` bytes an entry."""
         return 0
 
-    def step_traffic(self, geometry: Geometry, itemsize: int) -> int:
+    def step_traffic(self, geometry: Geometry, itemsize: int, world: int) -> int:
         """Bytes that a process hands to collectives for a matrix with spread rows."""
         return 0
 

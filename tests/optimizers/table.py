@@ -86,6 +86,7 @@ REPROJECTED = {"reproject_factor": 1}
 
 TABLE = (
     Row("adafactor", optimizers.Adafactor),
+    Row("alice_adamw", optimizers.AliceAdamW, capturable=True, one_sided=True),
     Row("adamw", optimizers.AdamW, capturable=True),
     Row("adamw_8bit", optimizers.AdamW8bit, SMALL_8BIT, capturable=True, bits8=True),
     Row("apollo_adamw", optimizers.ApolloAdamW, capturable=True, one_sided=True, refits="draw"),
@@ -121,6 +122,7 @@ TABLE = (
         one_sided=True,
         refits="never",
     ),
+    Row("foam_adamw", optimizers.FoamAdamW),
     Row("frugal_adamw", optimizers.FrugalAdamW, refits="draw"),
     Row("galore_adafactor", optimizers.GaLoreAdafactor, {"beta1": 0.9}),
     Row("galore_adamw", optimizers.GaLoreAdamW, capturable=True),
@@ -177,6 +179,9 @@ TABLE = (
         rounded_basis=True,
         int8=True,
     ),
+    Row("lora_pre_adamw", optimizers.LoRAPreAdamW),
+    Row("racs_adamw", optimizers.RacsAdamW),
+    Row("scale_sgd", optimizers.ScaleSGD, capturable=True),
     Row("low_rank_adamw", optimizers.LowRankAdamW, {"refactor_gap": 3}, factored=True),
     Row(
         "loqt_adamw",
