@@ -54,6 +54,7 @@ if TYPE_CHECKING:  # at run time every class comes from `methods`
     from .methods.galore import GaLoreAdamW8bit as GaLoreAdamW8bit
     from .methods.galore_muon import GaLoreMuon as GaLoreMuon
     from .methods.galore_plus import GaLorePlusAdamW as GaLorePlusAdamW
+    from .methods.ldadam import LDAdamW as LDAdamW
     from .methods.loqt import LoQTAdamW as LoQTAdamW
     from .methods.lora_pre import LoRAPreAdamW as LoRAPreAdamW
     from .methods.low_rank import LowRankAdamW as LowRankAdamW

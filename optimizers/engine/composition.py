@@ -104,7 +104,13 @@ class Composition:
             state["side"] = int(geometry.side)
             state |= projection.schedule.init(geometry, local)
             state |= projection.projector.init(geometry, local)
-            state |= projection.residual.init(geometry, local)
+            made = projection.residual.init(geometry, local)
+            shard = shard_of(param)
+            for key in projection.residual.WHOLE:
+                if not shard.plain:
+                    dim = 1 if shard.transposed else 0
+                    made[key] = shard.distribute(made[key], dim, param.shape)
+            state |= made
         return state | self.moments(param)
 
     def moments(self, param: Tensor) -> dict[str, Any]:
@@ -134,7 +140,7 @@ class Composition:
             total
             + projection.schedule.state_bytes(geometry)
             + projection.projector.state_bytes(geometry, itemsize)
-            + projection.residual.state_bytes(geometry, itemsize)
+            + projection.residual.state_bytes(geometry, itemsize, world)
         )
 
     def _moment_bytes(

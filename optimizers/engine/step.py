@@ -188,6 +188,9 @@ def projected_params(plan: Plan, first: int) -> list[ProjectedParam]:
     if not capturing():
         for held, steps in zip(params, read_steps([p.state for p in params]), strict=True):
             held.steps_done = steps
+    assert plan.composition.projection is not None
+    for held in params:
+        plan.composition.projection.residual.prepare(held)
     return params
 
 

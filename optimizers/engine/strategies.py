@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..projectors import (
+    BlockPowerProjector,
     CoordinateProjector,
     CorrelationProjector,
     CrossHeadProjector,
@@ -23,6 +24,7 @@ from ..projectors import (
 from ..residuals import (
     ColumnScaled,
     Dropped,
+    ErrorFeedback,
     NormScaled,
     Residual,
     RowNormalised,
@@ -36,6 +38,7 @@ from .composition import Projection
 from .options import ProjectionOptions
 
 PROJECTORS: dict[str, type[Projector]] = {
+    "block_power": BlockPowerProjector,
     "coap": CorrelationProjector,
     "cross_head": CrossHeadProjector,
     "coordinate": CoordinateProjector,
@@ -61,6 +64,7 @@ STORAGES: dict[str | None, tuple[type[BasisStorage], dict[str, Any]]] = {
 RESIDUALS: dict[str, type[Residual]] = {
     "column_scaled": ColumnScaled,
     "dropped": Dropped,
+    "error_feedback": ErrorFeedback,
     "norm_scaled": NormScaled,
     "row_normalised": RowNormalised,
     "scaled": ScaledGradient,
@@ -196,6 +200,8 @@ def projection_of(group: Mapping[str, Any]) -> Projection | None:
         schedule=chosen.schedule(
             gap=options.update_proj_gap, stagger=options.stagger, **arguments(chosen.schedule)
         ),
-        residual=chosen.residual(scale=options.scale, **arguments(chosen.residual)),
+        residual=chosen.residual(scale=options.scale, **arguments(chosen.residual)).for_group(
+            group
+        ),
         options=options,
     )

@@ -1,6 +1,7 @@
 """Projectors: which subspace a gradient is projected to."""
 
 from .base import Bases, MatrixKey, ProjectedParam, Projector
+from .block_power import BlockPowerProjector
 from .coordinate import CoordinateProjector
 from .correlation import CorrelationProjector
 from .cross_head import CrossHeadProjector
@@ -17,6 +18,7 @@ __all__ = [
     "ONLINE_OPTIMIZERS",
     "REFRESH_MODES",
     "Bases",
+    "BlockPowerProjector",
     "CoordinateProjector",
     "CorrelationProjector",
     "CrossHeadProjector",

@@ -46,6 +46,7 @@ class ProjectedParam:
         expert: its place among the matrices that `param` holds, see `engine.experts`.
         first_moment: reads the rule's current first moment, in the projected shape.
         read: cache of the bases during this step; None after they change.
+        scratch: what a projector leaves for the residual of this step.
     """
 
     weight: Tensor
@@ -61,6 +62,7 @@ class ProjectedParam:
     expert: int | None = None
     first_moment: Callable[[], Tensor | None] = no_moment
     read: Bases | None = None
+    scratch: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def owner(self) -> Tensor:

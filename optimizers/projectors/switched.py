@@ -156,15 +156,15 @@ class SwitchedProjector(SingularProjector):
         rank = geometry.rank
         leading = min(rank, max(round(self.leading_share * rank), 1 if self.leading_share else 0))
         top_dk = span_dr @ vectors_rr.flip(-1)[:, :leading]
-        top_dk = align_signs(top_dk, old_dr[:, :leading])
         if leading == rank:
-            return top_dk
+            return align_signs(top_dk, old_dr)
         seed = draw_seed(self.seed, param.seed_name, param.steps_done, "switch")
         drawn = gaussian((len(top_dk), rank - leading), seed, param.weight).to(wide)
         for _ in range(2):  # the second time for what rounding left
             drawn = drawn - top_dk @ (top_dk.mT @ drawn)
         (others,) = subspace.orthonormal([drawn])
-        return torch.cat([top_dk, others], 1)
+        # All of them, so that the signs of the first basis, which a solver chooses, never matter.
+        return align_signs(torch.cat([top_dk, others], 1), old_dr)
 
     @exact_fp32()
     def track(self, param: ProjectedParam, projected: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from .base import Dropped, Residual, RowEdit, ScaledPart, WeightUpdate
 from .column_scaled import ColumnScaled
+from .error_feedback import ErrorFeedback
 from .norm_scaled import NormScaled
 from .row_normalised import RowNormalised
 from .scaled_gradient import ScaledGradient
@@ -11,6 +12,7 @@ from .signed_back import SignedBack
 __all__ = [
     "ColumnScaled",
     "Dropped",
+    "ErrorFeedback",
     "NormScaled",
     "Residual",
     "RowEdit",

@@ -82,7 +82,7 @@ class ColumnScaled(LimitedResidual):
         means = torch.zeros(size, dtype=wide, device=like.device)
         return {MEANS: means, **super().init(geometry, like)}
 
-    def state_bytes(self, geometry: Geometry, itemsize: int) -> int:
+    def state_bytes(self, geometry: Geometry, itemsize: int, world: int = 1) -> int:
         """A number for each column, and the norm."""
         return max(itemsize, 4) * _long(geometry) + super().state_bytes(geometry, itemsize)
 

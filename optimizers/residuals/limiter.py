@@ -48,7 +48,7 @@ class LimitedResidual(Residual, ABC):
             return {}
         return {STATE_KEY: torch.zeros((), dtype=torch.float32, device=like.device)}
 
-    def state_bytes(self, geometry: Geometry, itemsize: int) -> int:
+    def state_bytes(self, geometry: Geometry, itemsize: int, world: int = 1) -> int:
         """One fp32 number with a limiter."""
         return 0 if self.limiter is None else 4
 

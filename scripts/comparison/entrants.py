@@ -48,6 +48,7 @@ OPTIONS: Mapping[str, dict[str, Any]] = {
     "online_subspace_adamw_8bit": {"update_proj_gap": 200},
     "online_subspace_adafactor": {"update_proj_gap": 200},
     "online_subspace_lion": {"update_proj_gap": 200},
+    "ldadam_adamw": {"update_proj_gap": 1},
     # c = alpha / r = 1, ours
     "low_rank_adamw": {"alpha": 32.0},
     "loqt_adamw": {"scale": 0.25},

@@ -225,3 +225,46 @@ def alice_basis(
     span = torch.linalg.qr(q @ basis).Q
     _, vectors = torch.linalg.eigh(span.T @ q @ span)
     return span @ vectors.flip(1)[:, :leading]
+
+
+def power_basis(b: Tensor, basis: Tensor | None, rank: int) -> Tensor:
+    """One block power iteration of a left basis, up to signs; singular vectors at first."""
+    if basis is None:
+        return torch.linalg.svd(b, full_matrices=False).U[:, :rank]
+    return torch.linalg.qr(b @ b.T @ basis).Q
+
+
+def ldadam(
+    grads: Sequence[Tensor],
+    weight: Tensor,
+    *,
+    rank: int,
+    lr: float,
+    betas: tuple[float, float] = (0.908, 0.99),
+    rho: float = 0.908,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    feedback: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The final weight and error; of a wide matrix, whose left side is projected."""
+    w, error = weight.double().clone(), torch.zeros_like(weight).double()
+    basis: Tensor | None = None
+    m = v = torch.zeros(rank, w.shape[1]).double()
+    for k, g in enumerate(grads):
+        a = g.double() + error
+        old, c1, c2 = basis, 1 - betas[0] ** k, 1 - betas[1] ** k
+        b = a if old is None else rho * old @ m / c1 + (1 - rho) * a
+        basis = power_basis(b, old, rank)
+        moved = m
+        if old is not None:
+            turn = basis.T @ old
+            moved = turn @ m
+            variance = turn.square() @ (v / c2 - (m / c1).square())
+            v = (c2 * (variance + (moved / c1).square())).abs()
+        lost = betas[0] / (1 - betas[0]) * ((0 if old is None else old @ m) - basis @ moved)
+        r = basis.T @ a
+        m, v = adam_moments(r, moved, v, betas)
+        step = m / (1 - betas[0] ** (k + 1)) / ((v / (1 - betas[1] ** (k + 1))).sqrt() + eps)
+        w = w * (1 - lr * weight_decay) - lr * basis @ step
+        error = a - basis @ r + lost if feedback else error
+    return w, error
