@@ -102,9 +102,7 @@ class BlockPowerProjector(SingularProjector):
         """The next basis; the moment is that of all rows and columns."""
         geometry, wide = param.geometry, wide_dtype(param.grad)
         operand = Operand(param.grad, 1.0, geometry.side, param.rows, geometry.shape[0])
-        times, transposed_times = operand.grad_times, operand.grad_transposed_times
-        if geometry.side is Side.RIGHT:
-            times, transposed_times = transposed_times, times
+        times, transposed_times = operand.along(geometry.side)
         old_dr = old_dr.to(wide)
         share = 0.0 if moment is None else self.rho
         image_lr = transposed_times(old_dr).mul_(1 - share)  # B^T P

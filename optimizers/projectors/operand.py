@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from torch import Tensor
 from ..engine.chunks import row_chunks, wide_dtype
 from ..engine.geometry import RowRange, Side
 
+#: A product with a fixed matrix.
+Product = Callable[[Tensor], Tensor]
 HALF = (torch.bfloat16, torch.float16)
 #: Devices on which half-precision products, Cholesky QR and batching are faster.
 GPUS = ("cuda",)
@@ -97,6 +99,12 @@ class Operand:
     def transposed_times(self, right_dk: Tensor) -> Tensor:
         """A^T X, l x k."""
         return self.grad_transposed_times(right_dk) if self.wide else self.grad_times(right_dk)
+
+    def along(self, side: Side) -> tuple[Product, Product]:
+        """Products with the gradient whose rows are the projected axis, and with its transpose."""
+        if side is Side.RIGHT:
+            return self.grad_transposed_times, self.grad_times
+        return self.grad_times, self.grad_transposed_times
 
     def energy(self) -> Tensor:
         """||A||^2, 0-d fp64."""

@@ -135,9 +135,7 @@ class SwitchedProjector(SingularProjector):
         geometry, wide = param.geometry, wide_dtype(param.grad)
         old_dr = self.bases(param)[0].to(wide)
         operand = Operand(param.grad, 1.0, geometry.side, param.rows, geometry.shape[0])
-        times, transposed_times = operand.grad_times, operand.grad_transposed_times
-        if geometry.side is Side.RIGHT:
-            times, transposed_times = transposed_times, times
+        times, transposed_times = operand.along(geometry.side)
         product_dr = times(transposed_times(old_dr))
         share = self.tracking_beta if self.tracking else 0.0
         if self.tracking:

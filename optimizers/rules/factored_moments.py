@@ -233,5 +233,5 @@ def _summed(part: Part, axis: int, *tensors: Tensor) -> tuple[Tensor, ...]:
     if axis != part.axis or part.processes.alone:
         return tensors
     whole = part.processes.sum(torch.cat([tensor.reshape(-1) for tensor in tensors]))
-    parts = whole.split([tensor.numel() for tensor in tensors])
+    parts = torch.split(whole, [tensor.numel() for tensor in tensors])
     return tuple(own.view(tensor.shape) for own, tensor in zip(parts, tensors, strict=True))

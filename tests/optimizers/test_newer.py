@@ -18,6 +18,7 @@ from lowrank.optimizers import (
     RacsAdamW,
     ScaleSGD,
     build,
+    expected_state_bytes,
     scale_groups,
     state_bytes,
 )
@@ -325,3 +326,37 @@ def test_bf16_weights_train_like_fp32(name: str) -> None:
         train_model(model, build(name, model, lr=1e-2), range(6), set_gradients)
         made[dtype] = model.mlp["up_proj"].weight.detach().float()
     assert float((made[torch.bfloat16] - made[torch.float32]).abs().max()) < 5e-3
+
+
+class Moe(nn.Module):
+    """Experts of 12 x 10 in one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Module()
+        self.mlp.experts = nn.Parameter(0.1 * matrix(36, 10, 5).view(3, 12, 10))
+
+
+@pytest.mark.parametrize("name", ["scale_sgd", "racs_adamw", "foam_adamw", "lora_pre_adamw"])
+def test_each_expert_is_a_matrix(name: str) -> None:
+    stacked, single = Moe(), [Moe() for _ in range(3)]
+    for i, model in enumerate(single):
+        own = stacked.mlp.experts.detach()[i]
+        model.mlp.experts = None
+        model.mlp.attn = nn.Linear(10, 12, bias=False, dtype=torch.float64)
+        model.mlp.attn.weight.data.copy_(own)
+    made = build(name, stacked, lr=1e-2, rank=3)
+    others = [build(name, model, lr=1e-2, rank=3) for model in single]
+    for step in range(4):
+        grads = [
+            torch.zeros(12, 10).double() if (i, step) == (1, 0) else matrix(12, 10, 9 * i + step)
+            for i in range(3)
+        ]
+        stacked.mlp.experts.grad = torch.stack(grads)
+        made.step()
+        for model, grad, other in zip(single, grads, others, strict=True):
+            model.mlp.attn.weight.grad = grad
+            other.step()
+    for i, model in enumerate(single):
+        assert torch.equal(stacked.mlp.experts[i], model.mlp.attn.weight)
+    assert expected_state_bytes(name, stacked, rank=3) == state_bytes(made)
