@@ -53,7 +53,16 @@ class BlockPowerProjector(SingularProjector):
         checks.number("rho", self.rho, low=0.0, high=1.0)
 
     def for_group(self, group: Mapping[str, Any]) -> BlockPowerProjector:
-        """With the group's decay of the first moment; 0, no bias correction, if it has none."""
+        """With the group's decay of the first moment; 0, no bias correction, if it has none.
+
+        Raises:
+            ValueError: moments="reset", which would zero the moments at every step.
+        """
+        if group.get("moments") == "reset":
+            raise ValueError(
+                "moments='reset' with projector='block_power': accepted are 'keep', 'restore' and "
+                "'rotate'; the subspace moves at every refresh by a little"
+            )
         betas = group.get("betas")
         return replace(self, beta1=float(betas[0]) if betas else 0.0)
 

@@ -66,6 +66,8 @@ class ErrorFeedback(Residual):
         """Adds the gradient to the error, which takes its place; one that isn't finite is left."""
         if bool(param.largest_entry().isfinite()):
             error: Tensor = param.state[ERROR]
+            if error.dtype == torch.float16:  # whose range sums of gradients may leave
+                error.nan_to_num_()
             param.grad = error.add_(param.grad)
 
     def compute_update(

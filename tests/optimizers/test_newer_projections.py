@@ -199,6 +199,26 @@ def test_the_users_gradient_is_left_alone_and_a_bad_one_leaves_the_error() -> No
     assert bool(weight.isfinite().all())
 
 
+def test_moments_that_would_be_zero_at_each_step_raise() -> None:
+    with pytest.raises(ValueError, match="moments='reset' with projector='block_power'"):
+        LDAdamW([{"params": [start((9, 14))], "rank": 3}], moments="reset")
+
+
+@pytest.mark.parametrize("method", [AliceAdamW, LDAdamW])
+def test_another_side_and_rank_mid_training(method: type) -> None:
+    """What belongs to columns is that of rows then; the error stays what it is."""
+    weight, grads = start((9, 14)), gradients((9, 14))
+    made = method([{"params": [weight], "rank": 3, "update_proj_gap": 1}], lr=0.01)
+    train(made, weight, grads[:3])
+    made.param_groups[0].update(proj_type="right", rank=4)
+    kept = train(made, weight, grads[3:6])
+    fresh = method([{"params": [start((9, 14))], "rank": 4, "proj_type": "right"}], lr=0.01)
+    wanted = next(iter(fresh.state.values()))
+    shapes = {key: value.shape for key, value in wanted.items() if isinstance(value, Tensor)}
+    assert {key: kept[-1][key].shape for key in shapes} == shapes
+    assert bool(weight.isfinite().all())
+
+
 # Cosines
 
 
