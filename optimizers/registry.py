@@ -106,7 +106,8 @@ def _sort_options(method: Method, options: dict[str, Any]) -> tuple[dict[str, An
         if name in (_EVERYWHERE if method.optimizer.projects else constructor):
             keywords[name] = value
         elif name in groups:
-            if method.optimizer.projects or name in ("patterns", "plain_lr"):
+            own = ("patterns", "plain_lr", *method.optimizer.hidden_keys)
+            if method.optimizer.projects or name in own:
                 group_options[name] = value
         elif name in constructor:
             keywords[name] = value

@@ -55,6 +55,6 @@ def step_bytes(
         total += rank * columns * itemsize
     return (
         total
-        + projection.residual.step_traffic(geometry, itemsize)
+        + projection.residual.step_traffic(geometry, itemsize, world)
         + projection.projector.step_traffic(geometry, itemsize, world)
     )

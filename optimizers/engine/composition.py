@@ -104,7 +104,13 @@ class Composition:
             state["side"] = int(geometry.side)
             state |= projection.schedule.init(geometry, local)
             state |= projection.projector.init(geometry, local)
-            state |= projection.residual.init(geometry, local)
+            made = projection.residual.init(geometry, local)
+            shard = shard_of(param)
+            for key in projection.residual.WHOLE:
+                if not shard.plain:
+                    dim = 1 if shard.transposed else 0
+                    made[key] = shard.distribute(made[key], dim, param.shape)
+            state |= made
         return state | self.moments(param)
 
     def moments(self, param: Tensor) -> dict[str, Any]:
@@ -134,7 +140,7 @@ class Composition:
             total
             + projection.schedule.state_bytes(geometry)
             + projection.projector.state_bytes(geometry, itemsize)
-            + projection.residual.state_bytes(geometry)
+            + projection.residual.state_bytes(geometry, itemsize, world)
         )
 
     def _moment_bytes(
@@ -173,9 +179,7 @@ def new_moments(
         shape = list(whole[key].shape)
         if dim is not None:
             scales = key.endswith(SCALES)
-            shape[dim] = (
-                len(part.processes.columns(shape[dim])) if scales else part.stop - part.start
-            )
+            shape[dim] = len(part.processes.columns(shape[dim])) if scales else rule.held(key, part)
         # Other entries than the part's own: 8-bit scales of blocks that parts share.
         local = value if list(value.shape) == shape else value.new_zeros(shape)
         made[key] = local if dim is None else shard.distribute(local, dim, whole[key].shape)

@@ -93,7 +93,8 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
 
     def _known(self) -> set[str]:
         """Names of options that a group may have."""
-        return self.defaults.keys() | (self.group_keys() if self.projects else set())
+        own = self.group_keys() if self.projects else {*self.hidden_keys}
+        return self.defaults.keys() | own
 
     def _checked(self, group: Group, given: Set[str]) -> Composition:
         """Checks and completes a group and returns its composition; `given` are the options set."""

@@ -176,6 +176,8 @@ def check_param(param: Tensor, name: str | None, composition: Composition) -> No
             )
         if composition.by_expert(shape):
             _check_experts(shape, called)
+        elif param.numel():
+            composition.rule.check_part(shard_of(param, called).part(None), called)
         return
     projector = composition.projection.projector
     dim = len(matrix_shape(shape))

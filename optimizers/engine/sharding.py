@@ -98,7 +98,14 @@ class Part:
 
 
 #: Entries that belong to rows and columns, and change places in the transpose.
-_FACTORS = {"exp_avg_sq_row": "exp_avg_sq_col", "exp_avg_sq_col": "exp_avg_sq_row"}
+_FACTORS = {
+    "exp_avg_sq_row": "exp_avg_sq_col",
+    "exp_avg_sq_col": "exp_avg_sq_row",
+    "exp_avg_left": "exp_avg_right",
+    "exp_avg_right": "exp_avg_left",
+    "exp_avg_sq_left": "exp_avg_sq_right",
+    "exp_avg_sq_right": "exp_avg_sq_left",
+}
 
 
 def _seen(key: str, value: Any) -> Any:
