@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..engine import checks
 from ..engine.sharding import is_dtensor
-from ..param_groups import PATTERNS, projected_layers
+from ..param_groups import projected_layers
+from ..targets import Patterns
 from .base import FactoredLinear
 from .replicas import mark_frozen, unmark_frozen
 from .seeds import layer_seed, named_layers
@@ -30,7 +31,7 @@ def to_factored(
     model: nn.Module,
     kind: type[FactoredLinear],
     *,
-    patterns: Sequence[str] = PATTERNS,
+    patterns: Patterns = None,
     rank: int = 128,
     seed: int = 0,
     **options: Any,
@@ -44,7 +45,7 @@ def to_factored(
     Args:
         model: the model, before an optimizer is made or it is wrapped.
         kind: the layer.
-        patterns: parts of module names.
+        patterns: as in `param_groups`.
         rank: r of the factors, clamped to each matrix.
         seed: of everything random; equal seeds give equal layers on every process.
         **options: the layer's own.
@@ -75,7 +76,7 @@ def to_factored(
         said = "; ".join(f"{name} ({reason})" for name, reason in kept.items())
         if not targets:
             raise ValueError(
-                f"no layer of {type(model).__name__} that matches {tuple(patterns)} can be "
+                f"no layer of {type(model).__name__} that patterns={patterns!r} selects can be "
                 f"replaced: {said}; accepted are patterns that match others"
             )
         warnings.warn(f"layers that stay dense: {said}", stacklevel=4)

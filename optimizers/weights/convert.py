@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import nn
 
 from ..engine import checks
 from ..layers.convert import check_not_wrapped, merge_factored
-from ..param_groups import PATTERNS, projected_layers
+from ..param_groups import projected_layers
+from ..targets import Patterns
 from .int8 import Int8Weight
 from .state import attach, detach
 
@@ -16,7 +15,7 @@ from .state import attach, detach
 def to_int8(
     model: nn.Module,
     *,
-    patterns: Sequence[str] = PATTERNS,
+    patterns: Patterns = None,
     weight_bits: int | None = 8,
     weight_group_size: int = 256,
 ) -> None:
