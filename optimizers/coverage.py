@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -66,23 +66,24 @@ def _sorted(groups: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[str, Tensor
     return lists
 
 
-def warn_of_left_out(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Warns if less than three quarters of the hidden layers' trained entries are projected.
+def warn_of_left_out(model: nn.Module, chosen: Iterable[str], how: str) -> None:
+    """Warns if less than three quarters of the hidden layers' trained entries are chosen.
 
     Args:
-        model: the model of the groups.
-        groups: as `param_groups` returns them.
+        model: the model.
+        chosen: names of parameters.
+        how: what they are, for the message.
     """
-    projected = {name for name, _ in _sorted(groups)[0]}
-    trained = {name for group in groups for name in group["param_names"]}
+    chosen = {*chosen}
+    trained = {name for name, param in model.named_parameters() if param.requires_grad}
     entries = {name: n for name, n in hidden_entries(model).items() if name in trained}
     total = sum(entries.values())
-    share = sum(n for name, n in entries.items() if name in projected) / max(total, 1)
-    left = sorted((name for name in entries if name not in projected), key=lambda n: -entries[n])
+    share = sum(n for name, n in entries.items() if name in chosen) / max(total, 1)
+    left = sorted((name for name in entries if name not in chosen), key=lambda n: -entries[n])
     if share < EXPECTED and left:
         named = ", ".join(f"{name} ({entries[name] / total:.1%})" for name in left[:LARGEST])
         more = f" and {len(left) - LARGEST} more" if len(left) > LARGEST else ""
         warn_user(
             f"{share:.0%} of the {total:,} entries of {type(model).__name__}'s hidden layers are "
-            f"projected; the largest that are not: {named}{more} (patterns selects others)"
+            f"{how}; the largest that are not: {named}{more} (patterns selects others)"
         )

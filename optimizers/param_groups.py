@@ -120,7 +120,7 @@ def param_groups(
         ]
         decayed = [(n, p) for n, p in decayed if all(p is not kernel for _, kernel in convolutions)]
     if not projected and not convolutions:
-        raise _no_match(model, patterns)
+        raise no_match(model, patterns)
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
     rate = {} if plain_lr is None else {"lr": plain_lr}
     groups = [
@@ -131,7 +131,8 @@ def param_groups(
     ]
     groups = [group for group in groups if group["params"]]
     tell(projection_summary(groups))
-    warn_of_left_out(model, groups)
+    chosen = [name for name, _ in (*projected, *convolutions)]
+    warn_of_left_out(model, chosen, "projected")
     return groups
 
 
@@ -242,11 +243,12 @@ def projected_layers(model: nn.Module, patterns: Patterns) -> list[nn.Linear]:
         if isinstance(module, nn.Linear) and param not in tied and selects(name, param, module)
     ]
     if not layers:
-        raise _no_match(model, patterns)
+        raise no_match(model, patterns)
     return layers
 
 
-def _no_match(model: nn.Module, patterns: Patterns) -> ValueError:
+def no_match(model: nn.Module, patterns: Patterns) -> ValueError:
+    """The error for patterns that select no matrix that can be trained as they ask."""
     selects, named = selector(model, patterns), checked(patterns)
     found = [
         (f"{name}.{key}" if name else key, param)

@@ -15,7 +15,7 @@ from .engine.optimizer import LowRankOptimizer
 from .engine.options import make_plain
 from .engine.parameters import check_placement
 from .engine.replaced import Watch
-from .layers.convert import meta_copy
+from .layers.convert import check_converted, meta_copy
 from .layers.optimizer import FactoredAdamW
 from .traffic import step_bytes
 
@@ -121,7 +121,8 @@ def convert(name: str, model: nn.Module, **options: Any) -> nn.Module:
         The model.
 
     Raises:
-        ValueError: the name or an option is unknown or out of range, or no layer matches.
+        ValueError: the name or an option is unknown or out of range, no layer matches, or the model
+            is converted already with another rank or the like.
     """
     method = _method(name)
     make_plain(options)
@@ -130,6 +131,7 @@ def convert(name: str, model: nn.Module, **options: Any) -> nn.Module:
         check_placement(param, called)
     if method.conversion is not None:
         accepted = {*method.conversion.options, "patterns"}
+        check_converted(model, {key: options[key] for key in options if key in accepted})
         method.conversion.apply(model, **{key: options[key] for key in options if key in accepted})
     return model
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..coverage import warn_of_left_out
 from ..engine import checks
 from ..engine.sharding import is_dtensor
 from ..param_groups import projected_layers
@@ -80,12 +81,36 @@ def to_factored(
                 f"replaced: {said}; accepted are patterns that match others"
             )
         warnings.warn(f"layers that stay dense: {said}", stacklevel=4)
+    warn_of_left_out(model, [f"{names[layer]}.weight" for layer in targets], "in layers replaced")
     made: dict[nn.Module, nn.Module] = {
         layer: kind.of(layer, layer_seed(seed, names[layer]), rank=rank, **options)
         for layer in targets
     }
     replace_modules(model, made)
     mark_frozen(model)
+
+
+def check_converted(model: nn.Module, given: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for options that layers which are factored already don't have.
+
+    Args:
+        model: a model, converted or not.
+        given: options of a conversion, as the user gave them.
+    """
+    for name, layer in factored_layers(model):
+        for option, value in given.items():
+            own = getattr(layer, option, None)
+            if option == "seed" or not isinstance(own, int | float | str):
+                continue
+            wanted = value
+            if option == "rank" and isinstance(value, int):
+                wanted = min(value, layer.in_features, layer.out_features)
+            if own != wanted:
+                raise ValueError(
+                    f"{option}={value!r} for a model that is converted already, and {name} has "
+                    f"{option}={own!r}: accepted is {option}={own!r} or none, or merge(model) "
+                    "before, which makes it dense"
+                )
 
 
 def check_not_wrapped(model: nn.Module) -> None:

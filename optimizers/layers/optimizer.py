@@ -82,13 +82,19 @@ class FactoredAdamW(LowRankOptimizer):
         self._event_hooks: dict[int, EventHook] = OrderedDict()
 
     def _warn_of_groups(self) -> None:
-        groups = self.param_groups
-        if not any(group.get("factors") for group in groups) and self._needs_layers(groups[0]):
-            warnings.warn(
-                f"{type(self).__name__}: no parameter group has factors=True, so nothing happens "
-                "to layers; param_groups(model) of a converted model makes groups that have it",
-                stacklevel=3,
-            )
+        if any(group.get("factors") for group in self.param_groups):
+            return
+        idle = (
+            "nothing happens to layers"
+            if self._needs_layers(self.param_groups[0])
+            else ("this is AdamW on the parameters as they are")
+        )
+        warnings.warn(
+            f"{type(self).__name__}: no parameter group has factors=True, so {idle}; "
+            "param_groups(model) of a converted model, convert(name, model), makes groups that "
+            "have it",
+            stacklevel=3,
+        )
 
     @classmethod
     def group_keys(cls) -> set[str]:
