@@ -17,6 +17,7 @@ from .engine.parameters import check_placement
 from .engine.replaced import Watch
 from .layers.convert import check_converted, meta_copy
 from .layers.optimizer import FactoredAdamW
+from .pretrained import save_dense_weights
 from .traffic import step_bytes
 
 #: Group options that `build` passes to plain parameters, too.
@@ -133,6 +134,7 @@ def convert(name: str, model: nn.Module, **options: Any) -> nn.Module:
         accepted = {*method.conversion.options, "patterns"}
         check_converted(model, {key: options[key] for key in options if key in accepted})
         method.conversion.apply(model, **{key: options[key] for key in options if key in accepted})
+        save_dense_weights(model)
     return model
 
 

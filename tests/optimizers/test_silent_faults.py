@@ -23,7 +23,7 @@ from lowrank.optimizers import (
 @pytest.mark.parametrize("name", ["muon", "galore_adamw", "relora_adamw"])
 def test_a_model_without_hidden_matrices_raises(name: str) -> None:
     plain = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
-    with pytest.raises(ValueError, match="no nn.Linear of Sequential is in a list of blocks"):
+    with pytest.raises(ValueError, match=r"no nn\.Linear of Sequential is in a list of blocks"):
         build(name, plain)
     model = tiny_model().requires_grad_(requires_grad=False)
     model.lm_head.requires_grad_()
