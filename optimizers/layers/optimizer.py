@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..engine.composition import Composition
 from ..engine.gradients import check_gradients
-from ..engine.optimizer import LowRankOptimizer, no_autocast
+from ..engine.optimizer import LowRankOptimizer, no_autocast, out_of_dynamo
 from ..engine.options import Group
 from ..engine.parameters import label, names
 from ..engine.rotation import Rotation
@@ -211,6 +211,7 @@ class FactoredAdamW(LowRankOptimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @out_of_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Takes one step, with the events before and after it.
