@@ -17,8 +17,9 @@ from .engine.optimizer import LowRankOptimizer
 from .engine.options import make_plain
 from .engine.parameters import check_placement, whole_shape
 from .engine.replaced import Watch
-from .layers.convert import factored_layers, meta_copy
+from .layers.convert import check_converted, factored_layers, meta_copy
 from .layers.optimizer import FactoredAdamW
+from .pretrained import save_dense_weights
 from .traffic import step_bytes
 
 #: Group options that `build` passes to plain parameters, too.
@@ -142,7 +143,8 @@ def convert(name: str, model: nn.Module, **options: Any) -> nn.Module:
         The model.
 
     Raises:
-        ValueError: the name or an option is unknown or out of range, or no layer matches.
+        ValueError: the name or an option is unknown or out of range, no layer matches, or the model
+            is converted already with another rank or the like.
     """
     method = _method(name)
     make_plain(options)
@@ -150,7 +152,10 @@ def convert(name: str, model: nn.Module, **options: Any) -> nn.Module:
     for called, param in model.named_parameters():
         check_placement(param, called)
     accepted = {*method.conversion.options, "patterns"}
-    method.conversion.apply(model, **{key: options[key] for key in options if key in accepted})
+    chosen = {key: options[key] for key in options if key in accepted}
+    check_converted(model, chosen)
+    method.conversion.apply(model, **chosen)
+    save_dense_weights(model)
     return model
 
 

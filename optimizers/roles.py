@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from .coverage import tell
 from .engine.experts import DIMENSIONS
-from .param_groups import PATTERNS, _matches, _parameters
+from .param_groups import _parameters
+from .targets import Patterns, selector
 
 Named = list[tuple[str, nn.Parameter]]
 
@@ -32,11 +32,11 @@ class Roles(NamedTuple):
     vectors: Named
 
 
-def head_of(model: nn.Module, patterns: Sequence[str] = PATTERNS) -> Tensor | None:
+def head_of(model: nn.Module, patterns: Patterns = None) -> Tensor | None:
     """The weight of a model's head, if one can be told.
 
     That of `model.get_output_embeddings()` (transformers); without it of the last `nn.Linear` whose
-    name contains none of `patterns`.
+    weight `patterns` don't select.
     """
     ask = getattr(model, "get_output_embeddings", None)
     if callable(ask):
@@ -46,24 +46,24 @@ def head_of(model: nn.Module, patterns: Sequence[str] = PATTERNS) -> Tensor | No
             found = None
         if isinstance(found, Tensor):
             return found
-    last: Tensor | None = None
+    last, selects = None, selector(model, patterns)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not any(p in f"{name}.weight" for p in patterns):
+        if isinstance(module, nn.Linear) and not selects(f"{name}.weight", module.weight, module):
             last = module.weight
     return last
 
 
-def roles(model: nn.Module, patterns: Sequence[str] = PATTERNS) -> Roles:
+def roles(model: nn.Module, patterns: Patterns = None) -> Roles:
     """Sorts a model's trained parameters; each appears once, under its first name.
 
     The logger "lowrank" is told once, at INFO, which head and embeddings were found.
 
     Args:
         model: the model.
-        patterns: parts of names of hidden layers, among which no head is looked for.
+        patterns: those of hidden layers, as in `param_groups`, among which no head is looked for.
     """
     found = Roles([], [], [], [], [])
-    head = head_of(model, patterns)
+    head, selects = head_of(model, patterns), selector(model, patterns)
     for name, param, module in _parameters(model):
         if param.dim() < 2:
             kind = found.vectors
@@ -72,7 +72,7 @@ def roles(model: nn.Module, patterns: Sequence[str] = PATTERNS) -> Roles:
         elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
             kind = found.embeddings
         elif isinstance(module, nn.Linear) or (
-            param.dim() == DIMENSIONS and _matches(name, param, module, patterns)
+            param.dim() == DIMENSIONS and selects(name, param, module)
         ):
             kind = found.hidden
         else:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from lowrank.optimizers import accepts, build
-from lowrank.optimizers.param_groups import PATTERNS, split
+from lowrank.optimizers.param_groups import split
 
 from .config import RunConfig
 from .joined import JoinedOptimizer
@@ -48,7 +48,7 @@ def build_named(
         options.setdefault("total_steps", total_steps)
     if rule == "own":
         return _build(name, network, lr, options)
-    _, matrices, vectors = split(network, options.get("patterns") or PATTERNS)
+    _, matrices, vectors = split(network, options.get("patterns"))
     plain = [param for _, param in (*matrices, *vectors)]
     own = {key: value for key, value in options.items() if key != "plain_lr"}
     with _frozen(plain):

@@ -91,14 +91,33 @@ def pretrain(request: Request, console: Console) -> Path:
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         with hold(place.folder, place.made) if world.leads else nullcontext():
-            _run(config, place, world, console, request.report)
+            shrinks = _may_shrink(request, place, config)
+            _run(config, place, world, console, request.report, shrinks=shrinks)
     return place.folder
 
 
-def _run(config: RunConfig, place: Place, world: World, console: Console, report: bool) -> None:
+def _may_shrink(request: Request, place: Place, config: RunConfig) -> bool:
+    """Whether the vocabulary may become the tokenizer's: none was asked for, and none is saved."""
+    given = request.settings.get("model")
+    asked = isinstance(given, dict) and "vocab_size" in given
+    return place.checkpoint is None and not config.model.initial and not asked
+
+
+def _run(
+    config: RunConfig,
+    place: Place,
+    world: World,
+    console: Console,
+    report: bool,
+    *,
+    shrinks: bool,
+) -> None:
     folder, started = place.folder, time.perf_counter()
     store = store_of(folder, keep=config.checkpoint.keep, keep_best=config.checkpoint.best)
-    with _build(config, world) as parts:
+    with _build(config, world, shrinks=shrinks) as parts:
+        unused = config.model.vocab_size - parts.tokenizer.vocabulary_size
+        note = _vocabulary_note(config, parts.config, unused)
+        config = parts.config
         if place.checkpoint is not None:
             check_shared(place.checkpoint.folder, world)
             read_parts(place.checkpoint.folder, parts)
@@ -107,7 +126,8 @@ def _run(config: RunConfig, place: Place, world: World, console: Console, report
         carried = parts.state.wall_seconds
         if world.leads:
             _prepare(folder, config, place, store, console)
-            console.print(_opening(parts, folder), highlight=False, markup=False, soft_wrap=True)
+            opening = f"{_opening(parts, folder)}{note if place.checkpoint is None else ''}"
+            console.print(opening, highlight=False, markup=False, soft_wrap=True)
         world.wait()
         with (
             catch_termination(alone=world.size == 1) as wish,
@@ -264,9 +284,15 @@ def _prepare(
 
 
 @contextmanager
-def _build(config: RunConfig, world: World) -> Iterator[Parts]:
-    """Everything the run needs, at step 0; ends the data's helper processes at the end."""
+def _build(config: RunConfig, world: World, *, shrinks: bool = False) -> Iterator[Parts]:
+    """Everything the run needs, at step 0; ends the data's helper processes at the end.
+
+    With `shrinks` a vocabulary that is larger than the tokenizer's becomes the tokenizer's.
+    """
     tokenizer = _tokenizer(config, world)
+    if shrinks and tokenizer.vocabulary_size < config.model.vocab_size:
+        model = replace(config.model, vocab_size=tokenizer.vocabulary_size)
+        config = replace(config, model=model)
     check_same_data(config, tokenizer, world)
     seed_everything(config.train.seed)
     training = build_training(config, world)
@@ -317,6 +343,19 @@ def _tokenizer(config: RunConfig, world: World) -> Tokenizer:
     if world.leads:
         world.wait()
     return tokenizer
+
+
+def _vocabulary_note(asked: RunConfig, config: RunConfig, unused: int) -> str:
+    """A line about rows of the embedding and head that no token has, if there are any."""
+    if unused <= 0:
+        return ""
+    size, kind = config.model.vocab_size, config.data.tokenizer
+    if size != asked.model.vocab_size:
+        return (
+            f"\nvocabulary of {size:,}, all that the tokenizer {kind} has, instead of"
+            f" {asked.model.vocab_size:,} (model.vocab_size)"
+        )
+    return f"\nmodel.vocab_size is {size:,}: the tokenizer {kind} never uses {unused:,} of them"
 
 
 def _opening(parts: Parts, folder: Path) -> str:

@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 import lowrank.optimizers as optimizers
 from lowrank.optimizers import InBackward, compress_activations
 from lowrank.optimizers.engine.method import TABLE
-from lowrank.optimizers.param_groups import PATTERNS
 
 from .choice import build_named, is_single_process
 from .config import RunConfig
@@ -125,7 +124,7 @@ def build_training(config: RunConfig, world: World) -> Training:
             config.model.compressed_activations,
             gap=config.model.compression_gap,
             seed=seed,
-            patterns=method_options(config).get("patterns", PATTERNS),
+            patterns=method_options(config).get("patterns"),
         )
     if strategy == "deepspeed":
         engine = ZeroEngine(config, model, optimizer, world)

@@ -20,6 +20,7 @@ from .options import Group, make_plain
 from .parameters import is_cut, label, whole_shape
 from .plan import Plan, Snapshot
 from .prepare import MadeBy, Maker, drop_unused, follow, revise
+from .saved_method import METHOD, changed_options, check_method, warn_of_changes
 from .seeds import seed_names
 from .state import untouched
 from .step import capturing
@@ -240,7 +241,8 @@ class ManagedOptimizer(Optimizer):
                 if name not in self.ungrouped:
                     group.setdefault(name, value)
             made_under = Snapshot(policy.options_of_state(group))
-            group.pop(policy.STATE_OPTIONS, None)
+            for mark in (policy.STATE_OPTIONS, METHOD):
+                group.pop(mark, None)
             self._snapshots[id(group)] = (group, made_under)
 
     def state_dict(self) -> dict[str, Any]:
@@ -269,7 +271,8 @@ class ManagedOptimizer(Optimizer):
         def mark(_: Optimizer, saved: dict[str, Any]) -> None:
             groups = saved["param_groups"]
             pairs = zip(self.param_groups, groups, strict=True)
-            groups[:] = [self._marked(group, packed) or packed for group, packed in pairs]
+            marked = [self._marked(group, packed) or packed for group, packed in pairs]
+            groups[:] = [{**group, METHOD: type(self).__name__} for group in marked]
             save_pending(self._in_backward, self.param_groups, saved)
 
         hook = self.register_state_dict_post_hook(mark, prepend=True)
@@ -281,15 +284,23 @@ class ManagedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a `state_dict()`; every tensor keeps the dtype it was saved with.
 
+        Options are as they were saved, with a warning where `rank`, `update_proj_gap` or others
+        about projection differ from those that the optimizer was made with.
+
         Raises:
-            ValueError: the state doesn't fit these parameters; nothing is changed then.
+            ValueError: the state doesn't fit these parameters, or is another method's; nothing is
+                changed then.
         """
         found: dict[str, Any] = {}
         pending = Pending()
+        changed: list[str] = []
 
         def inspect(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
             nonlocal pending
             loaded, pending = take_pending(self._in_backward, self.param_groups, loaded)
+            saved_groups = policy.checked_groups(self.param_groups, loaded)
+            check_method(type(self), self.param_groups, saved_groups, self.defaults)
+            changed.extend(changed_options(self.param_groups, saved_groups))
             loaded = policy.upgrade(self.param_groups, loaded, self._meaning)
             policy.check(self.param_groups, loaded, self._meaning)
             found.update(loaded)
@@ -308,6 +319,7 @@ class ManagedOptimizer(Optimizer):
         finally:
             before.remove()
             after.remove()
+        warn_of_changes(type(self).__name__, changed)
 
     @property
     def skipped(self) -> int:

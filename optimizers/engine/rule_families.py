@@ -263,7 +263,12 @@ SGD = RuleFamily(
 MUON = RuleFamily(
     (
         Keyword("lr", 0.02, "learning rate of both rules; groups may have their own."),
-        Keyword("momentum", 0.95, "Muon's momentum."),
+        Keyword(
+            "momentum",
+            0.95,
+            "Muon's momentum. OneCycleLR and CyclicLR cycle `betas` where a group has both: give "
+            "them cycle_momentum=False, or set it yourself.",
+        ),
         Keyword("nesterov", True, "Nesterov momentum."),
         Keyword("ns_steps", 5, "Newton-Schulz iterations, at least 1."),
         Keyword("weight_decay", 0.0, "decoupled, before the update."),

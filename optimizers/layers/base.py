@@ -156,6 +156,8 @@ class FactoredLinear(nn.Module):
             error_msgs.append(f"{prefix[:-1]}: {others}")
             state_dict.update(self.state_dict(prefix=prefix))  # for the submodules
             return
+        if all(prefix + name in state_dict for name in self.FACTORS):
+            state_dict.pop(prefix + "weight", None)  # `save_pretrained` adds it for dense models
         for name in self.host_tensors():
             self._load_host(
                 name, prefix, state_dict, local_metadata, strict, missing_keys, error_msgs

@@ -17,7 +17,7 @@ projection of their own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,8 @@ from lowrank import cuda
 from ..engine import checks
 from ..engine.chunks import wide_dtype
 from ..engine.seeds import draw_seed
-from ..param_groups import PATTERNS, projected_layers
+from ..param_groups import projected_layers
+from ..targets import Patterns
 from ..weights import QuantizedWeight
 from .autocast import compute_dtype
 
@@ -133,7 +134,7 @@ def compress_activations(
     *,
     gap: int = 50,
     seed: int = 0,
-    patterns: Iterable[str] = PATTERNS,
+    patterns: Patterns = None,
 ) -> Compression:
     """In place: compresses what layers that `param_groups` projects keep for the backward pass.
 
@@ -155,7 +156,7 @@ def compress_activations(
     checks.integer("rank", rank, low=1)
     checks.integer("gap", gap, low=1)
     checks.integer("seed", seed, low=0)
-    chosen = projected_layers(model, tuple(patterns))
+    chosen = projected_layers(model, patterns)
     names = {module: name for name, module in model.named_modules()}
     for layer in chosen:
         if type(layer) is not nn.Linear:

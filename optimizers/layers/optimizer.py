@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..engine.composition import Composition
-from ..engine.optimizer import LowRankOptimizer
+from ..engine.optimizer import LowRankOptimizer, out_of_dynamo
 from ..engine.options import Group
 from ..engine.parameters import label, names
 from ..engine.plan import Plan
@@ -58,13 +58,19 @@ class FactoredAdamW(LowRankOptimizer):
         self._event_hooks: dict[int, EventHook] = OrderedDict()
 
     def _warn_of_groups(self) -> None:
-        groups = self.param_groups
-        if not any(group.get("factors") for group in groups) and self._needs_layers(groups[0]):
-            warnings.warn(
-                f"{type(self).__name__}: no parameter group has factors=True, so nothing happens "
-                "to layers; param_groups(model) of a converted model makes groups that have it",
-                stacklevel=3,
-            )
+        if any(group.get("factors") for group in self.param_groups):
+            return
+        idle = (
+            "nothing happens to layers"
+            if self._needs_layers(self.param_groups[0])
+            else ("this is AdamW on the parameters as they are")
+        )
+        warnings.warn(
+            f"{type(self).__name__}: no parameter group has factors=True, so {idle}; "
+            "param_groups(model) of a converted model, convert(name, model), makes groups that "
+            "have it",
+            stacklevel=3,
+        )
 
     @classmethod
     def group_keys(cls) -> set[str]:
@@ -205,6 +211,7 @@ class FactoredAdamW(LowRankOptimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @out_of_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Takes one step, with the events before and after it.

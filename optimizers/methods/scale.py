@@ -22,7 +22,6 @@ momentum. Linear layers outside attention and MLP are hidden matrices here. Conv
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -34,14 +33,14 @@ from ..engine.method import method
 from ..engine.optimizer import LowRankOptimizer
 from ..engine.options import Group
 from ..engine.rule_families import SCALE
-from ..param_groups import PATTERNS
 from ..roles import Named, roles
+from ..targets import Patterns
 
 
 def scale_groups(
     model: nn.Module,
     *,
-    patterns: Sequence[str] = PATTERNS,
+    patterns: Patterns = None,
     weight_decay: float | None = None,
     plain_lr: float | torch.Tensor | None = None,
 ) -> list[Group]:

@@ -12,7 +12,8 @@ from ..coverage import tell
 from ..engine import checks
 from ..engine.parameters import whole_shape
 from ..layers.convert import check_not_wrapped, merge_factored
-from ..param_groups import PATTERNS, projected_layers
+from ..param_groups import projected_layers
+from ..targets import Patterns, selector
 from .formats import GROUP_SIZES
 from .int4 import Int4Weight
 from .int8 import Int8Weight
@@ -29,7 +30,7 @@ KINDS: dict[int, type[QuantizedWeight]] = {8: Int8Weight, 4: Int4Weight}
 def to_quantized(
     model: nn.Module,
     *,
-    patterns: Sequence[str] = PATTERNS,
+    patterns: Patterns = None,
     weight_bits: int | EllipsisType | None = ...,
     weight_group_size: int | None = None,
     weight_include: Sequence[str] = (),
@@ -116,16 +117,20 @@ def _check_present(model: nn.Module, bits: int | None, *, given: bool) -> None:
 
 
 def _targets(
-    model: nn.Module, patterns: Sequence[str], include: Sequence[str]
+    model: nn.Module, patterns: Patterns, include: Sequence[str]
 ) -> list[nn.Linear | nn.Embedding]:
     """Layers to quantise, without those that are; all owners of a tied weight, or none."""
     others: dict[str, list[nn.Linear | nn.Embedding]] = {part: [] for part in include}
+    selects = selector(model, patterns)
     for name, module in model.named_modules():
-        matched = any(pattern in name for pattern in patterns)
         if isinstance(module, nn.Embedding) and "embeddings" in others:
             _check_embedding(name, module)
             others["embeddings"].append(module)
-        elif isinstance(module, nn.Linear) and "head" in others and not matched:
+        elif (
+            isinstance(module, nn.Linear)
+            and "head" in others
+            and not selects(f"{name}.weight", module.weight, module)
+        ):
             others["head"].append(module)
     for part, found in others.items():
         if not found:
