@@ -73,11 +73,23 @@ def cholesky_or_householder(matrices: Sequence[Tensor]) -> list[Tensor]:
 
 
 def eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
-    """`torch.linalg.eigh`, with one retry in fp64 where the fp32 solver does not converge."""
+    """`torch.linalg.eigh`, once more in fp64 where the fp32 solver fails.
+
+    It may not converge, or give NaN without a word: so does LAPACK's `ssyevd` for some matrices
+    whose entries differ by many orders of magnitude, as those of a gradient of rank 1 do.
+
+    Raises:
+        torch.linalg.LinAlgError: fp64 fails as well, or `symmetric` is not finite.
+    """
     try:
         values, vectors = torch.linalg.eigh(symmetric)
+        failed = not bool(vectors.isfinite().all())
     except NotConverged:
+        failed = True
+    if failed:
         values, vectors = torch.linalg.eigh(symmetric.double())
+        if not bool(vectors.isfinite().all()):
+            raise NotConverged("the eigenvectors of a symmetric matrix are not finite")
     return values.to(symmetric.dtype), vectors.to(symmetric.dtype)
 
 

@@ -26,6 +26,7 @@ from torch.nn import functional
 from ..engine.chunks import row_chunks, wide_dtype
 from ..engine.geometry import Geometry, RowRange, Side
 from ..engine.rotation import Rotation
+from . import subspace
 from .base import Bases
 
 MAX_ITERATIONS = 10
@@ -134,7 +135,7 @@ def _leading(unfolded: Tensor, rank: int) -> Tensor:
     """Leading left singular vectors, from the Gram matrix of the channels."""
     scale = torch.linalg.vector_norm(unfolded, torch.inf)
     scaled = unfolded / scale
-    vectors: Tensor = torch.linalg.eigh(scaled @ scaled.mT).eigenvectors
+    _, vectors = subspace.eigh(scaled @ scaled.mT)
     return vectors[:, -rank:].flip(1).contiguous()
 
 

@@ -220,6 +220,23 @@ def test_batched_equals_single(mode: str, side: Side, monkeypatch: pytest.Monkey
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["eigh", "randomized", "warm"])
+@pytest.mark.parametrize("m", [16, 24, 48, 130])
+def test_equal_entries_give_finite_bases(mode: str, m: int) -> None:
+    """Their Gram matrices are of rank 1, for which LAPACK's fp32 solver may give NaN silently."""
+    grad = torch.ones(m, 16)
+    former = torch.linalg.qr(matrix_of(16, 4)).Q
+    for side in (Side.LEFT, Side.RIGHT):
+        (basis,) = fit(grad, mode, side, former, rank=4)
+        assert basis.isfinite().all()
+        torch.testing.assert_close(basis.T @ basis, torch.eye(4), atol=1e-5, rtol=0)
+        assert energy(grad, (basis,), side) > 1 - 1e-6
+
+
+def matrix_of(rows: int, columns: int) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+
+
 def test_randomized_depends_on_its_seed_alone() -> None:
     grad = with_spectrum((24, 40), spectrum("flat", 24)).float()
     torch.manual_seed(1)

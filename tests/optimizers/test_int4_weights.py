@@ -356,7 +356,8 @@ def test_no_temporary_of_the_weights_size(include: tuple[str, ...]) -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict({"mlp": nn.Linear(1536, 768, bias=False)}).to(torch.bfloat16)
     if include:
-        model = nn.ModuleDict({"mlp": nn.Linear(8, 8), "wte": nn.Embedding(768, 1536)})
+        model["mlp"], model["wte"] = nn.Linear(8, 8), nn.Embedding(768, 1536)
+        model["head"] = nn.Linear(8, 8)
         model = model.to(torch.bfloat16)
     options = {"rank": 8, "weight_bits": 4, "weight_include": include}
     optimizer = build("apollo_adamw", model, **options)

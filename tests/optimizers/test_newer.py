@@ -22,6 +22,7 @@ from lowrank.optimizers import (
     scale_groups,
     state_bytes,
 )
+from lowrank.optimizers.coverage import tell
 from lowrank.optimizers.rules.factored_moments import SECOND, START
 
 SHAPES = ((14, 9), (9, 14), (11, 16))
@@ -65,6 +66,7 @@ def test_scale(shape: tuple[int, int], normalise: str, momentum: float) -> None:
 def test_scale_sorts_a_model(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model()
     model.conv = nn.Conv1d(3, 4, 5)
+    tell.cache_clear()  # it says things once
     with caplog.at_level(logging.INFO, "lowrank"):
         groups = scale_groups(model, plain_lr=0.5)
     assert "head: lm_head.weight; embeddings: embed_tokens.weight; 3 hidden" in caplog.text

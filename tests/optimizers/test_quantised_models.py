@@ -174,6 +174,7 @@ def test_embeddings_that_are_changed_in_forward_are_refused() -> None:
     assert not any(isinstance(p, Int8Weight) for p in model.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:LoQTAdamW has no gradient of the full weight")
 @pytest.mark.parametrize("name", available())
 def test_every_method_rounds_bfloat16_stochastically(name: str) -> None:
     """Updates far below bf16's precision are lost to the nearest, and arrive on average."""
