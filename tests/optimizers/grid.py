@@ -44,7 +44,9 @@ Weights = dict[str, Tensor]
 def options(name: str) -> dict[str, Any]:
     """What a method is built with; the tests say why each is needed."""
     layers = dict(EVERY)
-    return {**COMMON, **layers[name]} if name in layers else options_of((name, {}))
+    if name in layers:
+        return {**COMMON, **layers[name]}
+    return options_of((name, {"update_proj_gap": COMMON["update_proj_gap"]}))
 
 
 def dense(name: str, model: nn.Module, state: dict[str, Any]) -> Weights:
