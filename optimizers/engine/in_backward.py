@@ -26,7 +26,8 @@ def update_in_backward(
 
     The loop stays `loss.backward(); optimizer.step(); optimizer.zero_grad()`, and so do the
     weights, up to rounding. Learning rates that the backward pass finds are those of the step. In
-    place of `clip_grad_norm_`, which would find no gradients, `max_norm` clips.
+    place of `clip_grad_norm_`, which would find no gradients, `max_norm` clips; the smallest
+    parameter's gradient waits for `step`, which raises if it was changed.
 
     With `accumulation`, the step has so many `backward()`; between them a projected matrix of m x n
     takes r x n numbers (fp32) where the method drops what is outside its subspace (GaLore,

@@ -87,7 +87,7 @@ class InBackward(Passes):
         What is due for a refit is not listed: it is kept whole in the step of the refit.
         """
         groups, known = self._optimizer.param_groups, examine(self._optimizer)
-        kept = self._optimizer._kept_for_step()
+        kept = self._kept_for_step()
         params = [param for group in groups for param in group["params"]]
         found = {}
         for name, param in zip(unique_names(groups), params, strict=True):
@@ -197,7 +197,7 @@ class InBackward(Passes):
             skips = bool(site.group["skip_nonfinite"]) and self._defers
             scale_(gradient, clip_factor(bound, self._max_norm), bound, skip_nonfinite=skips)
         self._norm = norm
-        known_norm = norm if self._previous is None else self._previous
+        known_norm = norm if self._previous is None else self._previous.to(norm)
         self._previous = torch.where(norm.isfinite(), norm, known_norm)
 
     def left_of(self, plan: Plan) -> Given:

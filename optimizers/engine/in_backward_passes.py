@@ -31,6 +31,10 @@ from .optimizer import LowRankOptimizer, no_autocast
 from .parameters import unique_names
 from .plan import Given, Plan
 
+#: Entries of the largest parameter whose gradient is kept to find out whether it is changed.
+LARGEST_GUARD = 1 << 16
+_GUARD = "it is the smallest, by which changes after the backward pass are found out"
+
 
 class Passes:
     """The backward passes of an optimizer's steps.
@@ -129,7 +133,7 @@ class Passes:
         places = places_in(self._plans, optimizer)
         self._check_places(places)
         self._sites = sites_of(self._plans)
-        self._kept = optimizer._kept_for_step()
+        self._kept = self._kept_for_step()
         self.attach()
         window.places, window.task, window.open = places, task, True
         window.passes += 1
@@ -137,6 +141,20 @@ class Passes:
             window.record_rates(self._plans)
         this = weakref.ref(self)
         Variable._execution_engine.queue_callback(lambda: _end_pass(this, task))
+
+    def _kept_for_step(self) -> dict[int, str]:
+        """By parameter id: why its gradient is kept until `step`.
+
+        That of the smallest parameter is: where it was changed, so were others to be, that are gone
+        (`clip_grad_norm_`, a sum over processes).
+        """
+        groups = self._optimizer.param_groups
+        params = [p for group in groups for p in group["params"] if p.requires_grad]
+        small = [param for param in params if 0 < param.numel() <= LARGEST_GUARD]
+        kept: dict[int, str] = {}
+        if small and not self._defers:
+            kept[id(min(small, key=lambda param: param.numel()))] = _GUARD
+        return kept | self._optimizer._kept_for_step()
 
     def end_pass(self, task: int) -> None:
         """Called at the end of a backward pass."""

@@ -264,7 +264,7 @@ def test_a_step_that_is_left_out() -> None:
     update_in_backward(optimizer)
     backward(model, 0)
     with pytest.raises(
-        RuntimeError, match=r"zero_grad\(\) before step\(\), when 8 parameters were"
+        RuntimeError, match=r"zero_grad\(\) before step\(\), when 7 parameters were"
     ):
         optimizer.zero_grad()
     optimizer.step()
@@ -367,6 +367,18 @@ def test_gradients_that_are_clipped_by_hand() -> None:
     backward(model, 1)
     nn.utils.clip_grad_norm_(model.parameters(), 0.1)
     with pytest.raises(ValueError, match="accepted is max_norm of update_in_backward in the place"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("clip", [nn.utils.clip_grad_norm_, nn.utils.clip_grad_value_])
+def test_gradients_that_are_clipped_when_most_are_gone(parts: int, clip: Any) -> None:
+    """As the Hugging Face trainer does by default."""
+    model, optimizer = make()
+    update_in_backward(optimizer, parts)
+    backward(model, 0, parts)
+    clip(model.parameters(), 100.0)
+    with pytest.raises(ValueError, match="and 7 used already: accepted is max_norm of update_in"):
         optimizer.step()
 
 
