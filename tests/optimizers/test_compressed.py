@@ -33,14 +33,14 @@ def test_all_but_the_weights_gradient_is_exact_and_that_is_unbiased() -> None:
     expected = gradients(plain, x)
     handle = compress_activations(model, 8, gap=1)
     total = torch.zeros_like(expected[2])
-    for step in range(600):
+    for step in range(150):
         handle.step = step
         found = gradients(model, x)
         for ours, theirs in zip(found[:2] + found[3:], expected[:2] + expected[3:], strict=True):
             torch.testing.assert_close(ours, theirs)
-        total += found[2] / 600
-    # the error of one draw is about (n / r) ** 0.5 of the gradient, of the mean a 24th of that
-    assert float((total - expected[2]).norm() / expected[2].norm()) < 0.15
+        total += found[2] / 150
+    # the error of one draw is about (n / r) ** 0.5 of the gradient, of the mean a 12th of that
+    assert float((total - expected[2]).norm() / expected[2].norm()) < 0.3
     assert int(torch.linalg.matrix_rank(found[2].double(), rtol=1e-5)) == 8
 
 
