@@ -106,10 +106,11 @@ class Composition:
             state |= projection.projector.init(geometry, local)
             made = projection.residual.init(geometry, local)
             shard = shard_of(param)
-            for key in projection.residual.WHOLE:
-                if not shard.plain:
-                    dim = 1 if shard.transposed else 0
-                    made[key] = shard.distribute(made[key], dim, param.shape)
+            for key in () if shard.plain else projection.residual.WHOLE:
+                part = shard.part(None)
+                part = part.mirror() if part.transposed else part  # as the parameter lies
+                own = made[key].new_zeros(part.local_shape)
+                made[key] = shard.distribute(own, part.axis or 0, param.shape)
             state |= made
         return state | self.moments(param)
 

@@ -62,6 +62,10 @@ class ErrorFeedback(Residual):
         rows, columns = geometry.shape
         return len(chunk_range(rows, world, 0)) * columns * itemsize
 
+    def step_traffic(self, geometry: Geometry, itemsize: int, world: int) -> int:
+        """See `Residual.step_traffic`: whether the gradient is finite."""
+        return 2 * itemsize
+
     def prepare(self, param: ProjectedParam) -> None:
         """Adds the gradient to the error, which takes its place; one that isn't finite is left."""
         if bool(param.largest_entry().isfinite()):
