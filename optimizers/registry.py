@@ -104,13 +104,14 @@ def convert(name: str, model: nn.Module, **options: Any) -> nn.Module:
     """Changes a model's parametrisation, in place, to the one that a method trains.
 
     `build` calls it. Call it yourself if, before `build`, the model is wrapped (DDP), moved, or
-    loaded from a converted model's state dict. Methods without a parametrisation and converted
-    layers leave the model unchanged; `merge` undoes it. Processes that train together need equal
-    models here, because DDP broadcasts INT8 weights as dense copies, which are requantised. DDP
-    ignores frozen tensors of factored layers if it wraps the given model or a part of it; if it
-    wraps a parent module, pass that module here as well. `fully_shard` (FSDP2) comes between this
-    and `build`; it shards factors and frozen weights, and leaves buffers whole on each process
-    (LoQT's quantised weights, SwitchLoRA's candidates).
+    loaded from a converted model's state dict (which a dense one can't load: in Lightning, whose
+    checkpoints are read before `configure_optimizers`, call it in `__init__`). Methods without a
+    parametrisation and converted layers leave the model unchanged; `merge` undoes it. Processes
+    that train together need equal models here, because DDP broadcasts INT8 weights as dense copies,
+    which are requantised. DDP ignores frozen tensors of factored layers if it wraps the given model
+    or a part of it; if it wraps a parent module, pass that module here as well. `fully_shard`
+    (FSDP2) comes between this and `build`; it shards factors and frozen weights, and leaves buffers
+    whole on each process (LoQT's quantised weights, SwitchLoRA's candidates).
 
     Args:
         name: one of `available()`.
