@@ -144,7 +144,7 @@ def build(
 ) -> LowRankOptimizer:
     """Builds an optimizer for a model by name.
 
-    Linear layers of attention and MLP are projected (see `param_groups`), everything else gets the
+    Matrices of the hidden layers are projected (see `param_groups`), everything else gets the
     method's full-rank rule. Defaults: rank 128 (clamped to each matrix), gap 200, scale 0.25;
     Adafactor with `relative_step` and `scale_parameter` off. A method with its own parametrisation
     changes the model in place first, see `convert`.
