@@ -122,14 +122,15 @@ def convert(name: str, model: nn.Module, **options: Any) -> nn.Module:
     """Changes a model's parametrisation, in place, to the one that a method trains.
 
     `build` calls it. Call it yourself if, before `build`, the model is wrapped (DDP), moved, or
-    loaded from a converted model's state dict. Methods without a parametrisation change nothing
-    unless `weight_bits` is given, and converted layers are unchanged; `merge` undoes it. Processes
-    that train together need equal models here, because DDP broadcasts quantised weights as dense
-    copies, which are requantised. DDP
-    ignores frozen tensors of factored layers if it wraps the given model or a part of it; if it
-    wraps a parent module, pass that module here as well. `fully_shard` (FSDP2) comes between this
-    and `build`; it shards factors and frozen weights, and leaves buffers whole on each process
-    (LoQT's quantised weights, SwitchLoRA's candidates).
+    loaded from a converted model's state dict (which a dense one can't load: in Lightning, whose
+    checkpoints are read before `configure_optimizers`, call it in `__init__`). Methods without a
+    parametrisation change nothing unless `weight_bits` is given, and converted layers are
+    unchanged; `merge` undoes it. Processes that train together need equal models here, because DDP
+    broadcasts quantised weights as dense copies, which are requantised. DDP ignores frozen tensors
+    of factored layers if it wraps the given model or a part of it; if it wraps a parent module,
+    pass that module here as well. `fully_shard` (FSDP2) comes between this and `build`; it shards
+    factors and frozen weights, and leaves buffers whole on each process (LoQT's quantised weights,
+    SwitchLoRA's candidates).
 
     Args:
         name: one of `available()`.
@@ -164,7 +165,7 @@ def build(
 ) -> LowRankOptimizer:
     """Builds an optimizer for a model by name.
 
-    Linear layers of attention and MLP are projected (see `param_groups`), everything else gets the
+    Matrices of the hidden layers are projected (see `param_groups`), everything else gets the
     method's full-rank rule. Defaults: rank 128 (clamped to each matrix), gap 200, scale 0.25;
     Adafactor with `relative_step` and `scale_parameter` off. A method with its own parametrisation
     changes the model in place first, see `convert`.

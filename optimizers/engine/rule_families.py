@@ -209,7 +209,7 @@ ADAMW_8BIT = RuleFamily(
 
 #: The same in transformers' form, used by COAP.
 TRANSFORMERS_ADAMW_8BIT = RuleFamily(
-    (*ADAMW.keywords, *_8BIT), _transformers_adam8bit, capturable=True
+    (*ADAMW.keywords, *_8BIT, _AMSGRAD), _transformers_adam8bit, capturable=True
 )
 
 #: Adafactor in transformers' form.

@@ -23,6 +23,8 @@ from lowrank.cuda.noise import mix, stochastic_bfloat16
 from ..engine.chunks import row_chunks, wide_dtype
 
 _EXTRA = "_extra_state"
+#: Attribute of parameters that are factors, by which an optimizer knows them without their layer.
+FACTOR = "_lowrank_factor"
 
 
 class FactoredLinear(nn.Module):
@@ -156,8 +158,15 @@ class FactoredLinear(nn.Module):
             error_msgs.append(f"{prefix[:-1]}: {others}")
             state_dict.update(self.state_dict(prefix=prefix))  # for the submodules
             return
-        if all(prefix + name in state_dict for name in self.FACTORS):
-            state_dict.pop(prefix + "weight", None)  # `save_pretrained` adds it for dense models
+        # `save_pretrained` adds a dense weight to the parts.
+        dense = state_dict.pop(prefix + "weight", None)
+        if dense is not None and not any(prefix + name in state_dict for name in self.FACTORS):
+            error_msgs.append(
+                f"{prefix[:-1]} is dense in this state dict, and here a {type(self).__name__}: "
+                "accepted is load_state_dict first, then convert(name, model) or build"
+            )
+            state_dict.update(self.state_dict(prefix=prefix))
+            return
         for name in self.host_tensors():
             self._load_host(
                 name, prefix, state_dict, local_metadata, strict, missing_keys, error_msgs

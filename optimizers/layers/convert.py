@@ -17,7 +17,7 @@ from ..engine.sharding import is_dtensor
 from ..engine.zero import partitioned
 from ..param_groups import projected_layers
 from ..targets import Patterns
-from .base import FactoredLinear
+from .base import FACTOR, FactoredLinear
 from .replicas import mark_frozen, unmark_frozen
 from .seeds import layer_seed, named_layers
 from .spread import check_whole
@@ -89,6 +89,9 @@ def to_factored(
         for layer in targets
     }
     replace_modules(model, made)
+    for _, factored in factored_layers(model):
+        for factor in factored.FACTORS:
+            vars(getattr(factored, factor))[FACTOR] = True
     mark_frozen(model)
 
 

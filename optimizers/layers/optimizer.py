@@ -24,6 +24,7 @@ from ..engine.rule_families import TORCH_ADAMW
 from ..engine.sharding import shard_of
 from ..rules import UpdateRule
 from . import FactoredLinear
+from .base import FACTOR
 from .events import EventHook, LayerEvent
 from .link import Link
 from .partitioned import PartitionedLayers
@@ -58,13 +59,14 @@ class FactoredAdamW(LowRankOptimizer):
         self._event_hooks: dict[int, EventHook] = OrderedDict()
 
     def _warn_of_groups(self) -> None:
-        if any(group.get("factors") for group in self.param_groups):
+        groups = self.param_groups
+        if any(group.get("factors") for group in groups):
             return
-        idle = (
-            "nothing happens to layers"
-            if self._needs_layers(self.param_groups[0])
-            else ("this is AdamW on the parameters as they are")
-        )
+        idle = "nothing happens to layers"
+        if not self._needs_layers(groups[0]):
+            if any(FACTOR in vars(param) for group in groups for param in group["params"]):
+                return  # plain AdamW is what they need
+            idle = "this is AdamW on the parameters as they are"
         warnings.warn(
             f"{type(self).__name__}: no parameter group has factors=True, so {idle}; "
             "param_groups(model) of a converted model, convert(name, model), makes groups that "

@@ -28,6 +28,8 @@ EVENTS: dict[str, dict[str, Any]] = {
     "sst_adamw": {"update_proj_gap": 2},
     "switchlora_adamw": {"switch_interval": 10.0, "descent_rate": 10.0},
 }
+#: Options of the conversion, which `build` then may repeat.
+LAYERS: dict[str, dict[str, Any]] = {"sltrain_adamw": {"density": 0.1}}
 events_of = pytest.mark.parametrize("name", EVENTS)
 
 
@@ -159,7 +161,7 @@ def test_a_layer_without_gradients_is_said_once(name: str) -> None:
 
 @events_of
 def test_layers_that_are_frozen_before_are_named_when_linked(name: str) -> None:
-    model = convert(name, tiny_model(), rank=4)
+    model = convert(name, tiny_model(), rank=4, **LAYERS.get(name, {}))
     model.mlp["up_proj"].requires_grad_(requires_grad=False)
     with pytest.warns(UserWarning, match=r"trains no factor of mlp\.up_proj, so nothing happens"):
         _, optimizer, events = made(name, model)
@@ -191,7 +193,7 @@ def encoder() -> nn.TransformerEncoderLayer:
 def test_a_transformer_encoder_layer_trains_and_evaluates(name: str) -> None:
     layer = encoder()
     with pytest.warns(UserWarning, match=r"stay dense: self_attn\.out_proj \(nn\.MultiheadAttent"):
-        convert(name, layer, rank=16, patterns=("self_attn", "linear"))
+        convert(name, layer, rank=16, patterns=("self_attn", "linear"), **LAYERS.get(name, {}))
     assert type(layer.self_attn.out_proj).__name__ == "NonDynamicallyQuantizableLinear"
     assert isinstance(layer.linear1, FactoredLinear)
     optimizer = build(name, layer, lr=1e-2, **EVENTS[name])

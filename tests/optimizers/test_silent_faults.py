@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from support import tiny_model
 from torch import nn
 
+from lowrank import optimizers
 from lowrank.optimizers import (
     LowRankAdamW,
     LowRankOptimizer,
@@ -76,3 +78,21 @@ def test_a_rank_above_a_side_is_the_clamped_one() -> None:
     model = convert("relora_adamw", tiny_model(), rank=64)
     build("relora_adamw", model, rank=64)
     build("relora_adamw", model, rank=128)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_dense_state_for_a_converted_model_says_what_to_do(strict: bool) -> None:
+    model = convert("relora_adamw", tiny_model(), rank=4)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"q_proj is dense in this state dict, and here a .*\n"):
+        model.load_state_dict(tiny_model(seed=1).state_dict(), strict=strict)
+    after = model.state_dict()
+    assert all(torch.equal(after[key], before[key]) for key in before if "self_attn" in key)
+
+
+def test_every_8bit_class_accepts_amsgrad_off() -> None:
+    for name, kind in vars(optimizers).items():
+        if name.endswith("AdamW8bit") and isinstance(kind, type):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                kind(tiny_model().parameters(), amsgrad=False)
