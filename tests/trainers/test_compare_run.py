@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import TINY
 
+from lowrank.trainers import pretrain
 from lowrank.trainers.cli import main
 
 SETTINGS = [
@@ -76,13 +77,6 @@ def start(asked: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def finish(asked: list[str], status: int = 0) -> str:
-    process = start(asked)
-    output, errors = process.communicate(timeout=500)
-    assert process.returncode == status, output + errors
-    return output + errors
-
-
 def wait_for(condition: object, process: subprocess.Popen[str]) -> None:
     limit = time.monotonic() + 400
     while not condition():  # type: ignore[operator]
@@ -112,63 +106,81 @@ def processes_in(folder: Path) -> list[str]:
     return found
 
 
+def begun(folder: Path) -> bool:
+    """Whether a run has taken some steps and isn't finished."""
+    return any(
+        path.read_text().count('"train"') > 3 and not (path.parent / "summary.json").exists()
+        for path in folder.glob("runs/*/metrics.jsonl")
+    )
+
+
+def lines_in(folder: Path) -> int:
+    return sum(path.read_text().count("\n") for path in folder.glob("runs/*/metrics.jsonl"))
+
+
+def finished(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/summary.json")}
+
+
 @pytest.mark.slow
-def test_killed_at_any_moment_a_comparison_goes_on(corpus: Path, tmp_path: Path) -> None:
-    straight, folder = tmp_path / "straight", tmp_path / "killed"
-    finish(arguments(corpus, straight, "--seeds=0,1", "--jobs=2"))
+def test_killed_at_any_moment_a_comparison_goes_on(
+    corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "killed"
     asked = arguments(corpus, folder, "--seeds=0,1")
     process = start(asked)
-    # Once in the second run, by SIGKILL: its worker sees that nobody is there, and saves the run.
-    wait_for(lambda: len(list(folder.glob("runs/*/summary.json"))) == 1, process)
-    wait_for(
-        lambda: (
-            sum(
-                path.read_text().count('"train"') > 3
-                for path in folder.glob("runs/*/metrics.jsonl")
-            )
-            > 1
-        ),
-        process,
-    )
+    wait_for(lambda: finished(folder) and begun(folder), process)
     process.kill()
     process.communicate()
-    limit = time.monotonic() + 120
+    # Its worker sees that nobody is there any more, saves the run at work and ends.
+    limit = time.monotonic() + 200
     while processes_in(folder) and time.monotonic() < limit:
         time.sleep(0.1)
     assert not processes_in(folder)
-    kept = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/summary.json")}
+    kept = finished(folder)
     assert kept
-    # And once by SIGTERM.
+    before = lines_in(folder)
     process = start(asked)
-    wait_for(lambda: len(list(folder.glob("runs/*/summary.json"))) > len(kept), process)
+    wait_for(lambda: lines_in(folder) > before, process)
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=200)
     assert process.returncode == 143, output + errors
     assert f"go on with: lowrank compare --output {folder}" in errors
     assert not processes_in(folder)
+    # What a run leaves that is killed between its summary and its clearing up.
+    (next(iter(kept)).parent / "checkpoints").mkdir()
+
     # Nothing but the folder is needed to go on.
-    told = finish(["compare", "--output", str(folder), "--jobs", "2"])
-    assert "| `fira_adamw` |" in told
-    assert losses(folder) == losses(straight)
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert sorted(path.name for path in (folder / "runs").iterdir()) == sorted(
-        path.name for path in (straight / "runs").iterdir()
-    )
+    assert main(["compare", "--output", str(folder), "--jobs", "2"]) == 0
+    assert "| `fira_adamw` |" in capsys.readouterr().out
+    assert {path: finished(folder)[path] for path in kept} == kept
+    assert len(finished(folder)) == len(list((folder / "runs").iterdir())) == 4
     assert not list(folder.glob("runs/*/checkpoints"))
+    # Each run ends as one that nothing interrupted.
+    monkeypatch.setattr(pretrain, "write_report", lambda run: run / "report.html")
+    for path in finished(folder):
+        alone = tmp_path / "alone" / path.parent.name
+        config = path.parent / "config.yaml"
+        assert main(["pretrain", f"--config={config}", f"--output={alone}"]) == 0
+        left, right = (
+            json.loads((one / "summary.json").read_text()) for one in (path.parent, alone)
+        )
+        assert left["weights_sha256"] == right["weights_sha256"]
+        assert left["val_loss"] == right["val_loss"]
+
+    assert set(losses(folder)) == {"adamw", "fira_adamw"}
     lines = list(csv.DictReader((folder / "results.csv").open()))
-    assert {line["method"] for line in lines} == {"adamw", "fira_adamw"}
-    assert all(line[f"{name}_measured"] for line in lines for name in ("weights", "moments"))
-    assert all(
-        line[f"{name}_measured"] == line[f"{name}_predicted"]
-        for line in lines
-        for name in ("weights", "gradients", "moments", "basis", "other_state")
-    )
-    assert all(float(line["optimizer_ms"]) > 0 for line in lines)
+    for line in lines:
+        for name in ("weights", "gradients", "moments", "basis", "other_state"):
+            assert line[f"{name}_measured"] == line[f"{name}_predicted"], name
+        assert float(line["optimizer_ms"]) > 0
     assert (folder / "report.html").read_text().count("<figure") == 5
-    # Other settings are refused, and more seeds are taken.
-    assert "steps 60, not 61" in finish([*asked, "--steps=61"], status=2)
-    finish(["compare", "--output", str(folder), "--seeds=2", "--methods=adamw"])
-    assert set(losses(folder)["fira_adamw"]) == {0, 1, 2}
+    capsys.readouterr()
+    assert main([*asked, "--steps=61"]) == 2
+    assert "steps 60, not 61" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -178,11 +190,11 @@ def test_rates_are_tuned_on_a_seed_of_their_own(
     folder = tmp_path / "tuned"
     methods = "adafactor+plain_rule=own+plain_lr=0.01"
     more = ("--seeds=0", "--steps=8", "--tune", "--jobs=2")
-    finish(arguments(corpus, folder, *more, methods=methods))
+    assert main(arguments(corpus, folder, *more, methods=methods)) == 0
     content = json.loads((folder / "results.json").read_text())
     rates = content["rates"][methods]
     assert content["rows"][0]["optimizer"]["lr"] == rates["lr"]
-    runs = [json.loads(path.read_text()) for path in folder.glob("runs/*/summary.json")]
+    runs = [json.loads(path.read_text()) for path in finished(folder)]
     tuning = [run["val_loss"] for run in runs if run["seed"] == 100]
     assert len(tuning) == rates["tried"] >= 3
     assert min(tuning) == rates["val_loss"]
@@ -192,7 +204,9 @@ def test_rates_are_tuned_on_a_seed_of_their_own(
     assert (folder / "results.json").read_text() == before
     # The time is estimated without a trace in a folder that isn't there.
     other = tmp_path / "other"
-    told = finish(arguments(corpus, other, "--seeds=0,1", "--dry-run"))
+    capsys.readouterr()
+    assert main(arguments(corpus, other, "--seeds=0,1", "--dry-run")) == 0
+    told = capsys.readouterr().out
     assert "adamw: 2 runs, 0:0" in told
     assert "fira_adamw: 2 runs" in told
     assert "in all, 1 at a time; nothing was written" in told

@@ -130,3 +130,13 @@ def test_files_without_rates_are_refused(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ValueError, match="holds no rates"):
             read_rates(path)
+
+
+def test_what_is_found_is_what_runs_are_made_with() -> None:
+    trainer = Trainer(BEST)
+    (entry,) = parse_methods("adamw")
+    found = tune([entry], trainer.make, trainer.run_all, lambda _: None)["adamw"]
+    made = make_run(SETTING, entry, 0, record(found)).config.optimizer
+    again = make_run(SETTING, entry, 0, found.point.options()).config.optimizer
+    assert made == again
+    assert not {"val_loss", "tried", "edge"} & set(made.options)

@@ -21,6 +21,8 @@ from .setting import Setting
 #: What determines nothing of the result.
 _FREE = ("log", "checkpoint", "distributed")
 _HASH = 12
+#: What a search remarks beside the options that it chose.
+FOUND = ("val_loss", "tried", "edge")
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def make_run(
             "log": {"progress": False, "optimizer_time": True},
         },
         setting.settings,
-        _without_given(choice, entry),
+        _options(choice),
         entry.settings,
         {"optimizer": dict(last or {})},
     )
@@ -106,8 +108,8 @@ def _common(setting: Setting) -> dict[str, Any]:
     )
 
 
-def _without_given(choice: Mapping[str, Any], entry: Entry) -> dict[str, Any]:
-    return {"optimizer": {k: v for k, v in choice.items() if k != "val_loss"}}
+def _options(choice: Mapping[str, Any]) -> dict[str, Any]:
+    return {"optimizer": {k: v for k, v in choice.items() if k not in FOUND}}
 
 
 def own_schedule(setting: Setting, run: Run) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -144,8 +145,12 @@ class Pool:
         done: dict[str, Outcome] = {}
         for key, run in every.items():
             found = outcome(self.root, run)
-            if found is not None:
-                done[key] = found
+            if found is None:
+                continue
+            done[key] = found
+            if not self._keep:
+                # Of a run that was killed between its summary and its clearing up.
+                shutil.rmtree(found.folder / "checkpoints", ignore_errors=True)
         missing = [run for key, run in every.items() if key not in done]
         futures: dict[Future[float], Run] = {}
         for run in missing:

@@ -20,7 +20,7 @@ from lowrank.optimizers.engine.method import TABLE
 
 from ..choice import PLAIN_RULES, accepts_betas
 from .entries import Entry
-from .plan import Run
+from .plan import FOUND, Run
 from .pool import Outcome, Say
 
 #: The grid of both learning rates.
@@ -235,7 +235,7 @@ def read_rates(path: Path) -> dict[str, dict[str, Any]]:
         content = json.loads(file.read_text("utf-8"))
         rates = content["rates"]
         return {
-            str(label): {k: v for k, v in options.items() if k not in ("val_loss", "tried", "edge")}
+            str(label): {k: v for k, v in options.items() if k not in FOUND}
             for label, options in rates.items()
         }
     except FileNotFoundError:
