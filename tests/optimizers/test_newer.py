@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import references_newer as references
@@ -23,7 +24,10 @@ from lowrank.optimizers import (
     state_bytes,
 )
 from lowrank.optimizers.coverage import tell
+from lowrank.optimizers.engine.processes import Processes
+from lowrank.optimizers.engine.sharding import Part
 from lowrank.optimizers.rules.factored_moments import SECOND, START
+from lowrank.optimizers.rules.folded import FoldedAdam
 
 SHAPES = ((14, 9), (9, 14), (11, 16))
 
@@ -362,3 +366,15 @@ def test_each_expert_is_a_matrix(name: str) -> None:
     for i, model in enumerate(single):
         assert torch.equal(stacked.mlp.experts[i], model.mlp.attn.weight)
     assert expected_state_bytes(name, stacked, rank=3) == state_bytes(made)
+
+
+def test_columns_that_cut_blocks_are_refused() -> None:
+    """Six columns a process, blocks of four: the moments of a block would lie on two of them."""
+    part = Part((12, 9), 0, 0, 6, Processes(None, 2, 0), (), 108, transposed=True)
+    rule = FoldedAdam(1e-3)
+    with pytest.raises(
+        ValueError, match=r"up\.weight is spread by columns, 6 a process, which cuts"
+    ):
+        rule.check_part(part, "up.weight")
+    replace(rule, level=1).check_part(part, "up.weight")
+    rule.check_part(part.mirror(), "up.weight")
