@@ -1,0 +1,227 @@
+"""Memory of a forward and a backward pass, from a run on fake tensors with few blocks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from .ledger import Ledger
+from .network import Blocks, Network
+
+#: Blocks that are run; the middle one stands for all others.
+RUN = 3
+GRADIENTS, ACTIVATIONS, LOGITS = "gradients", "activations", "logits"
+Bytes = Counter[str]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes by category in a part of a pass: at its begin, at its end, and at the peak between."""
+
+    begin: Bytes
+    end: Bytes
+    peak: Bytes
+
+    def shifted(self, by: Bytes) -> Span:
+        """The same part above other bytes."""
+        return Span(*(_sum(level, by) for level in (self.begin, self.end, self.peak)))
+
+    @property
+    def change(self) -> Bytes:
+        """What the part leaves."""
+        return _sum(self.end, self.begin, -1)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A whole pass: its parts in order, those of the blocks by their numbers.
+
+    Attributes:
+        spans: name and bytes of each part.
+    """
+
+    spans: tuple[tuple[str, Span], ...]
+
+    @property
+    def peak(self) -> Bytes:
+        """Bytes by category at the highest moment."""
+        return max((span.peak for _, span in self.spans), key=Counter.total)
+
+    @property
+    def end(self) -> Bytes:
+        """Bytes that remain."""
+        return self.spans[-1][1].end
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a micro-batch takes beside weights and state.
+
+    Attributes:
+        forward: the pass that computes the loss.
+        backward: the pass that leaves gradients.
+    """
+
+    forward: Pass
+    backward: Pass
+
+
+def _sum(first: Bytes, second: Bytes, factor: int = 1) -> Bytes:
+    total = Counter(first)
+    for name, value in second.items():
+        total[name] += factor * value
+    return total
+
+
+class _Recorder:
+    """Marks the borders between blocks while the model runs."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._begin = Counter(ledger.now.parts)
+        self._name = "first"
+        self.spans: list[tuple[str, Span]] = []
+        ledger.restart()
+
+    def mark(self, following: str) -> None:
+        """Ends a part and begins another one."""
+        ledger, end = self._ledger, Counter(self._ledger.now.parts)
+        self.spans.append((self._name, Span(self._begin, end, Counter(ledger.peak.parts))))
+        self._begin, self._name = end, following
+        ledger.restart()
+
+
+class _Tracer:
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._forward: _Recorder | None = None
+        self._backward: _Recorder | None = None
+
+    def run(
+        self, model: nn.Module, blocks: tuple[nn.Module, ...], batch: int, sequence: int
+    ) -> tuple[list[tuple[str, Span]], list[tuple[str, Span]]]:
+        ledger = self._ledger
+        device = next(model.parameters()).device
+        with contextlib.ExitStack() as stack:
+            for number, block in enumerate(blocks):
+                handle = block.register_forward_pre_hook(self._before(number), with_kwargs=True)
+                stack.callback(handle.remove)
+            stack.callback(blocks[-1].register_forward_hook(self._after).remove)
+            for param in model.parameters():
+                if param.requires_grad:
+                    handle = param.register_post_accumulate_grad_hook(self._own)
+                    stack.callback(handle.remove)
+            ledger.category = ACTIVATIONS
+            tokens = torch.zeros(batch, sequence, dtype=torch.int64, device=device)
+            self._forward = _Recorder(ledger)
+            loss = model(tokens, tokens)
+            self._forward.mark("")
+            forward, self._forward = self._forward.spans, None
+            ledger.category = LOGITS
+            self._backward = _Recorder(ledger)
+            (loss * 1.0).backward()
+            del loss
+            self._backward.mark("")
+        return forward, self._backward.spans
+
+    def _before(self, number: int) -> Any:
+        def mark(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if self._forward is not None:
+                hidden = args[0] if args else kwargs["hidden_states"]
+                self._forward.mark(str(number))
+                after = str(number - 1) if number else "last"
+                hidden.register_hook(lambda _: self._backward_mark(after))
+
+        return mark
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._forward is not None:
+            self._forward.mark("last")
+            self._ledger.category = LOGITS
+            hidden = output[0] if isinstance(output, tuple) else output
+            hidden.register_hook(lambda _: self._backward_mark("top"))
+
+    def _backward_mark(self, following: str) -> None:
+        if self._backward is not None:
+            self._ledger.category = ACTIVATIONS
+            self._backward.mark(following)
+
+    def _own(self, param: Tensor) -> None:
+        if param.grad is not None:
+            self._ledger.move(param.grad, GRADIENTS)
+
+
+def trace(
+    model: Network, blocks: Blocks, batch: int, sequence: int, *, granularity: int, again: bool
+) -> Trace:
+    """Runs a micro-batch of a model of fake tensors, and scales its blocks up to its depth.
+
+    Call it under `FakeTensorMode`; the model is left without gradients.
+
+    Args:
+        model: the whole model.
+        blocks: its blocks; if they are unequal, all are run.
+        batch: sequences.
+        sequence: tokens of each.
+        granularity: bytes to which the allocator rounds up.
+        again: a later micro-batch of a step, which adds to gradients that are there.
+
+    Raises:
+        ValueError: what the model computes depends on the numbers that it computes with.
+    """
+    depth = len(blocks.items)
+    run = min(depth, RUN) if blocks.equal else depth
+    ledger = Ledger(granularity)
+    with blocks.first(run), ledger, _untraced():
+        held = [*model.parameters(), *model.buffers()]
+        ledger.hold(held, "weights")
+        weights = Counter(ledger.now.parts)
+        try:
+            tracer = _Tracer(ledger)
+            for _ in range(2 if again else 1):
+                forward, backward = tracer.run(model, blocks.items[:run], batch, sequence)
+        finally:
+            for param in model.parameters():
+                param.grad = None
+    missing = {} if run == depth else {str(run // 2): depth - run}
+    kept = sum(p.nbytes for p in model.parameters() if p.requires_grad) if again else 0
+    start = Counter({GRADIENTS: kept})
+    first, at = _grown(forward, missing, weights, start)
+    second, _ = _grown(backward, missing, weights, at)
+    return Trace(first, second)
+
+
+def _grown(
+    spans: list[tuple[str, Span]], missing: dict[str, int], weights: Bytes, start: Bytes
+) -> tuple[Pass, Bytes]:
+    """A pass with parts repeated that stand for several, above what there is at its begin."""
+    made: list[tuple[str, Span]] = []
+    at = start
+    for name, span in spans:
+        for _ in range(1 + missing.get(name, 0)):
+            moved = span.shifted(_sum(at, span.begin, -1))
+            made.append((name, moved))
+            at = moved.end
+    return Pass(tuple(made)), at
+
+
+@contextlib.contextmanager
+def _untraced() -> Iterator[None]:
+    """Lets transformers ask whether sequences are packed, as it does with real tensors.
+
+    For fake ones it would assume so, and attention would need a mask.
+    """
+    from transformers import masking_utils
+
+    if not hasattr(masking_utils, "is_tracing"):
+        yield
+        return
+    with mock.patch.object(masking_utils, "is_tracing", lambda tensor=None: False):
+        yield
