@@ -7,6 +7,7 @@ out what it would need.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -25,9 +26,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .workspace import workspace_bytes
 
-_READ = torch.ops.aten._local_scalar_dense.default
+_aten = torch.ops.aten
+_NONZERO, _DRAW = _aten.nonzero.default, _aten.multinomial.default
+_INDEXING = (_aten.index.Tensor, _aten.index_put_.default)
+_RANGES = (_aten.arange.default, _aten.arange.start, _aten.arange.start_step)
+_CREATING = (_aten.ones.default, _aten.zeros.default, _aten.full.default, *_RANGES)
+#: Entries of host tensors whose values are followed.
+_SMALL = 1 << 16
+_READ = _aten._local_scalar_dense.default
 _COMPARISONS = {
-    getattr(torch.ops.aten, name).__name__ for name in ("lt", "gt", "le", "ge", "ne", "eq")
+    getattr(_aten, name).__name__ for name in ("lt", "gt", "le", "ge", "ne", "eq")
 }
 
 
@@ -94,10 +102,13 @@ class Ledger(TorchDispatchMode):
         """Forgets the peak so far."""
         self.peak = self.now.copy()
 
-    def know(self, tensor: Tensor, value: float) -> None:
-        """Gives all entries of a fake tensor a value, which operations on it change."""
+    def know(self, tensor: Tensor, value: float | range) -> None:
+        """Gives the entries of a fake tensor one value or several, which operations change."""
         with _disable_current_modes():
-            self._values[tensor] = torch.full(tensor.shape, value, dtype=tensor.dtype)
+            if isinstance(value, range):
+                self._values[tensor] = torch.tensor(value, dtype=tensor.dtype)
+            else:
+                self._values[tensor] = torch.full(tensor.shape, value, dtype=tensor.dtype)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -108,15 +119,18 @@ class Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is _READ:
             return self._read(args[0])
-        out = func(*args, **kwargs)
+        values = self._values_of(func, args, kwargs)
+        if func is _NONZERO:
+            out = torch.empty(self._found(args[0], values), dtype=torch.int64, device=args[0].device)
+        else:
+            out = func(*_without_masks(func, args), **kwargs)
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         for tensor in made:
             self._add(tensor, self.category)
-        hidden = workspace_bytes(func, args, kwargs, out)
+        hidden = workspace_bytes(func, args, kwargs)
         if hidden:
-            self._rise(hidden)
-        if self._values:
-            self._follow(func, args, kwargs, out)
+            self.rise(hidden, self.category)
+        self._keep(func, made, values)
         if func._schema.name.rpartition("::")[2] in _COMPARISONS:
             for tensor in made:
                 if tensor.dim() == 0:
@@ -144,11 +158,12 @@ class Ledger(TorchDispatchMode):
 
         return drop
 
-    def _rise(self, hidden: int) -> None:
-        if self.now.total + hidden > self.peak.total:
+    def rise(self, size: int, category: str) -> None:
+        """Counts bytes that are allocated and freed at once."""
+        if self.now.total + size > self.peak.total:
             self.peak = self.now.copy()
-            self.peak.total += hidden
-            self.peak.parts[self.category] += hidden
+            self.peak.total += size
+            self.peak.parts[category] += size
 
     def _read(self, tensor: Tensor) -> Any:
         """The value of a tensor that has one, or a plausible one."""
@@ -164,27 +179,62 @@ class Ledger(TorchDispatchMode):
             return tensor not in self._compared
         return 1.0 if tensor.is_floating_point() else 1
 
-    def _follow(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Computes an operation on known values, or forgets what it makes unknown."""
+    def _values_of(self, func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:
+        """What an operation makes of known values; nothing if any is unknown."""
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        known = [tensor in self._values for tensor in given]
-        if not any(known):
-            return
+        if not given:
+            return _created(func, args, kwargs)
+        known = [tensor in self._values for tensor in given] if self._values else [False]
         if not all(known):
             if func._schema.is_mutable:
                 for tensor in given:
                     self._values.pop(tensor, None)
-            return
-        device = kwargs.get("device")
-        if device is not None:
+            return []
+        if "device" in kwargs:
             kwargs = {**kwargs, "device": torch.device("cpu")}
         own = tree_map_only(Tensor, lambda tensor: self._values[tensor], (args, kwargs))
         with _disable_current_modes():
-            values = func(*own[0], **own[1])
-        pairs = zip(tree_leaves(out), tree_leaves(values), strict=True)
-        for tensor, value in pairs:
-            if isinstance(tensor, Tensor) and tensor not in self._values:
+            return tree_leaves(func(*own[0], **own[1]))
+
+    def _keep(self, func: Any, made: list[Tensor], values: list[Any]) -> None:
+        if func is _DRAW:  # distinct positions, whichever
+            for tensor in made:
+                self.know(tensor, range(tensor.shape[-1]))
+        for tensor, value in zip(made, (v for v in values if isinstance(v, Tensor)), strict=False):
+            if tensor not in self._values:
                 self._values[tensor] = value
+
+    def _found(self, mask: Tensor, values: list[Any]) -> tuple[int, int]:
+        """The shape of nonzero positions: of known entries, or all of them."""
+        if values:
+            rows, columns = values[0].shape
+            return int(rows), int(columns)
+        return mask.numel(), mask.dim()
+
+
+def _created(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:
+    """The small host tensor of integers or flags that an operation makes of nothing."""
+    if func not in _CREATING or kwargs.get("dtype") not in (torch.bool, torch.int64):
+        return []
+    if torch.device(kwargs.get("device") or "cpu").type != "cpu":
+        return []
+    if func not in _RANGES and math.prod(args[0]) > _SMALL:
+        return []
+    with _disable_current_modes():
+        return [func(*args, **kwargs)]
+
+
+def _without_masks(func: Any, args: Any) -> Any:
+    """Replaces masks that select rows, whose number fake ones don't tell, by all positions."""
+    if func not in _INDEXING:
+        return args
+    indices = [
+        torch.empty(index.numel(), dtype=torch.int64, device=index.device)
+        if index is not None and index.dtype == torch.bool and index.dim() == 1
+        else index
+        for index in args[1]
+    ]
+    return (args[0], indices, *args[2:])
 
 
 def _wraps(kind: type) -> bool:

@@ -110,17 +110,17 @@ def _read_config(path: Path) -> Any:
     return config
 
 
-def meta_network(source: Source) -> Network:
-    """The model on the meta device, in training mode.
+def new_network(source: Source, device: torch.device) -> Network:
+    """The model in training mode, initialised as its configuration says; "meta" gives shapes.
 
     Raises:
         ValueError: the model can't be made from its configuration, or has no output head.
     """
     transformers = require("transformers", "train")
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"), _silent(transformers):
+        with torch.random.fork_rng(devices=[]), device, _silent(transformers):
             network = transformers.AutoModelForCausalLM.from_config(
-                source.config, attn_implementation="sdpa", dtype=torch.float32
+                source.config, attn_implementation="sdpa", dtype=source.dtype
             )
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         said = " ".join(str(error).split())[:200]
@@ -145,18 +145,14 @@ def _silent(transformers: Any) -> Iterator[None]:
         logging.set_verbosity(former)
 
 
-def place(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """In place: gives the tensors of a meta model another device and its parameters a dtype.
-
-    Under `FakeTensorMode` these are fake tensors. Buffers keep their dtype, as the trainer's do.
-    """
+def place(model: nn.Module, device: torch.device) -> None:
+    """In place: gives the tensors of a meta model another device; under `FakeTensorMode` fakes."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
         for name, param in list(module._parameters.items()):
             if param is not None:
                 if id(param) not in made:
-                    kind = dtype if param.is_floating_point() else param.dtype
-                    empty = torch.empty(param.shape, dtype=kind, device=device)
+                    empty = torch.empty(param.shape, dtype=param.dtype, device=device)
                     made[id(param)] = nn.Parameter(empty, param.requires_grad)
                 module._parameters[name] = made[id(param)]  # type: ignore[assignment]
         for name, buffer in list(module._buffers.items()):

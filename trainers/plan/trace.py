@@ -98,9 +98,23 @@ class _Recorder:
         ledger.restart()
 
 
+@dataclass(frozen=True)
+class InBackward:
+    """Updates in the backward pass.
+
+    Attributes:
+        freed: numbers (`id`) of the parameters whose gradients are used and freed at once.
+        scratch: bytes that an update adds.
+    """
+
+    freed: frozenset[int] = frozenset()
+    scratch: int = 0
+
+
 class _Tracer:
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, in_backward: InBackward) -> None:
         self._ledger = ledger
+        self._in_backward = in_backward
         self._forward: _Recorder | None = None
         self._backward: _Recorder | None = None
 
@@ -156,10 +170,20 @@ class _Tracer:
     def _own(self, param: Tensor) -> None:
         if param.grad is not None:
             self._ledger.move(param.grad, GRADIENTS)
+        if id(param) in self._in_backward.freed:
+            self._ledger.rise(self._in_backward.scratch, "scratch")
+            param.grad = None
 
 
 def trace(
-    model: Network, blocks: Blocks, batch: int, sequence: int, *, granularity: int, again: bool
+    model: Network,
+    blocks: Blocks,
+    batch: int,
+    sequence: int,
+    *,
+    granularity: int,
+    again: bool = False,
+    in_backward: InBackward | None = None,
 ) -> Trace:
     """Runs a micro-batch of a model of fake tensors, and scales its blocks up to its depth.
 
@@ -172,6 +196,7 @@ def trace(
         sequence: tokens of each.
         granularity: bytes to which the allocator rounds up.
         again: a later micro-batch of a step, which adds to gradients that are there.
+        in_backward: which gradients are freed in the pass.
 
     Raises:
         ValueError: what the model computes depends on the numbers that it computes with.
@@ -184,7 +209,7 @@ def trace(
         ledger.hold(held, "weights")
         weights = Counter(ledger.now.parts)
         try:
-            tracer = _Tracer(ledger)
+            tracer = _Tracer(ledger, in_backward or InBackward())
             for _ in range(2 if again else 1):
                 forward, backward = tracer.run(model, blocks.items[:run], batch, sequence)
         finally:

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
-from lowrank.optimizers import build, state_bytes_by_category
+from lowrank.optimizers import LowRankOptimizer, state_bytes_by_category
 
 from .ledger import Ledger
-
-Bytes = Counter[str]
 
 
 @dataclass(frozen=True)
 class Update:
-    """What an optimizer takes beside weights and gradients.
+    """What an optimizer takes beside weights and ordinary gradients.
 
     Attributes:
         state: bytes by category, as `state_bytes_by_category` names them.
         step: scratch of a step between refreshes.
-        refresh: scratch of a step that fits all bases or runs all events of layers.
+        refresh: scratch of a step that fits all bases or runs the events of all layers.
     """
 
     state: dict[str, int]
@@ -34,46 +31,75 @@ class Update:
 
 
 def simulate(
-    name: str, model: nn.Module, options: dict[str, Any], *, granularity: int
+    optimizer: LowRankOptimizer,
+    model: nn.Module,
+    differentiate: Callable[[], None],
+    *,
+    granularity: int,
 ) -> Update:
-    """Builds an optimizer for a model of fake tensors and takes steps with it.
+    """Takes steps with an optimizer of fake tensors, as the trainer would.
 
     Call it under `FakeTensorMode`. The model is left without gradients.
 
-    Raises:
-        ValueError: as `build`.
+    Args:
+        optimizer: a new one.
+        model: its model.
+        differentiate: leaves gradients.
+        granularity: bytes to which the allocator rounds up.
     """
+    happened: list[Any] = []  # the trainer's hooks measure the new bases, which takes memory too
+    optimizer.register_refresh_hook(happened.append)
+    state = state_bytes_by_category(optimizer)
     ledger = Ledger(granularity, "scratch")
+    ledger.hold([*model.parameters(), *model.buffers()], "weights")
+    ledger.hold(
+        (
+            value
+            for entries in optimizer.state.values()
+            for value in entries.values()
+            if isinstance(value, torch.Tensor)
+        ),
+        "state",
+    )
+    scratch: list[int] = []
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), ledger:
         warnings.simplefilter("ignore")
-        optimizer = build(name, model, **options)
-        state = state_bytes_by_category(optimizer)
-        for param in model.parameters():
-            if param.requires_grad:
-                param.grad = torch.empty(param.shape, dtype=param.dtype, device=param.device)
         try:
-            first = _step(optimizer, ledger, 0)
-            later = _step(optimizer, ledger, 1)
-            again = _step(optimizer, ledger, _next_refresh(optimizer))
+            for steps_done in (0, 1, _next_refresh(optimizer)):
+                for entries in optimizer.state.values():
+                    ledger.know(entries["step"], float(steps_done))
+                before = ledger.now.total
+                differentiate()
+                before += sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+                ledger.restart()
+                optimizer.step()
+                scratch.append(max(0, ledger.peak.total - before))
+                optimizer.zero_grad()
         finally:
             for param in model.parameters():
                 param.grad = None
-    return Update(state, later, max(first, later, again))
+    return Update(state, scratch[1], max(scratch))
 
 
-def _step(optimizer: Optimizer, ledger: Ledger, steps_done: int) -> int:
-    """Bytes that a step adds at its peak, after so many steps."""
-    for state in optimizer.state.values():
-        count = state.get("step")
-        if count is not None:
-            ledger.know(count, float(steps_done))
-    ledger.restart()
-    before = ledger.now.total
-    optimizer.step()
-    return ledger.peak.total - before
-
-
-def _next_refresh(optimizer: Optimizer) -> int:
+def _next_refresh(optimizer: LowRankOptimizer) -> int:
     """Steps after which all matrices are due."""
     gaps = [group.get("update_proj_gap") for group in optimizer.param_groups]
     return max((gap for gap in gaps if isinstance(gap, int)), default=1)
+
+
+def empty_gradients(
+    model: nn.Module, params: Sequence[nn.Parameter] | None, *, replace: bool
+) -> None:
+    """Gives trained parameters gradients without computing them.
+
+    Args:
+        model: whose.
+        params: these alone, the others have none; None for all.
+        replace: gradients were computed: only those that should not be there are removed.
+    """
+    wanted = {id(param) for param in (model.parameters() if params is None else params)}
+    for param in model.parameters():
+        if id(param) not in wanted:
+            param.grad = None
+        elif param.requires_grad and not replace:
+            param.grad = torch.empty(param.shape, dtype=param.dtype, device=param.device)
