@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from . import plan_command
 from .termination import Terminated
 
 EXIT_FAILED = 1
@@ -80,6 +81,8 @@ def parser() -> argparse.ArgumentParser:
         dest="overrides",
         help="one or more single settings as section.key=value, above everything else",
     )
+
+    plan_command.add_parser(commands)
 
     report = commands.add_parser("report", help="write a run's report.html again")
     report.set_defaults(run=_report)

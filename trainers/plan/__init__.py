@@ -2,7 +2,8 @@
 
 from .cards import CARDS, card_bytes, memory_bytes
 from .measure import Measured, measure
-from .planner import Plan, plan, rank
+from .planner import plan, rank
+from .result import Plan
 
 __all__ = [
     "CARDS",

@@ -30,6 +30,7 @@ def driverless(device: torch.device) -> Iterator[None]:
             ("contiguous", _contiguous),
             ("copy_", _aten.copy_.default),
             ("item", _item),
+            ("__invert__", _aten.bitwise_not.default),
             ("__bool__", lambda tensor: bool(_item(tensor))),
             ("__float__", lambda tensor: float(_item(tensor))),
             ("__int__", lambda tensor: int(_item(tensor))),

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lowrank.cuda.library import assuming_libraries
-from lowrank.optimizers import (
-    FactoredAdamW,
-    LowRankOptimizer,
-    build,
-    expected_state_bytes,
-)
+from lowrank.optimizers import FactoredAdamW, expected_state_bytes
 
-from ..memory import held_bytes
-from ..models import checkpoint_activations
+from ..loss import chunk_tokens
 from .driverless import driverless
-from .ledger import Ledger
-from .network import Blocks, Network, Source, find_blocks, new_network, place
+from .fakes import DEPTHS, Fake, blocks_of, faking, grown, made, steps_grow
+from .network import Network, Source, new_network
 from .result import CATEGORIES
-from .sharded import Parts, divided, wire_bytes
+from .sharded import Parts, check_divisible, divided, wire_bytes
 from .trace import GRADIENTS, InBackward, Trace, trace
 from .update import Update, empty_gradients, simulate
 
@@ -91,69 +81,74 @@ class Estimate:
         self._granularity = GRANULARITY[setting.device]
         self._traces: dict[int, Trace] = {}
         self._mode = FakeTensorMode()
-        dense = new_network(setting.source, torch.device("meta")).network
-        with self._fake():
-            self._model, optimizer = self._made("cpu")
-            self._blocks = blocks_of(self._model, setting.source)
-            trained = [param for param in self._model.parameters() if param.requires_grad]
-            self._weights = held_bytes(self._model)
-            self._gradients = sum(param.nbytes for param in trained)
-            self._parts: Parts | None = None
-            if setting.strategy == "fsdp2":
-                self._parts = divided(self._model.network, self._blocks, setting.world)
-            self._update, self._in_backward = self._updates(optimizer)
-        self.parameters = sum(param.numel() for param in trained)
+        whole = new_network(setting.source, torch.device("meta"))
+        blocks = blocks_of(whole, setting.source)
+        self._depth = len(blocks.items)
+        self._vocabulary = len(whole.network.get_output_embeddings().weight)
+        few, many = DEPTHS
+        scaled = blocks.equal and self._depth > many
+        with faking(self._mode):
+            self._fake = self._made(few if scaled else self._depth)
+            self._sizes = self._fake.sizes()
+            if scaled:
+                larger = self._made(many)
+                self._sizes = grown(self._sizes, larger.sizes(), self._depth)
+                self._update, self._in_backward = self._updates(larger)
+            else:
+                self._update, self._in_backward = self._updates(self._fake)
+        self._parts: Parts | None = None
+        if setting.strategy == "fsdp2":
+            check_divisible(setting.optimizer)
+            self._parts = divided(whole.network, blocks, setting.world)
+        self.parameters = self._sizes["parameters"]
         world = 1 if self._parts is None else setting.world
-        self.state = expected_state_bytes(setting.optimizer, dense, world, **setting.options)
-        self.wire = self._sent(dense)
+        self.state = expected_state_bytes(
+            setting.optimizer, whole.network, world, **setting.options
+        )
+        self.wire = self._sent(whole.network)
         self.notes = self._notes()
 
-    @contextmanager
-    def _fake(self) -> Iterator[None]:
-        # There may be no GPU to wait for.
-        waiting = mock.patch.object(torch.cuda, "synchronize", lambda device=None: None)
-        with self._mode, assuming_libraries(), waiting, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-
-    def _made(self, device: str) -> tuple[Network, LowRankOptimizer]:
-        """The model as it is trained, of fake tensors, and its optimizer."""
+    def _made(self, depth: int, device: str = "cpu") -> Fake:
         setting = self.setting
-        model = new_network(setting.source, torch.device("meta"))
-        place(model, torch.device(device))
-        if setting.source.checkpointing:
-            checkpoint_activations(model.network)
-        with torch.random.fork_rng(devices=[]), Ledger():  # which answers what is read back
-            optimizer = build(setting.optimizer, model.network, **setting.options)
-        return model, optimizer
+        return made(setting.source, setting.optimizer, setting.options, device, depth)
 
-    def _updates(self, optimizer: LowRankOptimizer) -> tuple[Update, InBackward | None]:
+    def _updates(self, fake: Fake) -> tuple[Update, InBackward | None]:
         """What the optimizer takes in its step, and in the backward pass.
 
         Steps of layers need real backward passes, which fake tensors allow on a CPU only.
         """
-        model, layers = self._model, isinstance(optimizer, FactoredAdamW)
-        if not layers and self.setting.device != "cpu":
-            model, optimizer = self._made(self.setting.device)
-
-        def measured(params: list[nn.Parameter] | None) -> Update:
-            def differentiate() -> None:
-                if layers:
-                    _backward(model)
-                empty_gradients(model, params, replace=layers)
-
-            with driverless(next(model.parameters()).device):
-                return simulate(optimizer, model, differentiate, granularity=self._granularity)
-
+        layers, depth = isinstance(fake.optimizer, FactoredAdamW), len(fake.blocks.items)
+        grows = steps_grow(fake, self._depth) if depth < self._depth else False
+        depth = self._depth if grows is None else depth
+        where = "cpu" if layers else self.setting.device
+        if where != "cpu" or depth != len(fake.blocks.items):
+            fake = self._made(depth, where)
+        found = self._simulated(fake)
+        if grows:
+            small = self._fake if where == "cpu" else self._made(DEPTHS[0], where)
+            found = found.grown(self._simulated(small), *DEPTHS, self._depth)
         if not self.setting.update_in_backward:
-            return measured(None), None
-        blocks = blocks_of(model, self.setting.source).items
-        first = list(blocks[0].parameters())
-        inside = {id(param) for block in blocks for param in block.parameters()}
-        scratch = measured(first).refresh
-        rest = measured([param for param in model.parameters() if id(param) not in inside])
-        freed = {id(param) for block in self._blocks.items for param in block.parameters()}
-        return rest, InBackward(frozenset(freed), scratch)
+            return found, None
+        items = fake.blocks.items
+        scratch = self._simulated(fake, list(items[0].parameters())).refresh
+        inside = {id(param) for block in items for param in block.parameters()}
+        rest = [param for param in fake.model.parameters() if id(param) not in inside]
+        freed = {id(param) for block in self._fake.blocks.items for param in block.parameters()}
+        return self._simulated(fake, rest), InBackward(frozenset(freed), scratch)
+
+    def _simulated(self, fake: Fake, params: list[nn.Parameter] | None = None) -> Update:
+        """Steps with gradients of some parameters, or of all."""
+        layers = isinstance(fake.optimizer, FactoredAdamW)
+
+        def differentiate() -> None:
+            if layers:
+                _backward(fake.model)
+            empty_gradients(fake.model, params, replace=layers)
+
+        with driverless(next(fake.model.parameters()).device):
+            return simulate(
+                fake.optimizer, fake.model, differentiate, granularity=self._granularity
+            )
 
     def phases(self, batch: int) -> dict[str, dict[str, int]]:
         """Bytes by category at the highest moment of each phase, for a micro-batch.
@@ -162,12 +157,13 @@ class Estimate:
             ValueError: what the model computes depends on the numbers that it computes with.
         """
         found, update, parts = self._traced(batch), self._update, self._parts
+        sizes = self._sizes
         held = Counter(
             {
-                "weights": self._weights if parts is None else parts.weights,
-                "moments": self.state - update.state["basis"] - update.state["other"],
-                "bases": update.state["basis"],
-                "other state": update.state["other"],
+                "weights": sizes["weights"] if parts is None else parts.weights,
+                "moments": self.state - sizes["basis"] - sizes["other"],
+                "bases": sizes["basis"],
+                "other state": sizes["other"],
             }
         )
         end = found.backward.end[GRADIENTS]
@@ -178,7 +174,7 @@ class Estimate:
             "refresh": Counter({GRADIENTS: end, "scratch": update.refresh}),
         }
         if parts is not None:
-            share = parts.gradients / max(1, self._gradients)
+            share = parts.gradients / max(1, sizes["gradients"])
             for level in levels.values():
                 level[GRADIENTS] = round(level[GRADIENTS] * share)
             levels["forward"]["gathered"] = parts.gathered
@@ -189,15 +185,23 @@ class Estimate:
         }
 
     def _traced(self, batch: int) -> Trace:
+        """A micro-batch's passes; large ones by those of two smaller ones."""
+        setting = self.setting
+        first = 1 + -(-chunk_tokens(self._vocabulary) // setting.sequence)
+        second = 2 * first
+        if batch > second:
+            larger = self._traced(second)
+            return larger.onward(self._traced(first), (batch - second) / (second - first))
         if batch not in self._traces:
-            with self._fake():
+            with faking(self._mode):
                 self._traces[batch] = trace(
-                    self._model,
-                    self._blocks,
+                    self._fake.model,
+                    self._fake.blocks,
                     batch,
-                    self.setting.sequence,
+                    setting.sequence,
+                    depth=self._depth,
+                    kept=self._sizes["gradients"] if setting.keeps_gradients else 0,
                     granularity=self._granularity,
-                    again=self.setting.keeps_gradients,
                     in_backward=self._in_backward,
                 )
         return self._traces[batch]
@@ -231,17 +235,3 @@ def _backward(model: Network) -> None:
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
     with torch.enable_grad():
         model(tokens, tokens).backward()
-
-
-def blocks_of(model: Network, source: Source) -> Blocks:
-    """The model's blocks.
-
-    Raises:
-        ValueError: it has none.
-    """
-    blocks = find_blocks(model)
-    if blocks is None:
-        raise ValueError(
-            f"model={source.name!r}: {type(model.network).__name__} has no list of blocks"
-        )
-    return blocks

@@ -34,9 +34,7 @@ _CREATING = (_aten.ones.default, _aten.zeros.default, _aten.full.default, *_RANG
 #: Entries of host tensors whose values are followed.
 _SMALL = 1 << 16
 _READ = _aten._local_scalar_dense.default
-_COMPARISONS = {
-    getattr(_aten, name).__name__ for name in ("lt", "gt", "le", "ge", "ne", "eq")
-}
+_COMPARISONS = {getattr(_aten, name).__name__ for name in ("lt", "gt", "le", "ge", "ne", "eq")}
 
 
 @dataclass
@@ -56,11 +54,11 @@ class Level:
         return Level(self.total, Counter(self.parts))
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all storages that operations inside of it make, while they live.
 
     A storage counts once, however many tensors share it, and is of the category that is set when it
-    is made. What kernels allocate for themselves is added for the operations that `workspace` knows.
+    is made. What kernels allocate for themselves is added for operations that `workspace` knows.
 
     What the code reads back of fake tensors has no value. Values of `known` tensors are computed
     beside the fake ones; else a number is 1, a comparison false, and another flag, such as whether
@@ -72,7 +70,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self, granularity: int = 1, category: str = "other") -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.category = category
         self.now = Level()
         self.peak = Level()
@@ -121,7 +119,9 @@ class Ledger(TorchDispatchMode):
             return self._read(args[0])
         values = self._values_of(func, args, kwargs)
         if func is _NONZERO:
-            out = torch.empty(self._found(args[0], values), dtype=torch.int64, device=args[0].device)
+            out = torch.empty(
+                self._found(args[0], values), dtype=torch.int64, device=args[0].device
+            )
         else:
             out = func(*_without_masks(func, args), **kwargs)
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
@@ -188,7 +188,7 @@ class Ledger(TorchDispatchMode):
         if not all(known):
             if func._schema.is_mutable:
                 for tensor in given:
-                    self._values.pop(tensor, None)
+                    self._values.pop(tensor, None)  # type: ignore[no-untyped-call]
             return []
         if "device" in kwargs:
             kwargs = {**kwargs, "device": torch.device("cpu")}

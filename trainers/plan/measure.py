@@ -9,8 +9,14 @@ from typing import Any
 
 import torch
 
-from lowrank.optimizers import build, convert, state_bytes
-from lowrank.optimizers.layers.optimizer import FactoredAdamW
+from lowrank import optimizers
+from lowrank.optimizers import (
+    FactoredAdamW,
+    LowRankOptimizer,
+    build,
+    convert,
+    state_bytes,
+)
 
 from ..memory import gradient_bytes, held_bytes
 from ..models import checkpoint_activations
@@ -51,6 +57,7 @@ def measure(
     device: str = "cpu",
     dtype: str | None = None,
     checkpointing: bool | None = None,
+    update_in_backward: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> Measured:
     """Trains a model of random weights on random tokens for a few steps.
@@ -67,6 +74,7 @@ def measure(
         device: "cpu", where the profiler's record of allocations is read, or a GPU.
         dtype: of the weights.
         checkpointing: recompute each block.
+        update_in_backward: update parameters in the backward pass.
         options: of `build`.
 
     Raises:
@@ -75,6 +83,8 @@ def measure(
     source = read_source(model, sequence, dtype, checkpointing)
     where = torch.device(device)
     options = dict(options or {})
+    if update_in_backward:
+        attach_in_backward(None, accumulation)
     with PhaseMeter(where) as meter, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with meter.phase("model"):
@@ -84,6 +94,8 @@ def measure(
             convert(optimizer, network.network, **options)
         with meter.phase("optimizer"):
             trained = build(optimizer, network.network, **options)
+        if update_in_backward:
+            attach_in_backward(trained, accumulation)
         happened: list[Any] = []
         trained.register_refresh_hook(happened.append)
         if isinstance(trained, FactoredAdamW):
@@ -111,3 +123,18 @@ def measure(
         peaks[name] = max(peaks.get(name, 0), meter.peaks[called])
     return Measured(weights, gradients, state_bytes(trained), peaks)
 
+
+def attach_in_backward(optimizer: LowRankOptimizer | None, accumulation: int) -> None:
+    """Updates an optimizer's parameters in the backward pass.
+
+    Raises:
+        ValueError: this version of the optimizers can't.
+    """
+    attach = getattr(optimizers, "update_in_backward", None)
+    if attach is None:
+        raise ValueError(
+            "update_in_backward=True: accepted is False, since this version of lowrank.optimizers "
+            "can't"
+        )
+    if optimizer is not None:
+        attach(optimizer, accumulation=accumulation)

@@ -12,7 +12,7 @@ from .cards import card_bytes, memory_bytes
 from .estimate import Estimate, Setting
 from .network import read_source
 from .options import known, method_options
-from .result import Plan, Slack, fits
+from .result import Plan, Slack
 from .sharded import STRATEGIES
 
 DEVICES = ("cuda", "cpu")
@@ -153,25 +153,29 @@ def _planned(model: str, setting: Setting, memory: int | None) -> Plan:
 def _largest_batch(estimate: Estimate, memory: int) -> int:
     """The most sequences of a micro-batch that surely fit; 0 if not even one does."""
 
-    def peak(batch: int) -> int:
-        return max(sum(parts.values()) for parts in estimate.phases(batch).values())
+    def room(batch: int) -> int:
+        """Bytes that are left; negative where they don't suffice."""
+        peak = max(sum(parts.values()) for parts in estimate.phases(batch).values())
+        return memory - peak - Slack.of(peak, estimate.setting.device).high
 
-    def good(batch: int) -> bool:
-        found = peak(batch)
-        return fits(found, Slack.of(found, estimate.setting.device), memory) == "yes"
-
-    if not good(1):
-        return 0
     low, high = 1, 2
-    while high <= LARGEST_BATCH and good(high):
-        low, high = high, _guess(peak(low), peak(high), low, high, memory)
+    left, lacking = room(low), room(high)
+    if left < 0:
+        return 0
+    while lacking >= 0:
+        if high >= LARGEST_BATCH:
+            return high
+        # Bytes grow in proportion to the batch, once activations make the peak.
+        grows = max(1, left - lacking)
+        further = high + (high - low) * lacking // grows + 1
+        low, left, high = high, lacking, min(further, 64 * high, LARGEST_BATCH)
+        lacking = room(high)
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if good(middle) else (low, middle)
+        between = low + (high - low) * left // (left - lacking)
+        middle = min(max(between, low + 1), high - 1)
+        found = room(middle)
+        if found >= 0:
+            low, left = middle, found
+        else:
+            high, lacking = middle, found
     return low
-
-
-def _guess(first: int, second: int, low: int, high: int, memory: int) -> int:
-    """A larger batch than `high`: about the first that no longer fits, if bytes grow as they did."""
-    slope = max(1.0, (second - first) / (high - low))
-    return max(2 * high, min(64 * high, high + int((memory - second) / slope) + 1))

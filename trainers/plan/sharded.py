@@ -39,6 +39,16 @@ class Parts:
     sent: int
 
 
+def check_divisible(optimizer: str) -> None:
+    """Raises `ValueError` for a method whose layers FSDP2 divides in a way that isn't planned."""
+    conversion = TABLE[optimizer].conversion
+    if conversion is not None and conversion.replaces_layers:
+        raise ValueError(
+            f"strategy='fsdp2' with optimizer={optimizer!r}: planned are methods that don't "
+            "replace layers"
+        )
+
+
 def divided(model: nn.Module, blocks: Blocks, world: int) -> Parts:
     """What the first of `world` processes holds; see `trainers.sharding.shard`."""
     placement = shard_placement(model, world)

@@ -33,10 +33,15 @@ class Span:
         """The same part above other bytes."""
         return Span(*(_sum(level, by) for level in (self.begin, self.end, self.peak)))
 
-    @property
-    def change(self) -> Bytes:
-        """What the part leaves."""
-        return _sum(self.end, self.begin, -1)
+    def onward(self, first: Span, ratio: float) -> Span:
+        """This part as it goes on from another one: by `ratio` times their difference."""
+
+        def on(here: Bytes, there: Bytes) -> Bytes:
+            return Counter(
+                {name: here[name] + round(ratio * (here[name] - there[name])) for name in here}
+            )
+
+        return Span(on(self.begin, first.begin), on(self.end, first.end), on(self.peak, first.peak))
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,11 @@ class Pass:
         """Bytes that remain."""
         return self.spans[-1][1].end
 
+    def onward(self, first: Pass, ratio: float) -> Pass:
+        """See `Trace.onward`."""
+        pairs = zip(self.spans, first.spans, strict=True)
+        return Pass(tuple((name, span.onward(own, ratio)) for (name, span), (_, own) in pairs))
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -71,6 +81,12 @@ class Trace:
 
     forward: Pass
     backward: Pass
+
+    def onward(self, first: Trace, ratio: float) -> Trace:
+        """A larger micro-batch's: bytes grow in proportion, once the loss works in chunks."""
+        return Trace(
+            self.forward.onward(first.forward, ratio), self.backward.onward(first.backward, ratio)
+        )
 
 
 def _sum(first: Bytes, second: Bytes, factor: int = 1) -> Bytes:
@@ -130,7 +146,7 @@ class _Tracer:
             stack.callback(blocks[-1].register_forward_hook(self._after).remove)
             for param in model.parameters():
                 if param.requires_grad:
-                    handle = param.register_post_accumulate_grad_hook(self._own)
+                    handle = param.register_post_accumulate_grad_hook(self._own)  # type: ignore[no-untyped-call]
                     stack.callback(handle.remove)
             ledger.category = ACTIVATIONS
             tokens = torch.zeros(batch, sequence, dtype=torch.int64, device=device)
@@ -181,8 +197,9 @@ def trace(
     batch: int,
     sequence: int,
     *,
+    depth: int,
+    kept: int,
     granularity: int,
-    again: bool = False,
     in_backward: InBackward | None = None,
 ) -> Trace:
     """Runs a micro-batch of a model of fake tensors, and scales its blocks up to its depth.
@@ -190,18 +207,18 @@ def trace(
     Call it under `FakeTensorMode`; the model is left without gradients.
 
     Args:
-        model: the whole model.
+        model: the model, or one with fewer blocks.
         blocks: its blocks; if they are unequal, all are run.
         batch: sequences.
         sequence: tokens of each.
         granularity: bytes to which the allocator rounds up.
-        again: a later micro-batch of a step, which adds to gradients that are there.
+        depth: blocks of the whole model.
+        kept: bytes of all gradients, if an earlier micro-batch of the step has left them, else 0.
         in_backward: which gradients are freed in the pass.
 
     Raises:
         ValueError: what the model computes depends on the numbers that it computes with.
     """
-    depth = len(blocks.items)
     run = min(depth, RUN) if blocks.equal else depth
     ledger = Ledger(granularity)
     with blocks.first(run), ledger, _untraced():
@@ -210,13 +227,12 @@ def trace(
         weights = Counter(ledger.now.parts)
         try:
             tracer = _Tracer(ledger, in_backward or InBackward())
-            for _ in range(2 if again else 1):
+            for _ in range(2 if kept else 1):
                 forward, backward = tracer.run(model, blocks.items[:run], batch, sequence)
         finally:
             for param in model.parameters():
                 param.grad = None
     missing = {} if run == depth else {str(run // 2): depth - run}
-    kept = sum(p.nbytes for p in model.parameters() if p.requires_grad) if again else 0
     start = Counter({GRADIENTS: kept})
     first, at = _grown(forward, missing, weights, start)
     second, _ = _grown(backward, missing, weights, at)
@@ -248,5 +264,5 @@ def _untraced() -> Iterator[None]:
     if not hasattr(masking_utils, "is_tracing"):
         yield
         return
-    with mock.patch.object(masking_utils, "is_tracing", lambda tensor=None: False):
+    with mock.patch.object(masking_utils, "is_tracing", return_value=False):
         yield

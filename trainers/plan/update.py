@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank.optimizers import LowRankOptimizer, state_bytes_by_category
+from lowrank.optimizers import LowRankOptimizer
 
 from .ledger import Ledger
 
@@ -20,14 +20,20 @@ class Update:
     """What an optimizer takes beside weights and ordinary gradients.
 
     Attributes:
-        state: bytes by category, as `state_bytes_by_category` names them.
         step: scratch of a step between refreshes.
         refresh: scratch of a step that fits all bases or runs the events of all layers.
     """
 
-    state: dict[str, int]
     step: int
     refresh: int
+
+    def grown(self, small: Update, few: int, many: int, depth: int) -> Update:
+        """This of `many` blocks and another of `few` taken on to a deeper model."""
+
+        def on(first: int, second: int) -> int:
+            return second + (second - first) * (depth - many) // (many - few)
+
+        return Update(on(small.step, self.step), on(small.refresh, self.refresh))
 
 
 def simulate(
@@ -49,7 +55,6 @@ def simulate(
     """
     happened: list[Any] = []  # the trainer's hooks measure the new bases, which takes memory too
     optimizer.register_refresh_hook(happened.append)
-    state = state_bytes_by_category(optimizer)
     ledger = Ledger(granularity, "scratch")
     ledger.hold([*model.parameters(), *model.buffers()], "weights")
     ledger.hold(
@@ -78,7 +83,7 @@ def simulate(
         finally:
             for param in model.parameters():
                 param.grad = None
-    return Update(state, scratch[1], max(scratch))
+    return Update(scratch[1], max(scratch))
 
 
 def _next_refresh(optimizer: LowRankOptimizer) -> int:

@@ -33,7 +33,7 @@ def _widened(a: Tensor, *_: Any, **kwargs: Any) -> int:
     dtype = kwargs.get("dtype")
     if dtype is None or dtype == a.dtype or a.device.type != "cpu":
         return 0
-    return a.numel() * dtype.itemsize
+    return a.numel() * int(dtype.itemsize)
 
 
 def _widened_list(tensors: list[Tensor], *_: Any, **kwargs: Any) -> int:
