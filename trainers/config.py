@@ -17,6 +17,8 @@ DTYPES = ("float32", "bfloat16")
 MOST_THREADS = 1024
 # A month; beyond some centuries torch's own limits overflow.
 LONGEST_TIMEOUT = 30 * 24 * 3600
+# The record of allocations on a CPU grows with every step.
+MOST_MEMORY_STEPS = 1000
 SCHEDULES = ("cosine", "cosine_restarts", "linear", "wsd", "constant")
 STRATEGIES = ("auto", "ddp", "fsdp2", "deepspeed")
 
@@ -249,11 +251,23 @@ class LogConfig:
         progress: show the progress bar.
         wandb: also log to Weights & Biases (offline when WANDB_MODE says so).
         wandb_project: the project there.
+        memory_steps: how many of the first steps are measured phase by phase, to hold the plan's
+            memory against in the report; 0 for none. On a CPU these steps take several times as
+            long.
     """
 
     progress: bool = True
     wandb: bool = False
     wandb_project: str = "lowrank"
+    memory_steps: int = 0
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.memory_steps <= MOST_MEMORY_STEPS,
+            "log.memory_steps",
+            self.memory_steps,
+            f"0 (off) or a number of steps up to {MOST_MEMORY_STEPS}",
+        )
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from lowrank.optimizers import FactoredAdamW, LayerEvent, RefreshEvent
 
 from .checkpoint import CheckpointStore
 from .evaluation import Evaluation, count_targets, evaluate
+from .measured_steps import MeasuredSteps
 from .memory import MemoryMeter, peak_bytes
 from .parts import Parts, rank_state, write_parts, write_shared, written_by_all
 from .recorder import Recorder
@@ -45,6 +46,7 @@ class Loop:
         self._events: list[RefreshEvent] = []
         self._layer_events: list[LayerEvent] = []
         self._meter = MemoryMeter(parts.model, parts.optimizer, parts.world.device, parts.engine)
+        self._measured = MeasuredSteps(parts)
         self._asked = False
         # A counter that isn't saved with the optimizer restarts in every process.
         self._uncounted = parts.state.skipped_updates - _skipped_updates(parts.optimizer)
@@ -78,6 +80,7 @@ class Loop:
         finally:
             for handle in handles:
                 handle.remove()
+            self._measured.close()
 
     def _step(self) -> None:
         parts, state, config = self._parts, self._parts.state, self._parts.config.train
@@ -95,6 +98,7 @@ class Loop:
             packed=parts.config.data.packing == "pack",
             flag=self._wish.came,
             engine=parts.engine,
+            phase=self._measured.phase,
         )
         # Processes end together: a later request takes effect in the next step.
         self._asked = gradient.flags > 0
@@ -107,9 +111,11 @@ class Loop:
             reason = reason or reason_to_skip(gradient, state.mean_loss, config)
         elif reason is None:
             clip(parts.model.parameters(), gradient.norm, config.clip)
-            parts.optimizer.step()
+            with self._measured.update(lambda: bool(self._events or self._layer_events)):
+                parts.optimizer.step()
         memory = self._meter.read(bool(self._events or self._layer_events))
         parts.optimizer.zero_grad(set_to_none=True)
+        found = self._measured.after_step()
         seconds = time.perf_counter() - start
 
         state.step += 1
@@ -127,6 +133,9 @@ class Loop:
             tokens=gradient.tokens,
             memory=memory,
         )
+        if found is not None:
+            state.peak_bytes = max(state.peak_bytes, found.peak)
+            self._recorder.memory(state.step, found)
         if reason is None:
             state.add_loss(gradient.loss)
             state.skipped_in_row = 0

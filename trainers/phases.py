@@ -23,15 +23,20 @@ class PhaseMeter:
     Use it as a context; on a CPU the phases are known when it ends. Bytes count from what was there
     when it began. A phase that is entered again has the larger peak, and its latest end.
 
+    Args:
+        device: where.
+        held: bytes that count and were there before.
+
     Attributes:
         peaks: bytes by phase.
         ends: bytes by phase.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, held: int = 0) -> None:
         self._device = device
         self._on_gpu = device.type == "cuda"
-        self._base = torch.cuda.memory_allocated(device) if self._on_gpu else 0
+        self._held = held
+        self._base = torch.cuda.memory_allocated(device) - held if self._on_gpu else 0
         self._profile: profile | None = None
         self.peaks: dict[str, int] = {}
         self.ends: dict[str, int] = {}
@@ -77,7 +82,7 @@ class PhaseMeter:
         changes = sorted(
             (event.start_ns(), event.nbytes()) for event in events if event.name() == _ALLOCATION
         )
-        now = at = 0
+        now, at = self._held, 0
         for begin, end, name in phases:
             while at < len(changes) and changes[at][0] < begin:
                 now += changes[at][1]

@@ -40,6 +40,8 @@ CARDS: dict[str, int] = {
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)}
 _UNITS |= {f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", 1)}
+#: Fewer bytes than this, said without a unit, are a slip.
+_LEAST = 1_000_000
 _FORM = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -69,7 +71,7 @@ def _plain(name: str) -> str:
 
 
 def memory_bytes(text: str | int) -> int:
-    """Bytes from "16GB" (10^9), "16GiB" (2^30), "800MB", a number of bytes, or a card's name.
+    """Bytes from "16GB" (10^9 bytes each), "16GiB" (2^30), "800MB", or a number of bytes.
 
     Raises:
         ValueError: it is none of these, or not positive.
@@ -85,6 +87,8 @@ def memory_bytes(text: str | int) -> int:
                 "bytes"
             )
         found = float(match.group(1)) * _UNITS[unit]
+        if not unit and 1 <= found < _LEAST:
+            raise ValueError(f"memory={text!r} has no unit: accepted are {text}GB or {text}GiB")
     if found < 1:
         raise ValueError(f"memory={text!r}: accepted are sizes above 0")
     return int(found)

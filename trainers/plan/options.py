@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lowrank.optimizers import available, option_aliases
+from lowrank.optimizers import accepts, available, option_aliases
 from lowrank.optimizers.engine import checks
 from lowrank.optimizers.engine.method import TABLE
 
-from ..preset import preset_layer, preset_names
+from ..config import RunConfig
+from ..preset import canonical, preset_layer, preset_names
 
 WEIGHT_BITS = (16, 8, 4)
 
@@ -39,10 +40,9 @@ def method_options(
     check_optimizer(optimizer)
     options: dict[str, Any] = {"lr": 1e-3}
     if model in preset_names():
-        options |= preset_layer(model, optimizer)["optimizer"]
+        options |= canonical(preset_layer(model, optimizer), optimizer)["optimizer"]
         del options["name"]
-    aliases = option_aliases(optimizer)
-    options |= {aliases.get(option, option): value for option, value in given.items()}
+    options |= canonical({"optimizer": given}, optimizer)["optimizer"]
     if weight_bits is not None:
         checks.choice("weight_bits", weight_bits, WEIGHT_BITS)
         if known(optimizer, "weight_bits"):
@@ -52,4 +52,12 @@ def method_options(
                 f"weight_bits={weight_bits} with optimizer={optimizer!r}: accepted is 16, since "
                 "the method has no quantised weights"
             )
+    return options
+
+
+def run_options(config: RunConfig) -> dict[str, Any]:
+    """Options of `build` for a run of the trainer."""
+    options = {"lr": config.optimizer.lr, **config.optimizer.options}
+    if accepts(config.optimizer.name, "total_steps"):
+        options.setdefault("total_steps", config.train.steps)
     return options

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from lowrank.optimizers import available
 from lowrank.optimizers.engine import checks
 
+from ..config import RunConfig
+from ..models import network_config
 from .cards import card_bytes, memory_bytes
 from .estimate import Estimate, Setting
-from .network import read_source
-from .options import known, method_options
+from .network import Source, read_source
+from .options import known, method_options, run_options
 from .result import Plan, Slack
 from .sharded import STRATEGIES
 
@@ -96,6 +100,42 @@ def rank(model: str, **arguments: Any) -> list[Plan]:
         own = {option: value for option, value in options.items() if known(name, option)}
         plans.append(plan(model, name, options=own, **arguments))
     return sorted(plans, key=lambda made: made.peak)
+
+
+def plan_run(config: RunConfig, world: int, device: str) -> Plan:
+    """Plans a run as the trainer was asked for it.
+
+    Args:
+        config: the run's settings.
+        world: processes.
+        device: "cuda" or "cpu".
+
+    Raises:
+        ValueError: it can't be planned: the strategy is DeepSpeed's, or blocks are compiled.
+    """
+    strategy = config.distributed.strategy
+    if config.model.compile:
+        raise ValueError("model.compile=True: planned are runs without it")
+    if world > 1 and strategy == "auto":
+        strategy = "ddp"
+    model, train, length = config.model, config.train, config.data.sequence_length
+    source = Source(
+        model.name,
+        network_config(model, length),
+        getattr(torch, model.dtype),
+        model.activation_checkpointing,
+    )
+    setting = Setting(
+        source,
+        config.optimizer.name,
+        *(length, train.batch_size, train.accumulation, world),
+        strategy if world > 1 else None,
+        device,
+        getattr(train, "update_in_backward", False),
+        run_options(config),
+    )
+    _check(setting)
+    return _planned(model.name, setting, None)
 
 
 def _memory(memory: str | int | None, card: str | None) -> int | None:
