@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank.optimizers import LowRankOptimizer
+from lowrank.optimizers import FactoredAdamW, LowRankOptimizer
 
 from .ledger import Ledger
 
@@ -54,7 +54,9 @@ def simulate(
         granularity: bytes to which the allocator rounds up.
     """
     happened: list[Any] = []  # the trainer's hooks measure the new bases, which takes memory too
-    optimizer.register_refresh_hook(happened.append)
+    handles = [optimizer.register_refresh_hook(happened.append)]
+    if isinstance(optimizer, FactoredAdamW):
+        handles.append(optimizer.register_event_hook(happened.append))
     ledger = Ledger(granularity, "scratch")
     ledger.hold([*model.parameters(), *model.buffers()], "weights")
     ledger.hold(
@@ -66,7 +68,7 @@ def simulate(
         ),
         "state",
     )
-    scratch: list[int] = []
+    usual, renewing = [], []
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), ledger:
         warnings.simplefilter("ignore")
         try:
@@ -76,14 +78,18 @@ def simulate(
                 before = ledger.now.total
                 differentiate()
                 before += sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+                happened.clear()
                 ledger.restart()
                 optimizer.step()
-                scratch.append(max(0, ledger.peak.total - before))
+                added = max(0, ledger.peak.total - before)
+                (renewing if happened else usual).append(added)
                 optimizer.zero_grad()
         finally:
             for param in model.parameters():
                 param.grad = None
-    return Update(scratch[1], max(scratch))
+            for handle in handles:
+                handle.remove()
+    return Update(max(usual, default=0), max([*usual, *renewing]))
 
 
 def _next_refresh(optimizer: LowRankOptimizer) -> int:
