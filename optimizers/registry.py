@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from . import methods as methods  # fills the table
 from .engine import checks
 from .engine.composition import Composition
+from .engine.low_rank_gradients import examine
 from .engine.method import TABLE, Method
 from .engine.optimizer import LowRankOptimizer
 from .engine.options import make_plain
@@ -41,14 +43,29 @@ def method_table() -> str:
     """All methods as a markdown table.
 
     The state's and the weights' sizes are those of an m x n matrix, m <= n, at rank r: entries in
-    the tensor's precision, or bytes where stated; blocks' scales and step counts are omitted.
+    the tensor's precision, or bytes where stated; blocks' scales and step counts are omitted. What
+    is kept of a gradient is that between micro-batches with `update_in_backward`.
     """
-    rows = ["| name | class | what it is | optimizer state | weights |", "|---|---|---|---|---|"]
+    rows = [
+        "| name | class | what it is | optimizer state | weights | gradient kept |",
+        "|---|---|---|---|---|---|",
+    ]
     for name in available():
         row = TABLE[name]
         cells = (f"`{name}`", f"`{row.optimizer.__name__}`", row.linked(), row.state)
-        rows.append(f"| {' | '.join(cells)} | {row.weights or 'm n'} |")
+        rows.append(f"| {' | '.join(cells)} | {row.weights or 'm n'} | {_kept(name)} |")
     return "\n".join(rows)
+
+
+def _kept(name: str) -> str:
+    """What `update_in_backward` keeps of a matrix's gradient between micro-batches."""
+    if issubclass(TABLE[name].optimizer, FactoredAdamW):
+        return "the factors'"
+    model = nn.ModuleDict({"attn_q_proj": nn.Linear(64, 32, bias=False)})
+    model.config = SimpleNamespace(num_attention_heads=2)  # type: ignore[assignment]
+    optimizer = build(name, model, rank=4)
+    whole = any(isinstance(reason, str) for reason in examine(optimizer).values())
+    return "m n" if whole else "n r"
 
 
 def option_aliases(name: str) -> dict[str, str]:

@@ -20,6 +20,7 @@ LONGEST_TIMEOUT = 30 * 24 * 3600
 # The record of allocations on a CPU grows with every step.
 MOST_MEMORY_STEPS = 1000
 SCHEDULES = ("cosine", "cosine_restarts", "linear", "wsd", "constant")
+CLIP_NORMS = ("exact", "projected", "previous")
 STRATEGIES = ("auto", "ddp", "fsdp2", "deepspeed")
 
 
@@ -116,6 +117,14 @@ class TrainConfig:
             batch_size x accumulation x processes sequences; see `DistributedConfig.data_shards`
             for runs whose number of processes changes).
         clip: global gradient norm above which gradients are scaled down; 0 switches it off.
+        update_in_backward: update each parameter in the backward pass, as soon as its gradient is
+            there, and free it; the weights are the same up to rounding. Whether a step is skipped
+            is then decided by its loss alone: of gradients that are not finite the optimizer passes
+            over the parameter, or with `clip` the step.
+        clip_norm: the norm that `clip` bounds with `update_in_backward`: "exact" (of the gradients,
+            which are all kept until it is known with `accumulation` above 1), "projected" (of what
+            the optimizer uses of them) or "previous" (of the last step). Without `clip` the logged
+            norm is of what the optimizer uses where `accumulation` is above 1.
         seed: seeds the weights, the data order and every other random number.
         device: "auto" (CUDA when there is one, else the CPU), "cpu", "cuda", "cuda:1" ...
         threads: CPU threads for torch; 0 leaves torch's own choice (all physical cores). Exact
@@ -129,6 +138,8 @@ class TrainConfig:
     batch_size: int = 8
     accumulation: int = 1
     clip: float = 0.0
+    update_in_backward: bool = False
+    clip_norm: str = "exact"
     seed: int = 42
     device: str = "auto"
     threads: int = 0
@@ -147,6 +158,14 @@ class TrainConfig:
             f"0 or a number of threads up to {MOST_THREADS:,}",
         )
         _require(self.clip >= 0, "train.clip", self.clip, "0 (off) or a positive norm")
+        accepted = CLIP_NORMS if self.update_in_backward and self.clip else CLIP_NORMS[:1]
+        _require(
+            self.clip_norm in accepted,
+            "train.clip_norm",
+            self.clip_norm,
+            f"{', '.join(accepted)}, with train.clip={self.clip:g} and"
+            f" train.update_in_backward={str(self.update_in_backward).lower()}",
+        )
         _require(self.spike >= 0, "train.spike", self.spike, "0 (off) or a positive number of nats")
         _require(bool(self.device), "train.device", self.device, "auto, cpu, cuda or cuda:N")
 

@@ -42,6 +42,7 @@ FREE_ON_RESUME = frozenset(
         "train.device",
         "train.threads",
         "train.max_skips",
+        "train.update_in_backward",
         "model.activation_checkpointing",
         "model.compile",
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +13,15 @@ import torch
 from lowrank.optimizers import FactoredAdamW, LayerEvent, RefreshEvent
 
 from .checkpoint import CheckpointStore
+from .data import Batch
 from .evaluation import Evaluation, count_targets, evaluate
+from .in_backward import Reason, take_step
 from .measured_steps import MeasuredSteps
 from .memory import MemoryMeter, peak_bytes
 from .parts import Parts, rank_state, write_parts, write_shared, written_by_all
 from .recorder import Recorder
 from .schedules import run_multiplier
-from .step import clip, compute_gradient, reason_to_skip
+from .step import Gradient, clip, compute_gradient, reason_to_skip
 from .termination import Terminated, Wish
 
 
@@ -83,7 +86,7 @@ class Loop:
             self._measured.close()
 
     def _step(self) -> None:
-        parts, state, config = self._parts, self._parts.state, self._parts.config.train
+        parts, state = self._parts, self._parts.state
         start = time.perf_counter()
         factor = run_multiplier(parts.config, state.step)
         for group, rate in zip(parts.optimizer.param_groups, parts.base_rates, strict=True):
@@ -91,29 +94,12 @@ class Loop:
         batches = parts.stream.step()
         for batch in batches:
             count_targets(parts.counts, batch.targets)
-        gradient = compute_gradient(
-            parts.module,
-            batches,
-            parts.world,
-            packed=parts.config.data.packing == "pack",
-            flag=self._wish.came,
-            engine=parts.engine,
-            phase=self._measured.phase,
-        )
-        # Processes end together: a later request takes effect in the next step.
-        self._asked = gradient.flags > 0
-        reason = reason_to_skip(gradient, state.mean_loss, config)
         self._events.clear()
         self._layer_events.clear()
-        if parts.engine is not None:
-            # The norm is known only after the step, which the engine leaves out if it isn't finite.
-            gradient = replace(gradient, norm=parts.engine.step(take=reason is None))
-            reason = reason or reason_to_skip(gradient, state.mean_loss, config)
-        elif reason is None:
-            clip(parts.model.parameters(), gradient.norm, config.clip)
-            with self._measured.update(lambda: bool(self._events or self._layer_events)):
-                parts.optimizer.step()
-        memory = self._meter.read(bool(self._events or self._layer_events))
+        gradient, reason, kept = self._take(batches)
+        # Processes end together: a later request takes effect in the next step.
+        self._asked = gradient.flags > 0
+        memory = self._meter.read(self._renewed(), kept)
         parts.optimizer.zero_grad(set_to_none=True)
         found = self._measured.after_step()
         seconds = time.perf_counter() - start
@@ -150,6 +136,45 @@ class Loop:
                 f" {state.skipped_updates} parameter update(s) whose gradient was not finite;"
                 " metrics.jsonl counts them on as skipped"
             )
+
+    def _take(self, batches: Sequence[Batch]) -> tuple[Gradient, Reason, int | None]:
+        """The step itself: its gradient, why it was skipped, and bytes of gradients if measured."""
+        parts, config = self._parts, self._parts.config.train
+        packed, flag = parts.config.data.packing == "pack", self._wish.came
+
+        def skip(gradient: Gradient) -> Reason:
+            return reason_to_skip(gradient, parts.state.mean_loss, config)
+
+        if parts.handle is not None:
+            optimizer, handle = parts.optimizer, parts.handle
+            return take_step(
+                *(parts.module, batches, parts.world, optimizer, handle, skip),
+                as_one=config.clip > 0 and config.clip_norm != "previous",
+                packed=packed,
+                flag=flag,
+                phase=self._measured.phase,
+                update=self._measured.update(self._renewed),
+            )
+        gradient = compute_gradient(
+            *(parts.module, batches, parts.world),
+            packed=packed,
+            flag=flag,
+            engine=parts.engine,
+            phase=self._measured.phase,
+        )
+        reason = skip(gradient)
+        if parts.engine is not None:
+            # The norm is known only after the step, which the engine leaves out if it isn't finite.
+            gradient = replace(gradient, norm=parts.engine.step(take=reason is None))
+            reason = reason or skip(gradient)
+        elif reason is None:
+            clip(parts.model.parameters(), gradient.norm, config.clip)
+            with self._measured.update(self._renewed):
+                parts.optimizer.step()
+        return gradient, reason, None
+
+    def _renewed(self) -> bool:
+        return bool(self._events or self._layer_events)
 
     def _skip(self, reason: str, value: float) -> None:
         state, limit = self._parts.state, self._parts.config.train.max_skips

@@ -115,11 +115,12 @@ class MemoryMeter:
         self._entries = -1
         self._age = 0
 
-    def read(self, changed: bool) -> Mapping[str, int]:
+    def read(self, changed: bool, gradients: int | None = None) -> Mapping[str, int]:
         """The bytes of now; call it while the gradients exist.
 
         Args:
             changed: whether the step just done told of an event.
+            gradients: their bytes, where they exist no more.
         """
         entries = sum(map(len, self._optimizer.state.values()))
         self._age += 1
@@ -128,6 +129,7 @@ class MemoryMeter:
             self._entries, self._age = entries, 0
         return {
             **self._sizes,
+            **({} if gradients is None else {"gradients": gradients}),
             "process": process_bytes(self._device),
             "peak": peak_bytes(self._device),
         }

@@ -20,6 +20,11 @@ precision that a tensor has, or bytes. Scales of quantised blocks and step count
 `expected_state_bytes(name, model, **options)` counts everything. A class's page, named by
 `help(CLASS)`, has its paper, its rule and its options.
 
+The last column is what `update_in_backward(optimizer, accumulation)` keeps of a gradient between
+micro-batches, with the method's own defaults: n r numbers where the method uses a gradient through
+its projection alone (in the step of a refit all of it), m n where it uses the rest as well, and
+always of what is not projected. `whole()` of the handle lists them with reasons.
+
 {table}
 
 `lowrank methods --markdown > docs/methods.md` wrote this page.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.optimizers import dense_state_dict
+from lowrank.optimizers import InBackward, dense_state_dict
 
 from .checkpoint import DamagedCheckpointError, verify
 from .config import RunConfig
@@ -58,6 +58,7 @@ class Parts:
         counts: (V,) int64: how often this process saw each token number as a training target.
         state: the counters.
         engine: under DeepSpeed.
+        handle: of updates in the backward pass, if they are on.
     """
 
     config: RunConfig
@@ -72,6 +73,7 @@ class Parts:
     counts: Tensor
     state: TrainState
     engine: ZeroEngine | None = None
+    handle: InBackward | None = None
 
 
 def rank_state(parts: Parts) -> dict[str, Any]:

@@ -298,6 +298,7 @@ def _build(config: RunConfig, world: World) -> Iterator[Parts]:
             counts=torch.zeros(config.model.vocab_size, dtype=torch.int64),
             state=TrainState(),
             engine=training.engine,
+            handle=training.handle,
         )
     finally:
         stream.close()
@@ -324,6 +325,9 @@ def _opening(parts: Parts, folder: Path) -> str:
         shared = (
             f", one process, so distributed.strategy={config.distributed.strategy} does nothing"
         )
+    if parts.handle is not None:
+        whole, among = len(parts.handle.whole()), sum(1 for _ in parts.model.parameters())
+        shared += f", updates in the backward pass ({whole} of {among} gradients kept whole)"
     begins = f"resuming at step {state.step} of" if state.step else "training for"
     return (
         f"{config.model.name} ({parameter_count(parts.model) / 1e6:.1f}M parameters) with"

@@ -77,8 +77,8 @@ def compute_gradient(
         RuntimeError: `packed` is True, and processes have different numbers of tokens.
     """
     own = sum(count(batch.targets) for batch in batches)
-    device = _accumulator_device(world)
-    factor = _loss_factor(own, world, packed)
+    device = accumulator_device(world)
+    factor = loss_factor(own, world, packed)
     nats = torch.zeros((), dtype=torch.float64, device=device)
     for index, batch in enumerate(batches):
         last = index == len(batches) - 1
@@ -105,21 +105,26 @@ def compute_gradient(
         sums = list(world.sum(torch.cat(told)).unbind())
     # The one place where the host waits for the device.
     total, tokens, flags, length = torch.stack([*sums, norm]).tolist()
+    check_packed(tokens, own, world, packed)
+    return Gradient(total / max(tokens, 1), length, int(tokens), int(flags))
+
+
+def check_packed(tokens: float, own: int, world: World, packed: bool) -> None:
+    """Raises `RuntimeError` if processes have different numbers of tokens without padding."""
     if packed and tokens != own * world.size:
         raise RuntimeError(
             f"packed batches of unequal size: {tokens:.0f} tokens on {world.size} processes, "
             f"{own} on this one"
         )
-    return Gradient(total / max(tokens, 1), length, int(tokens), int(flags))
 
 
-def _loss_factor(own: int, world: World, packed: bool) -> Tensor:
+def loss_factor(own: int, world: World, packed: bool) -> Tensor:
     """What makes the sum over tokens the step's mean: processes / tokens, a float64 scalar.
 
     Processes, because `DistributedDataParallel`, FSDP2 and ZeRO take the mean over them; what is
     wanted is the sum.
     """
-    tokens = torch.tensor(float(own), dtype=torch.float64).to(_accumulator_device(world))
+    tokens = torch.tensor(float(own), dtype=torch.float64).to(accumulator_device(world))
     tokens = tokens * world.size if packed else world.sum(tokens)
     return world.size / tokens.clamp(min=1)
 
@@ -178,6 +183,7 @@ def _synchronised(module: nn.Module, last: bool) -> contextlib.AbstractContextMa
     return contextlib.nullcontext()
 
 
-def _accumulator_device(world: World) -> torch.device:
+def accumulator_device(world: World) -> torch.device:
+    """Where sums in float64 are taken."""
     # MPS has no float64
     return torch.device("cpu") if world.device.type == "mps" else world.device

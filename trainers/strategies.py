@@ -12,11 +12,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lowrank.optimizers as optimizers
-from lowrank.optimizers import accepts, build
+from lowrank.optimizers import InBackward, accepts, build
 from lowrank.optimizers.engine.method import TABLE
 
 from .config import RunConfig
 from .distributed import World
+from .in_backward import begin
 from .models import LanguageModel, build_model
 from .parts import load_initial
 from .sharding import build_sharded
@@ -36,23 +37,32 @@ class Training:
             around it.
         optimizer: of the model's parameters.
         engine: under "deepspeed".
+        handle: of updates in the backward pass, if they are on.
     """
 
     model: LanguageModel
     module: nn.Module
     optimizer: torch.optim.Optimizer
     engine: ZeroEngine | None = None
+    handle: InBackward | None = None
 
 
 def strategy_of(config: RunConfig, size: int) -> str:
     """The strategy that a run of so many processes has: "alone", "ddp", "fsdp2" or "deepspeed".
 
     Raises:
-        ValueError: the optimizer or `model.compile` doesn't go with the strategy.
+        ValueError: the optimizer, `train.update_in_backward` or `model.compile` doesn't go with
+            the strategy.
     """
     asked, name = config.distributed.strategy, config.optimizer.name
     if size == 1:
         return ALONE
+    if config.train.update_in_backward and asked != "fsdp2":
+        raise ValueError(
+            f"train.update_in_backward is True with distributed.strategy={asked!r} on {size}"
+            " processes, which averages gradients after they were used; accepted: false, or"
+            " distributed.strategy=fsdp2"
+        )
     if asked not in ("fsdp2", "deepspeed"):
         return "ddp"
     changes = name in TABLE and TABLE[name].conversion is not None
@@ -91,7 +101,8 @@ def build_training(config: RunConfig, world: World) -> Training:
         engine = ZeroEngine(config, model, optimizer, world)
         return Training(model, engine.module, optimizer, engine)
     if strategy != "ddp":
-        return Training(model, model, optimizer)
+        handle = begin(optimizer, config.train) if config.train.update_in_backward else None
+        return Training(model, model, optimizer, handle=handle)
     optimizer.share_refreshes()
     module = replicate(model, world)
     if config.distributed.low_rank_gradients:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -12,18 +11,23 @@ from .options import Group
 from .parameters import label, names, unique_names
 from .processes import Processes
 from .sharding import local_part
+from .warn import warn_user
 
 
 def check_gradients(groups: Iterable[Group]) -> None:
     """Raises `ValueError` for a sparse gradient."""
     for group in groups:
         for position, param in enumerate(group["params"]):
-            grad = param.grad
-            if grad is not None and grad.is_sparse:
-                raise ValueError(
-                    f"{label(names(group)[position], param)} has a sparse gradient: accepted are "
-                    "dense ones (sparse=False in nn.Embedding)"
-                )
+            check_dense(param, names(group)[position])
+
+
+def check_dense(param: Tensor, name: str | None) -> None:
+    """Raises `ValueError` for a sparse gradient."""
+    if param.grad is not None and param.grad.is_sparse:
+        raise ValueError(
+            f"{label(name, param)} has a sparse gradient: accepted are dense ones (sparse=False in "
+            "nn.Embedding)"
+        )
 
 
 def descent_gradient(param: Tensor, group: Group) -> Tensor | None:
@@ -128,11 +132,10 @@ class SkippedUpdates:
         def count(position: int) -> None:
             param = params[position]
             if not self._counts:
-                warnings.warn(
+                warn_user(
                     f"non-finite gradient of {label(called[position], param)}: this step does not "
                     "update it (warned once; `skipped_by_name()` counts; skip_nonfinite=False "
-                    "turns the check off)",
-                    stacklevel=6,
+                    "turns the check off)"
                 )
             self._counts[param] = self._counts.get(param, 0) + 1
 

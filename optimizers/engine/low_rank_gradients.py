@@ -166,7 +166,7 @@ def places(optimizer: LowRankOptimizer) -> dict[int, Place]:
     try:
         if len(known) < len(plans):
             return {}
-        return _places(known, optimizer)
+        return places_in(known, optimizer)
     finally:
         for plan in known:
             plan.release()
@@ -183,7 +183,8 @@ def _steady(plan: Plan, state: Mapping[Tensor, dict[str, Any]]) -> bool:
     return settled
 
 
-def _places(plans: Sequence[Plan], optimizer: LowRankOptimizer) -> dict[int, Place]:
+def places_in(plans: Sequence[Plan], optimizer: LowRankOptimizer) -> dict[int, Place]:
+    """`places`, by plans whose states are at hand."""
     found: dict[int, Place] = {}
     firsts, count = numbered(plans)
     for plan, first in zip(plans, firsts, strict=True):
@@ -199,8 +200,9 @@ def _places(plans: Sequence[Plan], optimizer: LowRankOptimizer) -> dict[int, Pla
         steps = read_steps([plan.states[i] for i in eligible])
         for i, steps_done in zip(eligible, steps, strict=True):
             state = plan.states[i]
-            if not projection.schedule.due(state, steps_done, first + i, count):
-                place = Place(plan, i, first + i, steps_done, state)
+            index = first + plan.places[i]
+            if not projection.schedule.due(state, steps_done, index, count):
+                place = Place(plan, i, index, steps_done, state)
                 found[id(plan.params[i])] = place
     return found
 

@@ -323,6 +323,11 @@ def _check_sharing(optimizer: LowRankOptimizer, group: distributed.ProcessGroup)
 
 
 def _check_optimizer(hook: LowRankHook, optimizer: LowRankOptimizer) -> None:
+    if optimizer._in_backward is not None:
+        raise ValueError(
+            "a low-rank hook with update_in_backward, before DDP averages the gradients: accepted "
+            "is one of the two (fully_shard goes with update_in_backward)"
+        )
     if any(group["capturable"] for group in optimizer.param_groups):
         raise ValueError(
             "capturable=True with a low-rank hook: accepted is False; what travels depends on the "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
@@ -15,6 +15,7 @@ from . import state_dict as policy
 from .adapt import PendingMoments
 from .composition import Composition
 from .gradients import SkippedUpdates
+from .in_backward_state import Pending, save_pending, take_pending
 from .options import Group, make_plain
 from .parameters import label
 from .plan import Plan, Snapshot
@@ -23,6 +24,9 @@ from .seeds import seed_names
 from .state import untouched
 from .step import capturing
 from .zero import Partitions, partitioned, whole_shape
+
+if TYPE_CHECKING:
+    from .in_backward_handle import InBackward
 
 
 class ManagedOptimizer(Optimizer):
@@ -36,6 +40,8 @@ class ManagedOptimizer(Optimizer):
     fixed_options: ClassVar[tuple[str, ...]] = ("capturable",)
     #: Keywords of the constructor that are not group keys.
     ungrouped: ClassVar[tuple[str, ...]] = ()
+    #: What `update_in_backward` has turned on.
+    _in_backward: InBackward | None = None
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer`."""
@@ -193,7 +199,13 @@ class ManagedOptimizer(Optimizer):
     # Saving and loading
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state of a pickle or copy, without hooks; counts of skipped updates restart."""
+        """The state of a pickle or copy, without hooks; counts of skipped updates restart.
+
+        Raises:
+            ValueError: with `update_in_backward`, in the middle of a step.
+        """
+        if self._in_backward is not None:
+            self._in_backward.check_idle("a pickle or copy of the optimizer")
         groups = [self._marked(group) or group for group in self.param_groups]
         return {**super().__getstate__(), "param_groups": groups}
 
@@ -221,8 +233,11 @@ class ManagedOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`; plain numbers and tensors, for `weights_only`.
 
+        With `update_in_backward`, in the middle of an accumulation, the gradients so far are in it.
+
         Raises:
-            ValueError: a parameter that is in no group has a trained state.
+            ValueError: a parameter that is in no group has a trained state; or weights were updated
+                in a backward pass that no `step()` has followed yet.
         """
         with self._shown():
             return self._shown_state_dict()
@@ -242,6 +257,7 @@ class ManagedOptimizer(Optimizer):
             groups = saved["param_groups"]
             pairs = zip(self.param_groups, groups, strict=True)
             groups[:] = [self._marked(group, packed) or packed for group, packed in pairs]
+            save_pending(self._in_backward, self.param_groups, saved)
 
         hook = self.register_state_dict_post_hook(mark, prepend=True)
         try:
@@ -256,8 +272,11 @@ class ManagedOptimizer(Optimizer):
             ValueError: the state doesn't fit these parameters; nothing is changed then.
         """
         found: dict[str, Any] = {}
+        pending = Pending()
 
         def inspect(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            nonlocal pending
+            loaded, pending = take_pending(self._in_backward, self.param_groups, loaded)
             loaded = policy.upgrade(self.param_groups, loaded, self._meaning)
             policy.check(self.param_groups, loaded, self._meaning)
             found.update(loaded)
@@ -265,6 +284,8 @@ class ManagedOptimizer(Optimizer):
 
         def restore(_: Optimizer) -> None:
             policy.restore_dtypes(self.param_groups, self.state, found)
+            if self._in_backward is not None:
+                self._in_backward.restore(pending)
 
         before = self.register_load_state_dict_pre_hook(inspect)
         after = self.register_load_state_dict_post_hook(restore, prepend=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from . import checks
@@ -17,7 +18,7 @@ from .gradients import check_gradients
 from .managed import ManagedOptimizer
 from .options import Group, ProjectionOptions, check_common, check_lr, make_plain
 from .parameters import check_names, check_param, name_alike, names
-from .plan import Plan, Snapshot, numbered
+from .plan import EVERYTHING, Given, Plan, Snapshot, numbered
 from .refresh import RefreshHook
 from .replaced import Watch
 from .shared_refresh import SharedRefreshes
@@ -150,7 +151,7 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
         return self._checked(group, given)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restores a pickle or copy, without hooks; it shares no refreshes."""
+        """Restores a pickle or copy, without hooks and shared refreshes, updating in `step`."""
         super().__setstate__(state)
         self.__dict__.setdefault("_refresh_hooks", OrderedDict())
         self.__dict__.setdefault("_shared", None)
@@ -184,7 +185,13 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
 
         Raises:
             RuntimeError: `torch.distributed` is not initialised.
+            ValueError: with `update_in_backward`, which is not for copies of a model.
         """
+        if self._in_backward is not None:
+            raise ValueError(
+                "share_refreshes() with update_in_backward, before DDP averages the gradients: "
+                "accepted is one of the two (fully_shard goes with update_in_backward)"
+            )
         self._shared = SharedRefreshes(process_group)
 
     # The step
@@ -210,9 +217,18 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._take_step()
+        if self._in_backward is not None:
+            self._in_backward.finish()
+        return loss
+
+    def _take_step(self) -> None:
+        """Updates all parameters that have a gradient, or what is left of it."""
         check_gradients(self.param_groups)
         if self._origin is not None:
             self._origin.check(self.param_groups)
+        if self._in_backward is not None:
+            self._in_backward.before_step()
         with self._shown(stepping=True):
             plans = self._prepare()
             try:
@@ -221,21 +237,52 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
             finally:
                 for plan in plans:
                     plan.release()
-        return loss
 
     def _advance(self, plans: Sequence[Plan]) -> None:
         """Takes the step of all groups in turn."""
         firsts, count = numbered(plans)
-        hooks = tuple(self._refresh_hooks.values())
         if self._shared is not None:
             self._shared.count_step()
         for plan, first in zip(plans, firsts, strict=True):
-            usable = self._usable(plan.group)
-            if plan.core.projection is None:
-                step_plain(plan, usable)
-            else:
-                pending = self._pending_moments
-                step_projected(plan, first, count, hooks, pending, usable, self._shared)
+            given = EVERYTHING if self._in_backward is None else self._in_backward.left_of(plan)
+            self._advance_group(plan, first, count, given)
+
+    def _advance_group(self, plan: Plan, first: int, count: int, given: Given) -> None:
+        """Takes the step of some parameters of a group; arguments as of `step_projected`."""
+        usable = self._usable(plan.group)
+        if plan.core.projection is None:
+            step_plain(plan, usable, given)
+            return
+        hooks, pending = tuple(self._refresh_hooks.values()), self._pending_moments
+        step_projected(plan, first, count, hooks, pending, usable, self._shared, given)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears all gradients, and with `update_in_backward` the sums of an unfinished step.
+
+        Raises:
+            RuntimeError: weights were updated in a backward pass that no `step()` followed.
+        """
+        if self._in_backward is not None:
+            self._in_backward.clear()
+        super().zero_grad(set_to_none)
+
+    # Updates in the backward pass, see `in_backward`
+
+    def _check_before_updates(self) -> None:
+        """Raises what `step` would for want of layers, before updates in a backward pass."""
+
+    def _kept_for_step(self) -> dict[int, str]:
+        """By parameter id: why its gradient is kept until `step`."""
+        return {}
+
+    def _not_saved(self) -> str | None:
+        """What of an unfinished step a `state_dict` can't have, if anything."""
+        return None
+
+    def _had_gradient(self, param: Tensor) -> bool:
+        """Whether a parameter has or had a gradient in this step."""
+        known = self._in_backward
+        return param.grad is not None or (known is not None and known.updated(param))
 
     def _usable(self, group: Group) -> Usable:
         if group["skip_nonfinite"] and not group["capturable"]:

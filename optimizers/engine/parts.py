@@ -23,6 +23,8 @@ from .sharding import part_of
 
 def project_part(param: ProjectedParam, projector: Projector) -> Tensor:
     """The part of the projected gradient that this process's moments belong to."""
+    if param.projected is not None:
+        return param.projected
     processes, side = param.rows.processes, param.geometry.side
     if processes.alone or side is Side.RIGHT:
         return projector.project(param)

@@ -6,6 +6,7 @@ Composing a group takes far longer than checking whether an option was changed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import is_, itemgetter
 
@@ -155,7 +156,7 @@ class Plan:
     def host_steps(self, position: int) -> Tensor:
         """Step counts of a parameter's experts, on the host, where rules read each of them.
 
-        `release` writes copies back.
+        `write_steps` writes copies back.
         """
         steps: Tensor = local_part(self.states[position]["step"])
         if not copied_to_host(steps, capturable=self.group["capturable"]):
@@ -164,11 +165,16 @@ class Plan:
         self._copied_steps.append((steps, copy))
         return copy
 
-    def release(self) -> None:
-        """Ends a step: the states are the optimizer's alone again."""
+    def write_steps(self) -> None:
+        """Writes copies of step counts back, see `host_steps`."""
         for steps, copy in self._copied_steps:
             steps.copy_(copy)
-        self.states, self._copied_steps = [], []
+        self._copied_steps = []
+
+    def release(self) -> None:
+        """Ends a step: the states are the optimizer's alone again."""
+        self.write_steps()
+        self.states = []
 
     def read_rate(self) -> None:
         """Updates `composition` with the group's current learning rate.
@@ -185,6 +191,28 @@ class Plan:
         if lr is not None:
             check_lr(lr)
         self.composition, self._lr = self.core.at_rate(self.group), lr
+
+
+@dataclass(frozen=True)
+class Given:
+    """What of a group takes a step.
+
+    Attributes:
+        positions: of the parameters that do; None for all that have a gradient.
+        projected: by position, this process's part of the (descent) gradient's projection, where it
+            is known and the gradient itself isn't (`update_in_backward`).
+    """
+
+    positions: Sequence[int] | None = None
+    projected: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def chosen(self, plan: Plan) -> Sequence[int]:
+        """Positions in the group."""
+        return range(len(plan.params)) if self.positions is None else self.positions
+
+
+#: A step of all parameters that have a gradient.
+EVERYTHING = Given()
 
 
 def numbered(plans: Sequence[Plan]) -> tuple[list[int], int]:

@@ -22,7 +22,7 @@ from .geometry import Side
 from .gradients import descent_gradient
 from .moments import transport_moments
 from .parts import gather_update, project_part, whole_first_moment
-from .plan import Plan
+from .plan import EVERYTHING, Given, Plan
 from .processes import ALONE, Processes
 from .refresh import Refresh, RefreshHook, refresh_due
 from .shared_refresh import SharedRefreshes
@@ -40,15 +40,16 @@ def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def step_plain(plan: Plan, usable: Usable) -> None:
+def step_plain(plan: Plan, usable: Usable, given: Given = EVERYTHING) -> None:
     """Takes the step of a group without projection.
 
     Args:
         plan: the group.
         usable: excludes gradients that are not finite.
+        given: which parameters take it.
     """
     group = plan.group
-    found = [part for i in range(len(plan.params)) for part in _plain_parts(plan, i)]
+    found = [part for i in given.chosen(plan) for part in _plain_parts(plan, i)]
     kept = usable(
         [part.grad for part in found],
         [plan.params[part.position] for part in found],
@@ -120,6 +121,7 @@ def step_projected(
     pending: MutableMapping[MatrixKey, PendingMoments],
     usable: Usable,
     shared: SharedRefreshes | None,
+    given: Given = EVERYTHING,
 ) -> None:
     """Takes the step of a projected group, after the refreshes that are due.
 
@@ -132,8 +134,10 @@ def step_projected(
             removed.
         usable: excludes gradients that are not finite.
         shared: refreshes that processes share, if they do.
+        given: which parameters take it; none of them that has no gradient but its projection is due
+            for a refresh.
     """
-    params = projected_params(plan, first)
+    params = projected_params(plan, first, given)
     if not capturing():
         refresh = Refresh(plan.composition, hooks, pending)
         if shared is not None and refresh.projection.projector.FITS_GRADIENT:
@@ -141,16 +145,17 @@ def step_projected(
         else:
             refresh_due(params, count, refresh)
         if pending:
-            _start_anew(plan, params, pending)
+            _start_anew(plan, given.chosen(plan), params, pending)
     _update(plan, params, usable)
 
 
-def projected_params(plan: Plan, first: int) -> list[ProjectedParam]:
-    """A `ProjectedParam` for each matrix that has a gradient."""
+def projected_params(plan: Plan, first: int, given: Given = EVERYTHING) -> list[ProjectedParam]:
+    """A `ProjectedParam` for each matrix that has a gradient, or is given its projection."""
     rule = plan.composition.rule
     params: list[ProjectedParam] = []
-    for i, param in enumerate(plan.params):
-        grad, geometry = descent_gradient(param, plan.group), plan.geometries[i]
+    for i in given.chosen(plan):
+        param, geometry, known = plan.params[i], plan.geometries[i], given.projected.get(i)
+        grad = descent_gradient(param, plan.group) if known is None else known
         if grad is None:
             continue
         index = first + plan.places[i]
@@ -173,7 +178,7 @@ def projected_params(plan: Plan, first: int) -> list[ProjectedParam]:
         params.append(
             ProjectedParam(
                 weight=plan.shards[i].local(param),
-                grad=plan.shards[i].as_rows(grad),
+                grad=plan.shards[i].as_rows(grad) if known is None else known,
                 state=own,
                 geometry=geometry,
                 rows=plan.shards[i].rows,
@@ -183,6 +188,7 @@ def projected_params(plan: Plan, first: int) -> list[ProjectedParam]:
                 name=plan.names[i],
                 param=param,
                 first_moment=partial(whole_first_moment, rule, own),
+                projected=known,
             )
         )
     if not capturing():
@@ -193,12 +199,14 @@ def projected_params(plan: Plan, first: int) -> list[ProjectedParam]:
 
 def _start_anew(
     plan: Plan,
+    positions: Sequence[int],
     params: Sequence[ProjectedParam],
     pending: MutableMapping[MatrixKey, PendingMoments],
 ) -> None:
     """Resets the step count of matrices whose pending moments got no new basis in this step."""
     anew: set[MatrixKey] = set()
-    for i, (param, state) in enumerate(zip(plan.params, plan.states, strict=True)):
+    for i in positions:
+        param, state = plan.params[i], plan.states[i]
         if pending.pop(param, None) is not None:
             state["step"].zero_()
             anew.add(param)

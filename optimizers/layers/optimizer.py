@@ -214,17 +214,14 @@ class FactoredAdamW(LowRankOptimizer):
                 attached, or their parameters are not the optimizer's.
             RuntimeError: in the first step, if what FSDP2 leaves whole differs between processes.
         """
-        factors = [g for g in self.param_groups if g.get("factors") and g["params"]]
-        if not self._links and any(self._needs_layers(group) for group in factors):
-            raise ValueError(
-                f"{type(self).__name__} has no layers, since it was copied, pickled or made by "
-                "hand: accepted is attach(model) before the first step"
-            )
+        self._check_before_updates()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         check_gradients(self.param_groups)
+        if self._in_backward is not None:
+            self._in_backward.before_step()
         self._prepare()
         self._follow_layers()
         if not self._compared:
@@ -233,15 +230,25 @@ class FactoredAdamW(LowRankOptimizer):
         with no_autocast():
             try:
                 self._before()
-                super().step()
+                self._take_step()
             finally:
                 for param, grad in self._replaced:
                     param.grad = grad
                 self._replaced = []
             self._after()
+        if self._in_backward is not None:
+            self._in_backward.finish()
         if not self._all_stepped:
             self._look_for_idle_factors()
         return loss
+
+    def _check_before_updates(self) -> None:
+        factors = [g for g in self.param_groups if g.get("factors") and g["params"]]
+        if not self._links and any(self._needs_layers(group) for group in factors):
+            raise ValueError(
+                f"{type(self).__name__} has no layers, since it was copied, pickled or made by "
+                "hand: accepted is attach(model) before the first step"
+            )
 
     def _follow_layers(self) -> None:
         """Takes over parameters that were exchanged, in the layers and in the groups."""

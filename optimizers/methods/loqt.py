@@ -117,6 +117,17 @@ class LoQTAdamW(FactoredAdamW):
         super().zero_grad(set_to_none)
         self._watch()
 
+    def _kept_for_step(self) -> dict[int, str]:
+        reason = "a new basis comes before its update"
+        due = [link for link in self._links if self._is_due(link)]
+        return {id(param): reason for link in due for param in link.factors()}
+
+    def _not_saved(self) -> str | None:
+        for link in self._links:
+            if self._gradient(link) is not None:
+                return f"the gradient of the full weight of {link.name}"
+        return None
+
     def _before(self) -> None:
         due = [link for link in self._links if self._is_due(link)]
         gradients = mean_gradients([self._gradient(link) for link in due], due)

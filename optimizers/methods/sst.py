@@ -85,7 +85,7 @@ class SSTAdamW(FactoredAdamW):
         due = self._due("update_proj_gap")
         for link in self._links:
             assert isinstance(link.layer, SpectralLinear)
-            if any(param.grad is not None for param in link.factors()):
+            if any(self._had_gradient(param) for param in link.factors()):
                 link.layer.clamp_singular_values()
                 link.layer.renormalize()
         again = sum(self._redecompose(link) for link in due)

@@ -100,6 +100,10 @@ class SwitchLoRAAdamW(FactoredAdamW):
     def _patience(self, group: Group) -> float:
         return float(group["switch_interval"])
 
+    def _kept_for_step(self) -> dict[int, str]:
+        reason = "vectors are switched by its gradient, before the update"
+        return {id(param): reason for link in self._links for param in link.factors()}
+
     def _before(self) -> None:
         self._counted = [link for link in self._links if self._is_due(link)]
         switched = sum(self._switch(link, self._steps(link)) for link in self._counted)

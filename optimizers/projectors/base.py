@@ -33,7 +33,7 @@ class ProjectedParam:
 
     Attributes:
         weight: the parameter, this process's rows of it (k x n).
-        grad: its gradient (negated under `maximize`), k x n.
+        grad: its gradient (negated under `maximize`), k x n; not used where `projected` is known.
         state: the parameter's flat state; each key belongs to a projector, schedule, residual or
             rule.
         geometry: global shape, side and rank.
@@ -46,6 +46,7 @@ class ProjectedParam:
         expert: its place among the matrices that `param` holds, see `engine.experts`.
         first_moment: reads the rule's current first moment, in the projected shape.
         read: cache of the bases during this step; None after they change.
+        projected: this process's part of the projected gradient, where only that is known.
     """
 
     weight: Tensor
@@ -61,6 +62,7 @@ class ProjectedParam:
     expert: int | None = None
     first_moment: Callable[[], Tensor | None] = no_moment
     read: Bases | None = None
+    projected: Tensor | None = None
 
     @property
     def owner(self) -> Tensor:

@@ -46,6 +46,9 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     jobs = {
         "one": Job(arguments("one", shards, "train.clip=0.5")),
         "two": Job(arguments("two", *sharded), processes=2),
+        "backward": Job(
+            arguments("backward", *sharded, "train.update_in_backward=true"), processes=2
+        ),
         "resumed": Job(
             ["pretrain", f"--resume={base / 'resumed' / 'checkpoints' / 'step-00000003'}"],
             copied=(str(base / "two"), str(base / "resumed")),
@@ -54,7 +57,7 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     for name, (_, size, more) in WRONG.items():
         jobs[name] = Job(arguments("wrong", *more, "distributed.data_shards=1"), size)
     outcomes = dict(zip(jobs, run_jobs(list(jobs.values()), base / "jobs"), strict=True))
-    for name in ("one", "two", "resumed"):
+    for name in ("one", "two", "backward", "resumed"):
         assert not any(outcomes[name].statuses), "\n".join(outcomes[name].errors)
     return base, outcomes
 
@@ -67,7 +70,7 @@ def losses(folder: Path) -> list[tuple[object, ...]]:
     ]
 
 
-@pytest.mark.parametrize("name", ["two", "resumed"])
+@pytest.mark.parametrize("name", ["two", "backward", "resumed"])
 def test_losses_are_those_of_one_process(name: str, runs: tuple[Path, dict[str, Outcome]]) -> None:
     base, _ = runs
     found, expected = losses(base / name), losses(base / "one")
@@ -80,7 +83,7 @@ def test_losses_are_those_of_one_process(name: str, runs: tuple[Path, dict[str, 
     one, other = summary(base / "one"), summary(base / name)
     for key in ("tokens", "epochs", "unigram_val_loss", "skipped_documents", "data_shards"):
         assert other[key] == one[key], key
-    assert other["strategy"] == {"two": "fsdp2", "resumed": "alone"}[name]
+    assert other["strategy"] == ("alone" if name == "resumed" else "fsdp2")
 
 
 def test_one_process_speaks(runs: tuple[Path, dict[str, Outcome]]) -> None:

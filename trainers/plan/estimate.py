@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lowrank.optimizers import FactoredAdamW, expected_state_bytes
+from lowrank.optimizers import FactoredAdamW, expected_state_bytes, update_in_backward
+from lowrank.optimizers.engine.parameters import unique_names
 
 from ..loss import chunk_tokens
 from .driverless import driverless
@@ -129,12 +130,21 @@ class Estimate:
             found = found.grown(self._simulated(small), *DEPTHS, self._depth)
         if not self.setting.update_in_backward:
             return found, None
-        items = fake.blocks.items
-        scratch = self._simulated(fake, list(items[0].parameters())).refresh
-        inside = {id(param) for block in items for param in block.parameters()}
-        rest = [param for param in fake.model.parameters() if id(param) not in inside]
-        freed = {id(param) for block in self._fake.blocks.items for param in block.parameters()}
-        return self._simulated(fake, rest), InBackward(frozenset(freed), scratch)
+        with update_in_backward(self._fake.optimizer) as handle:  # raises where it can't be
+            left = handle.whole()
+        kept = [param for name, param in _trained(fake) if name in left]
+        added: dict[object, int] = {}
+        for name, param in _trained(fake):
+            kind = _kind(fake, param)
+            if name not in left and kind not in added:
+                added[kind] = self._simulated(fake, [param]).refresh
+        scratch = {
+            id(param): added[_kind(self._fake, param)]
+            for name, param in _trained(self._fake)
+            if name not in left
+        }
+        rest = self._simulated(fake, kept) if kept else Update(0, 0)
+        return rest, InBackward(scratch)
 
     def _simulated(self, fake: Fake, params: list[nn.Parameter] | None = None) -> Update:
         """Steps with gradients of some parameters, or of all."""
@@ -227,6 +237,23 @@ class Estimate:
         if self._parts is not None:
             notes.append("the optimizer's scratch is that of one process, an upper bound for parts")
         return tuple(notes)
+
+
+def _trained(fake: Fake) -> list[tuple[str, nn.Parameter]]:
+    """The optimizer's parameters with the names that it has for them."""
+    groups = fake.optimizer.param_groups
+    params = [param for group in groups for param in group["params"]]
+    return list(zip(unique_names(groups), params, strict=True))
+
+
+def _kind(fake: Fake, param: nn.Parameter) -> tuple[object, ...]:
+    """What parameters have in common whose updates take the same memory."""
+    numbers = (
+        number
+        for number, group in enumerate(fake.optimizer.param_groups)
+        if any(param is own for own in group["params"])
+    )
+    return next(numbers), tuple(param.shape)
 
 
 def _backward(model: Network) -> None:

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from lowrank import optimizers
 from lowrank.optimizers import (
     FactoredAdamW,
-    LowRankOptimizer,
     build,
     convert,
     state_bytes,
 )
+from lowrank.optimizers import update_in_backward as attach
 
 from ..memory import gradient_bytes, held_bytes
 from ..models import checkpoint_activations
@@ -83,8 +82,6 @@ def measure(
     source = read_source(model, sequence, dtype, checkpointing)
     where = torch.device(device)
     options = dict(options or {})
-    if update_in_backward:
-        attach_in_backward(None, accumulation)
     with PhaseMeter(where) as meter, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with meter.phase("model"):
@@ -95,7 +92,7 @@ def measure(
         with meter.phase("optimizer"):
             trained = build(optimizer, network.network, **options)
         if update_in_backward:
-            attach_in_backward(trained, accumulation)
+            attach(trained, accumulation)
         happened: list[Any] = []
         trained.register_refresh_hook(happened.append)
         if isinstance(trained, FactoredAdamW):
@@ -113,28 +110,13 @@ def measure(
                     (loss * (1 / tokens.numel())).backward()
                 del loss
             gradients = max(gradients, gradient_bytes(network))
-            happened.clear()
+            before = len(happened) if update_in_backward else 0
             with meter.phase(f"step {step}"):
                 trained.step()
-            names[f"step {step}"] = "refresh" if happened else "step"
+            names[f"step {step}"] = "refresh" if len(happened) > before else "step"
+            happened.clear()
             trained.zero_grad()
     peaks = {name: meter.peaks[name] for name in ("forward", "backward")}
     for called, name in names.items():
         peaks[name] = max(peaks.get(name, 0), meter.peaks[called])
     return Measured(weights, gradients, state_bytes(trained), peaks)
-
-
-def attach_in_backward(optimizer: LowRankOptimizer | None, accumulation: int) -> None:
-    """Updates an optimizer's parameters in the backward pass.
-
-    Raises:
-        ValueError: this version of the optimizers can't.
-    """
-    attach = getattr(optimizers, "update_in_backward", None)
-    if attach is None:
-        raise ValueError(
-            "update_in_backward=True: accepted is False, since this version of lowrank.optimizers "
-            "can't"
-        )
-    if optimizer is not None:
-        attach(optimizer, accumulation=accumulation)

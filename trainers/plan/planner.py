@@ -131,7 +131,7 @@ def plan_run(config: RunConfig, world: int, device: str) -> Plan:
         *(length, train.batch_size, train.accumulation, world),
         strategy if world > 1 else None,
         device,
-        getattr(train, "update_in_backward", False),
+        train.update_in_backward,
         run_options(config),
     )
     _check(setting)
@@ -160,6 +160,11 @@ def _check(setting: Setting) -> None:
     if setting.update_in_backward and setting.world > 1:
         raise ValueError(
             f"update_in_backward=True with world={setting.world}: planned is one process"
+        )
+    if setting.update_in_backward and setting.accumulation > 1:
+        raise ValueError(
+            f"update_in_backward=True with accumulation={setting.accumulation}: planned is one "
+            "micro-batch a step, since what is kept between several differs by method"
         )
     longest = getattr(setting.source.config, "max_position_embeddings", None)
     if isinstance(longest, int) and setting.sequence > longest:

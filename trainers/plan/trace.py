@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -119,12 +119,11 @@ class InBackward:
     """Updates in the backward pass.
 
     Attributes:
-        freed: numbers (`id`) of the parameters whose gradients are used and freed at once.
-        scratch: bytes that an update adds.
+        scratch: bytes that the update of a parameter adds, by its `id`; these parameters' gradients
+            are used and freed at once, the others' are left to the step.
     """
 
-    freed: frozenset[int] = frozenset()
-    scratch: int = 0
+    scratch: Mapping[int, int] = field(default_factory=dict)
 
 
 class _Tracer:
@@ -186,8 +185,9 @@ class _Tracer:
     def _own(self, param: Tensor) -> None:
         if param.grad is not None:
             self._ledger.move(param.grad, GRADIENTS)
-        if id(param) in self._in_backward.freed:
-            self._ledger.rise(self._in_backward.scratch, "scratch")
+        added = self._in_backward.scratch.get(id(param))
+        if added is not None:
+            self._ledger.rise(added, "scratch")
             param.grad = None
 
 

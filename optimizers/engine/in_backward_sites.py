@@ -1,0 +1,74 @@
+"""Where parameters are among an optimizer's groups, for hooks that have one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .geometry import Side
+from .in_backward_norm import Length, norm_of
+from .options import Group
+from .parameters import label
+from .parts import project_part
+from .plan import Given, Plan, numbered
+from .step import projected_params
+
+
+class Site(NamedTuple):
+    """A parameter's place.
+
+    Attributes:
+        plan: its group's, with the states at hand.
+        position: in the group.
+        first: projected matrices before the group.
+        of: number of projected matrices of all groups.
+    """
+
+    plan: Plan
+    position: int
+    first: int
+    of: int
+
+    @property
+    def param(self) -> Tensor:
+        """The parameter."""
+        return self.plan.params[self.position]
+
+    @property
+    def group(self) -> Group:
+        """Its group."""
+        return self.plan.group
+
+    @property
+    def name(self) -> str | None:
+        """Its name, if it has one."""
+        return self.plan.names[self.position]
+
+    def label(self) -> str:
+        """Its name in messages."""
+        return label(self.name, self.param)
+
+    def project(self) -> Tensor:
+        """This process's part of the projected gradient, of the one that is descended along."""
+        (own,) = projected_params(self.plan, self.first, Given((self.position,)))
+        assert self.plan.composition.projection is not None
+        return project_part(own, self.plan.composition.projection.projector)
+
+    def length(self, gradient: Tensor, *, whole: bool) -> Length:
+        """The norm of the gradient, or else of its projection."""
+        geometry = self.plan.geometries[self.position]
+        if not whole and geometry is not None and geometry.side is Side.BOTH:
+            return Length(norm_of(gradient))  # all of it is here
+        return Length(norm_of(gradient), self.plan.shards[self.position].rows.processes)
+
+
+def sites_of(plans: Sequence[Plan]) -> dict[int, Site]:
+    """By parameter id."""
+    firsts, count = numbered(plans)
+    return {
+        id(param): Site(plan, position, first, count)
+        for plan, first in zip(plans, firsts, strict=True)
+        for position, param in enumerate(plan.params)
+    }
