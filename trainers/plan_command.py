@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 _TEXT = """\
 Says what a run takes before anything is allocated: bytes by category and phase, whether they fit,
@@ -65,7 +69,9 @@ def add_parser(commands: Any) -> None:
     )
     add("--plot", metavar="FILE", type=Path, help="with --all: a chart, as .png, .svg or .pdf")
     add("--json", action="store_true", help="print numbers for programs")
-    add("--measure", action="store_true", help="take three real steps and print them beside")
+    add(
+        "--measure", action="store_true", help="print what real steps take beside it"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -80,8 +86,6 @@ def run(options: argparse.Namespace) -> None:
 
     if options.plot is not None and not options.all:
         raise ValueError(f"--plot {options.plot}: accepted with --all")
-    if options.measure and options.all:
-        raise ValueError("--measure with --all: accepted with one --optimizer")
     if options.plot is not None:
         check_place(options.plot)
     arguments = {
@@ -96,6 +100,9 @@ def run(options: argparse.Namespace) -> None:
         plans = rank(options.model, **arguments)
         if options.plot is not None:
             chart(plans, options.plot)
+        if options.measure:
+            _measure_all(plans, options.json)
+            return
         _print([made.to_dict() for made in plans] if options.json else ranking(plans))
         return
     made = plan(options.model, options.optimizer or "galore_adamw", **arguments)
@@ -109,6 +116,23 @@ def run(options: argparse.Namespace) -> None:
         _print({**made.to_dict(), "measured": dict(found.peaks)})
     else:
         _print(f"{table(made)}\n\n{beside(made, found)}")
+
+
+def _measure_all(plans: Sequence[Plan], as_json: bool) -> None:
+    """Prints each method's measured peaks as soon as they are known."""
+    from .plan.truth import line, measured
+
+    if not as_json:
+        _print(line(None, None))
+    rows = []
+    for made in plans:
+        found = measured(made)
+        if as_json:
+            rows.append({**made.to_dict(), "measured": dict(found.peaks)})
+        else:
+            _print(line(made, found))
+    if as_json:
+        _print(rows)
 
 
 def _options(texts: list[str]) -> dict[str, Any]:
@@ -127,3 +151,4 @@ def _options(texts: list[str]) -> dict[str, Any]:
 def _print(what: Any) -> None:
     text = what if isinstance(what, str) else json.dumps(what, indent=2)
     sys.stdout.write(text + "\n")
+    sys.stdout.flush()

@@ -126,14 +126,20 @@ def test_a_gpu_has_slack_and_its_allocator_rounds_up(tiny: str) -> None:
 
 
 def test_gradients_are_freed_in_the_backward_pass(tiny: str) -> None:
-    ordinary = planned(tiny)
-    early = planned(tiny, update_in_backward=True)
-    model = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(tiny))
-    blocks = sum(p.nbytes for p in model.model.layers.parameters())
-    plain = sum(p.nbytes for p in model.parameters()) - blocks
-    assert ordinary.phases["step"]["gradients"] == blocks + plain
-    assert early.phases["step"]["gradients"] == plain
-    assert early.phases["backward"]["gradients"] <= plain + blocks // 2
+    options = {"rank": 4, "update_proj_gap": 2, "lr": 1e-3}
+    ordinary = planned(tiny, options=options)
+    early = planned(tiny, options=options, update_in_backward=True)
+    assert early.phases["step"]["gradients"] == 0 < ordinary.phases["step"]["gradients"]
+    found = measure(tiny, "galore_adamw", sequence=32, options=options, update_in_backward=True)
+    assert found.gradients == 0
+    for name, peak in found.peaks.items():
+        assert early.peaks[name] == pytest.approx(peak, rel=0.05), name
+    assert early.peak < ordinary.peak
+
+
+def test_updates_in_backward_are_planned_for_one_micro_batch(tiny: str) -> None:
+    with pytest.raises(ValueError, match="update_in_backward=True with accumulation=2"):
+        planned(tiny, update_in_backward=True, accumulation=2)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
@@ -172,10 +178,19 @@ def test_numbers_for_programs(tiny: str, capsys: Any) -> None:
 
 def test_measured_beside_planned(tiny: str, capsys: Any) -> None:
     arguments = ["plan", "--model", tiny, "--sequence=16", "--device=cpu", "--measure"]
-    assert main([*arguments, "--option", "update_proj_gap=2", "rank=4"][:-1]) == 0
+    assert main([*arguments, "--option=update_proj_gap=2", "--option=rank=4"]) == 0
     text = capsys.readouterr().out
     assert "exact" in text
     assert "measured GB" in text
+
+
+def test_all_methods_measured(tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr("lowrank.trainers.plan.planner.available", lambda: ["adamw", "muon"])
+    arguments = ["plan", "--model", tiny, "--sequence=16", "--device=cpu", "--all", "--measure"]
+    assert main(arguments) == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert {row.split("`")[1] for row in rows} == {"adamw", "muon"}
+    assert all("| exact |" in row for row in rows)
 
 
 def test_planning_changes_no_random_numbers(tiny: str) -> None:
@@ -218,7 +233,6 @@ def test_cards_and_sizes() -> None:
         (["--option=rank=5000"], "rank=5000"),
         (["--plot=x.png"], "--plot x.png: accepted with --all"),
         (["--all", "--plot=x.gif"], "accepted are files that end in .png"),
-        (["--all", "--measure"], "--measure with --all"),
         (["--all", "--option=rnk=3"], "option 'rnk': no optimizer has it"),
     ],
 )

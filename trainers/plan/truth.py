@@ -43,3 +43,23 @@ def beside(plan: Plan, found: Measured) -> str:
         off = "exact" if predicted == real else f"{predicted / real - 1:+.2%}"
         rows.append([name, gigabytes(predicted), gigabytes(real), off])
     return "\n".join(columns(rows))
+
+
+def line(plan: Plan | None, found: Measured | None) -> str:
+    """A row of a markdown table of methods: measured MB, and how far the plan is off; its head."""
+    if plan is None or found is None:
+        head = f"| method | weights, gradients, state | {' | '.join(PHASES)} |"
+        return f"{head}\n|---|---|{'---|' * len(PHASES)}"
+    step = plan.phases["step"]
+    pairs = (
+        (step["weights"], found.weights),
+        (step["gradients"], found.gradients),
+        (plan.state, found.state),
+    )
+    exact = "exact" if all(predicted == real for predicted, real in pairs) else "differ"
+    cells = []
+    for name in PHASES:
+        real = found.peaks.get(name)
+        off = "" if real is None else f" ({plan.peaks[name] / real - 1:+.2%})"
+        cells.append("" if real is None else f"{real / 1e6:.1f}{off}")
+    return f"| `{plan.optimizer}` | {exact} | {' | '.join(cells)} |"

@@ -68,7 +68,8 @@ def simulate(
         ),
         "state",
     )
-    usual, renewing = [], []
+    usual: list[int] = []
+    renewing: list[int] = []
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), ledger:
         warnings.simplefilter("ignore")
         try:
