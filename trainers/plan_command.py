@@ -69,9 +69,7 @@ def add_parser(commands: Any) -> None:
     )
     add("--plot", metavar="FILE", type=Path, help="with --all: a chart, as .png, .svg or .pdf")
     add("--json", action="store_true", help="print numbers for programs")
-    add(
-        "--measure", action="store_true", help="print what real steps take beside it"
-    )
+    add("--measure", action="store_true", help="print what real steps take beside it")
 
 
 def run(options: argparse.Namespace) -> None:

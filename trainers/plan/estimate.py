@@ -17,7 +17,7 @@ from lowrank.optimizers.engine.parameters import unique_names
 from ..loss import chunk_tokens
 from .driverless import driverless
 from .fakes import DEPTHS, Fake, blocks_of, faking, grown, made, steps_grow
-from .network import Network, Source, new_network
+from .network import Blocks, Network, Source, new_network
 from .result import CATEGORIES
 from .sharded import Parts, check_divisible, divided, wire_bytes
 from .trace import GRADIENTS, InBackward, Trace, trace
@@ -84,6 +84,7 @@ class Estimate:
         self._mode = FakeTensorMode()
         whole = new_network(setting.source, torch.device("meta"))
         blocks = blocks_of(whole, setting.source)
+        _check_rank(setting, blocks)
         self._depth = len(blocks.items)
         self._vocabulary = len(whole.network.get_output_embeddings().weight)
         few, many = DEPTHS
@@ -91,12 +92,11 @@ class Estimate:
         with faking(self._mode):
             self._fake = self._made(few if scaled else self._depth)
             self._sizes = self._fake.sizes()
+            # Another one takes steps: what is due in the first one shows in its passes, too.
+            stepped = self._made(many if scaled else self._depth)
             if scaled:
-                larger = self._made(many)
-                self._sizes = grown(self._sizes, larger.sizes(), self._depth)
-                self._update, self._in_backward = self._updates(larger)
-            else:
-                self._update, self._in_backward = self._updates(self._fake)
+                self._sizes = grown(self._sizes, stepped.sizes(), self._depth)
+            self._update, self._in_backward = self._updates(stepped)
         self._parts: Parts | None = None
         if setting.strategy == "fsdp2":
             check_divisible(setting.optimizer)
@@ -126,8 +126,8 @@ class Estimate:
             fake = self._made(depth, where)
         found = self._simulated(fake)
         if grows:
-            small = self._fake if where == "cpu" else self._made(DEPTHS[0], where)
-            found = found.grown(self._simulated(small), *DEPTHS, self._depth)
+            small = self._simulated(self._made(DEPTHS[0], where))
+            found = found.grown(small, *DEPTHS, self._depth)
         if not self.setting.update_in_backward:
             return found, None
         with update_in_backward(self._fake.optimizer) as handle:  # raises where it can't be
@@ -178,8 +178,8 @@ class Estimate:
         )
         end = found.backward.end[GRADIENTS]
         levels = {
-            "forward": found.forward.peak,
-            "backward": found.backward.peak,
+            "forward": Counter(found.forward.peak),
+            "backward": Counter(found.backward.peak),
             "step": Counter({GRADIENTS: end, "scratch": update.step}),
             "refresh": Counter({GRADIENTS: end, "scratch": update.refresh}),
         }
@@ -237,6 +237,17 @@ class Estimate:
         if self._parts is not None:
             notes.append("the optimizer's scratch is that of one process, an upper bound for parts")
         return tuple(notes)
+
+
+def _check_rank(setting: Setting, blocks: Blocks) -> None:
+    """Raises `ValueError` for a rank that `build` would reduce for each matrix."""
+    rank = setting.options.get("rank")
+    shapes = [param.shape for param in blocks.items[0].parameters() if param.dim() == 2]
+    largest = max((min(shape) for shape in shapes), default=0)
+    if isinstance(rank, int) and rank > largest > 0:
+        raise ValueError(
+            f"rank={rank}: accepted for the blocks of {setting.source.name!r} are at most {largest}"
+        )
 
 
 def _trained(fake: Fake) -> list[tuple[str, nn.Parameter]]:

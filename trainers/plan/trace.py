@@ -11,10 +11,17 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
 
 from .ledger import Ledger
 from .network import Blocks, Network
 
+#: What fake tensors raise where they don't suffice.
+_UNPLANNED = (
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.DynamicOutputShapeException,
+    fake_tensor.UnsupportedOperatorException,
+)
 #: Blocks that are run; the middle one stands for all others.
 RUN = 3
 GRADIENTS, ACTIVATIONS, LOGITS = "gradients", "activations", "logits"
@@ -229,6 +236,11 @@ def trace(
             tracer = _Tracer(ledger, in_backward or InBackward())
             for _ in range(2 if kept else 1):
                 forward, backward = tracer.run(model, blocks.items[:run], batch, sequence)
+        except _UNPLANNED as error:
+            raise ValueError(
+                f"{type(model.network).__name__} computes what depends on its numbers, which a "
+                f"plan has none of ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+            ) from None
         finally:
             for param in model.parameters():
                 param.grad = None
