@@ -31,7 +31,7 @@ settings that matter, for --set (the folder's config.yaml lists all of them):
   eval.every, eval.tokens, checkpoint.every, checkpoint.keep
   model.dtype=float32|bfloat16, model.activation_checkpointing, model.compile
   distributed.strategy=auto|ddp|fsdp2|deepspeed (under torchrun), distributed.timeout
-  log.wandb=true
+  log.wandb=true, log.memory_steps=N (peaks by phase of the first N steps, beside the plan's)
 
 examples:
   lowrank pretrain

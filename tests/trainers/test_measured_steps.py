@@ -17,6 +17,7 @@ def ran(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_holds_measured_memory_against_the_plan(ran: Path) -> None:
     records = [json.loads(line) for line in (ran / "metrics.jsonl").read_text().splitlines()]
     (found,) = (record for record in records if record["kind"] == "memory")

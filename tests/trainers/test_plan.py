@@ -66,6 +66,7 @@ def test_measured_steps_take_what_was_planned(tiny: str) -> None:
         assert made.peaks[name] == pytest.approx(peak, rel=0.05), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_passes_take_what_was_planned(tiny: str, accumulation: int, *, checkpointing: bool) -> None:
@@ -76,6 +77,7 @@ def test_passes_take_what_was_planned(tiny: str, accumulation: int, *, checkpoin
         assert made.peaks[name] == pytest.approx(peak, rel=0.05), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["galore_adamw", "relora_adamw", "adamw"])
 def test_few_blocks_stand_for_many(
     tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch
@@ -94,6 +96,7 @@ def test_few_blocks_stand_for_many(
     assert scaled.parameters == whole.parameters
 
 
+@pytest.mark.slow
 def test_large_batches_follow_from_small_ones(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimating, "chunk_tokens", lambda vocabulary: 1)
     far = planned(tiny, batch=20)
@@ -101,6 +104,7 @@ def test_large_batches_follow_from_small_ones(tiny: str, monkeypatch: pytest.Mon
     assert far.peaks == planned(tiny, batch=20).peaks
 
 
+@pytest.mark.slow
 def test_the_largest_batch_is_the_last_that_fits(tiny: str) -> None:
     made = planned(tiny, memory="4MB")
     assert made.fits == "yes"
@@ -117,6 +121,7 @@ def test_too_little_memory(tiny: str) -> None:
     assert made.largest_batch == 0
 
 
+@pytest.mark.slow
 def test_a_gpu_has_slack_and_its_allocator_rounds_up(tiny: str) -> None:
     made = planned(tiny, device="cuda", memory="1.2GB")
     assert made.fits == "yes"
@@ -158,6 +163,7 @@ def test_several_processes(tiny: str, strategy: str) -> None:
         assert several.wire["passes"] == gradients + 2 * gradients // 4
 
 
+@pytest.mark.slow
 def test_all_methods_are_ranked(tiny: str, tmp_path: Path, capsys: Any) -> None:
     plot = tmp_path / "methods.png"
     arguments = ["plan", "--model", tiny, "--all", "--sequence=16", "--option=rank=4"]
@@ -176,6 +182,7 @@ def test_numbers_for_programs(tiny: str, capsys: Any) -> None:
     assert found["peak"] == max(sum(parts.values()) for parts in found["phases"].values())
 
 
+@pytest.mark.slow
 def test_measured_beside_planned(tiny: str, capsys: Any) -> None:
     arguments = ["plan", "--model", tiny, "--sequence=16", "--device=cpu", "--measure"]
     assert main([*arguments, "--option=update_proj_gap=2", "--option=rank=4"]) == 0
@@ -184,6 +191,7 @@ def test_measured_beside_planned(tiny: str, capsys: Any) -> None:
     assert "measured GB" in text
 
 
+@pytest.mark.slow
 def test_all_methods_measured(tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr("lowrank.trainers.plan.planner.available", lambda: ["adamw", "muon"])
     arguments = ["plan", "--model", tiny, "--sequence=16", "--device=cpu", "--all", "--measure"]
@@ -273,6 +281,7 @@ def test_other_models(tmp_path: Path) -> None:
     assert all(math.isfinite(peak) and peak > 0 for peak in made.peaks.values())
 
 
+@pytest.mark.slow
 def test_rank_leaves_out_options_that_a_method_lacks(
     tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
