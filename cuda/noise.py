@@ -17,7 +17,9 @@ from torch import Tensor
 
 _MASK32 = (1 << 32) - 1
 _MASK64 = (1 << 64) - 1
+_MASK24 = (1 << 24) - 1
 _GOLDEN64 = 0x9E3779B97F4A7C15
+_GOLDEN24 = 0x9E3779  # an odd number: its multiples modulo 2^24 are all different
 _STRIDE = 0x9E3779B1
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B
 
@@ -80,14 +82,26 @@ def random_bits(
     return x
 
 
-def uniform(count: int, seed: int, first: int = 0, device: torch.device | str = "cpu") -> Tensor:
-    """Numbers in [0, 1), multiples of 2^-24; arguments as in `random_bits`.
+def uniform(
+    count: int, seed: int, first: int = 0, device: torch.device | str = "cpu", turn: int = 0
+) -> Tensor:
+    """Numbers in [0, 1), multiples of 2^-24; other arguments as in `random_bits`.
+
+    Args:
+        count: of numbers.
+        seed: 64 bits.
+        first: the first position.
+        device: of the result.
+        turn: adds this multiple of the golden section, modulo 1. The numbers of one position over
+            many turns are uniform and far more evenly spread than independent ones.
 
     Returns:
         fp32 of shape (count,).
     """
-    bits = random_bits(count, seed, first, device)
-    return bits.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF).to(torch.float32).mul_(2.0**-24)
+    bits = random_bits(count, seed, first, device).bitwise_right_shift_(8)
+    if turn:
+        bits.add_(turn * _GOLDEN24 & _MASK24)
+    return bits.bitwise_and_(_MASK24).to(torch.float32).mul_(2.0**-24)
 
 
 def stochastic_bfloat16(x: Tensor, seed: int, first: int = 0) -> Tensor:

@@ -7,18 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.optim.optimizer import ParamsT
 
-from .coverage import projection_summary, tell
-from .engine.experts import DIMENSIONS, SMALLEST_SIDE
-from .engine.parameters import check_placement
+from .coverage import projection_summary, tell, warn_of_left_out
+from .engine.parameters import check_placement, whole_shape
 from .layers.base import FactoredLinear
+from .targets import Patterns, checked, selector
 
 Group = dict[str, Any]
 
-#: A linear layer is projected if its name contains one of these (GaLore's targets).
-PATTERNS = ("attn", "attention", "mlp")
 DEFAULT_RANK = 128
 #: Options of `param_groups` that have no effect on factored layers.
 _PROJECTION = (
@@ -60,7 +57,7 @@ def _tied(model: nn.Module) -> set[nn.Parameter]:
 def param_groups(
     model: nn.Module,
     *,
-    patterns: Sequence[str] = PATTERNS,
+    patterns: Patterns = None,
     rank: int | None = None,
     weight_decay: float | None = None,
     plain_lr: float | torch.Tensor | None = None,
@@ -68,19 +65,24 @@ def param_groups(
 ) -> list[Group]:
     """Makes parameter groups for a projecting optimizer.
 
-    The weight of each `nn.Linear` whose name contains one of `patterns` is projected, and so is
-    each expert of a parameter of E x m x n (E above 1, m and n at least 8; no convolution), as
-    transformers stores them. Everything else is plain, split into matrices (decayed) and vectors
+    Projected is every matrix of the hidden layers: weights of `nn.Linear` and of transformers'
+    `Conv1D` (as it is stored, input x output), the packed ones of `nn.MultiheadAttention`, and each
+    expert of a parameter of E x m x n (E above 1, m and n at least 8; no convolution). Embeddings,
+    heads and routers are not. Everything else is plain, split into matrices (decayed) and vectors
     such as biases and norms (not decayed). Tied weights appear once and are never projected.
     Parameter names are recorded. With `rank_ratio_cnn` (COAP) convolutions of more than 9216
     entries are projected too. For a model with factored layers (`convert`) see `factored_groups`.
 
     The logger "lowrank" is told once, at INFO, how much is projected, and which large parameters
-    are not: the text of `projection_summary`.
+    are not: the text of `projection_summary`. A warning says where less than three quarters of
+    the hidden layers' entries are projected, and names the largest that are left out.
 
     Args:
         model: the model, before any wrapping that flattens parameters.
-        patterns: parts of module names to project.
+        patterns: what to project instead of all hidden layers: one pattern or several, each a
+            part of a name (case matters) or, where it holds signs of regular expressions, an
+            expression that matches a layer's whole name; `"all-linear"` is every linear layer, the
+            head included. Lists for transformers' `optim_target_modules` work unchanged.
         rank: r of the projection, clamped to each matrix; 128 unless `rank_ratio_matrix` is given.
         weight_decay: of the first two groups; the optimizer's own when None.
         plain_lr: learning rate of what is not projected (embeddings, head, norms, biases); the
@@ -99,7 +101,7 @@ def param_groups(
     """
     _check_known(method_options)
     if any(isinstance(module, FactoredLinear) for module in model.modules()):
-        given = {"patterns": None if tuple(patterns) == PATTERNS else patterns, "rank": rank}
+        given = {"patterns": patterns, "rank": rank}
         _refuse_projection(model, {**method_options, **given})
         return factored_groups(
             model, weight_decay=weight_decay, plain_lr=plain_lr, **method_options
@@ -111,14 +113,10 @@ def param_groups(
     convolutions: list[tuple[str, nn.Parameter]] = []
     if method_options.get("rank_ratio_cnn") is not None:
         tied = _tied(model)
-        convolutions = [
-            (n, p)
-            for n, p in decayed
-            if p.dim() == 4 and p.numel() > SMALL_CONVOLUTION and p not in tied
-        ]
+        convolutions = [(n, p) for n, p in decayed if _is_large_convolution(p) and p not in tied]
         decayed = [(n, p) for n, p in decayed if all(p is not kernel for _, kernel in convolutions)]
     if not projected and not convolutions:
-        raise _no_match(model, patterns)
+        raise no_match(model, patterns)
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
     rate = {} if plain_lr is None else {"lr": plain_lr}
     groups = [
@@ -129,6 +127,8 @@ def param_groups(
     ]
     groups = [group for group in groups if group["params"]]
     tell(projection_summary(groups))
+    chosen = [name for name, _ in (*projected, *convolutions)]
+    warn_of_left_out(model, chosen, "projected")
     return groups
 
 
@@ -169,7 +169,9 @@ def factored_groups(
     undecayed: list[tuple[str, nn.Parameter]] = []
     for name, param, module in _parameters(model):
         own = isinstance(module, FactoredLinear) and name.rpartition(".")[2] in module.FACTORS
-        (factors if own else decayed if param.dim() > 1 else undecayed).append((name, param))
+        (factors if own else decayed if len(whole_shape(param)) > 1 else undecayed).append(
+            (name, param)
+        )
     if not factors:
         raise ValueError(
             f"no layer of {type(model).__name__} is factored; accepted is a model after "
@@ -188,7 +190,7 @@ def factored_groups(
 def plain_groups(
     model: nn.Module,
     *,
-    patterns: Sequence[str] = PATTERNS,
+    patterns: Patterns = None,
     weight_decay: float | None = None,
     plain_lr: float | torch.Tensor | None = None,
     apart: bool = False,
@@ -216,67 +218,65 @@ def plain_groups(
     return [group for i, group in enumerate(groups) if group["params"] or (apart and i == 0)]
 
 
-def split(model: nn.Module, patterns: Sequence[str]) -> tuple[list[tuple[str, nn.Parameter]], ...]:
+def split(model: nn.Module, patterns: Patterns) -> tuple[list[tuple[str, nn.Parameter]], ...]:
     """Named parameters as (to project, other matrices, vectors)."""
-    tied = _tied(model)
+    tied, selects = _tied(model), selector(model, patterns)
     lists: tuple[list[tuple[str, nn.Parameter]], ...] = ([], [], [])
     for name, param, module in _parameters(model):
-        target = param not in tied and _matches(name, param, module, patterns)
-        lists[0 if target else 1 if param.dim() > 1 else 2].append((name, param))
+        target = param not in tied and selects(name, param, module)
+        matrix = len(whole_shape(param)) > 1
+        lists[0 if target else 1 if matrix else 2].append((name, param))
     return lists
 
 
-def projected_layers(model: nn.Module, patterns: Sequence[str]) -> list[nn.Linear]:
+def projected_layers(model: nn.Module, patterns: Patterns) -> list[nn.Linear]:
     """The layers whose weights `param_groups` projects.
 
     Raises:
         ValueError: no linear layer that is trained matches the patterns.
     """
-    tied = _tied(model)
+    tied, selects = _tied(model), selector(model, patterns)
     layers = [
         module
         for name, param, module in _parameters(model)
-        if isinstance(module, nn.Linear)
-        and param not in tied
-        and _matches(name, param, module, patterns)
+        if isinstance(module, nn.Linear) and param not in tied and selects(name, param, module)
     ]
     if not layers:
-        raise _no_match(model, patterns)
+        raise no_match(model, patterns)
     return layers
 
 
-def _matches(name: str, param: torch.Tensor, module: nn.Module, patterns: Sequence[str]) -> bool:
-    if not any(pattern in name for pattern in patterns):
-        return False
-    if isinstance(module, nn.Linear):
-        return param is module.weight
-    return _holds_experts(param, module)
+def _is_large_convolution(param: torch.Tensor) -> bool:
+    shape = whole_shape(param)
+    return len(shape) == 4 and shape.numel() > SMALL_CONVOLUTION
 
 
-def _holds_experts(param: torch.Tensor, module: nn.Module) -> bool:
-    """Whether a parameter is E x m x n for E experts, as transformers 5 stores them."""
-    if param.dim() != DIMENSIONS or isinstance(module, _ConvNd | nn.Bilinear):
-        return False
-    return len(param) > 1 and min(param.shape[1:]) >= SMALLEST_SIDE
-
-
-def _no_match(model: nn.Module, patterns: Sequence[str]) -> ValueError:
-    frozen = [
-        name
+def no_match(model: nn.Module, patterns: Patterns) -> ValueError:
+    """The error for patterns that select no matrix that can be trained as they ask."""
+    selects, named = selector(model, patterns), checked(patterns)
+    found = [
+        (f"{name}.{key}" if name else key, param)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and not module.weight.requires_grad
-        and _matches(f"{name}.weight", module.weight, module, patterns)
+        for key, param in module.named_parameters(recurse=False)
+        if selects(f"{name}.{key}" if name else key, param, module)
     ]
-    if frozen:
+    kind, of = type(model).__name__, f" of {named}" if named is not None else ""
+    frozen = [name for name, param in found if not param.requires_grad]
+    if frozen and len(frozen) == len(found):
         return ValueError(
-            f"each nn.Linear of {type(model).__name__} that has one of {tuple(patterns)} in its "
-            f"name is frozen, {len(frozen)} of them, such as {frozen[0]}: accepted are layers "
-            "whose weight has requires_grad=True, or patterns that match such"
+            f"each layer of {kind} that the patterns{of} select is frozen, {len(frozen)} of them, "
+            f"such as {frozen[0]}: accepted are layers whose weight has requires_grad=True, or "
+            "patterns that match such"
         )
+    if found:
+        return ValueError(
+            f"each layer of {kind} that the patterns{of} select is tied, frozen or no nn.Linear, "
+            f"such as {found[0][0]}: accepted are patterns that match others"
+        )
+    lacking = f"has one of {named} in its name" if named else "is in a list of blocks, or named so"
     return ValueError(
-        f"no nn.Linear of {type(model).__name__} has one of {tuple(patterns)} in its name; "
-        "accepted are patterns that match one"
+        f"no nn.Linear of {kind} {lacking}; accepted are patterns that match one, such as "
+        'patterns="all-linear"'
     )
 
 
@@ -336,11 +336,11 @@ def sorted_groups(params: ParamsT, **sizes: Any) -> ParamsT:
 
 
 def _kind(param: Tensor, sizes: Group) -> str:
-    rank, ratio = sizes["rank"], sizes["rank_ratio_matrix"]
-    if param.dim() == 2 and (ratio is not None or rank is not None):
-        return "matrix" if ratio is not None or min(param.shape) > rank else "plain"
-    if param.dim() == 4 and sizes["rank_ratio_cnn"] is not None:
-        return "convolution" if param.numel() > SMALL_CONVOLUTION else "plain"
+    rank, ratio, shape = sizes["rank"], sizes["rank_ratio_matrix"], whole_shape(param)
+    if len(shape) == 2 and (ratio is not None or rank is not None):
+        return "matrix" if ratio is not None or min(shape) > rank else "plain"
+    if sizes["rank_ratio_cnn"] is not None and _is_large_convolution(param):
+        return "convolution"
     return "plain"
 
 

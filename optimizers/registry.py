@@ -15,10 +15,11 @@ from .engine.low_rank_gradients import examine
 from .engine.method import TABLE, Method
 from .engine.optimizer import LowRankOptimizer
 from .engine.options import make_plain
-from .engine.parameters import check_placement
+from .engine.parameters import check_placement, whole_shape
 from .engine.replaced import Watch
-from .layers.convert import meta_copy
+from .layers.convert import check_converted, factored_layers, meta_copy
 from .layers.optimizer import FactoredAdamW
+from .pretrained import save_dense_weights
 from .traffic import step_bytes
 
 #: Group options that `build` passes to plain parameters, too.
@@ -95,7 +96,7 @@ def _method(name: str) -> Method:
 def _sort_options(method: Method, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits options into the groups' and the constructor's; omits those of a conversion."""
     constructor, groups = method.constructor_options(), method.group_options()
-    conversion = method.conversion.options if method.conversion else ()
+    conversion = method.conversion.options
     group_options: dict[str, Any] = {}
     keywords: dict[str, Any] = {**method.build}
     for name, value in options.items():
@@ -106,7 +107,8 @@ def _sort_options(method: Method, options: dict[str, Any]) -> tuple[dict[str, An
         if name in (_EVERYWHERE if method.optimizer.projects else constructor):
             keywords[name] = value
         elif name in groups:
-            if method.optimizer.projects or name in ("patterns", "plain_lr"):
+            own = ("patterns", "plain_lr", *method.optimizer.hidden_keys)
+            if method.optimizer.projects or name in own:
                 group_options[name] = value
         elif name in constructor:
             keywords[name] = value
@@ -120,9 +122,10 @@ def convert(name: str, model: nn.Module, **options: Any) -> nn.Module:
     """Changes a model's parametrisation, in place, to the one that a method trains.
 
     `build` calls it. Call it yourself if, before `build`, the model is wrapped (DDP), moved, or
-    loaded from a converted model's state dict. Methods without a parametrisation and converted
-    layers leave the model unchanged; `merge` undoes it. Processes that train together need equal
-    models here, because DDP broadcasts INT8 weights as dense copies, which are requantised. DDP
+    loaded from a converted model's state dict. Methods without a parametrisation change nothing
+    unless `weight_bits` is given, and converted layers are unchanged; `merge` undoes it. Processes
+    that train together need equal models here, because DDP broadcasts quantised weights as dense
+    copies, which are requantised. DDP
     ignores frozen tensors of factored layers if it wraps the given model or a part of it; if it
     wraps a parent module, pass that module here as well. `fully_shard` (FSDP2) comes between this
     and `build`; it shards factors and frozen weights, and leaves buffers whole on each process
@@ -131,23 +134,28 @@ def convert(name: str, model: nn.Module, **options: Any) -> nn.Module:
     Args:
         name: one of `available()`.
         model: the model.
-        **options: as for `build`; `qgalore_adamw_8bit` has `weight_bits` (8, or None for dense
-            weights), `weight_group_size` (256) and `patterns`.
+        **options: as for `build`. Methods that leave layers as they are have `weight_bits` (8, 4,
+            or None for dense weights, the default but for `qgalore_adamw_8bit`),
+            `weight_group_size` (256 or 64), `weight_include` (any of "embeddings" and "head", to
+            quantise these too) and `patterns`.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: the name or an option is unknown or out of range, or no layer matches.
+        ValueError: the name or an option is unknown or out of range, no layer matches, or the model
+            is converted already with another rank or the like.
     """
     method = _method(name)
     make_plain(options)
     _sort_options(method, options)
     for called, param in model.named_parameters():
         check_placement(param, called)
-    if method.conversion is not None:
-        accepted = {*method.conversion.options, "patterns"}
-        method.conversion.apply(model, **{key: options[key] for key in options if key in accepted})
+    accepted = {*method.conversion.options, "patterns"}
+    chosen = {key: options[key] for key in options if key in accepted}
+    check_converted(model, chosen)
+    method.conversion.apply(model, **chosen)
+    save_dense_weights(model)
     return model
 
 
@@ -211,9 +219,30 @@ def expected_state_bytes(name: str, model: nn.Module, world: int = 1, **options:
     total = 0
     for composition, _, params in _compositions(name, model, options):
         for param in params:
-            if param.numel():
-                total += composition.state_bytes(param.shape, param.element_size(), world)
+            shape = whole_shape(param)
+            if shape.numel():
+                total += composition.state_bytes(shape, param.element_size(), world)
     return total
+
+
+def expected_weight_bytes(name: str, model: nn.Module, **options: Any) -> int:
+    """Bytes of a model's parameters and buffers as `build` would leave them, by formula.
+
+    Quantised weights count with codes and scales, tied ones once; buffers that a state dict leaves
+    out count too.
+
+    Args:
+        name: one of `available()`.
+        model: the model, which stays as it is; it may be on the meta device.
+        **options: as for `build`.
+
+    Raises:
+        ValueError: as `build`.
+    """
+    made = convert(name, meta_copy(model), **options)
+    host = [getattr(layer, n) for _, layer in factored_layers(made) for n in layer.host_tensors()]
+    tensors = {id(tensor): tensor for tensor in (*made.parameters(), *made.buffers(), *host)}
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def expected_step_traffic(name: str, model: nn.Module, world: int, **options: Any) -> int:
@@ -235,14 +264,14 @@ def expected_step_traffic(name: str, model: nn.Module, world: int, **options: An
     """
     checks.integer("world", world, low=2)
     conversion = _method(name).conversion
-    if conversion is not None and conversion.replaces_layers:
+    if conversion.replaces_layers:
         raise ValueError(f"name={name!r}: accepted are methods that don't replace layers")
     total = 0
     for composition, group, params in _compositions(name, model, options):
         checked = bool(group["skip_nonfinite"]) and not group["capturable"]
         for param in params:
-            if param.numel():
-                shape, itemsize = tuple(param.shape), param.element_size()
+            shape, itemsize = whole_shape(param), param.element_size()
+            if shape.numel():
                 total += step_bytes(composition, shape, itemsize, world, checked=checked)
     return total
 
@@ -254,7 +283,7 @@ def _compositions(
     method = _method(name)
     make_plain(options)
     group_options, keywords = _sort_options(method, options)
-    if method.conversion is not None and method.conversion.replaces_layers:
+    if method.conversion.replaces_layers:
         model = convert(name, meta_copy(model), **options)
     groups = method.groups(model, **group_options)
     # An optimizer of the same groups without parameters completes the defaults.

@@ -19,7 +19,7 @@ from __future__ import annotations
 from .engine.composition import Composition
 from .engine.geometry import RowRange, Side
 from .engine.parts import reads_projected
-from .engine.processes import Processes, chunk_range
+from .engine.processes import Processes
 from .engine.sharding import Shard
 
 FLAG_BYTES = 4
@@ -39,8 +39,7 @@ def step_bytes(
     """
     if composition.by_expert(shape):
         return 0
-    held = chunk_range(shape[0] if shape else 1, world, 0)
-    shard = Shard(shape, RowRange(held.start, held.stop, Processes(None, world, 0)))
+    shard = Shard(shape, RowRange.held(shape[0] if shape else 1, Processes(None, world, 0)))
     projection = composition.projection
     geometry = None if projection is None else projection.geometry(shape)
     part = shard.part(geometry)
@@ -56,6 +55,6 @@ def step_bytes(
         total += rank * columns * itemsize
     return (
         total
-        + projection.residual.step_traffic(geometry, itemsize)
+        + projection.residual.step_traffic(geometry, itemsize, world)
         + projection.projector.step_traffic(geometry, itemsize, world)
     )

@@ -30,6 +30,7 @@ settings that matter, for --set (the folder's config.yaml lists all of them):
   schedule.name=cosine|linear|wsd|constant, schedule.warmup_ratio
   eval.every, eval.tokens, checkpoint.every, checkpoint.keep
   model.dtype=float32|bfloat16, model.activation_checkpointing, model.compile
+  model.weight_bits=16|8|4, model.compressed_activations=COLUMNS
   distributed.strategy=auto|ddp|fsdp2|deepspeed (under torchrun), distributed.timeout
   log.wandb=true, log.memory_steps=N (peaks by phase of the first N steps, beside the plan's)
 
@@ -58,7 +59,11 @@ def parser() -> argparse.ArgumentParser:
     )
     pretrain.set_defaults(run=_pretrain)
     add = pretrain.add_argument
-    add("--model", metavar="NAME", help="llama_9m (default), llama_60m, 130m, 350m, 1b or 7b")
+    add(
+        "--model",
+        metavar="NAME",
+        help="llama_9m (default), llama_1m, llama_60m, 130m, 350m, 1b or 7b",
+    )
     add("--optimizer", metavar="NAME", help="default galore_adamw; `lowrank methods` lists all")
     add("--data", metavar="SOURCE", help="stdlib (default), c4, or a folder of text files")
     add("--steps", metavar="N", type=int, help="optimizer steps")
@@ -84,9 +89,13 @@ def parser() -> argparse.ArgumentParser:
 
     plan_command.add_parser(commands)
 
-    report = commands.add_parser("report", help="write a run's report.html again")
+    from .compare.arguments import add_compare
+
+    add_compare(commands).set_defaults(run=_compare)
+
+    report = commands.add_parser("report", help="write a run's or a comparison's report.html again")
     report.set_defaults(run=_report)
-    report.add_argument("folder", type=Path, metavar="FOLDER", help="a run's folder")
+    report.add_argument("folder", type=Path, metavar="FOLDER", help="a run's or a comparison's")
 
     methods = commands.add_parser("methods", help="list the optimizers")
     methods.set_defaults(run=_methods)
@@ -115,8 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             how = f"go on with: lowrank pretrain --resume {end.checkpoint.parent.parent}"
             return _fail(f"{end}; {how}", EXIT_TERMINATED, end)
         except KeyboardInterrupt as end:
-            text = "interrupted; what was saved can be resumed with --resume"
-            return _fail(text, EXIT_INTERRUPTED, end)
+            text = str(end) or "interrupted; what was saved can be resumed with --resume"
+            return _fail(text, getattr(end, "status", EXIT_INTERRUPTED), end)
         except (ValueError, ImportError) as error:
             return _fail(str(error), EXIT_WRONG, error)
         except OSError as error:
@@ -153,11 +162,26 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     return merge(layer, *(parse_override(text) for text in options.overrides))
 
 
+def _compare(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from .compare.arguments import asked_for
+    from .compare.command import compare
+
+    compare(asked_for(options), Console(stderr=False))
+
+
 def _report(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from .report import write_report
 
+    if (options.folder / "comparison.json").is_file():
+        from .compare.command import report
+
+        written = str(report(options.folder))
+        Console().print(written, highlight=False, markup=False, soft_wrap=True)
+        return
     if not (options.folder / "metrics.jsonl").is_file():
         raise ValueError(f"{options.folder} is not a run's folder: it has no metrics.jsonl")
     Console().print(

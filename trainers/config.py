@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from .data.config import DataConfig
 
 DTYPES = ("float32", "bfloat16")
+WEIGHT_BITS = (16, 8, 4, None)
 # Beyond any machine's cores; with very many the thread library ends the process without a word.
 MOST_THREADS = 1024
 # A month; beyond some centuries torch's own limits overflow.
@@ -44,7 +45,15 @@ class ModelConfig:
         rms_norm_eps: epsilon of the normalisations.
         initializer_range: standard deviation of the initial weights.
         dtype: dtype of weights, gradients and activations, "float32" or "bfloat16".
+        weight_bits: 16 for dense weights (in `dtype`), 8 or 4 for quantised ones in the layers that
+            the optimizer projects, null for the optimizer's own (8 for qgalore_adamw_8bit, else
+            dense). The optimizer's option of that name may not contradict it;
+            `optimizer.weight_include` and `optimizer.weight_group_size` go with it.
         activation_checkpointing: recompute each block in the backward pass.
+        compressed_activations: columns to which the inputs that projected layers keep for the
+            backward pass are compressed (CompAct); 0 keeps them whole. Gradients of these weights
+            are then exact on average only.
+        compression_gap: steps between draws of the random projections.
         compile: run the blocks through `torch.compile`.
         initial: a checkpoint's folder (a run's or Hugging Face's, with `model.safetensors`) whose
             weights the run starts from, "" for random ones; ReLoRA's full-rank warm start.
@@ -60,7 +69,10 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     dtype: str = "float32"
+    weight_bits: int | None = None
     activation_checkpointing: bool = False
+    compressed_activations: int = 0
+    compression_gap: int = 50
     compile: bool = False
     initial: str = ""
 
@@ -84,6 +96,19 @@ class ModelConfig:
             value = getattr(self, key)
             _require(value > 0, f"model.{key}", value, "a positive number")
         _require(self.dtype in DTYPES, "model.dtype", self.dtype, " or ".join(DTYPES))
+        rank = self.compressed_activations
+        _require(rank >= 0, "model.compressed_activations", rank, "0 (off) or a number of columns")
+        _require(
+            not rank or not (self.activation_checkpointing or self.compile),
+            "model.compressed_activations",
+            rank,
+            "0 with model.activation_checkpointing, which keeps none of these inputs, and with"
+            " model.compile",
+        )
+        gap = self.compression_gap
+        _require(gap >= 1, "model.compression_gap", gap, "a number of steps, at least 1")
+        bits = self.weight_bits
+        _require(bits in WEIGHT_BITS, "model.weight_bits", bits, "16, 8, 4 or null")
 
 
 @dataclass(frozen=True)
@@ -273,12 +298,15 @@ class LogConfig:
         memory_steps: how many of the first steps are measured phase by phase, to hold the plan's
             memory against in the report; 0 for none. On a CPU these steps take several times as
             long.
+        optimizer_time: record the optimizer's own time of each step, for which a CUDA device is
+            waited for.
     """
 
     progress: bool = True
     wandb: bool = False
     wandb_project: str = "lowrank"
     memory_steps: int = 0
+    optimizer_time: bool = False
 
     def __post_init__(self) -> None:
         _require(

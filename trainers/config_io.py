@@ -40,6 +40,7 @@ FREE_ON_RESUME = frozenset(
         "log.memory_steps",
         "log.wandb",
         "log.wandb_project",
+        "log.optimizer_time",
         "train.device",
         "train.threads",
         "train.max_skips",

@@ -35,8 +35,13 @@ from .step import (
 Reason = tuple[str, float] | None
 
 
-def begin(optimizer: Any, config: TrainConfig) -> InBackward:
+def begin(optimizer: Any, config: TrainConfig, passes: int) -> InBackward:
     """Turns updates in the backward pass on; the norm is measured even if nothing is clipped.
+
+    Args:
+        optimizer: of the run.
+        config: its clipping.
+        passes: backward passes of a step.
 
     Raises:
         ValueError: the optimizer doesn't go with it.
@@ -45,7 +50,7 @@ def begin(optimizer: Any, config: TrainConfig) -> InBackward:
     kind: Any = config.clip_norm if config.clip else "previous"
     with warnings.catch_warnings():  # the run's first line says how much is kept whole
         warnings.filterwarnings("ignore", message="norm='exact' with accumulation above 1")
-        return update_in_backward(optimizer, config.accumulation, limit, kind)
+        return update_in_backward(optimizer, passes, limit, kind)
 
 
 def take_step(
@@ -86,6 +91,8 @@ def take_step(
     Raises:
         RuntimeError: `packed` is True, and processes have different numbers of tokens.
     """
+    if handle.accumulation != len(batches):
+        handle.accumulation = len(batches)
     own = sum(count(batch.targets) for batch in batches)
     device = accumulator_device(world)
     factor = loss_factor(own, world, packed)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from lowrank.optimizers import FactoredAdamW, LayerEvent, RefreshEvent
+from lowrank.optimizers import LayerEvent, RefreshEvent
 
 from .checkpoint import CheckpointStore
 from .data import Batch
@@ -66,8 +66,9 @@ class Loop:
         """
         parts, steps = self._parts, self._parts.config.train.steps
         handles = [parts.optimizer.register_refresh_hook(self._events.append)]  # type: ignore[attr-defined]
-        if isinstance(parts.optimizer, FactoredAdamW):
-            handles.append(parts.optimizer.register_event_hook(self._layer_events.append))
+        register = getattr(parts.optimizer, "register_event_hook", None)
+        if register is not None:
+            handles.append(register(self._layer_events.append))
         try:
             if parts.state.first is None:
                 parts.state.first = self._evaluate()
@@ -94,9 +95,10 @@ class Loop:
         batches = parts.stream.step()
         for batch in batches:
             count_targets(parts.counts, batch.targets)
+        parts.model.begin_step(state.step)
         self._events.clear()
         self._layer_events.clear()
-        gradient, reason, kept = self._take(batches)
+        gradient, reason, kept, own_seconds = self._take(batches)
         # Processes end together: a later request takes effect in the next step.
         self._asked = gradient.flags > 0
         memory = self._meter.read(self._renewed(), kept)
@@ -116,6 +118,7 @@ class Loop:
             learning_rate=parts.base_rates[0] * factor,
             grad_norm=gradient.norm,
             seconds=seconds,
+            optimizer_seconds=own_seconds,
             tokens=gradient.tokens,
             memory=memory,
         )
@@ -137,8 +140,13 @@ class Loop:
                 " metrics.jsonl counts them on as skipped"
             )
 
-    def _take(self, batches: Sequence[Batch]) -> tuple[Gradient, Reason, int | None]:
-        """The step itself: its gradient, why it was skipped, and bytes of gradients if measured."""
+    def _take(self, batches: Sequence[Batch]) -> tuple[Gradient, Reason, int | None, float | None]:
+        """The step itself.
+
+        Returns:
+            Its gradient, why it was skipped, and, where measured, the bytes of gradients and the
+            optimizer's seconds.
+        """
         parts, config = self._parts, self._parts.config.train
         packed, flag = parts.config.data.packing == "pack", self._wish.came
 
@@ -147,7 +155,7 @@ class Loop:
 
         if parts.handle is not None:
             optimizer, handle = parts.optimizer, parts.handle
-            return take_step(
+            taken = take_step(
                 *(parts.module, batches, parts.world, optimizer, handle, skip),
                 as_one=config.clip > 0 and config.clip_norm != "previous",
                 packed=packed,
@@ -155,6 +163,7 @@ class Loop:
                 phase=self._measured.phase,
                 update=self._measured.update(self._renewed),
             )
+            return *taken, None
         gradient = compute_gradient(
             *(parts.module, batches, parts.world),
             packed=packed,
@@ -162,7 +171,7 @@ class Loop:
             engine=parts.engine,
             phase=self._measured.phase,
         )
-        reason = skip(gradient)
+        reason, own_seconds = skip(gradient), None
         if parts.engine is not None:
             # The norm is known only after the step, which the engine leaves out if it isn't finite.
             gradient = replace(gradient, norm=parts.engine.step(take=reason is None))
@@ -170,8 +179,20 @@ class Loop:
         elif reason is None:
             clip(parts.model.parameters(), gradient.norm, config.clip)
             with self._measured.update(self._renewed):
-                parts.optimizer.step()
-        return gradient, reason, None
+                own_seconds = self._step_optimizer()
+        return gradient, reason, None, own_seconds
+
+    def _step_optimizer(self) -> float | None:
+        """Steps the optimizer; its own time where `log.optimizer_time` asks for it."""
+        parts, device = self._parts, self._parts.world.device
+        if not parts.config.log.optimizer_time:
+            parts.optimizer.step()
+            return None
+        wait_for(device)
+        start = time.perf_counter()
+        parts.optimizer.step()
+        wait_for(device)
+        return time.perf_counter() - start
 
     def _renewed(self) -> bool:
         return bool(self._events or self._layer_events)
@@ -257,6 +278,12 @@ class Loop:
         if folder is not None:
             with contextlib.suppress(OSError):
                 write_shared(folder, self._parts)
+
+
+def wait_for(device: torch.device) -> None:
+    """Waits until a CUDA device has done all that was given to it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _skipped_updates(optimizer: torch.optim.Optimizer) -> int:

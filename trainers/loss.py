@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank.optimizers import QuantizedWeight
+
 IGNORED = -100
 CHUNK_BYTES = 64 << 20
 
@@ -31,7 +33,7 @@ def chunked_cross_entropy(
 
     Args:
         hidden: (..., d) activations.
-        weight: (V, d) rows of the head, same dtype.
+        weight: (V, d) rows of the head, same dtype; a quantised one is dequantised once.
         targets: (...) int64 token numbers; -100 marks a token that doesn't count.
         chunk: tokens per chunk; by default as many as 64 MiB of float32 logits hold.
 
@@ -57,6 +59,8 @@ def _forward(
     grad_weight_vd: Tensor | None,
 ) -> Tensor:
     """The summed loss; fills the gradients (of the sum) where buffers are given."""
+    if isinstance(weight_vd, QuantizedWeight):  # once, not in each product
+        weight_vd = weight_vd.dequantize(hidden_td.dtype)
     exact = torch.float64 if hidden_td.dtype == torch.float64 else torch.float32
     total = torch.zeros((), dtype=exact, device=hidden_td.device)
     for start in range(0, hidden_td.shape[0], chunk):

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank.optimizers import Compression
+
 from .config import ModelConfig
 from .loss import chunked_cross_entropy
 from .missing import require
@@ -22,6 +24,12 @@ class LanguageModel(nn.Module):
     def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
+        self.compression: Compression | None = None
+
+    def begin_step(self, step: int) -> None:
+        """Tells layers that draw random numbers how many optimizer steps were taken."""
+        if self.compression is not None:
+            self.compression.step = step
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The loss in nats, summed over the targets that count.

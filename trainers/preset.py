@@ -15,6 +15,7 @@ from lowrank.optimizers import option_aliases
 
 from .config import ScheduleConfig
 from .config_io import Layer, merge, nearest, parse_yaml
+from .official import PREFIX, method_of
 
 FOLDER = files(__package__) / "presets"
 
@@ -36,7 +37,7 @@ def preset_layer(model: str, optimizer: str) -> dict[str, Any]:
         ValueError: there is no such model.
     """
     preset = read_preset(model)
-    method: Layer = preset.get("methods", {}).get(optimizer, {})
+    method: Layer = preset.get("methods", {}).get(optimizer.removeprefix(PREFIX), {})
     common = {key: value for key, value in preset.items() if key not in ("source", "methods")}
     own = {key: value for key, value in method.items() if key != "source"}
     named = {"model": {"name": model}, "optimizer": {"name": optimizer}}
@@ -53,7 +54,7 @@ def canonical(layer: Layer, optimizer: str) -> dict[str, Any]:
     if not isinstance(section, Mapping):
         return dict(layer)
     renamed = dict(section)
-    for alias, name in option_aliases(optimizer).items():
+    for alias, name in option_aliases(method_of(optimizer)).items():
         if alias in renamed:
             if name in renamed:
                 raise ValueError(

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lowrank.optimizers import describe
-
 from .agreement import check_partitions, check_processes, check_same_data, check_shared
 from .checkpoint import CheckpointStore
 from .config import RunConfig
@@ -24,6 +22,7 @@ from .distributed import World, join
 from .loop import Loop
 from .metrics import cut_after
 from .models import parameter_count
+from .official import canonical_name
 from .parts import Parts, read_parts, saved_config, saved_data_shards
 from .preset import canonical, preset_layer, with_cycle
 from .recorder import Recorder
@@ -46,11 +45,13 @@ class Request:
         settings: what was given explicitly (configuration file, flags, ``--set``), already layered.
         output: the run's folder, None for the default below ``runs``.
         resume: None, "auto", or a folder.
+        report: whether report.html is written at the end.
     """
 
     settings: Layer = field(default_factory=dict)
     output: Path | None = None
     resume: str | None = None
+    report: bool = True
 
 
 def resolve(settings: Layer) -> RunConfig:
@@ -61,8 +62,9 @@ def resolve(settings: Layer) -> RunConfig:
     """
     default = RunConfig()
     model = _named(settings, "model", default.model.name)
-    optimizer = _named(settings, "optimizer", default.optimizer.name)
-    describe(optimizer)  # raises with the nearest name before anything is made
+    # raises with the nearest name before anything is made
+    optimizer = canonical_name(_named(settings, "optimizer", default.optimizer.name))
+    settings = merge(settings, {"optimizer": {"name": optimizer}})
     preset = canonical(preset_layer(model, optimizer), optimizer)
     return from_mapping(with_cycle(preset, canonical(settings, optimizer)))
 
@@ -89,14 +91,33 @@ def pretrain(request: Request, console: Console) -> Path:
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         with hold(place.folder, place.made) if world.leads else nullcontext():
-            _run(config, place, world, console)
+            shrinks = _may_shrink(request, place, config)
+            _run(config, place, world, console, request.report, shrinks=shrinks)
     return place.folder
 
 
-def _run(config: RunConfig, place: Place, world: World, console: Console) -> None:
+def _may_shrink(request: Request, place: Place, config: RunConfig) -> bool:
+    """Whether the vocabulary may become the tokenizer's: none was asked for, and none is saved."""
+    given = request.settings.get("model")
+    asked = isinstance(given, dict) and "vocab_size" in given
+    return place.checkpoint is None and not config.model.initial and not asked
+
+
+def _run(
+    config: RunConfig,
+    place: Place,
+    world: World,
+    console: Console,
+    report: bool,
+    *,
+    shrinks: bool,
+) -> None:
     folder, started = place.folder, time.perf_counter()
     store = store_of(folder, keep=config.checkpoint.keep, keep_best=config.checkpoint.best)
-    with _build(config, world) as parts:
+    with _build(config, world, shrinks=shrinks) as parts:
+        unused = config.model.vocab_size - parts.tokenizer.vocabulary_size
+        note = _vocabulary_note(config, parts.config, unused)
+        config = parts.config
         if place.checkpoint is not None:
             check_shared(place.checkpoint.folder, world)
             read_parts(place.checkpoint.folder, parts)
@@ -105,7 +126,8 @@ def _run(config: RunConfig, place: Place, world: World, console: Console) -> Non
         carried = parts.state.wall_seconds
         if world.leads:
             _prepare(folder, config, place, store, console)
-            console.print(_opening(parts, folder), highlight=False, markup=False, soft_wrap=True)
+            opening = f"{_opening(parts, folder)}{note if place.checkpoint is None else ''}"
+            console.print(opening, highlight=False, markup=False, soft_wrap=True)
         world.wait()
         with (
             catch_termination(alone=world.size == 1) as wish,
@@ -114,10 +136,12 @@ def _run(config: RunConfig, place: Place, world: World, console: Console) -> Non
             Loop(parts, recorder, store, wish).run()
         summary = summarise(parts, carried + time.perf_counter() - started)
     if world.leads:
-        finish(folder, summary, console)
+        finish(folder, summary, console, report)
 
 
-def finish(folder: Path, summary: dict[str, Any], console: Console) -> None:
+def finish(
+    folder: Path, summary: dict[str, Any], console: Console, with_report: bool = True
+) -> None:
     """Writes summary.json, unless the finished run has one, and report.html; prints the table."""
     path = folder / "summary.json"
     written = _read_summary(path)
@@ -125,9 +149,10 @@ def finish(folder: Path, summary: dict[str, Any], console: Console) -> None:
         write_summary(summary, path)
     else:
         summary = written
-    report = write_report(folder)
+    report = write_report(folder) if with_report else None
     console.print(summary_table(summary))
-    console.print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
+    if report is not None:
+        console.print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _read_summary(path: Path) -> dict[str, Any] | None:
@@ -259,9 +284,15 @@ def _prepare(
 
 
 @contextmanager
-def _build(config: RunConfig, world: World) -> Iterator[Parts]:
-    """Everything the run needs, at step 0; ends the data's helper processes at the end."""
+def _build(config: RunConfig, world: World, *, shrinks: bool = False) -> Iterator[Parts]:
+    """Everything the run needs, at step 0; ends the data's helper processes at the end.
+
+    With `shrinks` a vocabulary that is larger than the tokenizer's becomes the tokenizer's.
+    """
     tokenizer = _tokenizer(config, world)
+    if shrinks and tokenizer.vocabulary_size < config.model.vocab_size:
+        model = replace(config.model, vocab_size=tokenizer.vocabulary_size)
+        config = replace(config, model=model)
     check_same_data(config, tokenizer, world)
     seed_everything(config.train.seed)
     training = build_training(config, world)
@@ -312,6 +343,19 @@ def _tokenizer(config: RunConfig, world: World) -> Tokenizer:
     if world.leads:
         world.wait()
     return tokenizer
+
+
+def _vocabulary_note(asked: RunConfig, config: RunConfig, unused: int) -> str:
+    """A line about rows of the embedding and head that no token has, if there are any."""
+    if unused <= 0:
+        return ""
+    size, kind = config.model.vocab_size, config.data.tokenizer
+    if size != asked.model.vocab_size:
+        return (
+            f"\nvocabulary of {size:,}, all that the tokenizer {kind} has, instead of"
+            f" {asked.model.vocab_size:,} (model.vocab_size)"
+        )
+    return f"\nmodel.vocab_size is {size:,}: the tokenizer {kind} never uses {unused:,} of them"
 
 
 def _opening(parts: Parts, folder: Path) -> str:

@@ -105,9 +105,15 @@ class Recorder:
         seconds: float,
         tokens: int,
         memory: Mapping[str, int],
+        optimizer_seconds: float | None = None,
     ) -> None:
-        """Records one step; `tokens` are those of the step, `seconds` the time it took."""
+        """Records one step.
+
+        `tokens` are those of the step, `seconds` the time it took, `optimizer_seconds` the
+        optimizer's share of it where it was measured.
+        """
         speed = tokens / seconds if seconds > 0 else 0.0
+        own = {} if optimizer_seconds is None else {"optimizer_seconds": optimizer_seconds}
         self._write(
             "train",
             state.step,
@@ -117,7 +123,7 @@ class Recorder:
             tokens=state.tokens,
             epoch=state.epoch,
             skipped=state.skipped_updates,
-            time={"seconds": seconds, "tokens_per_second": speed},
+            time={"seconds": seconds, "tokens_per_second": speed, **own},
             memory=dict(memory),
         )
         self._progress.update(

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lowrank.optimizers import accepts
-
+from .choice import follows_length
 from .config import RunConfig, warmup_steps
 from .config_io import Layer, changed_keys, from_mapping, merge
 from .schedules import run_multiplier
@@ -91,7 +90,7 @@ def _why_not(saved: RunConfig, now: RunConfig, step: int) -> str | None:
     name, steps = now.optimizer.name, now.train.steps
     if steps < step:
         return f", and {step} steps are done"
-    if steps != saved.train.steps and _follows_length(now):
+    if steps != saved.train.steps and follows_length(now):
         return (
             f"; {name} lays its own schedule out over the steps, unless optimizer.total_steps says"
             " otherwise from the start"
@@ -106,8 +105,3 @@ def _why_not(saved: RunConfig, now: RunConfig, step: int) -> str | None:
                 " made longer, wsd before it falls)"
             )
     return None
-
-
-def _follows_length(config: RunConfig) -> bool:
-    name, options = config.optimizer.name, config.optimizer.options
-    return accepts(name, "total_steps") and "total_steps" not in options

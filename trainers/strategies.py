@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lowrank.optimizers as optimizers
-from lowrank.optimizers import InBackward, accepts, build
+from lowrank.optimizers import InBackward, compress_activations
 from lowrank.optimizers.engine.method import TABLE
 
+from .choice import build_named, is_single_process
 from .config import RunConfig
 from .distributed import World
 from .in_backward import begin
@@ -55,8 +56,19 @@ def strategy_of(config: RunConfig, size: int) -> str:
             the strategy.
     """
     asked, name = config.distributed.strategy, config.optimizer.name
+    if config.train.update_in_backward and is_single_process(config):
+        raise ValueError(
+            f"train.update_in_backward is True with optimizer.name={name!r}; accepted: false for"
+            " official packages and for another optimizer.plain_rule than 'own'"
+        )
     if size == 1:
         return ALONE
+    if is_single_process(config):
+        raise ValueError(
+            f"optimizer.name={name!r} with optimizer.plain_rule="
+            f"{config.optimizer.options.get('plain_rule', 'own')!r} on {size} processes; accepted:"
+            " one process for official packages and for another plain_rule than 'own'"
+        )
     if config.train.update_in_backward and asked != "fsdp2":
         raise ValueError(
             f"train.update_in_backward is True with distributed.strategy={asked!r} on {size}"
@@ -65,11 +77,20 @@ def strategy_of(config: RunConfig, size: int) -> str:
         )
     if asked not in ("fsdp2", "deepspeed"):
         return "ddp"
-    changes = name in TABLE and TABLE[name].conversion is not None
-    if changes and config.optimizer.options.get("weight_bits", 8) is not None:
+    if name in TABLE:
+        conversion = TABLE[name].conversion
+        bits = method_options(config).get("weight_bits", conversion.weight_bits)
+        if conversion.replaces_layers or bits is not None:
+            how = "" if conversion.replaces_layers else f" (weights in {bits} bits)"
+            raise ValueError(
+                f"distributed.strategy={asked!r} with optimizer.name={name!r}, which changes the"
+                f" model's layers{how}; accepted: ddp, or an optimizer that leaves the layers as"
+                " they are, with model.weight_bits=16"
+            )
+    if config.model.compressed_activations:
         raise ValueError(
-            f"distributed.strategy={asked!r} with optimizer.name={name!r}, which changes the"
-            " model's layers; accepted: ddp, or an optimizer that leaves the layers as they are"
+            f"distributed.strategy={asked!r} with model.compressed_activations="
+            f"{config.model.compressed_activations}; accepted: ddp, or 0"
         )
     if asked == "deepspeed" and config.distributed.zero_stage == 3 and config.model.compile:
         raise ValueError(
@@ -97,11 +118,21 @@ def build_training(config: RunConfig, world: World) -> Training:
     if config.model.initial:
         load_initial(model.network, Path(config.model.initial))
     optimizer = build_optimizer(config, model)
+    if config.model.compressed_activations:
+        model.compression = compress_activations(
+            model.network,
+            config.model.compressed_activations,
+            gap=config.model.compression_gap,
+            seed=seed,
+            patterns=method_options(config).get("patterns"),
+        )
     if strategy == "deepspeed":
         engine = ZeroEngine(config, model, optimizer, world)
         return Training(model, engine.module, optimizer, engine)
     if strategy != "ddp":
-        handle = begin(optimizer, config.train) if config.train.update_in_backward else None
+        handle = None
+        if config.train.update_in_backward:
+            handle = begin(optimizer, config.train, micro_batches(config, world.size))
         return Training(model, model, optimizer, handle=handle)
     optimizer.share_refreshes()
     module = replicate(model, world)
@@ -110,12 +141,44 @@ def build_training(config: RunConfig, world: World) -> Training:
     return Training(model, module, optimizer)
 
 
+def micro_batches(config: RunConfig, size: int) -> int:
+    """A process's micro-batches of a step."""
+    shards = config.distributed.data_shards or size
+    return -(-config.train.accumulation * shards // size)
+
+
+def method_options(config: RunConfig) -> dict[str, Any]:
+    """The options of a run's optimizer, `model.weight_bits` among them.
+
+    Raises:
+        ValueError: `model.weight_bits` contradicts the optimizer's option of that name, or the
+            method has no quantised weights.
+    """
+    options, name, asked = dict(config.optimizer.options), config.optimizer.name, "weight_bits"
+    bits = config.model.weight_bits
+    if bits is None or name not in TABLE:
+        return options
+    own = None if bits == 16 else bits
+    if asked in options and options[asked] != own:
+        raise ValueError(
+            f"model.weight_bits={bits} and optimizer.weight_bits={options[asked]!r} contradict each"
+            " other; accepted: one of the two"
+        )
+    if asked in TABLE[name].conversion.options:
+        options[asked] = own
+    elif own is not None:
+        raise ValueError(
+            f"model.weight_bits={bits} with optimizer.name={name!r}, which replaces the layers;"
+            " accepted: 16, or an optimizer that leaves the layers as they are"
+        )
+    return options
+
+
 def build_optimizer(config: RunConfig, model: LanguageModel) -> Any:
     """The run's optimizer."""
-    options = dict(config.optimizer.options)
-    if accepts(config.optimizer.name, "total_steps"):
-        options.setdefault("total_steps", config.train.steps)
-    return build(config.optimizer.name, model.network, lr=config.optimizer.lr, **options)
+    options = method_options(config)
+    name, lr = config.optimizer.name, config.optimizer.lr
+    return build_named(name, model.network, lr, options, config.train.steps)
 
 
 def replicate(model: nn.Module, world: World) -> nn.Module:

@@ -41,6 +41,9 @@ def summarise(parts: Parts, wall_seconds: float) -> dict[str, Any]:
     validated_v = world.sum(validated_v)
     network = parts.model.network
     speed = state.tokens / state.train_seconds if state.train_seconds > 0 else 0.0
+    # FSDP2 and ZeRO divide the optimizer's state.
+    divided = parts.engine is not None or is_sharded(parts.model)
+    parts_of_state = world.size if divided else 1
     return {
         "optimizer": config.optimizer.name,
         "model": config.model.name,
@@ -59,7 +62,8 @@ def summarise(parts: Parts, wall_seconds: float) -> dict[str, Any]:
         "wall_seconds": wall_seconds,
         "weight_bytes": weight_bytes(network),
         "optimizer_state_bytes": state_bytes(parts.optimizer),
-        "adamw_state_bytes": expected_state_bytes("adamw", _unsharded(parts)),
+        "adamw_state_bytes": expected_state_bytes("adamw", _unsharded(parts), parts_of_state),
+        "state_processes": parts_of_state,
         "peak_memory_bytes": state.peak_bytes,
         "skipped_steps": state.skipped,
         "skipped": state.skipped_updates,

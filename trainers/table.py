@@ -116,6 +116,8 @@ def _quality_rows(summary: Mapping[str, object]) -> list[tuple[str, str, str, st
 def _cost_rows(summary: Mapping[str, object]) -> list[tuple[str, str, str, str]]:
     tokens, seconds = number(summary, "tokens"), number(summary, "wall_seconds")
     state, adamw = number(summary, "optimizer_state_bytes"), number(summary, "adamw_state_bytes")
+    processes = int(number(summary, "state_processes") or 1)
+    each = f" on each of {processes} processes" if processes > 1 else ""
     steps = number(summary, "steps")
     work = [] if steps is None else [f"{steps:,.0f} steps"]
     if tokens is not None:
@@ -135,7 +137,7 @@ def _cost_rows(summary: Mapping[str, object]) -> list[tuple[str, str, str, str]]
             format_mebibytes(state),
             ""
             if state is None or not adamw
-            else f"{share_of(state, adamw)} of AdamW's {format_mebibytes(adamw)}",
+            else f"{share_of(state, adamw)} of AdamW's {format_mebibytes(adamw)}{each}",
         ),
         (
             "Peak memory",

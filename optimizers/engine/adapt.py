@@ -18,7 +18,7 @@ from ..projectors import MatrixKey, ProjectedParam
 from .composition import Composition, Projection
 from .experts import expert_states, experts_here
 from .geometry import Geometry
-from .sharding import shard_of
+from .sharding import local_part, shard_of
 
 State = dict[str, Any]
 
@@ -87,7 +87,9 @@ def adapt(
     meta = param.to("meta")
     shapes = before.geometry(param.shape), after.geometry(param.shape)
     if before.residual == after.residual:
-        made |= {key: old[key] for key in after.residual.init(shapes[1], meta)}
+        wanted = after.residual.init(shapes[1], local_part(meta))
+        kept = {key for key, value in wanted.items() if _alike(value, local_part(old[key]))}
+        made |= {key: old[key] for key in kept}
     basis = after.projector.init(shapes[1], meta)
     starts = _resets(after) and not _resets(before)
     if not starts and shapes[0] == shapes[1] and _same_bases(before, after, basis, old):

@@ -17,7 +17,7 @@ from ..schedules import Schedule
 from . import experts
 from .geometry import Geometry, RowRange
 from .options import ProjectionOptions
-from .processes import Processes, chunk_range
+from .processes import Processes
 from .sharding import Shard, local_part, shard_of
 
 STEP_BYTES = 4  # a 0-d fp32 tensor
@@ -104,7 +104,13 @@ class Composition:
             state["side"] = int(geometry.side)
             state |= projection.schedule.init(geometry, local)
             state |= projection.projector.init(geometry, local)
-            state |= projection.residual.init(geometry, local)
+            made = projection.residual.init(geometry, local)
+            shard = shard_of(param)
+            for key in projection.residual.WHOLE:
+                if not shard.plain:
+                    dim = 1 if shard.transposed else 0
+                    made[key] = shard.distribute(made[key], dim, param.shape)
+            state |= made
         return state | self.moments(param)
 
     def moments(self, param: Tensor) -> dict[str, Any]:
@@ -134,7 +140,7 @@ class Composition:
             total
             + projection.schedule.state_bytes(geometry)
             + projection.projector.state_bytes(geometry, itemsize)
-            + projection.residual.state_bytes(geometry)
+            + projection.residual.state_bytes(geometry, itemsize, world)
         )
 
     def _moment_bytes(
@@ -143,8 +149,7 @@ class Composition:
         if world == 1:
             projected = shape if geometry is None else geometry.projected_shape()
             return self.rule.state_bytes(projected, itemsize)
-        held = chunk_range(shape[0] if shape else 1, world, 0)
-        rows = RowRange(held.start, held.stop, Processes(None, world, 0))
+        rows = RowRange.held(shape[0] if shape else 1, Processes(None, world, 0))
         return self.rule.part_bytes(Shard(tuple(shape), rows).part(geometry), itemsize)
 
 
@@ -174,9 +179,7 @@ def new_moments(
         shape = list(whole[key].shape)
         if dim is not None:
             scales = key.endswith(SCALES)
-            shape[dim] = (
-                len(part.processes.columns(shape[dim])) if scales else part.stop - part.start
-            )
+            shape[dim] = len(part.processes.columns(shape[dim])) if scales else rule.held(key, part)
         # Other entries than the part's own: 8-bit scales of blocks that parts share.
         local = value if list(value.shape) == shape else value.new_zeros(shape)
         made[key] = local if dim is None else shard.distribute(local, dim, whole[key].shape)

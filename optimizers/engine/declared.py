@@ -37,6 +37,8 @@ class DeclaredOptimizer(Optimizer):
     aliases: ClassVar[Mapping[str, str]] = {}
     #: Group keys of the official code that `translate` accepts.
     foreign_keys: ClassVar[tuple[str, ...]] = ()
+    #: Keys of `ProjectionOptions` that a method without projection uses in its own groups.
+    hidden_keys: ClassVar[tuple[str, ...]] = ()
     #: Whether the constructor requires `params`; otherwise `collect` supplies them.
     needs_params: ClassVar[bool] = True
     #: The constructor's signature, generated from the above.
@@ -150,6 +152,8 @@ class DeclaredOptimizer(Optimizer):
     @classmethod
     def _place_of(cls, name: str, shown: str) -> str:
         """Where to give an option that is no constructor keyword; `shown` is "name=value"."""
+        if name in cls.hidden_keys:
+            return f"it belongs in groups of hidden matrices, as build makes them with {shown}"
         if not cls.projects:
             return "it does not project (build accepts the option and ignores it)"
         return f"it belongs in parameter groups, as param_groups(model, {shown}) makes them"

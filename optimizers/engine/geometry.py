@@ -104,27 +104,34 @@ class RowRange:
         stop: one past the last row held.
         processes: those that hold the other rows.
         sizes: rows of each of them, in their order; those of `chunk_range` if empty.
+        total: m, where others hold rows.
     """
 
     start: int
     stop: int
     processes: Processes = field(default=ALONE)
     sizes: tuple[int, ...] = ()
+    total: int = field(default=0, kw_only=True)
+
+    @classmethod
+    def held(cls, rows: int, processes: Processes) -> RowRange:
+        """This process's rows of a matrix that `chunk_range` divides."""
+        own = processes.columns(rows)
+        return cls(own.start, own.stop, processes, total=rows)
 
     @classmethod
     def whole(cls, rows: int) -> RowRange:
         """All rows of a matrix, on one process."""
-        return cls(0, rows)
+        return cls(0, rows, total=rows)
 
     def part(self, span: slice) -> RowRange:
         """The rows of `span`, which counts from `start` and has explicit ends."""
-        start = self.start
-        return RowRange(start + span.start, start + span.stop, self.processes, self.sizes)
+        return replace(self, start=self.start + span.start, stop=self.start + span.stop)
 
     def alone(self) -> RowRange:
         """The same rows where sums over the processes are taken later."""
-        return RowRange(self.start, self.stop)
+        return replace(self, processes=ALONE, sizes=())
 
-    def assemble(self, local_kr: Tensor, rows: int) -> Tensor:
-        """The whole tensor of `rows` rows from those of all processes; itself if all are here."""
-        return self.processes.gather_rows(local_kr, rows, self.sizes)
+    def assemble(self, local_kr: Tensor) -> Tensor:
+        """The whole tensor of m rows from those of all processes; itself if all are here."""
+        return self.processes.gather_rows(local_kr, self.total, self.sizes)

@@ -199,7 +199,7 @@ DOCS: Mapping[str, str] = {
     "projection_dtype": "precision of the projection GEMMs ('bfloat16', ...); None is the "
     "weight's.",
     "stochastic_rounding": "round bf16 weights up or down with probabilities that keep the mean, "
-    "so that updates below their precision are not lost; INT8 weights always are.",
+    "so that updates below their precision are not lost; quantised weights always are.",
     "seed": "of everything random.",
     "update_proj_gap": "steps between refreshes of the subspace.",
     "scale": "factor on the back-projected update.",

@@ -17,13 +17,14 @@ from .composition import Composition
 from .gradients import SkippedUpdates
 from .in_backward_state import Pending, save_pending, take_pending
 from .options import Group, make_plain
-from .parameters import label
+from .parameters import is_cut, label, whole_shape
 from .plan import Plan, Snapshot
 from .prepare import MadeBy, Maker, drop_unused, follow, revise
+from .saved_method import METHOD, changed_options, check_method, warn_of_changes
 from .seeds import seed_names
 from .state import untouched
 from .step import capturing
-from .zero import Partitions, partitioned, whole_shape
+from .zero import Partitions, partitioned
 
 if TYPE_CHECKING:
     from .in_backward_handle import InBackward
@@ -83,6 +84,8 @@ class ManagedOptimizer(Optimizer):
         """While parameters have been cut by ZeRO, shows blocks of them in the groups."""
         if self._partitions is None:
             self._adopt()
+            if stepping and self._partitions is None:
+                self._check_held()
         if self._partitions is None or self._partitions.groups is self.param_groups:
             return nullcontext()
         return self._partitions.shown(self, stepping=stepping)
@@ -124,6 +127,17 @@ class ManagedOptimizer(Optimizer):
                     if block.numel():
                         self.state[block] = self.make_state(block, core, group)
                 self._record(group, core)
+
+    def _check_held(self) -> None:
+        """Raises `ValueError` for a parameter of which no engine has cut a piece."""
+        for plan in self._plans.values():
+            for param, name in zip(plan.params, plan.names, strict=True):
+                if is_cut(param):
+                    raise ValueError(
+                        f"{label(name, param)} was cut by deepspeed.zero.Init and is in no engine: "
+                        "accepted is deepspeed.initialize(model=..., optimizer=...), whose engine "
+                        "takes the steps"
+                    )
 
     def _record(self, group: Group, composition: Composition) -> None:
         drawn = seed_names(self.param_groups)[self._index_of(group)]
@@ -227,7 +241,8 @@ class ManagedOptimizer(Optimizer):
                 if name not in self.ungrouped:
                     group.setdefault(name, value)
             made_under = Snapshot(policy.options_of_state(group))
-            group.pop(policy.STATE_OPTIONS, None)
+            for mark in (policy.STATE_OPTIONS, METHOD):
+                group.pop(mark, None)
             self._snapshots[id(group)] = (group, made_under)
 
     def state_dict(self) -> dict[str, Any]:
@@ -256,7 +271,8 @@ class ManagedOptimizer(Optimizer):
         def mark(_: Optimizer, saved: dict[str, Any]) -> None:
             groups = saved["param_groups"]
             pairs = zip(self.param_groups, groups, strict=True)
-            groups[:] = [self._marked(group, packed) or packed for group, packed in pairs]
+            marked = [self._marked(group, packed) or packed for group, packed in pairs]
+            groups[:] = [{**group, METHOD: type(self).__name__} for group in marked]
             save_pending(self._in_backward, self.param_groups, saved)
 
         hook = self.register_state_dict_post_hook(mark, prepend=True)
@@ -268,15 +284,23 @@ class ManagedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a `state_dict()`; every tensor keeps the dtype it was saved with.
 
+        Options are as they were saved, with a warning where `rank`, `update_proj_gap` or others
+        about projection differ from those that the optimizer was made with.
+
         Raises:
-            ValueError: the state doesn't fit these parameters; nothing is changed then.
+            ValueError: the state doesn't fit these parameters, or is another method's; nothing is
+                changed then.
         """
         found: dict[str, Any] = {}
         pending = Pending()
+        changed: list[str] = []
 
         def inspect(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
             nonlocal pending
             loaded, pending = take_pending(self._in_backward, self.param_groups, loaded)
+            saved_groups = policy.checked_groups(self.param_groups, loaded)
+            check_method(type(self), self.param_groups, saved_groups, self.defaults)
+            changed.extend(changed_options(self.param_groups, saved_groups))
             loaded = policy.upgrade(self.param_groups, loaded, self._meaning)
             policy.check(self.param_groups, loaded, self._meaning)
             found.update(loaded)
@@ -295,6 +319,7 @@ class ManagedOptimizer(Optimizer):
         finally:
             before.remove()
             after.remove()
+        warn_of_changes(type(self).__name__, changed)
 
     @property
     def skipped(self) -> int:

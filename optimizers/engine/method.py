@@ -24,6 +24,7 @@ from torch import nn
 from ..layers import FactoredLinear
 from ..layers.convert import to_factored
 from ..param_groups import factored_groups, param_groups, plain_groups
+from ..weights.convert import OPTIONS, to_quantized
 from .optimizer import LowRankOptimizer
 from .options import Group
 
@@ -39,11 +40,24 @@ class Conversion:
         apply: changes the model; takes `patterns` and the options.
         options: names of its own options.
         replaces_layers: whether it replaces layers, so that other parameters are trained.
+        weight_bits: width of the weights unless the option of that name is given; None for dense
+            ones.
     """
 
     apply: Callable[..., None]
     options: tuple[str, ...]
     replaces_layers: bool = False
+    weight_bits: int | None = None
+
+    @classmethod
+    def to_quantized(cls, weight_bits: int | None = None) -> Conversion:
+        """The conversion of methods that leave layers as they are: quantised weights, if asked for.
+
+        Args:
+            weight_bits: see `Conversion`.
+        """
+        apply = partial(to_quantized, default_bits=weight_bits)
+        return cls(apply, OPTIONS, weight_bits=weight_bits)
 
     @classmethod
     def to_layers(cls, kind: type[FactoredLinear], *options: str, **fixed: Any) -> Conversion:
@@ -72,7 +86,7 @@ class Method:
         paper: arXiv number.
         groups: makes parameter groups from a model and the options of groups.
         build: constructor arguments that `build` sets unless they are given.
-        conversion: the method's change of the model, if any.
+        conversion: the method's change of the model.
         spellings: other names of the class.
     """
 
@@ -84,7 +98,7 @@ class Method:
     paper: str | None
     groups: GroupMaker
     build: Mapping[str, Any] = field(default_factory=dict)
-    conversion: Conversion | None = None
+    conversion: Conversion = field(default_factory=Conversion.to_quantized)
     spellings: tuple[str, ...] = ()
 
     def description(self) -> str:
@@ -132,7 +146,7 @@ def method(
         groups: makes groups from (model, **options); the default depends on `projects` and
             `conversion`.
         build: constructor arguments that `build` sets unless given, besides the rule family's.
-        conversion: the method's change of the model, if any.
+        conversion: the method's change of the model; quantised weights on request if None.
         spellings: other names of the class.
 
     Raises:
@@ -159,7 +173,7 @@ def method(
             paper,
             groups or _groups_of(optimizer, conversion),
             {**(family.build if family else {}), **(build or {})},
-            conversion,
+            conversion or Conversion.to_quantized(),
             spellings,
         )
         if optimizer.__doc__ is not None:

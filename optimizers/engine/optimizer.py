@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence, Set
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
 from . import checks
@@ -20,7 +21,7 @@ from .options import Group, ProjectionOptions, check_common, check_lr, make_plai
 from .parameters import check_names, check_param, name_alike, names
 from .plan import EVERYTHING, Given, Plan, Snapshot, numbered
 from .refresh import RefreshHook
-from .replaced import Watch
+from .replaced import InUse, Watch
 from .shared_refresh import SharedRefreshes
 from .step import Usable, step_plain, step_projected
 from .strategies import (
@@ -32,6 +33,18 @@ from .strategies import (
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def out_of_dynamo(method: _Method) -> _Method:
+    """Decorator: `torch.compile` breaks its graph at a method and runs it as it is.
+
+    A step reads counts and schedules on the host, so that tracing it would give a graph for each of
+    its steps, if any. What it compiles itself (`compile=True`) is not affected.
+    """
+    return cast(_Method, _disable_dynamo(method))
 
 
 class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
@@ -50,6 +63,7 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
         self._refresh_hooks: dict[int, RefreshHook] = OrderedDict()
         self._shared: SharedRefreshes | None = None
         self._origin: Watch | None = None
+        self._in_use = InUse()
 
     # Groups and state
 
@@ -93,7 +107,8 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
 
     def _known(self) -> set[str]:
         """Names of options that a group may have."""
-        return self.defaults.keys() | (self.group_keys() if self.projects else set())
+        own = self.group_keys() if self.projects else {*self.hidden_keys}
+        return self.defaults.keys() | own
 
     def _checked(self, group: Group, given: Set[str]) -> Composition:
         """Checks and completes a group and returns its composition; `given` are the options set."""
@@ -156,6 +171,7 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
         self.__dict__.setdefault("_refresh_hooks", OrderedDict())
         self.__dict__.setdefault("_shared", None)
         self.__dict__.setdefault("_origin", None)
+        self.__dict__.setdefault("_in_use", InUse())
 
     def register_refresh_hook(self, hook: RefreshHook) -> RemovableHandle:
         """Calls `hook(event)` after each refresh of a matrix; measuring costs one projection.
@@ -202,6 +218,7 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @out_of_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Takes one step.
@@ -225,8 +242,7 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
     def _take_step(self) -> None:
         """Updates all parameters that have a gradient, or what is left of it."""
         check_gradients(self.param_groups)
-        if self._origin is not None:
-            self._origin.check(self.param_groups)
+        self._check_model()
         if self._in_backward is not None:
             self._in_backward.before_step()
         with self._shown(stepping=True):
@@ -237,6 +253,13 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
             finally:
                 for plan in plans:
                     plan.release()
+
+    def _check_model(self) -> None:
+        """Raises `ValueError` if the model has other parameters than the optimizer."""
+        if self._origin is not None:
+            self._origin.check(self.param_groups)
+        else:
+            self._in_use.check(self.param_groups, self.state)
 
     def _advance(self, plans: Sequence[Plan]) -> None:
         """Takes the step of all groups in turn."""

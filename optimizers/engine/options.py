@@ -40,6 +40,7 @@ COMMON_DEFAULTS: dict[str, Any] = {
     "compile": False,
     "skip_nonfinite": True,
     "moments_dtype": None,
+    "stochastic_rounding": False,
 }
 
 
@@ -54,7 +55,6 @@ PROJECTION_DEFAULTS: dict[str, Any] = {
     "residual": "dropped",
     "moments": "keep",
     "projection_dtype": None,
-    "stochastic_rounding": False,
     "seed": 0,
 }
 
@@ -178,7 +178,7 @@ def check_lr(lr: Any) -> None:
 
 def check_common(group: Mapping[str, Any]) -> None:
     """Raises `ValueError` for values of common options that are not accepted."""
-    for name in ("maximize", "capturable", "compile", "skip_nonfinite"):
+    for name in ("maximize", "capturable", "compile", "skip_nonfinite", "stochastic_rounding"):
         checks.choice(name, group[name], (True, False))
     checks.choice("moments_dtype", group["moments_dtype"], MOMENT_DTYPES)
     for name in ("foreach", "fused"):

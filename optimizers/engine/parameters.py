@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from .composition import Composition
@@ -15,6 +16,16 @@ _ACCEPTED = (
     "accepted are plain tensors, as under DistributedDataParallel or DeepSpeed's ZeRO stage 0, and "
     "FSDP2's (fully_shard)"
 )
+
+
+def is_cut(param: Tensor) -> bool:
+    """Whether ZeRO's stage 3, or `deepspeed.zero.Init`, has left this process a piece alone."""
+    return hasattr(param, "ds_id") and not param.numel() and bool(getattr(param, "ds_numel", 0))
+
+
+def whole_shape(param: Tensor) -> torch.Size:
+    """The shape of a parameter, of which ZeRO's stage 3 leaves nothing in the parameter itself."""
+    return torch.Size(getattr(param, "ds_shape", param.shape))
 
 
 def names(group: Group) -> Sequence[str | None]:
@@ -95,11 +106,6 @@ def check_placement(param: Tensor, called: str) -> None:
     kind = None
     if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
         kind = "flattened by FSDP1 (FullyShardedDataParallel)"
-    elif hasattr(param, "ds_id") and not param.numel():
-        raise ValueError(
-            f"{called} was cut before there is an optimizer (deepspeed.zero.Init): accepted is a "
-            "model made outside of zero.Init, which deepspeed.initialize then cuts"
-        )
     if kind is not None:
         raise ValueError(f"{called} is {kind}: {_ACCEPTED}")
 
@@ -145,11 +151,11 @@ def check_exchanged(
         left.remove(shape)
 
 
-def _check_experts(param: Tensor, called: str) -> None:
+def _check_experts(shape: torch.Size, called: str) -> None:
     """Raises `ValueError` for what is hardly E matrices: a convolution's kernels."""
-    if min(param.shape[1:]) < SMALLEST_SIDE and param.numel():
+    if min(shape[1:]) < SMALLEST_SIDE and shape.numel():
         raise ValueError(
-            f"{called} of shape {tuple(param.shape)} would be {param.shape[0]} matrices: accepted "
+            f"{called} of shape {tuple(shape)} would be {shape[0]} matrices: accepted "
             f"are matrices with sides of at least {SMALLEST_SIDE}; convolutions belong in a group "
             "without rank (param_groups(model) sorts them)"
         )
@@ -161,37 +167,40 @@ def check_param(param: Tensor, name: str | None, composition: Composition) -> No
     check_placement(param, called)
     if not param.is_floating_point():
         raise ValueError(f"{called} has dtype {param.dtype}: accepted are real floating dtypes")
+    shape = whole_shape(param)
     if composition.projection is None:
-        if composition.rule.matrices_only and param.dim() not in (2, DIMENSIONS):
+        if composition.rule.matrices_only and len(shape) not in (2, DIMENSIONS):
             raise ValueError(
-                f"{called} is {param.dim()}-dimensional: accepted are matrices, by "
+                f"{called} is {len(shape)}-dimensional: accepted are matrices, by "
                 f"{type(composition.rule).__name__}"
             )
-        if composition.by_expert(param.shape):
-            _check_experts(param, called)
+        if composition.by_expert(shape):
+            _check_experts(shape, called)
+        elif param.numel():
+            composition.rule.check_part(shard_of(param, called).part(None), called)
         return
     projector = composition.projection.projector
-    dim = len(matrix_shape(param.shape))
+    dim = len(matrix_shape(shape))
     if dim not in projector.DIMENSIONS:
         raise ValueError(
-            f"{called} is {param.dim()}-dimensional in a group with rank: accepted are matrices. "
+            f"{called} is {len(shape)}-dimensional in a group with rank: accepted are matrices. "
             "ZeRO and FSDP1 flatten parameters to one dimension, use DDP or ZeRO stage 0; biases, "
             "norms and convolutions belong in a group without rank (param_groups(model) sorts them)"
         )
-    if composition.by_expert(param.shape):
-        _check_experts(param, called)
-    if param.numel():
-        spread = dim == param.dim() and not shard_of(param).rows.processes.alone
+    if composition.by_expert(shape):
+        _check_experts(shape, called)
+    if shape.numel():
+        spread = dim == len(shape) and not shard_of(param).rows.processes.alone
         if spread and not (projector.SPREADS and dim == 2):
             raise ValueError(
                 f"{called} is spread over processes: accepted with {type(projector).__name__} are "
                 "whole parameters where heads share a basis, or of more than two dimensions"
             )
-        geometry = composition.projection.geometry(param.shape)
+        geometry = composition.projection.geometry(shape)
         residual = type(composition.projection.residual)
         if dim not in residual.DIMENSIONS:
             raise ValueError(
-                f"{called} is {param.dim()}-dimensional: accepted with {residual.__name__} are "
+                f"{called} is {len(shape)}-dimensional: accepted with {residual.__name__} are "
                 "matrices, with residual='dropped' convolutions too"
             )
         composition.projection.residual.check(geometry, projector)

@@ -2,14 +2,66 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from torch import nn
+from torch import Tensor, distributed, nn
 
 from .options import Group
 from .parameters import names
 from .sharding import is_dtensor
+from .state import untouched
+
+#: Parameters that are looked for in modules.
+_SAMPLED = 16
+
+
+class InUse:
+    """Looks once, in a first step without gradients, whether modules still have the parameters.
+
+    For optimizers that were made from parameters or groups, of whose model nothing is known.
+    """
+
+    def __init__(self) -> None:
+        """Nothing was looked at yet."""
+        self._settled = False
+
+    def check(self, groups: Sequence[Group], state: Mapping[Tensor, Any]) -> None:
+        """Raises `ValueError` if no parameter ever had a gradient and no module has one of them.
+
+        Only where processes train together: elsewhere nothing replaces parameters by shards.
+        """
+        if self._settled:
+            return
+        params = [param for group in groups for param in group["params"]]
+        if any(param.grad is not None for param in params):
+            self._settled = True
+            return
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return
+        if not all(untouched(state[param]) for param in params if state.get(param)):
+            self._settled = True
+            return
+        if any(_has_owner(param) for param in params[:_SAMPLED]):
+            self._settled = True
+            return
+        called = next((name for group in groups for name in names(group) if name), None)
+        raise ValueError(
+            f"no parameter of this optimizer{f' ({called}, ...)' if called else ''} has a gradient "
+            "or is in a module any more: accepted is to make the optimizer after fully_shard(model)"
+            " or another wrapper that replaces parameters"
+        )
+
+
+def _has_owner(param: Tensor) -> bool:
+    """Whether a dict with names as keys, as modules have one of their parameters, holds it."""
+    return any(
+        isinstance(found, dict)
+        and any(value is param and isinstance(key, str) for key, value in [*found.items()])
+        for found in gc.get_referrers(param)
+    )
 
 
 class Watch:
@@ -33,6 +85,8 @@ class Watch:
         if idle == self._idle or model is None:
             return
         self._idle = idle
+        if not idle:  # engines may have put flat partitions in the place of what is named
+            return
         present = dict(model.named_parameters(remove_duplicate=False))
         for group in groups:
             for name, param in zip(names(group), group["params"], strict=True):

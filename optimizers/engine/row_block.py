@@ -18,7 +18,11 @@ from torch import Tensor, distributed
 from .geometry import RowRange
 from .processes import Processes
 
-_KNOWN = (torch.ops.aten.detach.default, torch.ops.aten._to_copy.default)
+_KNOWN = (
+    torch.ops.aten.detach.default,
+    torch.ops.aten._to_copy.default,
+    torch.ops.aten.zeros_like.default,
+)
 
 
 class RowBlock(Tensor):
@@ -53,7 +57,7 @@ class RowBlock(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Detaches, casts and moves; anything else needs the other processes' rows."""
+        """Detaches, casts, moves, makes zeros; anything else needs the other processes' rows."""
         block = args[0]
         if func not in _KNOWN or not isinstance(block, RowBlock):
             raise NotImplementedError(f"{func} of a row block: accepted is its local tensor")
@@ -97,7 +101,7 @@ class Layout:
         """The rows of this process, with those of the others."""
         own = self.owned(processes.rank)
         sizes = tuple(len(self.owned(rank)) for rank in range(processes.world))
-        return RowRange(own.start, own.stop, processes, sizes)
+        return RowRange(own.start, own.stop, processes, sizes, total=self.shape[0])
 
     def transfers(self) -> Iterator[Transfer]:
         """What is sent between processes, in the same order on all of them."""
@@ -125,45 +129,49 @@ class Fragment:
     weight: Tensor
     gradient: Tensor | None = None
 
+    @property
+    def held(self) -> list[Tensor]:
+        """This process's entries, of the gradient too if there is one."""
+        return [self.weight] if self.gradient is None else [self.weight, self.gradient]
+
 
 def take_rows(fragments: Sequence[Fragment], processes: Processes) -> None:
-    """In place: gives each fragment's block its rows of weight and gradient.
+    """In place: gives each fragment's block its rows of weight and, if there is one, gradient.
 
     All processes call it with the same parameters in the same order.
 
     Args:
-        fragments: those with a gradient.
+        fragments: which have a gradient on all processes or on none.
         processes: the holders of the pieces.
     """
     sent: list[tuple[int, Tensor]] = []
     received: list[tuple[int, Tensor]] = []
-    wanted: list[tuple[Fragment, Transfer, Tensor]] = []
+    wanted: list[tuple[Fragment, Tensor]] = []
     for fragment in fragments:
-        assert fragment.gradient is not None
         for transfer in fragment.layout.transfers():
             entries = transfer.stop - transfer.start
             if transfer.holder == processes.rank:
                 first = transfer.start - fragment.layout.pieces[processes.rank][0]
                 own = slice(first, first + entries)
-                pair = torch.stack([fragment.weight[own], fragment.gradient[own]])
-                sent.append((transfer.owner, pair))
+                entries_here = torch.stack([tensor[own] for tensor in fragment.held])
+                sent.append((transfer.owner, entries_here))
             elif transfer.owner == processes.rank:
-                pair = fragment.weight.new_empty(2, entries)
-                received.append((transfer.holder, pair))
-                wanted.append((fragment, transfer, pair))
+                others = fragment.weight.new_empty(len(fragment.held), entries)
+                received.append((transfer.holder, others))
+                wanted.append((fragment, others))
     _exchange(sent, received, processes)
-    others: dict[int, list[tuple[Transfer, Tensor]]] = {}
-    for fragment, transfer, pair in wanted:
-        others.setdefault(id(fragment), []).append((transfer, pair))
+    tails: dict[int, list[Tensor]] = {}
+    for fragment, others in wanted:
+        tails.setdefault(id(fragment), []).append(others)
     for fragment in fragments:
-        assert fragment.gradient is not None
-        tails = [pair for _, pair in others.get(id(fragment), ())]
-        weight, gradient = (
-            _rows(fragment, own, [pair[index] for pair in tails], processes.rank)
-            for index, own in enumerate((fragment.weight, fragment.gradient))
+        block, ends = fragment.block, tails.get(id(fragment), ())
+        weight, *gradients = (
+            _rows(fragment, own, [end[index] for end in ends], processes.rank)
+            for index, own in enumerate(fragment.held)
         )
-        fragment.block.local = weight
-        fragment.block.grad = RowBlock(fragment.block.shape, gradient, fragment.block.rows)
+        block.local = weight
+        for gradient in gradients:
+            block.grad = RowBlock(block.shape, gradient, block.rows)
 
 
 def _rows(fragment: Fragment, own: Tensor, tails: Sequence[Tensor], rank: int) -> Tensor:

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from ..rules import Adafactor, Adafactor8bit, Adam, Adam8bit, Lion, Momentum, Muon, VectorAdam
+from ..rules import (
+    Adafactor,
+    Adafactor8bit,
+    Adam,
+    Adam8bit,
+    FactoredAdam,
+    FoldedAdam,
+    Lion,
+    Momentum,
+    Muon,
+    NormalisedSGD,
+    RowColumnScaled,
+    VectorAdam,
+)
+from ..rules.folded import FOLDS
 from ..rules.muon import ADJUSTMENTS
+from ..rules.normalised import AXES
 from ..rules.precision import MOMENT_DTYPES
 from ..rules.quantizers import quantizer
 from . import checks
@@ -120,6 +136,72 @@ def momentum_rule(group: Group) -> Momentum:
     checks.choice("nesterov", group["nesterov"], (True, False))
     names = ("lr", "momentum", "nesterov", "weight_decay", "capturable")
     return Momentum(**{name: group[name] for name in names}, moments_dtype=_moments_dtype(group))
+
+
+def normalised_rule(group: Group) -> NormalisedSGD:
+    """SGD normalised by rows or columns, from `normalise`, `momentum`, `eps` and `lr`.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    checks.choice("normalise", group["normalise"], AXES)
+    checks.number("momentum", group["momentum"], low=0.0, high=1.0, high_open=True)
+    checks.number("eps", group["eps"], low=0.0, low_open=True)
+    names = ("lr", "momentum", "eps", "weight_decay", "capturable")
+    own = {name: group[name] for name in names}
+    return NormalisedSGD(**own, axis=group["normalise"], moments_dtype=_moments_dtype(group))
+
+
+def row_column_rule(group: Group) -> RowColumnScaled:
+    """RACS from `racs_beta`, `scale`, `limiter`, `lr` and `weight_decay`.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    checks.number("racs_beta", group["racs_beta"], low=0.0, high=1.0, high_open=True)
+    names = ("lr", "scale", "limiter", "weight_decay")
+    return RowColumnScaled(**_limited(group, names), beta=group["racs_beta"])
+
+
+def _limited(group: Group, names: Sequence[str]) -> dict[str, Any]:
+    """The options of these names, with a checked `scale` and `limiter`."""
+    checks.number("scale", group["scale"])
+    if group["limiter"] is not None:
+        checks.number("limiter", group["limiter"], low=1.0)
+    return {name: group[name] for name in names}
+
+
+def folded_rule(group: Group) -> FoldedAdam:
+    """Adam with folded moments, from `fold`, `fold_level`, `scale`, `residual_scale` and Adam's.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    checks.choice("fold", group["fold"], FOLDS)
+    checks.integer("fold_level", group["fold_level"], low=0)
+    checks.number("residual_scale", group["residual_scale"], low=0.0)
+    names = ("lr", "eps", "weight_decay", "fold", "scale", "residual_scale", "limiter")
+    own = {**_limited(group, names), **_whole_moments(group)}
+    return FoldedAdam(**own, level=int(group["fold_level"]))
+
+
+def factored_rule(group: Group) -> FactoredAdam:
+    """Adam with moments as low-rank factors, from `rank`, `ridge` and Adam's options.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    checks.integer("rank", group["rank"], low=1)
+    checks.number("ridge", group["ridge"], low=0.0, low_open=True)
+    names = ("lr", "eps", "weight_decay", "rank", "ridge")
+    return FactoredAdam(**{name: group[name] for name in names}, **_whole_moments(group))
+
+
+def _whole_moments(group: Group) -> dict[str, Any]:
+    """Checked `betas` and `eps`, and the precision of the moments."""
+    checks.betas(group["betas"])
+    checks.number("eps", group["eps"], low=0.0)
+    return {"betas": tuple(group["betas"]), "moments_dtype": _moments_dtype(group)}
 
 
 def adafactor_rule(group: Group) -> Adafactor:

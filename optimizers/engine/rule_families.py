@@ -17,9 +17,13 @@ from .rule_factories import (
     adafactor_rule,
     adam8bit_rule,
     adam_rule,
+    factored_rule,
+    folded_rule,
     lion_rule,
     momentum_rule,
     muon_rule,
+    normalised_rule,
+    row_column_rule,
 )
 
 
@@ -98,6 +102,22 @@ def _momentum(group: Group, *, projected: bool = False) -> UpdateRule:
 def _muon(group: Group, *, projected: bool = False) -> UpdateRule:
     rule = muon_rule(group)
     return rule if projected else adam_rule(group)
+
+
+def _scale(group: Group, *, projected: bool = False) -> UpdateRule:
+    return normalised_rule(group) if projected else adam_rule(group)
+
+
+def _racs(group: Group, *, projected: bool = False) -> UpdateRule:
+    return row_column_rule(group) if projected else adam_rule(group)
+
+
+def _foam(group: Group, *, projected: bool = False) -> UpdateRule:
+    return folded_rule(group) if projected else adam_rule(group)
+
+
+def _lora_pre(group: Group, *, projected: bool = False) -> UpdateRule:
+    return factored_rule(group) if projected else adam_rule(group)
 
 
 def _relative_step(defaults: Group) -> Group:
@@ -243,7 +263,12 @@ SGD = RuleFamily(
 MUON = RuleFamily(
     (
         Keyword("lr", 0.02, "learning rate of both rules; groups may have their own."),
-        Keyword("momentum", 0.95, "Muon's momentum."),
+        Keyword(
+            "momentum",
+            0.95,
+            "Muon's momentum. OneCycleLR and CyclicLR cycle `betas` where a group has both: give "
+            "them cycle_momentum=False, or set it yourself.",
+        ),
         Keyword("nesterov", True, "Nesterov momentum."),
         Keyword("ns_steps", 5, "Newton-Schulz iterations, at least 1."),
         Keyword("weight_decay", 0.0, "decoupled, before the update."),
@@ -258,4 +283,65 @@ MUON = RuleFamily(
     ),
     _muon,
     build={"adjust_lr": "match_rms_adamw", "lr": 1e-3},
+)
+
+#: SGD normalised by rows or columns where a group says so, torch's AdamW elsewhere.
+SCALE = RuleFamily(
+    (
+        _LR,
+        Keyword("momentum", 0.9, "decay of the momentum of normalised groups, 0 for none."),
+        _BETAS,
+        Keyword("eps", 1e-8, "added to root mean squares, and AdamW's eps; above 0."),
+        Keyword("weight_decay", 0.0, "decoupled, before the update."),
+    ),
+    _scale,
+    capturable=True,
+)
+
+_TORCH_ADAM = (
+    Keyword("eps", 1e-8, "added to sqrt(V) after bias correction."),
+    Keyword("weight_decay", 0.0, "decoupled, before the update."),
+)
+_LIMITER = Keyword(
+    "limiter", 1.01, "largest growth of an update's norm in one step, at least 1; None for none."
+)
+
+#: RACS where a group says so, torch's AdamW elsewhere.
+RACS = RuleFamily(
+    (
+        _LR,
+        Keyword("racs_beta", 0.9, "decay of the factors by row and column."),
+        Keyword("scale", 0.05, "factor on RACS's updates."),
+        _LIMITER,
+        Keyword("betas", (0.9, 0.999), "AdamW's decay rates."),
+        Keyword("eps", 1e-8, "AdamW's eps."),
+        _TORCH_ADAM[1],
+    ),
+    _racs,
+)
+
+#: Adam with folded moments where a group says so, torch's AdamW elsewhere.
+FOAM = RuleFamily(
+    (
+        _LR,
+        Keyword("betas", (0.9, 0.95), "decay rates of the moments."),
+        *_TORCH_ADAM,
+        Keyword("fold", "mean", '"mean" (FOAM) or "haar" (GWT).'),
+        Keyword("fold_level", 2, "blocks have 2^level entries: Adam's state, divided by as many."),
+        Keyword("scale", 0.25, "factor on folded updates."),
+        Keyword("residual_scale", 1.0, "factor on what the fold loses of a gradient."),
+        replace(_LIMITER, doc=f"with fold='haar', {_LIMITER.doc}"),
+    ),
+    _foam,
+)
+
+#: Adam with moments as low-rank factors where a group says so, torch's AdamW elsewhere.
+LORA_PRE = RuleFamily(
+    (
+        _LR,
+        Keyword("betas", (0.9, 0.95), "decay rates of the moments."),
+        *_TORCH_ADAM,
+        Keyword("ridge", 1e-5, "added to Gram matrices, relative to their diagonal; above 0."),
+    ),
+    _lora_pre,
 )

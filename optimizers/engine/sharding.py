@@ -98,7 +98,14 @@ class Part:
 
 
 #: Entries that belong to rows and columns, and change places in the transpose.
-_FACTORS = {"exp_avg_sq_row": "exp_avg_sq_col", "exp_avg_sq_col": "exp_avg_sq_row"}
+_FACTORS = {
+    "exp_avg_sq_row": "exp_avg_sq_col",
+    "exp_avg_sq_col": "exp_avg_sq_row",
+    "exp_avg_left": "exp_avg_right",
+    "exp_avg_right": "exp_avg_left",
+    "exp_avg_sq_left": "exp_avg_sq_right",
+    "exp_avg_sq_right": "exp_avg_sq_left",
+}
 
 
 def _seen(key: str, value: Any) -> Any:
@@ -253,5 +260,4 @@ def shard_of(param: Tensor, called: str | None = None) -> Shard:
     processes = Processes.of(mesh.get_group(dim))
     transposed = dims == [1]
     shape = shape[::-1] if transposed else shape
-    held = processes.columns(shape[0])
-    return Shard(shape, RowRange(held.start, held.stop, processes), mesh, dim, transposed)
+    return Shard(shape, RowRange.held(shape[0], processes), mesh, dim, transposed)

@@ -55,7 +55,7 @@ def check(
         state_dict: the state to load.
         compose: returns a saved group's composition, or raises `ValueError`.
     """
-    saved_groups = _checked_groups(groups, state_dict)
+    saved_groups = checked_groups(groups, state_dict)
     compositions = [compose(options_of_state(group)) for group in saved_groups]
     for group in saved_groups:
         if STATE_OPTIONS in group:
@@ -94,7 +94,7 @@ def upgrade(
     if not old:
         return state_dict
     state = dict(state_dict["state"])
-    saved_groups = _checked_groups(groups, state_dict)
+    saved_groups = checked_groups(groups, state_dict)
     for group, saved, called in zip(groups, saved_groups, seed_names(groups), strict=True):
         if "moments_dtype" in saved:
             continue
@@ -143,7 +143,8 @@ def options_of_state(saved: Group) -> Group:
     return made | {key: value[0] for key, value in previous.items() if value}
 
 
-def _checked_groups(groups: Sequence[Group], state_dict: Mapping[str, Any]) -> list[Group]:
+def checked_groups(groups: Sequence[Group], state_dict: Mapping[str, Any]) -> list[Group]:
+    """The saved groups; raises `ValueError` unless they are as many and as large as the groups."""
     for key, kind in (("state", Mapping), ("param_groups", list)):
         if not isinstance(state_dict.get(key), kind):
             raise ValueError(f"the saved state has no {key}: accepted is what state_dict() gave")

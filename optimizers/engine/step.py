@@ -194,6 +194,9 @@ def projected_params(plan: Plan, first: int, given: Given = EVERYTHING) -> list[
     if not capturing():
         for held, steps in zip(params, read_steps([p.state for p in params]), strict=True):
             held.steps_done = steps
+    assert plan.composition.projection is not None
+    for held in params:
+        plan.composition.projection.residual.prepare(held)
     return params
 
 

@@ -10,15 +10,27 @@ from typing import Any, NamedTuple
 import torch
 
 from ..projectors import (
+    BlockPowerProjector,
     CoordinateProjector,
     CorrelationProjector,
     CrossHeadProjector,
+    DCTProjector,
     OnlineProjector,
     Projector,
     RandomProjector,
     SingularProjector,
+    SwitchedProjector,
 )
-from ..residuals import Dropped, NormScaled, Residual, ScaledGradient, SignResidual
+from ..residuals import (
+    ColumnScaled,
+    Dropped,
+    ErrorFeedback,
+    NormScaled,
+    Residual,
+    RowNormalised,
+    ScaledGradient,
+    SignResidual,
+)
 from ..schedules import EveryK, LazyLayerwise, Once, Schedule
 from ..storage import BasisStorage, DenseBasis, Int4Basis, Int8Basis
 from . import checks
@@ -26,12 +38,15 @@ from .composition import Projection
 from .options import ProjectionOptions
 
 PROJECTORS: dict[str, type[Projector]] = {
+    "block_power": BlockPowerProjector,
     "coap": CorrelationProjector,
     "cross_head": CrossHeadProjector,
     "coordinate": CoordinateProjector,
+    "dct": DCTProjector,
     "online": OnlineProjector,
     "random": RandomProjector,
     "singular": SingularProjector,
+    "switched": SwitchedProjector,
 }
 SCHEDULES: dict[str, type[Schedule]] = {
     "every": EveryK,
@@ -47,8 +62,11 @@ STORAGES: dict[str | None, tuple[type[BasisStorage], dict[str, Any]]] = {
     "int4": (Int4Basis, {}),
 }
 RESIDUALS: dict[str, type[Residual]] = {
+    "column_scaled": ColumnScaled,
     "dropped": Dropped,
+    "error_feedback": ErrorFeedback,
     "norm_scaled": NormScaled,
+    "row_normalised": RowNormalised,
     "scaled": ScaledGradient,
     "sign": SignResidual,
 }
@@ -182,6 +200,8 @@ def projection_of(group: Mapping[str, Any]) -> Projection | None:
         schedule=chosen.schedule(
             gap=options.update_proj_gap, stagger=options.stagger, **arguments(chosen.schedule)
         ),
-        residual=chosen.residual(scale=options.scale, **arguments(chosen.residual)),
+        residual=chosen.residual(scale=options.scale, **arguments(chosen.residual)).for_group(
+            group
+        ),
         options=options,
     )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..projectors import ProjectedParam
 from ..residuals import WeightUpdate
-from ..weights import Int8Weight, editable_rows, fused_rows, rounding_seed
+from ..weights import QuantizedWeight, editable_rows, fused_rows, rounding_seed
 from .chunks import row_chunks
 from .composition import Projection
 from .geometry import RowRange
@@ -16,16 +16,16 @@ from .geometry import RowRange
 def apply_update(update: WeightUpdate, param: ProjectedParam, projection: Projection) -> None:
     """Applies an update to a weight, in chunks of rows if it is quantised."""
     options = projection.options
-    rounds, seed = options.stochastic_rounding, 0
-    if rounds or isinstance(param.weight, Int8Weight):
-        seed = rounding_seed(options.seed, param.seed_name, param.steps_done)
+    rounds, seed, turn = options.stochastic_rounding, 0, 0
+    if rounds or isinstance(param.weight, QuantizedWeight):
+        seed, turn = rounding_seed(param.weight, options.seed, param.seed_name, param.steps_done)
     direction, alpha, decay_factor = update.direction, update.alpha, update.decay_factor
     if isinstance(alpha, Tensor):
         direction, alpha = (None if direction is None else direction.mul_(alpha)), 1.0
     plain = WeightUpdate(direction, alpha, decay_factor, update.scaled, update.edit)
     if _fused(plain, param, projection, seed, stochastic=rounds):
         return
-    for weight_kn, rows in editable_rows(param.weight, param.rows, seed, stochastic=rounds):
+    for weight_kn, rows in editable_rows(param.weight, param.rows, seed, turn, stochastic=rounds):
         scalar_decay = decay_factor
         if isinstance(scalar_decay, Tensor) or (direction is None and scalar_decay != 1.0):
             weight_kn.mul_(scalar_decay)

@@ -10,6 +10,9 @@ DeepSpeed calls `step` once for each group (stages 1 and 2) or sub-group (stage 
 hidden or empty. While a step, or saving or loading, goes on, `Partitions.shown` has the groups hold
 `RowBlock`s of all parameters; those whose partition has a gradient take the step. The state belongs
 to these blocks and is this process's part alone, as everything in a ZeRO checkpoint.
+
+Blocks are rows of the engine's own weights (fp32 where the model is bf16), from which it writes the
+model's after the step.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import torch
 from torch import Tensor, distributed
 
 from .options import Group
-from .parameters import label
+from .parameters import label, whole_shape
 from .processes import Processes
 from .row_block import Fragment, Layout, RowBlock, return_rows, take_rows
 
@@ -52,11 +55,6 @@ class Place:
 def partitioned(param: Tensor) -> bool:
     """Whether DeepSpeed has cut a parameter."""
     return hasattr(param, "_hp_mapping") or hasattr(param, "_z3_optimizer")
-
-
-def whole_shape(param: Tensor) -> tuple[int, ...]:
-    """The shape of a parameter, of which stage 3 leaves nothing in the parameter itself."""
-    return tuple(getattr(param, "ds_shape", param.shape))
 
 
 def place_of(param: Any, flat: Tensor | None) -> tuple[Place, Any]:
@@ -105,6 +103,7 @@ class Partitions:
 
     Attributes:
         groups: copies of the groups that hold row blocks.
+        blocks: the block of each parameter.
         processes: those that hold the pieces.
     """
 
@@ -150,13 +149,31 @@ class Partitions:
             )
             for place, cut in zip(self._places, cuts, strict=True)
         ]
-        blocks = iter([fragment.block for fragment in self._fragments])
+        own_blocks = [fragment.block for fragment in self._fragments]
+        self.blocks: dict[Tensor, RowBlock] = dict(zip(self._params, own_blocks, strict=True))
+        self._united: list[list[int]] = []
+        blocks = iter(own_blocks)
         self.groups: list[Group] = []
         for group, own, called in zip(groups, params, names, strict=True):
             copied = {**group, "params": [next(blocks) for _ in own]}
             if any(name is not None for name in called):
                 copied["param_names"] = list(called)
             self.groups.append(copied)
+
+    def unite(self, members: Sequence[Sequence[Tensor]]) -> list[bool]:
+        """Fills some blocks together: where one has a gradient all get their weights.
+
+        Args:
+            members: blocks that belong to one layer, for each layer.
+
+        Returns:
+            For each layer whether they are in several partitions, which step in turn.
+        """
+        places = {id(fragment.block): i for i, fragment in enumerate(self._fragments)}
+        united = [[places[id(block)] for block in own] for own in members]
+        apart = [len({id(self._places[i].flat) for i in own}) > 1 for own in united]
+        self._united = [own for own, several in zip(united, apart, strict=True) if several]
+        return apart
 
     @contextmanager
     def shown(self, optimizer: Any, *, stepping: bool = False) -> Iterator[None]:
@@ -174,8 +191,10 @@ class Partitions:
         try:
             take_rows(stepped, self.processes)
             yield
-        finally:
+            # Not after an error, which may be this process's alone: the others don't call it then.
             return_rows(stepped, self.processes)
+            self._copy_to_model([f for f in stepped if f.gradient is None])
+        finally:
             # Loading makes new groups.
             self.groups = optimizer.param_groups
             for own, copied in zip(self._own, self.groups, strict=True):
@@ -185,17 +204,33 @@ class Partitions:
     def _fill(self, hidden: Sequence[Group]) -> list[Fragment]:
         """The fragments of partitions that have a gradient, with their entries."""
         known = {id(flat): flat.grad for group in hidden for flat in group["params"]}
+        gradients = [known.get(id(place.flat)) for place in self._places]
+        wanted = {i for i, gradient in enumerate(gradients) if gradient is not None}
+        for members in self._united:
+            if wanted.intersection(members):
+                wanted.update(members)
         filled = []
-        for param, place, fragment in zip(self._params, self._places, self._fragments, strict=True):
-            gradient = known.get(id(place.flat))
-            if gradient is None:
-                continue
-            fragment.weight, fragment.gradient = place.of(place.flat), place.of(gradient)
+        for i in sorted(wanted):
+            param, place, fragment = self._params[i], self._places[i], self._fragments[i]
+            gradient = gradients[i]
+            fragment.weight = place.of(place.flat)
+            fragment.gradient = None if gradient is None else place.of(gradient)
             if not self._checked and not hasattr(param, "ds_id"):
                 _check(param, place, fragment.weight)
             filled.append(fragment)
         self._checked = self._checked or len(filled) == len(self._fragments)
         return filled
+
+    def _copy_to_model(self, changed: Sequence[Fragment]) -> None:
+        """Writes pieces to the model's weights, which the engine does only as it steps them."""
+        found = {id(fragment): i for i, fragment in enumerate(self._fragments)}
+        for fragment in changed:
+            i = found[id(fragment)]
+            param, place = self._params[i], self._places[i]
+            own = getattr(param, "ds_tensor", None)
+            start = place.start if own is None else 0
+            whole = param.detach().view(-1) if own is None else own.detach()
+            whole[start : start + place.entries].copy_(fragment.weight)
 
 
 def _copy_options(source: Group, target: Group) -> None:

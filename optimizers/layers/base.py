@@ -156,6 +156,8 @@ class FactoredLinear(nn.Module):
             error_msgs.append(f"{prefix[:-1]}: {others}")
             state_dict.update(self.state_dict(prefix=prefix))  # for the submodules
             return
+        if all(prefix + name in state_dict for name in self.FACTORS):
+            state_dict.pop(prefix + "weight", None)  # `save_pretrained` adds it for dense models
         for name in self.host_tensors():
             self._load_host(
                 name, prefix, state_dict, local_metadata, strict, missing_keys, error_msgs
@@ -222,6 +224,15 @@ class _RefusesGradients(torch.autograd.Function):
             f"a module reads the weight of a {ctx.kind} and computes with it, which can't train its"
             " factors as the method does: accepted are patterns that leave this layer out"
         )
+
+
+def constant(frozen: Tensor) -> Tensor:
+    """A tensor that gets no gradient, for a forward pass.
+
+    The parameter itself if it is frozen: ZeRO's stage 3 frees what a module's own parameters have
+    gathered until the backward pass, and couldn't what a detached tensor shares.
+    """
+    return frozen.detach() if frozen.requires_grad else frozen
 
 
 def uniform(shape: tuple[int, ...], bound: float, like: Tensor, *seed: int) -> Tensor:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..coverage import warn_of_left_out
 from ..engine import checks
+from ..engine.parameters import is_cut
 from ..engine.sharding import is_dtensor
-from ..param_groups import PATTERNS, projected_layers
+from ..engine.zero import partitioned
+from ..param_groups import projected_layers
+from ..targets import Patterns
 from .base import FactoredLinear
 from .replicas import mark_frozen, unmark_frozen
 from .seeds import layer_seed, named_layers
@@ -30,7 +34,7 @@ def to_factored(
     model: nn.Module,
     kind: type[FactoredLinear],
     *,
-    patterns: Sequence[str] = PATTERNS,
+    patterns: Patterns = None,
     rank: int = 128,
     seed: int = 0,
     **options: Any,
@@ -44,7 +48,7 @@ def to_factored(
     Args:
         model: the model, before an optimizer is made or it is wrapped.
         kind: the layer.
-        patterns: parts of module names.
+        patterns: as in `param_groups`.
         rank: r of the factors, clamped to each matrix.
         seed: of everything random; equal seeds give equal layers on every process.
         **options: the layer's own.
@@ -75,16 +79,40 @@ def to_factored(
         said = "; ".join(f"{name} ({reason})" for name, reason in kept.items())
         if not targets:
             raise ValueError(
-                f"no layer of {type(model).__name__} that matches {tuple(patterns)} can be "
+                f"no layer of {type(model).__name__} that patterns={patterns!r} selects can be "
                 f"replaced: {said}; accepted are patterns that match others"
             )
         warnings.warn(f"layers that stay dense: {said}", stacklevel=4)
+    warn_of_left_out(model, [f"{names[layer]}.weight" for layer in targets], "in layers replaced")
     made: dict[nn.Module, nn.Module] = {
         layer: kind.of(layer, layer_seed(seed, names[layer]), rank=rank, **options)
         for layer in targets
     }
     replace_modules(model, made)
     mark_frozen(model)
+
+
+def check_converted(model: nn.Module, given: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for options that layers which are factored already don't have.
+
+    Args:
+        model: a model, converted or not.
+        given: options of a conversion, as the user gave them.
+    """
+    for name, layer in factored_layers(model):
+        for option, value in given.items():
+            own = getattr(layer, option, None)
+            if option == "seed" or not isinstance(own, int | float | str):
+                continue
+            wanted = value
+            if option == "rank" and isinstance(value, int):
+                wanted = min(value, layer.in_features, layer.out_features)
+            if own != wanted:
+                raise ValueError(
+                    f"{option}={value!r} for a model that is converted already, and {name} has "
+                    f"{option}={own!r}: accepted is {option}={own!r} or none, or merge(model) "
+                    "before, which makes it dense"
+                )
 
 
 def check_not_wrapped(model: nn.Module) -> None:
@@ -94,6 +122,8 @@ def check_not_wrapped(model: nn.Module) -> None:
         wrapper = "DistributedDataParallel"
     elif any(is_dtensor(param) for param in model.parameters()):
         wrapper = "fully_shard (its parameters are DTensors)"
+    elif any(hasattr(param, "ds_id") or partitioned(param) for param in model.parameters()):
+        wrapper = "DeepSpeed's ZeRO (zero.Init or an engine)"
     if wrapper is not None:
         raise ValueError(
             f"a model inside {wrapper} can't be converted: accepted is convert(name, model) before "
@@ -133,7 +163,13 @@ def replace_modules(model: nn.Module, made: dict[nn.Module, nn.Module]) -> None:
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of a model on the meta device, without memory for tensors."""
+    """A copy of a model on the meta device, without memory for tensors.
+
+    Raises:
+        ValueError: nothing of the model is here.
+    """
+    if any(is_cut(param) for param in model.parameters()):
+        check_not_wrapped(model)
     memo: dict[int, Any] = {}
     host = [getattr(layer, n) for _, layer in factored_layers(model) for n in layer.host_tensors()]
     for tensor in (*model.parameters(), *model.buffers(), *host):

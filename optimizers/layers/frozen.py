@@ -37,6 +37,11 @@ class FrozenMatrix(nn.Module):
         for name, part in zip(("codes", "scales", "zeros"), parts, strict=True):
             self.register_buffer(name, part)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the matrix."""
+        return (self.codes if self.scales is None else self.scales).dtype
+
     def parts(self) -> tuple[Tensor | None, ...]:
         """The three tensors."""
         return self.codes, self.scales, self.zeros
@@ -44,8 +49,7 @@ class FrozenMatrix(nn.Module):
     @torch.no_grad()
     def assign(self, matrix_mn: Tensor) -> None:
         """In place: rounds a matrix to the nearest values of the format."""
-        like = self.codes if self.scales is None else self.scales
-        for mine, part in zip(self.parts(), self._encode(matrix_mn, like.dtype), strict=True):
+        for mine, part in zip(self.parts(), self._encode(matrix_mn, self.dtype), strict=True):
             if mine is not None and part is not None:
                 mine.copy_(part)
 

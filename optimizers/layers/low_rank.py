@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from ..engine import checks
 from ..engine.chunks import wide_dtype
-from .base import FactoredLinear, add_product, kaiming_bound, uniform
+from .base import FactoredLinear, add_product, constant, kaiming_bound, uniform
 from .spread import check_whole, held_rows
 
 
@@ -81,7 +81,7 @@ class LowRankLinear(FactoredLinear):
         scaling = self.scaling / self.heads
         if self.frozen is None:
             return functional.linear(projected * scaling, self.lora_b, self.bias)
-        y = functional.linear(x, self.frozen.detach(), self.bias)
+        y = functional.linear(x, constant(self.frozen), self.bias)
         return y + functional.linear(projected * scaling, self.lora_b)
 
     def _by_heads(self, x: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class LowRankLinear(FactoredLinear):
         projected = projected_htm.reshape(*x.shape[:-1], self.out_features)
         if self.frozen is None:
             return projected if self.bias is None else projected + self.bias
-        return functional.linear(x, self.frozen.detach(), self.bias) + projected
+        return functional.linear(x, constant(self.frozen), self.bias) + projected
 
     @torch.no_grad()
     def product(self) -> Tensor:
@@ -124,7 +124,7 @@ class LowRankLinear(FactoredLinear):
             raise ValueError("a layer without a frozen weight has nothing to merge into")
         frozen, b, a = (held_rows(part) for part in (self.frozen, self.lora_b, self.lora_a))
         scale = self.scaling / self.heads
-        add_product(frozen.local, b.local, a.whole(), scale, seed, frozen.span.start)
+        add_product(frozen.local, b.at(frozen.span), a.whole(), scale, seed, frozen.span.start)
         bound = kaiming_bound(self.in_features)
         a.fill(uniform(tuple(self.lora_a.shape), bound, a.local, seed))
         b.local.zero_()
@@ -141,4 +141,4 @@ class LowRankLinear(FactoredLinear):
         if self.heads > 1 and self.training:
             return None
         product = self.lora_b @ self.lora_a * (self.scaling / self.heads)
-        return product if self.frozen is None else product + self.frozen.detach()
+        return product if self.frozen is None else product + constant(self.frozen)

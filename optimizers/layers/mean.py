@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, distributed
 
-from ..engine.sharding import local_part
-from .optimizer import Link
+from ..engine.row_block import RowBlock
+from .link import Link
+from .quantized_low_rank import QuantizedLowRankLinear
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
 def mean_gradients(own: Sequence[Tensor | None], links: Sequence[Link]) -> list[Tensor | None]:
     """The mean gradients over processes, so that all compute the same basis.
 
-    Those are all processes, under FSDP2 those of the parameter's mesh. They first exchange which
-    gradients they have, so that all reduce the same ones.
+    Those are all processes, under FSDP2 those of the parameter's mesh, under ZeRO those that it has
+    cut the parameter for. They first exchange which gradients they have, so that all reduce the
+    same ones.
 
     Args:
         own: this process's gradients, m x n; overwritten.
@@ -32,12 +34,11 @@ def mean_gradients(own: Sequence[Tensor | None], links: Sequence[Link]) -> list[
     """
     if not own or not distributed.is_available() or not distributed.is_initialized():
         return list(own)
-    meshes: dict[DeviceMesh | None, list[int]] = {}
+    spread: dict[tuple[ProcessGroup | None, ...], list[int]] = {}
     for position, link in enumerate(links):
-        meshes.setdefault(getattr(link.factors()[0], "device_mesh", None), []).append(position)
+        spread.setdefault(_groups(link.factors()[0]), []).append(position)
     means = list(own)
-    for mesh, positions in meshes.items():
-        groups = [None] if mesh is None else mesh.get_all_groups()
+    for groups, positions in spread.items():
         size = math.prod(distributed.get_world_size(group) for group in groups)
         if size == 1:
             continue
@@ -47,12 +48,21 @@ def mean_gradients(own: Sequence[Tensor | None], links: Sequence[Link]) -> list[
         for i, count in zip(positions, there.tolist(), strict=True):
             gradient, layer = own[i], links[i].layer
             if count and gradient is None:
-                like = local_part(links[i].factors()[0])
-                gradient = like.new_zeros(layer.out_features, layer.in_features)
+                assert isinstance(layer, QuantizedLowRankLinear)
+                shape = layer.out_features, layer.in_features
+                gradient = torch.zeros(shape, dtype=layer.base.dtype, device=there.device)
             if gradient is not None:
                 _sum_over(groups, gradient)
                 means[i] = gradient.div_(size)
     return means
+
+
+def _groups(factor: Tensor) -> tuple[ProcessGroup | None, ...]:
+    """The process groups that a factor's gradient is summed over; None is all processes."""
+    if isinstance(factor, RowBlock):
+        return () if factor.rows.processes.alone else (factor.rows.processes.group,)
+    mesh: DeviceMesh | None = getattr(factor, "device_mesh", None)
+    return (None,) if mesh is None else tuple(mesh.get_all_groups())
 
 
 def _sum_over(groups: Sequence[ProcessGroup | None], tensor: Tensor) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from operator import is_
 from typing import Any, ClassVar, Self, overload
 
@@ -14,48 +15,20 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..engine.composition import Composition
-from ..engine.gradients import check_gradients
-from ..engine.optimizer import LowRankOptimizer, no_autocast
+from ..engine.optimizer import LowRankOptimizer, out_of_dynamo
 from ..engine.options import Group
 from ..engine.parameters import label, names
+from ..engine.plan import Plan
 from ..engine.rotation import Rotation
 from ..engine.rule_families import TORCH_ADAMW
 from ..engine.sharding import shard_of
 from ..rules import UpdateRule
 from . import FactoredLinear
 from .events import EventHook, LayerEvent
+from .link import Link
+from .partitioned import PartitionedLayers
 from .replicas import check_buffers
-from .seeds import layer_seed, named_layers
-
-
-@dataclass(frozen=True)
-class Link:
-    """A layer that an optimizer trains.
-
-    Attributes:
-        name: the layer's name in its model, without wrappers.
-        layer: the layer.
-        group: options of its factors.
-        params: its trained parts, in the order of `FACTORS`, as the optimizer has them. Under
-            FSDP2 the layer has others in their place where it is unsharded.
-    """
-
-    name: str
-    layer: FactoredLinear
-    group: Group
-    params: tuple[nn.Parameter, ...]
-
-    def factors(self) -> list[nn.Parameter]:
-        """The trained parts, in the order of `FACTORS`."""
-        return list(self.params)
-
-    def present(self) -> tuple[nn.Parameter, ...]:
-        """What the layer has in the place of its trained parts now."""
-        return tuple(getattr(self.layer, name) for name in self.layer.FACTORS)
-
-    def seed(self, *parts: int) -> int:
-        """The layer's seed, from its group's."""
-        return layer_seed(self.group["seed"], self.name, *parts)
+from .seeds import named_layers
 
 
 class FactoredAdamW(LowRankOptimizer):
@@ -71,6 +44,8 @@ class FactoredAdamW(LowRankOptimizer):
     event_options: ClassVar[tuple[str, ...]] = ()
     #: The layer that this optimizer trains.
     layer_type: ClassVar[type[FactoredLinear]]
+    #: Whether events before a step need all factors of a layer to take it together.
+    steps_together: ClassVar[bool] = False
     #: Which factors have to be trained for a layer's events, for messages.
     awaited: ClassVar[str] = "one of its factors is"
 
@@ -78,17 +53,24 @@ class FactoredAdamW(LowRankOptimizer):
         super()._make_attributes()
         self._links: list[Link] = []
         self._all_stepped = self._compared = False
-        self._replaced: list[tuple[nn.Parameter, Tensor]] = []
+        self._replaced: list[tuple[Tensor, Tensor]] = []
+        self._cut: PartitionedLayers | None = None
         self._event_hooks: dict[int, EventHook] = OrderedDict()
 
     def _warn_of_groups(self) -> None:
-        groups = self.param_groups
-        if not any(group.get("factors") for group in groups) and self._needs_layers(groups[0]):
-            warnings.warn(
-                f"{type(self).__name__}: no parameter group has factors=True, so nothing happens "
-                "to layers; param_groups(model) of a converted model makes groups that have it",
-                stacklevel=3,
-            )
+        if any(group.get("factors") for group in self.param_groups):
+            return
+        idle = (
+            "nothing happens to layers"
+            if self._needs_layers(self.param_groups[0])
+            else ("this is AdamW on the parameters as they are")
+        )
+        warnings.warn(
+            f"{type(self).__name__}: no parameter group has factors=True, so {idle}; "
+            "param_groups(model) of a converted model, convert(name, model), makes groups that "
+            "have it",
+            stacklevel=3,
+        )
 
     @classmethod
     def group_keys(cls) -> set[str]:
@@ -119,15 +101,14 @@ class FactoredAdamW(LowRankOptimizer):
         self.__dict__.setdefault("_all_stepped", False)
         self.__dict__.setdefault("_compared", False)
         self.__dict__.setdefault("_replaced", [])
+        self.__dict__.setdefault("_cut", None)
         self.__dict__.setdefault("_event_hooks", OrderedDict())
         super().__setstate__(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `LowRankOptimizer.load_state_dict`; layers stay attached."""
         super().load_state_dict(state_dict)
-        # Torch replaces the groups by new ones.
-        groups = {param: group for group in self.param_groups for param in group["params"]}
-        self._links = [replace(link, group=groups[link.factors()[0]]) for link in self._links]
+        self._relink()  # torch replaces the groups by new ones
 
     # Layers
 
@@ -144,12 +125,12 @@ class FactoredAdamW(LowRankOptimizer):
             ValueError: a factor is not the model's, or in a group without `factors`, or only a part
                 of a layer's factors is trained.
         """
-        groups = {param: group for group in self.param_groups for param in group["params"]}
+        groups = self._owners()
         links, untrained = [], []
         for name, layer in named_layers(model):
             if not isinstance(layer, FactoredLinear):
                 continue
-            own = [getattr(layer, factor) for factor in layer.FACTORS]
+            own = [self._held(getattr(layer, factor)) for factor in layer.FACTORS]
             for factor, param in zip(layer.FACTORS, own, strict=True):
                 group = groups.get(param)
                 if group is not None and not group.get("factors") and self._needs_layers(group):
@@ -170,7 +151,7 @@ class FactoredAdamW(LowRankOptimizer):
                 )
             links.append(Link(name, layer, groups[own[0]], tuple(own)))
         found = {param for link in links for param in link.factors()}
-        for group in self.param_groups:
+        for group in self._present_groups():
             for param, name_ in zip(group["params"], names(group), strict=True):
                 if group.get("factors") and param not in found:
                     raise ValueError(
@@ -185,7 +166,32 @@ class FactoredAdamW(LowRankOptimizer):
                 stacklevel=2,
             )
         self._links, self._all_stepped, self._compared = links, False, False
+        self._cut = None
         return self
+
+    def _held(self, param: Tensor) -> Tensor:
+        """What the optimizer has in the place of a model's parameter."""
+        return param if self._partitions is None else self._partitions.blocks.get(param, param)
+
+    def _present_groups(self) -> Sequence[Group]:
+        """The groups as they are during a step."""
+        return self.param_groups if self._partitions is None else self._partitions.groups
+
+    def _owners(self) -> dict[Tensor, Group]:
+        groups = self._present_groups()
+        return {param: group for group in groups for param in group["params"]}
+
+    def _relink(self) -> None:
+        """Gives links the parameters and groups that a step sees."""
+        owners = self._owners()
+        for position, link in enumerate(self._links):
+            params = tuple(self._held(param) for param in link.params)
+            self._links[position] = replace(link, params=params, group=owners[params[0]])
+
+    def _adopt(self) -> None:
+        super()._adopt()
+        if self._partitions is not None:
+            self._relink()
 
     def register_event_hook(self, hook: EventHook) -> RemovableHandle:
         """Calls `hook(event)` after each `LayerEvent`; hooks are not part of the state."""
@@ -205,6 +211,7 @@ class FactoredAdamW(LowRankOptimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @out_of_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Takes one step, with the events before and after it.
@@ -212,35 +219,68 @@ class FactoredAdamW(LowRankOptimizer):
         Raises:
             ValueError: a gradient is sparse, or there are scheduled events and no layers are
                 attached, or their parameters are not the optimizer's.
-            RuntimeError: in the first step, if what FSDP2 leaves whole differs between processes.
+            RuntimeError: in the first step, if what FSDP2 or ZeRO leaves whole differs between
+                processes.
         """
         self._check_before_updates()
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        check_gradients(self.param_groups)
-        if self._in_backward is not None:
-            self._in_backward.before_step()
-        self._prepare()
-        self._follow_layers()
-        if not self._compared:
-            check_buffers([(link.name, link.layer) for link in self._links])
-            self._compared = True
-        with no_autocast():
+        loss = super().step(closure)
+        waiting = self._cut is not None and self._cut.waiting
+        if not (self._all_stepped or waiting):
+            self._look_for_idle_factors()
+        return loss
+
+    def _check_model(self) -> None:
+        """Nothing yet: `_advance` first follows the layers."""
+
+    def _advance(self, plans: Sequence[Plan]) -> None:
+        if self._partitions is None:
+            self._follow_layers()
+            super()._check_model()
+        self._compare_buffers()
+        with self._complete_layers():
             try:
                 self._before()
-                self._take_step()
+                # Hooks may have changed options.
+                again = self._prepare()
+                try:
+                    super()._advance(again)
+                finally:
+                    for plan in again:
+                        plan.release()
             finally:
                 for param, grad in self._replaced:
                     param.grad = grad
                 self._replaced = []
             self._after()
-        if self._in_backward is not None:
-            self._in_backward.finish()
-        if not self._all_stepped:
-            self._look_for_idle_factors()
-        return loss
+
+    def _compare_buffers(self) -> None:
+        """In the first step compares what all processes have whole."""
+        if not self._compared:
+            group = None if self._partitions is None else self._partitions.processes.group
+            check_buffers([(link.name, link.layer) for link in self._links], group)
+            self._compared = True
+
+    @contextmanager
+    def _complete_layers(self) -> Iterator[None]:
+        """Under ZeRO leaves only layers all of whose factors step now, or have stepped already."""
+        if self._partitions is None:
+            yield
+            return
+        if self._cut is None:
+            self._cut = PartitionedLayers(
+                self._links, self._partitions, steps_together=self.steps_together
+            )
+        all_links = self._links
+        self._links = self._cut.complete(all_links)
+        try:
+            with self._cut.shown(self._links):
+                yield
+        finally:
+            self._links = all_links
+
+    def _frozen_rows(self, links: Sequence[Link]) -> AbstractContextManager[None]:
+        """While layers' frozen weights are read and written."""
+        return nullcontext() if self._cut is None else self._cut.frozen_rows(links)
 
     def _check_before_updates(self) -> None:
         factors = [g for g in self.param_groups if g.get("factors") and g["params"]]
@@ -265,7 +305,7 @@ class FactoredAdamW(LowRankOptimizer):
                 )
             self._links[position] = replace(link, params=now)
 
-    def _replace_gradient(self, param: nn.Parameter, grad: Tensor) -> None:
+    def _replace_gradient(self, param: Tensor, grad: Tensor) -> None:
         """Uses another gradient for this step; the user's is restored after it."""
         assert param.grad is not None
         self._replaced.append((param, param.grad))
@@ -295,7 +335,8 @@ class FactoredAdamW(LowRankOptimizer):
         }
         idle = {name: link for name, link in idle.items() if self._needs_layers(link.group)}
         if idle:
-            steps = max(int(state["step"]) for state in self.state.values())
+            # Engines may have entries of their own in the state.
+            steps = max(int(state.get("step", 0)) for state in self.state.values())
             if steps < min(self._patience(link.group) for link in idle.values()):
                 return
             warnings.warn(
@@ -339,7 +380,7 @@ class FactoredAdamW(LowRankOptimizer):
         # State that is missing is made by the next step.
         return max(int(self.state.get(param, {}).get(key, 0)) for param in link.factors())
 
-    def _renew(self, param: nn.Parameter, rule: UpdateRule) -> None:
+    def _renew(self, param: Tensor, rule: UpdateRule) -> None:
         """Resets a factor's moments and their bias corrections."""
         state = shard_of(param).local_state(self.state[param], None)
         rule.transport_moments(state, "reset", Rotation(None, None))

@@ -144,7 +144,7 @@ class QuantizedLowRankLinear(FactoredLinear):
             self._probe = None
         elif self._probe is None:
             # A leaf of W's shape without its memory, whose gradient autograd accumulates.
-            empty = torch.zeros((), dtype=self.factor.dtype, device=self.factor.device)
+            empty = torch.zeros((), dtype=self.base.dtype, device=self.base.codes.device)
             self._probe = empty.expand(self.out_features, self.in_features).requires_grad_()
 
     @property

@@ -112,12 +112,21 @@ def check_replicas(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
     _compare(layers, parallel.process_group, "DDP doesn't broadcast them")
 
 
-def check_buffers(layers: Sequence[tuple[str, FactoredLinear]]) -> None:
-    """Compares what FSDP2 leaves whole in layers between processes; each of them calls this.
+def check_buffers(
+    layers: Sequence[tuple[str, FactoredLinear]], zero: ProcessGroup | None = None
+) -> None:
+    """Compares what FSDP2 or ZeRO leaves whole in layers between processes; each calls this.
+
+    Args:
+        layers: the layers and their names.
+        zero: the processes among which ZeRO has cut their parameters.
 
     Raises:
         RuntimeError: buffers or host tensors differ between processes.
     """
+    if zero is not None and layers:
+        _compare(layers, zero, "DeepSpeed doesn't broadcast buffers")
+        return
     meshes: dict[DeviceMesh, list[tuple[str, FactoredLinear]]] = {}
     for name, layer in layers:
         mesh = getattr(getattr(layer, layer.FACTORS[0]), "device_mesh", None)

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from ..engine import checks
 from ..engine.chunks import wide_dtype
 from .autocast import compute_dtype, on_rows
-from .base import FactoredLinear
+from .base import FactoredLinear, constant
 from .spread import HeldRows, check_whole, held_rows
 
 SAMPLING = ("mixed", "singular", "uniform")
@@ -180,7 +180,8 @@ class SpectralLinear(FactoredLinear):
         self.left = nn.Parameter(parts[1][:, :r].contiguous())
         self.right = nn.Parameter(parts[2][:, :r].contiguous())
         for name, vectors in zip(self.FROZEN, parts[1:], strict=True):
-            rest = vectors[:, r:].contiguous()
+            # A copy: one column counts as contiguous whatever its stride, which DeepSpeed reads.
+            rest = vectors[:, r:].clone(memory_format=torch.contiguous_format)
             if rest.numel():
                 self.register_parameter(name, nn.Parameter(rest, requires_grad=False))
             else:  # DTensors can't be gathered without entries
@@ -198,8 +199,8 @@ class SpectralLinear(FactoredLinear):
             self.singular_values,
             self.left,
             self.right,
-            self.frozen_left.detach(),
-            self.frozen_right.detach(),
+            constant(self.frozen_left),
+            constant(self.frozen_right),
             self.bias,
             self.enhanced,
         )
@@ -230,8 +231,8 @@ class SpectralLinear(FactoredLinear):
         """U diag(s) V^T; its gradients are not the enhanced ones."""
         if self.enhanced:
             return None
-        u = torch.cat([self.left, self.frozen_left.detach()], 1)
-        v = torch.cat([self.right, self.frozen_right.detach()], 1)
+        u = torch.cat([self.left, constant(self.frozen_left)], 1)
+        v = torch.cat([self.right, constant(self.frozen_right)], 1)
         return (u * self.singular_values) @ v.mT
 
     @torch.no_grad()
@@ -276,9 +277,10 @@ class SpectralLinear(FactoredLinear):
         rest = torch.ones(k, dtype=torch.bool).index_fill_(0, selected, False)
         order = torch.cat([selected, rest.nonzero().flatten()]).to(self.left.device)
         for parts in self._vectors():
-            vectors = torch.cat([part.local for part in parts], 1)[:, order]
+            span = parts[-1].span  # of what stays in place: ZeRO may cut the active ones elsewhere
+            vectors = torch.cat([part.at(span) for part in parts], 1)[:, order]
             for part, columns in zip(parts, torch.split(vectors, self._widths, 1), strict=False):
-                part.local.copy_(columns)
+                part.take(span, columns)
         values = held_rows(self.singular_values)
         values.fill(values.whole()[order])
         return order

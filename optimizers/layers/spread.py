@@ -1,7 +1,8 @@
-"""A layer's tensors under FSDP2, whose rows are spread over processes.
+"""A layer's tensors whose rows are spread over processes, by FSDP2 or by DeepSpeed's ZeRO.
 
-Outside a forward or backward pass `fully_shard` leaves DTensors in the place of parameters. Events
-work on the rows that are here; vectors and factors are gathered, dense weights never are.
+Outside a forward or backward pass `fully_shard` leaves DTensors in the place of parameters; in a
+step under ZeRO there are row blocks (`layers.partitioned`). Events work on the rows that are here;
+vectors and factors are gathered, dense weights never are.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..engine.geometry import RowRange
+from ..engine.parameters import is_cut
 from ..engine.processes import Processes
+from ..engine.row_block import RowBlock
 from ..engine.sharding import is_dtensor, local_part, shard_of
 
 
@@ -41,7 +44,22 @@ class HeldRows:
 
     def whole(self) -> Tensor:
         """The whole tensor; `local` itself if all rows are here."""
-        return self.processes.gather_rows(self.local, self.count)
+        return self.span.assemble(self.local)
+
+    def at(self, span: RowRange) -> Tensor:
+        """Those rows of the whole tensor that this process holds of another one.
+
+        Args:
+            span: the other tensor's; a gather, unless it is this tensor's on all processes.
+        """
+        return self.local if span == self.span else self.whole()[span.start : span.stop]
+
+    def take(self, span: RowRange, rows: Tensor) -> None:
+        """In place: the inverse of `at`, from `rows` that each process has."""
+        if span == self.span:
+            self.local.copy_(rows)
+        else:
+            self.fill(span.assemble(rows))
 
     def fill(self, whole: Tensor) -> None:
         """In place: takes the rows held from a whole tensor."""
@@ -76,10 +94,16 @@ class HeldRows:
         return here, at[here] - self.span.start
 
 
-def held_rows(tensor: Tensor) -> HeldRows:
-    """The rows of a parameter or of its moments; all of a plain tensor's."""
+def held_rows(tensor: Tensor, of: Tensor | None = None) -> HeldRows:
+    """The rows of a parameter or of its moments; all of a plain tensor's.
+
+    Args:
+        tensor: the parameter, or an entry of its state with as many rows.
+        of: the parameter that a state belongs to; its row blocks have plain tensors in the state.
+    """
     local: Tensor = local_part(tensor.detach())
-    return HeldRows(local, shard_of(tensor).rows, tensor.shape[0])
+    owner = of if isinstance(of, RowBlock) else tensor
+    return HeldRows(local, shard_of(owner).rows, owner.shape[0])
 
 
 def check_whole(module: nn.Module, called: str = "") -> None:
@@ -95,4 +119,12 @@ def check_whole(module: nn.Module, called: str = "") -> None:
             "DTensors), so that no process has its dense weight: accepted is a converted model "
             "that is not sharded, after load_state_dict(get_model_state_dict(sharded, options="
             "StateDictOptions(full_state_dict=True)))"
+        )
+    if any(is_cut(param) for param in module.parameters()):
+        raise ValueError(
+            f"{called or type(module).__name__} is cut by ZeRO stage 3, so that no process has its "
+            "dense weight: accepted is a converted model outside the engine, after "
+            "load_state_dict of the engine's consolidated weights (save_16bit_model with "
+            "stage3_gather_16bit_weights_on_model_save), or inside deepspeed.zero."
+            "GatheredParameters"
         )

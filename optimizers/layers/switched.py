@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from ..engine import checks
 from ..engine.chunks import wide_dtype
-from .base import FactoredLinear, add_product, uniform
+from .base import FactoredLinear, add_product, constant, uniform
 from .spread import check_whole, held_rows
 
 _GAIN = math.sqrt(1 / 3)  # of leaky_relu with slope sqrt(5)
@@ -92,7 +92,7 @@ class SwitchedLinear(FactoredLinear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) to (..., m)."""
         projected = functional.linear(x, self.rows_a) * self.scaling
-        return functional.linear(x, self.frozen.detach(), self.bias) + projected @ self.rows_b
+        return functional.linear(x, constant(self.frozen), self.bias) + projected @ self.rows_b
 
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
@@ -104,7 +104,7 @@ class SwitchedLinear(FactoredLinear):
 
     def differentiable_weight(self) -> Tensor:
         """W_f + c B A."""
-        return self.rows_b.mT @ self.rows_a * self.scaling + self.frozen.detach()
+        return self.rows_b.mT @ self.rows_a * self.scaling + constant(self.frozen)
 
     @torch.no_grad()
     def switch(self, side: int, first: int, count: int, seed: int) -> Tensor:

@@ -14,8 +14,9 @@ Memory per m x n matrix in NF4, with b-byte parameters and d = min(m, n), l = ma
 the steps T_i b m n for the gradient of W.
 
 G is summed over micro-batches and, where `torch.distributed` is on, averaged over all processes;
-a process without a gradient of a layer counts as zero there. Under FSDP2 only B and its moments are
-sharded; W_q and P, which are quantised, are whole on each process, and so are G and W at a new P.
+a process without a gradient of a layer counts as zero there. Under FSDP2 and ZeRO only B and its
+moments are spread; W_q and P, which are quantised, are whole on each process, and so are G and W at
+a new P.
 Difference: the released code keeps B's moments (`reset="none"`).
 """
 
@@ -36,8 +37,9 @@ from ..engine.method import Conversion, method
 from ..engine.options import Group
 from ..layers import FactoredLinear, QuantizedLowRankLinear
 from ..layers.events import LayerEvent
+from ..layers.link import Link
 from ..layers.mean import mean_gradients
-from ..layers.optimizer import FactoredAdamW, Link
+from ..layers.optimizer import FactoredAdamW
 from ..projectors import REFRESH_MODES
 from ..projectors.decompositions import bases
 from ..rules import UpdateRule

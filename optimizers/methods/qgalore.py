@@ -17,8 +17,8 @@ Differences: the released code stores one code of P per byte; clips weight group
 here each group's range includes zero; updates dense copies of bf16 weights in bf16; rounds the
 low-rank update to the weight's precision before the back-projection; stores the weight's gradient
 in an attribute that clipping and DDP ignore; and does not train norms, embeddings and head when
-updating layer by layer. `build` quantises the weights (`weight_bits=None` leaves them dense); the
-class itself accepts any parameters, INT8 or not.
+updating layer by layer. `build` quantises the weights (`weight_bits=None` leaves them dense, 4 is
+in `cuda.int4_update`); the class itself accepts any parameters, INT8 or not.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from ..engine.method import Conversion, method
 from ..engine.optimizer import LowRankOptimizer
 from ..engine.options import Group
 from ..engine.rule_families import ADAMW_8BIT
-from ..weights.convert import to_int8
 
 _BASES = {4: "int4", 8: "int8"}
 
@@ -42,7 +41,7 @@ _BASES = {4: "int4", 8: "int8"}
     summary="Q-GaLore: lazy refreshes, INT4 bases, INT8 weights, 8-bit moments",
     state="m r / 2 + 2 n r bytes",
     weights="m n bytes",
-    conversion=Conversion(to_int8, ("weight_bits", "weight_group_size")),
+    conversion=Conversion.to_quantized(8),
 )
 class QGaLoreAdamW8bit(LowRankOptimizer):
     """Q-GaLore with 8-bit Adam; the official schedule and signs with `refresh="svd"`.

@@ -25,8 +25,9 @@ moments and b r (m + n) for gradients.
 
 The sum is taken in fp32 and rounded stochastically where W_f is bf16, so that a small B A is
 preserved in expectation (`LowRankLinear.merge`). A is drawn from (seed, layer, merge), equal on
-every process. Under FSDP2 a merge gathers A, and pruning by magnitude the first moments; each
-process adds to its rows of W_f. `heads` divide each process's own batch.
+every process. Under FSDP2 and ZeRO a merge gathers A (and B, where ZeRO cuts it in other rows than
+W_f), and pruning by magnitude the first moments; each process adds to its rows of W_f. `heads`
+divide each process's own batch.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ from ..engine.options import Group
 from ..engine.rule_factories import adam_rule
 from ..layers import FactoredLinear, LowRankLinear
 from ..layers.events import LayerEvent
-from ..layers.optimizer import FactoredAdamW, Link
+from ..layers.link import Link
+from ..layers.optimizer import FactoredAdamW
 from ..layers.rewarm import Rewarmed
 from ..layers.spread import held_rows
 from ..rules import UpdateRule
@@ -128,8 +130,9 @@ class ReLoRAAdamW(FactoredAdamW):
 
     def _after(self) -> None:
         due = self._due("update_proj_gap")
-        for link in due:
-            self._merge(link)
+        with self._frozen_rows(due):
+            for link in due:
+                self._merge(link)
         if due:
             self._call_event_hooks(LayerEvent("merge", self._steps(due[0]), len(due)))
 
@@ -146,7 +149,7 @@ class ReLoRAAdamW(FactoredAdamW):
             batches = [[moment] for moment in moments] if group["official"] else [moments]
             for which, together in enumerate(batches):
                 own = mix(seed, position, which)
-                prune_(together, group["reset"], group["prune_ratio"], own)
+                prune_(together, group["reset"], group["prune_ratio"], own, param)
 
 
 def rewarm_steps(group: Group) -> int:
@@ -156,7 +159,9 @@ def rewarm_steps(group: Group) -> int:
     return 0 if group["official"] else min(max(1, group["update_proj_gap"] // 10), LONGEST_REWARM)
 
 
-def prune_(moments: Sequence[Tensor], how: str, ratio: float, seed: int) -> None:
+def prune_(
+    moments: Sequence[Tensor], how: str, ratio: float, seed: int, of: Tensor | None = None
+) -> None:
     """In place: sets a share of the entries to zero, the same entries in each moment.
 
     Args:
@@ -165,9 +170,11 @@ def prune_(moments: Sequence[Tensor], how: str, ratio: float, seed: int) -> None
         how: one of `RESETS`.
         ratio: share of the entries.
         seed: of "random"; equal seeds prune equally on every device.
+        of: the parameter that they belong to, see `held_rows`.
     """
-    parts = [held_rows(moment) for moment in moments]
-    shape, first = tuple(moments[0].shape), parts[0]
+    parts = [held_rows(moment, of) for moment in moments]
+    first = parts[0]
+    shape = (first.count, *moments[0].shape[1:])
     if how == "zero":
         for part in parts:
             part.local.zero_()

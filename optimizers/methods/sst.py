@@ -40,7 +40,8 @@ from ..engine.method import Conversion, method
 from ..engine.options import Group
 from ..layers import FactoredLinear
 from ..layers.events import LayerEvent
-from ..layers.optimizer import FactoredAdamW, Link
+from ..layers.link import Link
+from ..layers.optimizer import FactoredAdamW
 from ..layers.spectral import SAMPLING, SpectralLinear, sample
 from ..layers.spread import held_rows
 from ..rules import UpdateRule
@@ -88,9 +89,10 @@ class SSTAdamW(FactoredAdamW):
             if any(self._had_gradient(param) for param in link.factors()):
                 link.layer.clamp_singular_values()
                 link.layer.renormalize()
-        again = sum(self._redecompose(link) for link in due)
-        for link in due:
-            self._resample(link)
+        with self._frozen_rows(due):
+            again = sum(self._redecompose(link) for link in due)
+            for link in due:
+                self._resample(link)
         if again:
             self._call_event_hooks(LayerEvent("redecompose", self._steps(due[0]), again))
         if due:
@@ -127,5 +129,5 @@ class SSTAdamW(FactoredAdamW):
     def _permute(self, values: Tensor, order: Tensor) -> None:
         state = self.state[values]
         for key in _MOMENTS:
-            held = held_rows(state[key])
+            held = held_rows(state[key], values)
             held.fill(held.whole()[order.to(held.local.device)])

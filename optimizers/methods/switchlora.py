@@ -13,8 +13,8 @@ steps; the switched vector's moments are kept. Adam's bias corrections count eac
 Memory: as `layers.switched`, and 2 r (m + n) entries and 8 bytes a pair of vectors for moments.
 
 The released code stops when the interval is too short for the freezing; here that is an error at
-construction. Under FSDP2 candidates are whole on each process, and a switch exchanges 2 k (m + n)
-entries. Random numbers depend on (seed, layer, step), equal on every process.
+construction. Under FSDP2 and ZeRO candidates are whole on each process, and a switch exchanges
+2 k (m + n) entries. Random numbers depend on (seed, layer, step), equal on every process.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from ..engine.options import Group
 from ..engine.rule_factories import vector_adam_rule
 from ..layers import FactoredLinear
 from ..layers.events import LayerEvent
-from ..layers.optimizer import FactoredAdamW, Link
+from ..layers.link import Link
+from ..layers.optimizer import FactoredAdamW
 from ..layers.spread import held_rows
 from ..layers.switched import SwitchedLinear
 from ..rules import UpdateRule
@@ -58,6 +59,7 @@ class SwitchLoRAAdamW(FactoredAdamW):
     """
 
     layer_type: ClassVar[type[FactoredLinear]] = SwitchedLinear
+    steps_together: ClassVar[bool] = True
     awaited: ClassVar[str] = "both of its factors are"
     own_keywords = (
         Keyword(
@@ -106,7 +108,8 @@ class SwitchLoRAAdamW(FactoredAdamW):
 
     def _before(self) -> None:
         self._counted = [link for link in self._links if self._is_due(link)]
-        switched = sum(self._switch(link, self._steps(link)) for link in self._counted)
+        with self._frozen_rows(self._counted):
+            switched = sum(self._switch(link, self._steps(link)) for link in self._counted)
         if switched:
             self._call_event_hooks(LayerEvent("switch", self._steps(self._counted[0]), switched))
 
@@ -136,18 +139,19 @@ class SwitchLoRAAdamW(FactoredAdamW):
         starts = (states[0]["switched"], states[0]["switched"] + layer.rank // 2)
         for side in (0, 1):
             # Neither window may reach held vectors, which precede the other's start.
-            held = held_rows(states[side]["held"])
+            held = held_rows(states[side]["held"], link.params[side])
             waiting = int(held.processes.sum(held.local.count_nonzero()))
             count = min(count, (starts[1 - side] - waiting - starts[side]) % layer.rank)
-        for side, other in ((0, states[1]), (1, states[0])):
+        for side in (0, 1):
+            other, of = states[1 - side], link.params[1 - side]
             states[side]["events"] = step + 1
             if count:
                 first = starts[side] % layer.rank
                 places = layer.switch(side, first, count, mix(seed, side))
                 states[side]["switched"] = (states[side]["switched"] + count) % layer.rank
                 for key in ("exp_avg", "exp_avg_sq", "row_steps"):
-                    held_rows(other[key]).put(places, 0)
-                held_rows(other["held"]).put(places, group["freeze_steps"])
+                    held_rows(other[key], of).put(places, 0)
+                held_rows(other["held"], of).put(places, group["freeze_steps"])
         return count > 0
 
 

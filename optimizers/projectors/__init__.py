@@ -1,13 +1,16 @@
 """Projectors: which subspace a gradient is projected to."""
 
 from .base import Bases, MatrixKey, ProjectedParam, Projector
+from .block_power import BlockPowerProjector
 from .coordinate import CoordinateProjector
 from .correlation import CorrelationProjector
 from .cross_head import CrossHeadProjector
+from .dct import DCTProjector
 from .decompositions import REFRESH_MODES
 from .online import ONLINE_OPTIMIZERS, OnlineProjector
 from .random import DISTRIBUTIONS, RandomProjector
 from .singular import SingularProjector
+from .switched import SwitchedProjector
 from .telemetry import RefreshEvent
 
 __all__ = [
@@ -15,9 +18,11 @@ __all__ = [
     "ONLINE_OPTIMIZERS",
     "REFRESH_MODES",
     "Bases",
+    "BlockPowerProjector",
     "CoordinateProjector",
     "CorrelationProjector",
     "CrossHeadProjector",
+    "DCTProjector",
     "MatrixKey",
     "OnlineProjector",
     "ProjectedParam",
@@ -25,4 +30,5 @@ __all__ = [
     "RandomProjector",
     "RefreshEvent",
     "SingularProjector",
+    "SwitchedProjector",
 ]

@@ -47,6 +47,7 @@ class ProjectedParam:
         first_moment: reads the rule's current first moment, in the projected shape.
         read: cache of the bases during this step; None after they change.
         projected: this process's part of the projected gradient, where only that is known.
+        scratch: what a projector leaves for the residual of this step.
     """
 
     weight: Tensor
@@ -63,6 +64,7 @@ class ProjectedParam:
     first_moment: Callable[[], Tensor | None] = no_moment
     read: Bases | None = None
     projected: Tensor | None = None
+    scratch: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def owner(self) -> Tensor:

@@ -56,7 +56,6 @@ def correlation_gradient(
     normalize: bool = False,
     dtype: torch.dtype | None = None,
     rows: RowRange | None = None,
-    whole_rows: int | None = None,
 ) -> Tensor:
     """The gradient of COAP's loss in the basis, d x r, without temporaries of size m x n.
 
@@ -68,14 +67,13 @@ def correlation_gradient(
         normalize: use G sqrt(m n) / ||G|| instead of G.
         dtype: precision of the GEMMs with G; its own by default.
         rows: the rows of the gradient that are here, if others are on other processes.
-        whole_rows: m in that case.
     """
-    m, n = whole_rows or len(grad_mn), grad_mn.shape[1]
-    held = RowRange.whole(m) if rows is None else rows
+    held = RowRange.whole(len(grad_mn)) if rows is None else rows
+    m, n = held.total, grad_mn.shape[1]
     left = side is Side.LEFT
     wide = wide_dtype(grad_mn)
     basis = basis_dr.to(wide)
-    row_norms = held.assemble(axis_norms(grad_mn, 1), m).squeeze(1)
+    row_norms = held.assemble(axis_norms(grad_mn, 1)).squeeze(1)
     factor = math.sqrt(m * n) / torch.linalg.vector_norm(row_norms) if normalize else None
 
     def scaled(tensor: Tensor) -> Tensor:
@@ -88,7 +86,7 @@ def correlation_gradient(
     def gemm(bases: Tensor, which: Side) -> Tensor:
         geometry = Geometry((m, n), which, bases.shape[1])
         projected = apply.project(grad_mn, (bases,), geometry, held, dtype)
-        return scaled(held.assemble(projected, m) if which is Side.RIGHT else projected)
+        return scaled(held.assemble(projected) if which is Side.RIGHT else projected)
 
     projected = gemm(basis, side)  # r x n, or m x r
     projected_lr = projected.mT if left else projected  # the long axis first
@@ -136,7 +134,6 @@ def correlation_step(
     normalize: bool = False,
     dtype: torch.dtype | None = None,
     rows: RowRange | None = None,
-    whole_rows: int | None = None,
 ) -> Tensor:
     """The basis after one descent step along `correlation_gradient`, clipped to norm 1."""
     grad_dr = correlation_gradient(
@@ -147,7 +144,6 @@ def correlation_step(
         normalize=normalize,
         dtype=dtype,
         rows=rows,
-        whole_rows=whole_rows,
     )
     return descend(basis_dr, grad_dr, lr)
 
@@ -165,7 +161,6 @@ def reprojected(
     side: Side,
     mode: str,
     rows: RowRange | None = None,
-    whole_rows: int | None = None,
 ) -> Tensor:
     """Singular vectors of the gradient restricted to the range found by a sketch, d x r.
 
@@ -175,7 +170,6 @@ def reprojected(
         side: the projected axis.
         mode: "svd" decomposes with `torch.linalg.svd`, signs untouched; anything else by `eigh`.
         rows: the rows of the gradient that are here, if others are on other processes.
-        whole_rows: m in that case.
 
     Raises:
         NotConverged: the solver doesn't converge.
@@ -188,7 +182,7 @@ def reprojected(
         if transposed:
             part = cast_product(grad_mn, factor[held.start : held.stop], transposed)
             return held.processes.sum(part)
-        return held.assemble(cast_product(grad_mn, factor, transposed), whole_rows or len(grad_mn))
+        return held.assemble(cast_product(grad_mn, factor, transposed))
 
     range_lr = torch.linalg.qr(product(sketch_dr, left)).Q
     small_rd = product(range_lr, not left).mT
@@ -299,8 +293,8 @@ class CorrelationProjector(Projector):
         sketch = previous
         if sketch is None:
             sketch = self._sketch(param)
-        held = param.rows, param.geometry.shape[0]
-        basis = reprojected(param.grad, sketch, param.geometry.side, self.refresh, *held)
+        side = param.geometry.side
+        basis = reprojected(param.grad, sketch, side, self.refresh, param.rows)
         if previous is not None and self.refresh != "svd":
             basis = align_signs(basis, previous)
         return basis
@@ -323,7 +317,6 @@ class CorrelationProjector(Projector):
             normalize=self.normalize_gradient,
             dtype=self.dtype,
             rows=param.rows,
-            whole_rows=param.geometry.shape[0],
         )
 
     # 4-D weights

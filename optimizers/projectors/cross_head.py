@@ -94,7 +94,7 @@ class CrossHeadProjector(SingularProjector):
         rows, columns = matrix_mn.shape
         return matrix_mn.reshape(self.heads, rows // self.heads, columns)
 
-    def matrix(self, param: ProjectedParam) -> tuple[Tensor, RowRange, int]:
+    def matrix(self, param: ProjectedParam) -> tuple[Tensor, RowRange]:
         """The matrix to decompose: one head's rows, or all heads side by side."""
         blocks_hdn = self._blocks(param.grad)
         if self.fit_on == "all":
@@ -102,7 +102,7 @@ class CrossHeadProjector(SingularProjector):
         else:
             drawn = draw_seed(self.seed, param.seed_name, param.steps_done, "head")
             chosen = blocks_hdn[drawn % len(blocks_hdn)]
-        return chosen, RowRange.whole(len(chosen)), len(chosen)
+        return chosen, RowRange.whole(len(chosen))
 
     def project(self, param: ProjectedParam) -> Tensor:
         """(h rank) x n."""

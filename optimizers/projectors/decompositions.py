@@ -68,7 +68,6 @@ def bases(
     *,
     rotate: bool = True,
     rows: RowRange | None = None,
-    whole_rows: int | None = None,
 ) -> list[tuple[Tensor, ...]]:
     """Leading singular bases of same-shape gradients.
 
@@ -83,7 +82,6 @@ def bases(
         rotate: rotate to singular vectors; False returns the vectors of the iteration in
             "randomized" and "warm", which saves an eigendecomposition of r x r.
         rows: the rows of the gradients that are here, if others are on other processes.
-        whole_rows: m in that case.
 
     Returns:
         A tuple of one (or, for BOTH, two) bases for each gradient, in the computing precision.
@@ -100,8 +98,7 @@ def bases(
     # The Gram matrix that is a sum over rows; it matters for a square gradient.
     short = Side.RIGHT if spread and mode in ("eigh", "svd") else side
     operands = [
-        Operand(grad, scale, short, rows, whole_rows)
-        for grad, scale in zip(grads, scales, strict=True)
+        Operand(grad, scale, short, rows) for grad, scale in zip(grads, scales, strict=True)
     ]
     known = [old for old in previous if old is not None]
     if mode in ("eigh", "svd"):

@@ -196,7 +196,7 @@ class OnlineProjector(SingularProjector):
             square_rr = hat @ hat.mT
             whole = Geometry((m, n), Side.RIGHT, param.geometry.rank)
             product = apply.project(param.grad, (hat.mT,), whole, local, self.dtype)
-            product_dr = param.rows.assemble(product, m)
+            product_dr = param.rows.assemble(product)
         else:
             square_rr = param.rows.processes.sum(hat.mT @ hat)
             whole = Geometry((m, n), Side.LEFT, param.geometry.rank)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from torch import Tensor
 from ..engine.chunks import row_chunks, wide_dtype
 from ..engine.geometry import RowRange, Side
 
+#: A product with a fixed matrix.
+Product = Callable[[Tensor], Tensor]
 HALF = (torch.bfloat16, torch.float16)
 #: Devices on which half-precision products, Cholesky QR and batching are faster.
 GPUS = ("cuda",)
@@ -37,7 +39,6 @@ class Operand:
         scale: float,
         side: Side,
         rows: RowRange | None = None,
-        whole_rows: int | None = None,
     ) -> None:
         """An operand.
 
@@ -46,12 +47,10 @@ class Operand:
             scale: largest absolute entry of the whole gradient.
             side: the projected axis.
             rows: the rows held; all of them by default.
-            whole_rows: m, if `rows` are given.
         """
         k, n = grad_kn.shape
-        m = k if whole_rows is None else whole_rows
-        rows = RowRange.whole(m) if rows is None else rows
-        self.grad_kn, self.rows, self.whole_rows = grad_kn, rows, m
+        self.grad_kn, self.rows = grad_kn, RowRange.whole(k) if rows is None else rows
+        m = self.rows.total
         # A is the gradient or its transpose; for a square one, such that the short side is `side`.
         self.wide = m < n or (m == n and side is not Side.RIGHT)
         self.short, self.long = min(m, n), max(m, n)
@@ -67,16 +66,18 @@ class Operand:
             piece = self.grad_kn[span].to(self.dtype)
             yield span, (piece if self.factor == 1.0 else piece * self.factor)
 
-    def _rows_times(self, right_nk: Tensor) -> Tensor:
+    def grad_times(self, right_nk: Tensor) -> Tensor:
+        """G X, m x k: whole on every process."""
         if self.half:
             product = half_product(self.grad_kn, right_nk)
         elif len(self.grad_kn):
             product = torch.cat([piece @ right_nk for _, piece in self._pieces()])
         else:
             product = right_nk.new_empty(0, right_nk.shape[1], dtype=self.dtype)
-        return self.rows.assemble(product, self.whole_rows)
+        return self.rows.assemble(product)
 
-    def _columns_times(self, right_mk: Tensor) -> Tensor:
+    def grad_transposed_times(self, right_mk: Tensor) -> Tensor:
+        """G^T X, n x k: whole on every process."""
         right_mk = right_mk[self.rows.start : self.rows.stop]
         if self.half:
             return self.rows.processes.sum(half_product(self.grad_kn.mT, right_mk))
@@ -90,11 +91,17 @@ class Operand:
 
     def times(self, right_lk: Tensor) -> Tensor:
         """A X, d x k."""
-        return self._rows_times(right_lk) if self.wide else self._columns_times(right_lk)
+        return self.grad_times(right_lk) if self.wide else self.grad_transposed_times(right_lk)
 
     def transposed_times(self, right_dk: Tensor) -> Tensor:
         """A^T X, l x k."""
-        return self._columns_times(right_dk) if self.wide else self._rows_times(right_dk)
+        return self.grad_transposed_times(right_dk) if self.wide else self.grad_times(right_dk)
+
+    def along(self, side: Side) -> tuple[Product, Product]:
+        """Products with the gradient whose rows are the projected axis, and with its transpose."""
+        if side is Side.RIGHT:
+            return self.grad_transposed_times, self.grad_times
+        return self.grad_times, self.grad_transposed_times
 
     def energy(self) -> Tensor:
         """||A||^2, 0-d fp64."""

@@ -84,13 +84,13 @@ class SingularProjector(Projector):
                 fitted[index] = bases
         return fitted
 
-    def matrix(self, param: ProjectedParam) -> tuple[Tensor, RowRange, int]:
-        """The matrix to decompose: its rows on this process, their range, and the number of all."""
-        return param.grad, param.rows, param.geometry.shape[0]
+    def matrix(self, param: ProjectedParam) -> tuple[Tensor, RowRange]:
+        """The matrix to decompose: its rows on this process, and which these are."""
+        return param.grad, param.rows
 
     def _fit_batch(self, params: Sequence[ProjectedParam]) -> list[Bases | None]:
         matrices = [self.matrix(param) for param in params]
-        local = [matrix for matrix, _, _ in matrices]
+        local = [matrix for matrix, _ in matrices]
         gradients = [param.grad for param in params]
         scales = largest_entries(local)
         # A part of a gradient may be finite where the whole, whose step is left out, is not.
@@ -103,7 +103,7 @@ class SingularProjector(Projector):
             return fitted
         chosen = [params[i] for i in usable]
         results = self._decompose(
-            [local[i] for i in usable], [known[0][i] for i in usable], chosen, matrices[0][1:]
+            [local[i] for i in usable], [known[0][i] for i in usable], chosen, matrices[0][1]
         )
         for i, param, bases in zip(usable, chosen, results, strict=True):
             if bases is not None:
@@ -117,7 +117,7 @@ class SingularProjector(Projector):
         grads: list[Tensor],
         scales: list[float],
         params: Sequence[ProjectedParam],
-        held: tuple[RowRange, int],
+        rows: RowRange,
     ) -> list[Bases | None]:
         geometry = params[0].geometry
         previous = [self.bases(param)[0] if param.fitted else None for param in params]
@@ -135,8 +135,7 @@ class SingularProjector(Projector):
                 previous[picked],
                 seed,
                 rotate=self.rotate,
-                rows=held[0],
-                whole_rows=held[1],
+                rows=rows,
             )
 
         try:

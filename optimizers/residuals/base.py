@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -72,8 +72,14 @@ class Residual(ABC):
     READS_GRADIENT: ClassVar[bool] = True
     #: Numbers of dimensions of the parameters it accepts.
     DIMENSIONS: ClassVar[tuple[int, ...]] = (2,)
+    #: Entries of its state that have the weight's shape, and are spread over processes as it is.
+    WHOLE: ClassVar[tuple[str, ...]] = ()
 
     scale: float = 0.25
+
+    def for_group(self, group: Mapping[str, Any]) -> Residual:
+        """This residual with the other values that it reads from a group (a decay rate)."""
+        return self
 
     def check(self, geometry: Geometry, projector: Projector) -> None:  # noqa: B027 (optional)
         """Raises `ValueError` if this residual is undefined for a matrix."""
@@ -82,13 +88,22 @@ class Residual(ABC):
         """State entries of a new matrix."""
         return {}
 
-    def state_bytes(self, geometry: Geometry) -> int:
-        """Bytes of these entries."""
+    def state_bytes(self, geometry: Geometry, itemsize: int, world: int = 1) -> int:
+        """Bytes of these entries on the first of `world` processes.
+
+        Args:
+            geometry: of the whole matrix.
+            itemsize: bytes of the parameter's entries.
+            world: number of processes that its rows are spread over.
+        """
         return 0
 
-    def step_traffic(self, geometry: Geometry, itemsize: int) -> int:
+    def step_traffic(self, geometry: Geometry, itemsize: int, world: int) -> int:
         """Bytes that a process hands to collectives for a matrix with spread rows."""
         return 0
+
+    def prepare(self, param: ProjectedParam) -> None:  # noqa: B027 (optional)
+        """Called before a step's refreshes; may replace `param.grad`."""
 
     @abstractmethod
     def compute_update(

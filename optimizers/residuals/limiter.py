@@ -15,27 +15,10 @@ from ..engine.geometry import Geometry
 from ..projectors import ProjectedParam
 from ..projectors.norms import axis_norms
 from ..rules import Update
+from ..rules.growth import limit_growth as limit_growth
 from .base import Residual
 
 STATE_KEY = "residual_norm"
-
-
-def limit_growth(stored: Tensor, norm: Tensor, limit: float) -> Tensor:
-    """The factor that keeps a norm from growing by more than `limit` in one step.
-
-    Args:
-        stored: 0-d, the norm after the last step, 0 for none; updated in place.
-        norm: 0-d, the norm before limiting.
-        limit: largest growth, such as 1.01.
-
-    Returns:
-        0-d factor in (0, 1]; nothing is read back to the host.
-    """
-    largest = (stored + 1e-8).mul_(limit)
-    factor = torch.where(stored > 0, (largest / norm).clamp_(max=1.0), 1.0)
-    # Not the product, which is no number for a norm that overflowed.
-    stored.copy_(torch.where(stored > 0, torch.minimum(norm, largest), norm))
-    return factor
 
 
 def update_norms(projected: Tensor, update: Update, axis: int) -> tuple[Tensor, Tensor]:
@@ -65,7 +48,7 @@ class LimitedResidual(Residual, ABC):
             return {}
         return {STATE_KEY: torch.zeros((), dtype=torch.float32, device=like.device)}
 
-    def state_bytes(self, geometry: Geometry) -> int:
+    def state_bytes(self, geometry: Geometry, itemsize: int, world: int = 1) -> int:
         """One fp32 number with a limiter."""
         return 0 if self.limiter is None else 4
 

@@ -57,7 +57,7 @@ class NormScaled(LimitedResidual):
                 "factors belong to the other one"
             )
 
-    def step_traffic(self, geometry: Geometry, itemsize: int) -> int:
+    def step_traffic(self, geometry: Geometry, itemsize: int, world: int) -> int:
         """See `Residual.step_traffic`: the gradient's norms by column, or sums over rows.
 
         Where nearly all of a gradient lies in the subspace one number more is sent.

@@ -59,7 +59,7 @@ class ScaledGradient(LimitedResidual):
                 "channels belong to the other one"
             )
 
-    def step_traffic(self, geometry: Geometry, itemsize: int) -> int:
+    def step_traffic(self, geometry: Geometry, itemsize: int, world: int) -> int:
         """See `Residual.step_traffic`: norms by column, or of what is spread by rows."""
         norm = NORM_BYTES * max(itemsize, 4) // 4
         tensor = 2 * norm if self.scale_type == "tensor" and geometry.side is Side.RIGHT else 0

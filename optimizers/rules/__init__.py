@@ -5,9 +5,13 @@ from .adafactor8bit import Adafactor8bit
 from .adam import Adam
 from .adam8bit import Adam8bit
 from .base import MOMENT_TRANSPORTS, Update, UpdateRule
+from .factored_moments import FactoredAdam
+from .folded import FoldedAdam
 from .lion import Lion
 from .momentum import Momentum
 from .muon import Muon
+from .normalised import NormalisedSGD
+from .row_column import RowColumnScaled
 from .vector_adam import VectorAdam
 
 __all__ = [
@@ -16,9 +20,13 @@ __all__ = [
     "Adafactor8bit",
     "Adam",
     "Adam8bit",
+    "FactoredAdam",
+    "FoldedAdam",
     "Lion",
     "Momentum",
     "Muon",
+    "NormalisedSGD",
+    "RowColumnScaled",
     "Update",
     "UpdateRule",
     "VectorAdam",

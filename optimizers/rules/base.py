@@ -102,6 +102,18 @@ class UpdateRule(ABC):
         """
         return axis
 
+    def held(self, key: str, part: Part) -> int:
+        """How many indices of a state entry's spread dimension belong to a part."""
+        return part.stop - part.start
+
+    def check_part(self, part: Part, called: str) -> None:  # noqa: B027 (optional)
+        """Raises `ValueError` for a part of a gradient that this rule can't update.
+
+        Args:
+            part: which one.
+            called: the parameter's name in messages.
+        """
+
     def by_rows(self, grad: Tensor, state: State, weight: Tensor) -> RowUpdates:
         """Computes what needs the whole matrix; the rest is computed by chunks of rows on demand.
 

@@ -42,3 +42,15 @@ def sum_of_squares(tensor: Tensor) -> Tensor:
     for rows in row_chunks(tensor):
         total += torch.linalg.vector_norm(tensor[rows].to(wide)).square()
     return total
+
+
+def squares_along(matrix: Tensor, axis: int) -> Tensor:
+    """Sums of squares along an axis (kept with length 1), in fp32 (fp64 for fp64), in chunks."""
+    wide = wide_dtype(matrix)
+    rows, columns = matrix.shape
+    size = (1, columns) if axis == 0 else (rows, 1)
+    squares = torch.zeros(size, dtype=wide, device=matrix.device)
+    for span in row_chunks(matrix):
+        chunk = squares if axis == 0 else squares[span]
+        chunk += matrix[span].to(wide).square().sum(axis, keepdim=True)
+    return squares

@@ -1,13 +1,17 @@
-"""Weights: storage in 8 bits, and updates with stochastic rounding."""
+"""Weights: storage in eight and four bits, and updates with stochastic rounding."""
 
 from .fused import fused_rows
+from .int4 import Int4Weight
 from .int8 import Int8Weight
+from .quantized import QuantizedWeight
 from .rows import editable_rows, rounding_seed
 from .state import dense_state_dict
 from .whole import apply_rule
 
 __all__ = [
+    "Int4Weight",
     "Int8Weight",
+    "QuantizedWeight",
     "apply_rule",
     "dense_state_dict",
     "editable_rows",

@@ -12,6 +12,7 @@ from lowrank.cuda.arguments import usable
 from lowrank.cuda.noise import signed_seed
 
 from .int8 import Int8Weight
+from .quantized import QuantizedWeight
 from .rows import check_capture, weight_chunks
 
 #: Devices on which a plain weight with a residual is updated in one pass too.
@@ -70,10 +71,10 @@ class FusedChunk:
             return
         columns = self.weight.shape[1]
         part = self.weight.entries(span.start * columns, span.stop * columns)
-        codes = part.codes.view(self.shape)
+        codes, scales, zeros = part.parts
         torch.ops.lowrank.write_back_int8(
-            *(codes, part.scales, part.zeros, direction, grad, factors),
-            *(part.group_size, decay_factor, alpha, self.seed, self.first),
+            *(codes.view(self.shape), scales, zeros, direction, grad, factors),
+            *(self.weight.group_size, decay_factor, alpha, self.seed, self.first),
         )
         # The operation increments the versions of the parts only.
         torch.autograd.graph.increment_version(self.weight)
@@ -95,6 +96,8 @@ def fused_rows(
         ValueError: rounding stochastically while a CUDA graph is captured.
     """
     int8 = isinstance(weight, Int8Weight)
+    if isinstance(weight, QuantizedWeight) and not int8:
+        return None
     rounds = int8 or (stochastic and weight.dtype == torch.bfloat16)
     # The GEMM itself updates a plain weight without a residual; on a CPU also one with a residual,
     # where the second pass costs less than a product in scratch.

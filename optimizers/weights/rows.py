@@ -14,23 +14,26 @@ from ..engine.chunks import row_chunks, wide_dtype
 from ..engine.geometry import RowRange
 from ..engine.seeds import draw_seed
 from ..rules.rows import BLOCK
-from .int8 import Int8Weight
+from .int4 import Int4Weight
+from .quantized import QuantizedWeight
 
 
 def editable_rows(
-    weight: Tensor, rows: RowRange, seed: int = 0, *, stochastic: bool = False
+    weight: Tensor, rows: RowRange, seed: int = 0, turn: int = 0, *, stochastic: bool = False
 ) -> Iterator[tuple[Tensor, RowRange]]:
     """Yields chunks of a weight's rows; in-place changes of a chunk are written to the weight.
 
-    A plain weight is a single chunk. An INT8 weight is dequantised in chunks of whole groups, of
-    the size of `row_chunks`, in fp32 (fp64 for fp64); each changed group gets a new range and is
-    rounded stochastically. With `stochastic` bf16 weights are chunked and rounded in the same way.
+    A plain weight is a single chunk. A quantised weight is dequantised in chunks of whole groups,
+    of the size of `row_chunks`, in fp32 (fp64 for fp64); changed groups are rounded stochastically,
+    in eight bits with a new range. With `stochastic` bf16 weights are chunked and rounded in the
+    same way.
 
     Args:
         weight: the parameter.
         rows: the range of its rows in the whole matrix.
-        seed: of the rounding, different for each weight and step. The noise of an entry depends
-            only on the seed and its position.
+        seed: of the rounding, see `rounding_seed`. The noise of an entry depends only on the seed,
+            the turn and its position.
+        turn: see `rounding_seed`.
         stochastic: round bf16 weights stochastically.
 
     Yields:
@@ -40,9 +43,9 @@ def editable_rows(
         ValueError: stochastic rounding while a CUDA graph is captured, which would repeat the
             same noise at each step.
     """
-    if isinstance(weight, Int8Weight):
-        check_capture("an INT8 weight")
-        yield from _int8_rows(weight, rows, seed)
+    if isinstance(weight, QuantizedWeight):
+        check_capture(f"an INT{weight.BITS} weight")
+        yield from _quantized_rows(weight, rows, seed, turn)
     elif stochastic and weight.dtype == torch.bfloat16:
         check_capture("stochastic_rounding=True")
         yield from _bfloat16_rows(weight, rows, seed)
@@ -50,12 +53,20 @@ def editable_rows(
         yield weight, rows
 
 
-def rounding_seed(seed: int, name: str, steps_done: int) -> int:
-    """The seed of one weight's rounding in one step; see `engine.seeds`."""
-    return draw_seed(seed, name, steps_done, "rounding")
+def rounding_seed(weight: Tensor, seed: int, name: str, steps_done: int) -> tuple[int, int]:
+    """The seed and the turn of one weight's rounding in one step; see `engine.seeds`.
+
+    In four bits the noise of an entry is one sequence over all steps (`cuda.int4_update`): the seed
+    is that of the weight, and the turn the step. Otherwise each step has a seed.
+    """
+    if isinstance(weight, Int4Weight):
+        return draw_seed(seed, name, 0, "rounding"), steps_done
+    return draw_seed(seed, name, steps_done, "rounding"), 0
 
 
-def _int8_rows(weight: Int8Weight, rows: RowRange, seed: int) -> Iterator[tuple[Tensor, RowRange]]:
+def _quantized_rows(
+    weight: QuantizedWeight, rows: RowRange, seed: int, turn: int
+) -> Iterator[tuple[Tensor, RowRange]]:
     width = weight.shape[1]
     dtype = wide_dtype(weight)
     for span in weight_chunks(weight):
@@ -63,7 +74,7 @@ def _int8_rows(weight: Int8Weight, rows: RowRange, seed: int) -> Iterator[tuple[
         old = chunk.load(dtype)
         new = old.clone()
         yield new.view(span.stop - span.start, width), rows.part(span)
-        chunk.store(new, old, seed, (rows.start + span.start) * width)
+        chunk.store(new, old, seed, (rows.start + span.start) * width, turn)
         torch.autograd.graph.increment_version(weight)
 
 
@@ -83,8 +94,8 @@ def _bfloat16_rows(weight: Tensor, rows: RowRange, seed: int) -> Iterator[tuple[
 
 
 def weight_chunks(weight: Tensor) -> Iterator[slice]:
-    """`row_chunks` that end where a block of 8-bit moments and a group of an INT8 weight end."""
-    block = lcm(BLOCK, weight.group_size) if isinstance(weight, Int8Weight) else BLOCK
+    """`row_chunks` that end at ends of blocks of 8-bit moments and of groups of the weight."""
+    block = lcm(BLOCK, weight.group_size) if isinstance(weight, QuantizedWeight) else BLOCK
     return row_chunks(weight, block=block)
 
 

@@ -12,7 +12,7 @@ from ..engine.geometry import RowRange
 from ..rules import UpdateRule
 from ..rules.base import State, add_update_
 from .fused import fused_rows
-from .int8 import Int8Weight
+from .quantized import QuantizedWeight
 from .rows import editable_rows, rounding_seed
 
 
@@ -45,18 +45,25 @@ def apply_rule(
         )
     for i, weight in enumerate(weights):
         if by_rows[i]:
-            own = rounding_seed(seed, names[i], int(states[i]["step"]) - 1)
-            _write(rule, grads[i], states[i], weight, own, stochastic)
+            own = rounding_seed(weight, seed, names[i], int(states[i]["step"]) - 1)
+            _write(rule, grads[i], states[i], weight, *own, stochastic=stochastic)
 
 
 def _write(
-    rule: UpdateRule, grad: Tensor, state: State, weight: Tensor, seed: int, stochastic: bool
+    rule: UpdateRule,
+    grad: Tensor,
+    state: State,
+    weight: Tensor,
+    seed: int,
+    turn: int,
+    *,
+    stochastic: bool,
 ) -> None:
     """By chunks of rows: computes the rule's update and writes the rounded weight."""
     if weight.dim() != 2:
         (update,) = rule.update([grad], [state], [weight])
         whole = RowRange.whole(weight.shape[0] if weight.dim() else 1)
-        for chunk, rows in editable_rows(weight, whole, seed, stochastic=stochastic):
+        for chunk, rows in editable_rows(weight, whole, seed, turn, stochastic=stochastic):
             direction = (
                 update.direction[rows.start : rows.stop] if weight.dim() else update.direction
             )
@@ -66,7 +73,7 @@ def _write(
     chunks = fused_rows(weight, None, seed, stochastic=stochastic)
     if chunks is None:
         whole = RowRange.whole(weight.shape[0])
-        for chunk, rows in editable_rows(weight, whole, seed, stochastic=stochastic):
+        for chunk, rows in editable_rows(weight, whole, seed, turn, stochastic=stochastic):
             add_update_(chunk, updates(slice(rows.start, rows.stop)))
         return
     for piece in chunks:
@@ -79,4 +86,4 @@ def _write(
 
 
 def _by_rows(weight: Tensor, stochastic: bool) -> bool:
-    return isinstance(weight, Int8Weight) or (stochastic and weight.dtype == torch.bfloat16)
+    return isinstance(weight, QuantizedWeight) or (stochastic and weight.dtype == torch.bfloat16)

@@ -86,6 +86,8 @@ REPROJECTED = {"reproject_factor": 1}
 
 TABLE = (
     Row("adafactor", optimizers.Adafactor),
+    # At rank 4 little of a side of 5 is left outside: differences of squares magnify last bits.
+    Row("alice_adamw", optimizers.AliceAdamW, {"rank": 2}, capturable=True, one_sided=True),
     Row("adamw", optimizers.AdamW, capturable=True),
     Row("adamw_8bit", optimizers.AdamW8bit, SMALL_8BIT, capturable=True, bits8=True),
     Row("apollo_adamw", optimizers.ApolloAdamW, capturable=True, one_sided=True, refits="draw"),
@@ -121,6 +123,7 @@ TABLE = (
         one_sided=True,
         refits="never",
     ),
+    Row("foam_adamw", optimizers.FoamAdamW),
     Row("frugal_adamw", optimizers.FrugalAdamW, refits="draw"),
     Row("galore_adafactor", optimizers.GaLoreAdafactor, {"beta1": 0.9}),
     Row("galore_adamw", optimizers.GaLoreAdamW, capturable=True),
@@ -177,6 +180,10 @@ TABLE = (
         rounded_basis=True,
         int8=True,
     ),
+    Row("ldadam_adamw", optimizers.LDAdamW, one_sided=True),
+    Row("lora_pre_adamw", optimizers.LoRAPreAdamW),
+    Row("racs_adamw", optimizers.RacsAdamW),
+    Row("scale_sgd", optimizers.ScaleSGD, capturable=True),
     Row("low_rank_adamw", optimizers.LowRankAdamW, {"refactor_gap": 3}, factored=True),
     Row(
         "loqt_adamw",

@@ -10,6 +10,7 @@ from support import matrix
 from torch import Tensor, nn
 
 from lowrank.optimizers import (
+    AliceAdamW,
     ApolloAdamW,
     ApolloMiniAdamW,
     FiraAdamW,
@@ -19,6 +20,7 @@ from lowrank.optimizers import (
     GaLoreAdamW,
     GaLoreAdamW8bit,
     GaLoreMuon,
+    LDAdamW,
     OnlineSubspaceLion,
 )
 from lowrank.optimizers.residuals.limiter import limit_growth
@@ -37,6 +39,9 @@ KINDS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "scaled, Muon": (GaLoreMuon, {"residual": "scaled"}),
     "sign": (FrugalAdamW, {}),
     "sgd": (FrugalAdamW, {"inactive_update": "sgd"}),
+    "row_normalised": (GaLoreAdamW, {"residual": "row_normalised"}),
+    "column-wise": (AliceAdamW, {}),
+    "error feedback": (LDAdamW, {}),
     "signed back": (OnlineSubspaceLion, {}),
     "Flora": (FloraAdafactor, {"beta1": 0.9}),
 }

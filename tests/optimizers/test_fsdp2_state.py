@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from fsdp2_runs import NAMES, limit, options_of
 from sharded import block, distance, run, shard, train, whole
 from support import hashed
-from test_fsdp2 import NAMES, limit, options_of
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowrank.cuda import groups
-from lowrank.optimizers import AdamW8bit, Int8Weight
+from lowrank.optimizers import AdamW8bit, Int8Weight, QuantizedWeight
 from lowrank.optimizers.engine import chunks
 from lowrank.optimizers.engine.geometry import RowRange
 from lowrank.optimizers.weights import editable_rows
@@ -27,8 +27,8 @@ def parameter(m: int, n: int, group: int = 256, dtype: torch.dtype = torch.float
 
 
 def same(first: Tensor, second: Tensor) -> bool:
-    assert isinstance(first, Int8Weight)
-    assert isinstance(second, Int8Weight)
+    assert isinstance(first, QuantizedWeight)
+    assert isinstance(second, QuantizedWeight)
     return all(torch.equal(a, b) for a, b in zip(first.parts(), second.parts(), strict=True))
 
 

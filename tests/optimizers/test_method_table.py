@@ -47,6 +47,9 @@ def test_the_state_is_what_the_table_says(name: str) -> None:
     """Up to blocks' scales, counters and step counts, which take less than a twentieth."""
     optimizer = build(name, one_matrix(torch.float32), rank=SIZES["r"], **OPTIONS.get(name, {}))
     said = in_bytes(TABLE[name].state, 4)
+    if not said:
+        assert state_bytes(optimizer) == 4  # the step count
+        return
     assert 1.0 <= state_bytes(optimizer) / said < 1.05
 
 

@@ -92,7 +92,7 @@ def test_sharded_rows_equal_the_whole(side: str, parts: int) -> None:
 
 def test_rows_that_are_all_here_are_the_whole() -> None:
     grad = matrix(6, 4, 1)
-    assert RowRange.whole(6).assemble(grad, 6) is grad
+    assert RowRange.whole(6).assemble(grad) is grad
 
 
 @pytest.mark.parametrize("side", ["left", "right", "full"])

@@ -138,7 +138,7 @@ def test_official_groups_and_keywords() -> None:
         ({"cos_threshold": 2.0}, "cos_threshold=2.0"),
         ({"gamma_proj": 0.5}, "gamma_proj=0.5"),
         ({"queue_size": 0}, "queue_size=0"),
-        ({"weight_bits": 4}, "weight_bits=4.*8, None"),
+        ({"weight_bits": 16}, "weight_bits=16.*8, 4, None"),
         ({"weight_group_size": 0}, "weight_group_size=0"),
         ({"weight_bit": 8}, "did you mean 'weight_bits'"),
         ({"stochastic_rounding": 1.5}, "stochastic_rounding=1.5"),

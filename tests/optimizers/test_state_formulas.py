@@ -141,10 +141,20 @@ def formula(name: str, c: Counts, s: int) -> int:
         "apollo_adamw": (lambda m, n: 2 * s * n * r + 4, plain),
         "apollo_mini_adamw": (lambda m, n: 2 * s * n + 4, plain),
         "frugal_adamw": (lambda m, n: 2 * s * n * r + 4 * r, plain),
+        "alice_adamw": (lambda m, n: galore(m, n) + 4 * (r * r + n + 1), plain),
+        # momentum of the head, one of two of a size
+        "scale_sgd": (lambda m, n: 0, lambda n: 2 * s * n if n == c.hidden else s * n // 2),
+        "racs_adamw": (lambda m, n: 4 * (m + n + 1), plain),
+        "lora_pre_adamw": (lambda m, n: 2 * s * r * (m + n), plain),
+        "ldadam_adamw": (lambda m, n: galore(m, n) + B * m * n, plain),
         "flora_adafactor": (lambda m, n: s * n * r + 4 * (m + n), factored[1]),
     }
     if name in ("relora_adamw", "low_rank_adamw"):  # two factors, each with a step count
         return c.total(lambda m, n: 2 * s * r * (m + n) + 4, plain)
+    if name == "foam_adamw":  # blocks of 4 lie in rows: of inner entries in the down projections
+        h, inner = c.matrices[-1]
+        blocks = 4 * h * ceil(h / 4) + 2 * inner * ceil(h / 4) + h * ceil(inner / 4)
+        return c.total(lambda m, n: 0, plain) + 2 * s * c.layers * blocks
     if name == "sltrain_adamw":  # and the values of the sparse part
         return c.total(lambda m, n: 2 * s * (r * (m + n) + int(0.03 * m * n)) + 8, plain)
     if name == "sltrain_adamw_8bit":

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from fsdp2_runs import NAMES, Case, options_of
 from sharded import Recorder, block, run, shard, tokens
-from test_fsdp2 import NAMES, Case, options_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional

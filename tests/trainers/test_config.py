@@ -159,6 +159,7 @@ def test_changed_keys_are_those_that_make_another_run() -> None:
 
 # Sizes as in the papers' released configurations, with untied embedding and head.
 PARAMETERS = {
+    "llama_1m": 1_053_824,
     "llama_9m": 8_820_160,
     "llama_60m": 58_073_600,
     "llama_130m": 134_105_856,

@@ -99,8 +99,11 @@ def test_two_processes_follow_one(stage: int, runs: tuple[Path, dict[str, Outcom
         assert values[0] == pytest.approx(values[1], rel=1e-4), key
     alone, shared = summary(base / "one"), summary(base / name)
     assert shared["strategy"] == "deepspeed"
-    for key in ("parameters", "tokens", "skipped_steps", "weight_bytes", "adamw_state_bytes"):
+    for key in ("parameters", "tokens", "skipped_steps", "weight_bytes"):
         assert shared[key] == alone[key], key
+    assert (alone["state_processes"], shared["state_processes"]) == (1, 2)
+    for key in ("optimizer_state_bytes", "adamw_state_bytes"):
+        assert 0.4 < shared[key] / alone[key] < 0.7, key
     assert f"2 processes (deepspeed, zero_stage {stage})" in outcomes[name].outputs[0]
     assert outcomes[name].outputs[1] == ""
     assert outcomes[name].errors == ["", ""]

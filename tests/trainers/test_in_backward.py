@@ -128,7 +128,7 @@ def test_a_gradient_that_is_not_finite_is_a_skipped_step_with_clipping(
 ) -> None:
     begin = in_backward.begin
 
-    def spoiled(optimizer: Any, config: Any) -> Any:
+    def spoiled(optimizer: Any, config: Any, passes: int) -> Any:
         param, calls = optimizer.param_groups[0]["params"][0], []
 
         def spoil(grad: torch.Tensor) -> torch.Tensor:
@@ -136,7 +136,7 @@ def test_a_gradient_that_is_not_finite_is_a_skipped_step_with_clipping(
             return grad * math.nan if len(calls) == 4 else grad
 
         param.register_hook(spoil)
-        return begin(optimizer, config)
+        return begin(optimizer, config, passes)
 
     monkeypatch.setattr(strategies, "begin", spoiled)
     once = ("train.accumulation=1", "train.clip=1.0", *QUIET)
@@ -145,6 +145,17 @@ def test_a_gradient_that_is_not_finite_is_a_skipped_step_with_clipping(
     assert "non-finite gradient of" in errors
     assert "step 4 skipped: nan gradient" in output
     assert summary(tmp_path / "run")["skipped_steps"] == 1
+
+
+def test_one_process_may_take_the_parts_of_several(tiny: Tiny, run: Run, tmp_path: Path) -> None:
+    """So that it has more backward passes than `train.accumulation`."""
+    shards = ("distributed.data_shards=2", "train.accumulation=1", "train.clip=0", *QUIET)
+    for name, more in (("off", ()), ("on", (ON,))):
+        status, _, errors = run(tiny(tmp_path / name, 3, *shards, *more))
+        assert (status, errors) == (0, "")
+    pairs = zip(kinds(tmp_path / "on", "train"), kinds(tmp_path / "off", "train"), strict=True)
+    for own, other in pairs:
+        assert own["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("strategy", ["auto", "ddp", "deepspeed"])

@@ -14,9 +14,11 @@ from tiny_runs import comparable_metrics, summary
 from lowrank.optimizers import Int8Weight, build
 from lowrank.trainers.checkpoint import DamagedCheckpointError, verify
 from lowrank.trainers.config import ModelConfig
+from lowrank.trainers.config_io import from_mapping
 from lowrank.trainers.memory import sizes, weight_bytes
 from lowrank.trainers.models import build_model
 from lowrank.trainers.parts import LAYERS, load_network, save_network
+from lowrank.trainers.strategies import method_options, strategy_of
 from lowrank.trainers.weights import weights_sha256
 
 Run = Callable[[list[str]], tuple[int, str, str]]
@@ -68,6 +70,63 @@ def test_dense_runs_write_no_such_file_and_can_be_asked_for(
     content = summary(tmp_path / "run")
     assert content["weight_bytes"] == 4 * int(str(content["parameters"]))
     assert not (tmp_path / "run" / "checkpoints" / "step-00000003" / LAYERS).exists()
+
+
+def test_four_bits_everywhere_and_exact_resume(tiny: Tiny, run: Run, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    settings = ("model.weight_bits=4", "optimizer.weight_include=[embeddings, head]")
+    settings = ("model.dtype=bfloat16", *settings)
+    run(tiny(whole, 6, *settings, optimizer="apollo_mini_adamw"))
+    arguments = tiny(broken, 6, "--resume=auto", *settings, optimizer="apollo_mini_adamw")
+    crash(run, arguments, 5)
+    status, _, errors = run(arguments)
+    assert (status, errors) == (0, "")
+    content = summary(whole)
+    assert content["weights_sha256"] == summary(broken)["weights_sha256"]
+    assert float(str(content["val_loss"])) < float(str(content["initial_val_loss"]))
+    matrices = PROJECTED + 2 * 257 * 32
+    groups = -(-32 * 32 // 64) * 4 + -(-32 * 48 // 64) * 3 + 2 * -(-257 * 32 // 64)
+    plain = int(str(content["parameters"])) - matrices
+    assert content["weight_bytes"] == matrices // 2 + 2 * groups + 2 * plain
+
+
+@pytest.mark.parametrize(
+    ("model", "optimizer", "expected"),
+    [
+        ({}, {}, {}),
+        ({"weight_bits": 16}, {}, {"weight_bits": None}),
+        ({"weight_bits": 4}, {}, {"weight_bits": 4}),
+        ({"weight_bits": 8}, {"weight_bits": 8}, {"weight_bits": 8}),
+        ({"weight_bits": 16}, {"weight_bits": None}, {"weight_bits": None}),
+        ({"weight_bits": 16}, {"weight_bits": 8}, "contradict"),
+        ({"weight_bits": 8}, {"weight_bits": 4}, "contradict"),
+        ({"weight_bits": 16}, {"name": "relora_adamw"}, {}),
+        ({"weight_bits": 8}, {"name": "relora_adamw"}, "replaces the layers"),
+        ({"weight_bits": 5}, {}, "model.weight_bits is 5; accepted: 16, 8, 4 or null"),
+    ],
+)
+def test_the_models_bits_are_the_optimizers(
+    model: dict[str, object], optimizer: dict[str, object], expected: dict[str, object] | str
+) -> None:
+    settings = {"model": model, "optimizer": {"name": NAME, **optimizer}}
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            method_options(from_mapping(settings))
+        return
+    found = method_options(from_mapping(settings))
+    assert {key: found[key] for key in found if key == "weight_bits"} == expected
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_weights_are_refused_where_they_would_be_sharded(bits: int) -> None:
+    for strategy in ("fsdp2", "deepspeed"):
+        settings = {
+            "model": {"weight_bits": bits},
+            "optimizer": {"name": "galore_adamw"},
+            "distributed": {"strategy": strategy},
+        }
+        with pytest.raises(ValueError, match=rf"weights in {bits} bits"):
+            strategy_of(from_mapping(settings), 2)
 
 
 def test_save_and_load_to_the_bit_after_steps(tmp_path: Path) -> None:

@@ -84,6 +84,9 @@ def test_losses_are_those_of_one_process(name: str, runs: tuple[Path, dict[str, 
     for key in ("tokens", "epochs", "unigram_val_loss", "skipped_documents", "data_shards"):
         assert other[key] == one[key], key
     assert other["strategy"] == ("alone" if name == "resumed" else "fsdp2")
+    assert other["state_processes"] == (1 if name == "resumed" else 2)
+    shares = [other[key] / one[key] for key in ("optimizer_state_bytes", "adamw_state_bytes")]
+    assert all(0.4 < share < 0.7 for share in shares) == (name != "resumed")
 
 
 def test_one_process_speaks(runs: tuple[Path, dict[str, Outcome]]) -> None:

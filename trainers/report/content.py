@@ -72,6 +72,7 @@ def key_figures(run: Run) -> str:
     figures = headline(run)
     state, adamw = figures.optimizer_state_bytes, figures.adamw_state_bytes
     share = state / adamw if state is not None and adamw else None
+    each = f" on each of {figures.state_processes} processes" if figures.state_processes > 1 else ""
     loss, unigram = figures.val_loss, figures.unigram_val_loss
     above = loss is not None and unigram is not None and loss > unigram
     epochs = "" if figures.epochs is None else f"{_epochs(figures.epochs)}, "
@@ -109,7 +110,9 @@ def key_figures(run: Run) -> str:
         Card(
             "Optimizer state",
             format_bytes(state),
-            "" if share is None else f"{share_of(state, adamw)} of AdamW's {format_bytes(adamw)}",
+            each.strip()
+            if share is None
+            else f"{share_of(state, adamw)} of AdamW's {format_bytes(adamw)}{each}",
             share=share,
         ),
         Card(

@@ -42,6 +42,7 @@ class Headline:
     tokens_per_second: float | None
     optimizer_state_bytes: float | None
     adamw_state_bytes: float | None
+    state_processes: int
     peak_memory_bytes: float | None
 
 
@@ -79,6 +80,7 @@ def headline(run: Run) -> Headline:
         tokens_per_second=_either(number(summary, "tokens_per_second"), run.tokens_per_second.last),
         optimizer_state_bytes=_either(number(summary, "optimizer_state_bytes"), _state(run)),
         adamw_state_bytes=number(summary, "adamw_state_bytes"),
+        state_processes=int(number(summary, "state_processes") or 1),
         peak_memory_bytes=_either(number(summary, "peak_memory_bytes"), run.memory["peak"].highest),
     )
 

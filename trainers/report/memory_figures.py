@@ -23,7 +23,7 @@ from .drawing import (
 from .headline import headline, memory_categories
 from .runs import MEMORY_CATEGORIES, Run
 
-_COLOURS = {
+CATEGORY_COLOURS = {
     "weights": "slate",
     "gradients": "gold",
     "moments": "blue",
@@ -58,7 +58,7 @@ def memory_bars(runs: Sequence[Run]) -> Drawing | None:
                 size,
                 left=left,
                 height=0.62,
-                color=LIGHT[_COLOURS[category]],
+                color=LIGHT[CATEGORY_COLOURS[category]],
                 edgecolor="none",
             )
             left += size
@@ -79,7 +79,7 @@ def memory_bars(runs: Sequence[Run]) -> Drawing | None:
     axes.spines["bottom"].set_visible(False)
     described = "; ".join(
         f"{name}: "
-        + ", ".join(f"{_label(key)} {format_bytes(size)}" for key, size in sizes.items())
+        + ", ".join(f"{category_label(key)} {format_bytes(size)}" for key, size in sizes.items())
         for name, sizes in rows
     )
     caption = "The largest size of each category during the run."
@@ -93,7 +93,9 @@ def memory_bars(runs: Sequence[Run]) -> Drawing | None:
         "Memory by category",
         to_svg(figure, "memory-bars", f"Memory by category. {described}."),
         tuple(
-            Key(_label(name), _COLOURS[name], "area") for name in MEMORY_CATEGORIES if name in used
+            Key(category_label(name), CATEGORY_COLOURS[name], "area")
+            for name in MEMORY_CATEGORIES
+            if name in used
         ),
         caption,
     )
@@ -147,7 +149,8 @@ def _adamw(runs: Sequence[Run]) -> dict[str, float]:
     return expected
 
 
-def _label(category: str) -> str:
+def category_label(category: str) -> str:
+    """What a category of memory is called."""
     return _LABELS.get(category, category)
 
 

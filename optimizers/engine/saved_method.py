@@ -1,0 +1,143 @@
+"""The method that a saved state belongs to, compared with the optimizer that loads it.
+
+Loading takes options as they were saved, as `torch.optim` does. Options that make the method are
+an exception: a state of GaLore that is loaded into Fira would turn it into GaLore. Saved groups
+record their optimizer's class under `METHOD`, which loading removes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from . import checks
+from .options import ProjectionOptions
+from .strategies import strategy_option_owners
+from .warn import warn_user
+
+Group = dict[str, Any]
+
+METHOD = "method"
+#: Options that make the method.
+MAKING = ("projector", "residual")
+#: Further ones, by which a state without a record of its class is told from others.
+TELLING = (*MAKING, "schedule", "basis")
+#: Keys by which a method sorts its groups: factors of replaced layers, matrices under Muon.
+SORTING = ("factors", "use_muon")
+
+
+def check_method(
+    optimizer: type, groups: Sequence[Group], saved: Sequence[Group], defaults: Mapping[str, Any]
+) -> None:
+    """Raises `ValueError` if a saved state is another method's.
+
+    Args:
+        optimizer: the class that loads.
+        groups: its groups.
+        saved: the saved groups, as many.
+        defaults: of options that an older version didn't save.
+    """
+    kinds = _accepted(optimizer)
+    marks = [group[METHOD] for group in saved if METHOD in group]
+    foreign = next((mark for mark in marks if mark not in kinds), None)
+    differing = _differing(groups, saved, defaults, MAKING if marks and not foreign else TELLING)
+    if foreign is None and not differing:
+        return
+    name = optimizer.__name__
+    theirs = foreign or (marks[0] if marks else _named(saved))
+    said = "; ".join(
+        f"saved {key}={old!r}, here {key}={own!r}" for key, (old, own) in differing.items()
+    )
+    whose = f"the saved state is of {theirs}" if theirs else "the saved state is another method's"
+    raise ValueError(
+        f"{whose}, and this optimizer is {name}{f' ({said})' if said else ''}: accepted is a state "
+        + (f"of {name}" if theirs != name else f"of {name} with the same options")
+    )
+
+
+def _accepted(optimizer: type) -> set[str]:
+    """Names of a class and of those that it extends, up to the first that is a method."""
+    from .method import TABLE  # its pages import the optimizer, which imports this module
+
+    methods = {row.optimizer for row in TABLE.values()}
+    names: set[str] = set()
+    for kind in optimizer.__mro__:
+        names.add(kind.__name__)
+        if kind in methods:
+            break
+    return names
+
+
+def _differing(
+    groups: Sequence[Group],
+    saved: Sequence[Group],
+    defaults: Mapping[str, Any],
+    making: Sequence[str],
+) -> dict[str, tuple[Any, Any]]:
+    """Options that make the method and differ: {name: (saved, own)}, of the first such group."""
+    for group, other in zip(groups, saved, strict=True):
+        found = {
+            key: (other.get(key, False), group.get(key, False))
+            for key in SORTING
+            if bool(other.get(key, defaults.get(key))) != bool(group.get(key))
+        }
+        projected = [_is_projected(g) for g in (other, group)]
+        if "rank" in other and projected[0] != projected[1]:
+            found["rank"] = (_rank_of(other), _rank_of(group))
+        elif all(projected):
+            pairs = {k: (other.get(k, defaults.get(k)), group.get(k)) for k in making}
+            found |= {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+        if found:
+            return found
+    return {}
+
+
+def _is_projected(group: Mapping[str, Any]) -> bool:
+    return group.get("rank") is not None or group.get("rank_ratio_matrix") is not None
+
+
+def _rank_of(group: Mapping[str, Any]) -> Any:
+    rank = group.get("rank")
+    return group.get("rank_ratio_matrix") if rank is None else rank
+
+
+def _named(saved: Sequence[Group]) -> str | None:
+    """The class whose defaults a state without a mark has, if one is the likeliest."""
+    from .method import TABLE
+
+    projected = next((group for group in saved if _is_projected(group)), None)
+    if projected is None:
+        return None
+    found = []
+    for row in TABLE.values():
+        defaults = row.optimizer.constructor.defaults()
+        alike = all(defaults.get(key) == projected.get(key) for key in TELLING)
+        if row.optimizer.projects and alike:
+            shared = defaults.keys() & projected.keys()
+            unlike = sum(not checks.same(defaults[key], projected[key]) for key in shared)
+            others = len(defaults.keys() ^ projected.keys())
+            found.append((unlike + others, row.optimizer.__name__))
+    return min(found)[1] if found else None
+
+
+def changed_options(groups: Sequence[Group], saved: Sequence[Group]) -> list[str]:
+    """Options about projection that a saved state changes, as "rank: 8 (given 4)"."""
+    found: dict[str, None] = {}
+    for group, other in zip(groups, saved, strict=True):
+        if not _is_projected(group):
+            continue
+        for name in (*ProjectionOptions.names(), *strategy_option_owners()):
+            if name not in group or name not in other or name in MAKING:
+                continue
+            if not checks.same(other[name], group[name]):
+                found[f"{name}={other[name]!r} (here {name}={group[name]!r})"] = None
+    return list(found)
+
+
+def warn_of_changes(optimizer: str, changed: Sequence[str]) -> None:
+    """Warns of options that loading has changed."""
+    if changed:
+        warn_user(
+            f"{optimizer}: the loaded state goes on with the options that it was saved with, "
+            f"{', '.join(changed)}; to change them, set them in param_groups after load_state_dict"
+        )

@@ -1,0 +1,85 @@
+"""What a parameter of a language model is: hidden matrix, head, embedding, other matrix, vector."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from .coverage import tell
+from .engine.experts import DIMENSIONS
+from .param_groups import _parameters
+from .targets import Patterns, selector
+
+Named = list[tuple[str, nn.Parameter]]
+
+
+class Roles(NamedTuple):
+    """Named parameters of a model by what they are.
+
+    Attributes:
+        hidden: weights of `nn.Linear` but the head's, and experts of E x m x n.
+        head: the weight that gives the logits, also if it is tied to an embedding.
+        embeddings: weights of `nn.Embedding`.
+        others: all else with more than one dimension (convolutions).
+        vectors: biases, norms.
+    """
+
+    hidden: Named
+    head: Named
+    embeddings: Named
+    others: Named
+    vectors: Named
+
+
+def head_of(model: nn.Module, patterns: Patterns = None) -> Tensor | None:
+    """The weight of a model's head, if one can be told.
+
+    That of `model.get_output_embeddings()` (transformers); without it of the last `nn.Linear` whose
+    weight `patterns` don't select.
+    """
+    ask = getattr(model, "get_output_embeddings", None)
+    if callable(ask):
+        try:
+            found = getattr(ask(), "weight", None)
+        except NotImplementedError:  # a model without a head
+            found = None
+        if isinstance(found, Tensor):
+            return found
+    last, selects = None, selector(model, patterns)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not selects(f"{name}.weight", module.weight, module):
+            last = module.weight
+    return last
+
+
+def roles(model: nn.Module, patterns: Patterns = None) -> Roles:
+    """Sorts a model's trained parameters; each appears once, under its first name.
+
+    The logger "lowrank" is told once, at INFO, which head and embeddings were found.
+
+    Args:
+        model: the model.
+        patterns: those of hidden layers, as in `param_groups`, among which no head is looked for.
+    """
+    found = Roles([], [], [], [], [])
+    head, selects = head_of(model, patterns), selector(model, patterns)
+    for name, param, module in _parameters(model):
+        if param.dim() < 2:
+            kind = found.vectors
+        elif param is head:
+            kind = found.head
+        elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            kind = found.embeddings
+        elif isinstance(module, nn.Linear) or (
+            param.dim() == DIMENSIONS and selects(name, param, module)
+        ):
+            kind = found.hidden
+        else:
+            kind = found.others
+        kind.append((name, param))
+    heads, embeddings = (
+        ", ".join(name for name, _ in kind) or "none" for kind in (found.head, found.embeddings)
+    )
+    tell(f"head: {heads}; embeddings: {embeddings}; {len(found.hidden)} hidden matrices")
+    return found

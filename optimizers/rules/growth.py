@@ -1,0 +1,24 @@
+"""Fira's bound on the growth of a norm from one step to the next (arXiv 2410.01623)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def limit_growth(stored: Tensor, norm: Tensor, limit: float) -> Tensor:
+    """The factor that keeps a norm from growing by more than `limit` in one step.
+
+    Args:
+        stored: 0-d, the norm after the last step, 0 for none; updated in place.
+        norm: 0-d, the norm before limiting.
+        limit: largest growth, such as 1.01.
+
+    Returns:
+        0-d factor in (0, 1]; nothing is read back to the host.
+    """
+    largest = (stored + 1e-8).mul_(limit)
+    factor = torch.where(stored > 0, (largest / norm).clamp_(max=1.0), 1.0)
+    # Not the product, which is no number for a norm that overflowed.
+    stored.copy_(torch.where(stored > 0, torch.minimum(norm, largest), norm))
+    return factor

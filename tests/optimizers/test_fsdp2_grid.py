@@ -1,0 +1,43 @@
+"""FSDP2 with every method and many options, whatever the number of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fsdp2_runs import ALL, Case, check, follow, limit
+from sharded import run
+
+VARIANTS: list[Case] = [
+    *(
+        (name, {"proj_type": side})
+        for name in ("galore_adamw", "fira_adamw", "galore_adafactor", "frugal_adamw")
+        for side in ("left", "right")
+    ),
+    *(("galore_adamw", {"refresh": mode}) for mode in ("randomized", "warm")),
+    # Signs of a decomposition of the whole matrix can't be known: compared up to the first refresh.
+    ("galore_adamw", {"refresh": "svd", "update_proj_gap": 40}),
+    # Not "restore", nor rounded bases: they magnify the last bits, on one process too.
+    *(("galore_adamw", {"moments": how}) for how in ("reset", "rotate")),
+    ("galore_adamw", {"stagger": True}),
+    ("galore_adamw", {"proj_type": "full"}),
+    ("apollo_adamw", {"scale_type": "tensor", "proj_type": "full"}),
+    ("galore_adafactor", {"beta1": 0.9, "moments": "restore"}),
+    ("adafactor", {"beta1": 0.9, "scale_parameter": True}),
+]
+
+
+@pytest.mark.slow
+def test_every_optimizer_on_two_to_four_ranks(tmp_path: Path) -> None:
+    """30 steps, five refreshes, with clipping and accumulation; parts are uneven, some empty."""
+    sizes = [2, 3, 4]
+    made = run(follow, 4, tmp_path, ALL, sizes, 30)
+    far = {k: gap for k, gap in check(made, ALL, sizes).items() if not gap <= limit(k)}
+    assert not far
+
+
+@pytest.mark.slow
+def test_options_on_three_ranks(tmp_path: Path) -> None:
+    made = run(follow, 3, tmp_path, VARIANTS, [3], 16)
+    far = {k: gap for k, gap in check(made, VARIANTS, [3]).items() if not gap <= limit(k)}
+    assert not far

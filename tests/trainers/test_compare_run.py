@@ -1,0 +1,199 @@
+"""`lowrank compare` as a command: mistakes, killing and going on, tuning, the estimate."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_runs import TINY
+
+from lowrank.trainers.cli import main
+
+SETTINGS = [
+    item
+    for item in TINY[TINY.index("--set") + 1 :]
+    if not item.startswith(("log.", "checkpoint.", "eval.every"))
+]
+
+
+def arguments(
+    corpus: Path, folder: Path, *more: str, methods: str = "adamw,fira_adamw"
+) -> list[str]:
+    flags = [f"--methods={methods}", f"--data={corpus}", f"--output={folder}", "--steps=60"]
+    return ["compare", *flags, *more, "--set", *SETTINGS]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--methods=galore_adm"], "did you mean 'galore_adamw'"),
+        (["--seeds=1,2,1"], "--seeds has 1 twice"),
+        (["--steps=2"], "--steps is 2; accepted: 4 or more"),
+        (["--jobs=0"], "--jobs is 0; accepted: 1 or more"),
+        (["--model=llama_9b"], "did you mean 'llama_9m'"),
+        (["--data=/nowhere"], "/nowhere"),
+        (["--rates=/nowhere"], "--rates /nowhere"),
+        (["--set", "train.batch=3"], "unknown key train.batch"),
+        (["--set", "train.seed=3"], "accepted: --seeds"),
+        (["--methods=adamw+rnk=3"], "adamw+rnk=3: unknown option of adamw 'rnk'"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_write_nothing(
+    more: list[str], said: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "c"
+    assert main([*arguments(corpus, folder), *more]) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("\n") == 1
+    assert not folder.exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").write_text("")
+    assert main(arguments(corpus, tmp_path)) == 2
+    assert "holds something else than a comparison (mine)" in capsys.readouterr().err
+    assert main(arguments(corpus, corpus)) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def start(asked: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "lowrank.trainers.cli", *asked],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(asked: list[str], status: int = 0) -> str:
+    process = start(asked)
+    output, errors = process.communicate(timeout=500)
+    assert process.returncode == status, output + errors
+    return output + errors
+
+
+def wait_for(condition: object, process: subprocess.Popen[str]) -> None:
+    limit = time.monotonic() + 400
+    while not condition():  # type: ignore[operator]
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+
+
+def losses(folder: Path) -> dict[str, dict[int, float]]:
+    content = json.loads((folder / "results.json").read_text())
+    return {
+        row["method"]: {item["seed"]: item["val_loss"] for item in row["runs"]}
+        for row in content["rows"]
+    }
+
+
+def processes_in(folder: Path) -> list[str]:
+    """Runs that hold one of the folder's runs, however they were started."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            target = os.readlink(entry)
+        except OSError:
+            continue
+        if target.startswith(str(folder)):
+            found.append(target)
+    return found
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_a_comparison_goes_on(corpus: Path, tmp_path: Path) -> None:
+    straight, folder = tmp_path / "straight", tmp_path / "killed"
+    finish(arguments(corpus, straight, "--seeds=0,1", "--jobs=2"))
+    asked = arguments(corpus, folder, "--seeds=0,1")
+    process = start(asked)
+    # Once in the second run, by SIGKILL: its worker sees that nobody is there, and saves the run.
+    wait_for(lambda: len(list(folder.glob("runs/*/summary.json"))) == 1, process)
+    wait_for(
+        lambda: (
+            sum(
+                path.read_text().count('"train"') > 3
+                for path in folder.glob("runs/*/metrics.jsonl")
+            )
+            > 1
+        ),
+        process,
+    )
+    process.kill()
+    process.communicate()
+    limit = time.monotonic() + 120
+    while processes_in(folder) and time.monotonic() < limit:
+        time.sleep(0.1)
+    assert not processes_in(folder)
+    kept = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/summary.json")}
+    assert kept
+    # And once by SIGTERM.
+    process = start(asked)
+    wait_for(lambda: len(list(folder.glob("runs/*/summary.json"))) > len(kept), process)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 143, output + errors
+    assert f"go on with: lowrank compare --output {folder}" in errors
+    assert not processes_in(folder)
+    # Nothing but the folder is needed to go on.
+    told = finish(["compare", "--output", str(folder), "--jobs", "2"])
+    assert "| `fira_adamw` |" in told
+    assert losses(folder) == losses(straight)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert sorted(path.name for path in (folder / "runs").iterdir()) == sorted(
+        path.name for path in (straight / "runs").iterdir()
+    )
+    assert not list(folder.glob("runs/*/checkpoints"))
+    lines = list(csv.DictReader((folder / "results.csv").open()))
+    assert {line["method"] for line in lines} == {"adamw", "fira_adamw"}
+    assert all(line[f"{name}_measured"] for line in lines for name in ("weights", "moments"))
+    assert all(
+        line[f"{name}_measured"] == line[f"{name}_predicted"]
+        for line in lines
+        for name in ("weights", "gradients", "moments", "basis", "other_state")
+    )
+    assert all(float(line["optimizer_ms"]) > 0 for line in lines)
+    assert (folder / "report.html").read_text().count("<figure") == 5
+    # Other settings are refused, and more seeds are taken.
+    assert "steps 60, not 61" in finish([*asked, "--steps=61"], status=2)
+    finish(["compare", "--output", str(folder), "--seeds=2", "--methods=adamw"])
+    assert set(losses(folder)["fira_adamw"]) == {0, 1, 2}
+
+
+@pytest.mark.slow
+def test_rates_are_tuned_on_a_seed_of_their_own(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "tuned"
+    methods = "adafactor+plain_rule=own+plain_lr=0.01"
+    more = ("--seeds=0", "--steps=8", "--tune", "--jobs=2")
+    finish(arguments(corpus, folder, *more, methods=methods))
+    content = json.loads((folder / "results.json").read_text())
+    rates = content["rates"][methods]
+    assert content["rows"][0]["optimizer"]["lr"] == rates["lr"]
+    runs = [json.loads(path.read_text()) for path in folder.glob("runs/*/summary.json")]
+    tuning = [run["val_loss"] for run in runs if run["seed"] == 100]
+    assert len(tuning) == rates["tried"] >= 3
+    assert min(tuning) == rates["val_loss"]
+    # Written again from what the folder holds.
+    before = (folder / "results.json").read_text()
+    assert main(["report", str(folder)]) == 0
+    assert (folder / "results.json").read_text() == before
+    # The time is estimated without a trace in a folder that isn't there.
+    other = tmp_path / "other"
+    told = finish(arguments(corpus, other, "--seeds=0,1", "--dry-run"))
+    assert "adamw: 2 runs, 0:0" in told
+    assert "fira_adamw: 2 runs" in told
+    assert "in all, 1 at a time; nothing was written" in told
+    assert not other.exists()

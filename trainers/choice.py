@@ -1,0 +1,105 @@
+"""Optimizers by name, as a run's settings have it: a method or an official package, and a rule for
+embeddings and head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from lowrank.optimizers import accepts, build
+from lowrank.optimizers.param_groups import split
+
+from .config import RunConfig
+from .joined import JoinedOptimizer
+from .official import build_official, is_official, method_of
+
+#: What `optimizer.plain_rule` may be; "own" is what the method itself gives to what it doesn't
+#: project.
+PLAIN_RULES = ("own", "adamw", "adafactor")
+
+
+def build_named(
+    name: str, network: nn.Module, lr: float, options: Mapping[str, Any], total_steps: int
+) -> Any:
+    """Builds an optimizer by name, with a method's layers put into the network where it has such.
+
+    The option ``plain_rule`` trains embeddings, head and norms by AdamW or Adafactor, whatever the
+    method would do with them.
+
+    Args:
+        name: a method, or ``official:METHOD``.
+        network: the model; it may be on the meta device, where nothing is computed.
+        lr: learning rate.
+        options: the method's own, and `plain_rule`.
+        total_steps: length of the run, for methods that lay a schedule out over it.
+
+    Raises:
+        ValueError: the optimizer's name, an option or its value is not accepted.
+    """
+    options = dict(options)
+    rule = options.pop("plain_rule", "own")
+    if rule not in PLAIN_RULES:
+        raise ValueError(f"optimizer.plain_rule is {rule!r}; accepted: {', '.join(PLAIN_RULES)}")
+    if not is_official(name) and accepts(name, "total_steps"):
+        options.setdefault("total_steps", total_steps)
+    if rule == "own":
+        return _build(name, network, lr, options)
+    _, matrices, vectors = split(network, options.get("patterns"))
+    plain = [param for _, param in (*matrices, *vectors)]
+    own = {key: value for key, value in options.items() if key != "plain_lr"}
+    with _frozen(plain):
+        hidden = _build(name, network, lr, own)
+    numbers = {id(param) for param in plain}
+    rest = [p for p in network.parameters() if p.requires_grad and id(p) not in numbers]
+    shared = ("betas", "weight_decay") if rule == "adamw" else ("weight_decay",)
+    with _frozen(rest):
+        other = build(
+            rule,
+            network,
+            lr=options.get("plain_lr", lr),
+            **{key: options[key] for key in shared if key in options},
+        )
+    if isinstance(hidden, JoinedOptimizer):
+        return hidden.with_part(other)
+    return JoinedOptimizer([hidden, other])
+
+
+def is_single_process(config: RunConfig) -> bool:
+    """Whether the optimizer works on one process only."""
+    rule = config.optimizer.options.get("plain_rule", "own")
+    return is_official(config.optimizer.name) or rule != "own"
+
+
+def follows_length(config: RunConfig) -> bool:
+    """Whether the method lays a schedule of its own out over the run's steps."""
+    name, options = config.optimizer.name, config.optimizer.options
+    own = not is_official(name) and accepts(name, "total_steps")
+    return own and "total_steps" not in options
+
+
+def accepts_betas(name: str) -> bool:
+    """Whether a method or a package has Adam's `betas`."""
+    method = method_of(name)
+    return accepts(method, "betas") and "adafactor" not in method
+
+
+def _build(name: str, network: nn.Module, lr: float, options: Mapping[str, Any]) -> Any:
+    if is_official(name):
+        return build_official(name, network, lr, options)
+    return build(name, network, lr=lr, **options)
+
+
+@contextmanager
+def _frozen(params: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Parameters that don't take part while an optimizer of the others is built."""
+    for param in params:
+        param.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for param in params:
+            param.requires_grad_(True)

@@ -1,0 +1,203 @@
+"""`lowrank compare` from what was asked for to a folder with results."""
+
+from __future__ import annotations
+
+import fcntl
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from ..loop import TrainingError
+from . import tables, tuning
+from .decide import Asked, decide
+from .entries import Entry
+from .estimate import estimate, show
+from .plan import Run
+from .pool import Outcome, Pool, Say, open_pool, outcome
+from .prepare import Plan, prepare
+from .results import Results, make_rows
+from .setting import read_setting, write_setting
+
+
+class Ended(KeyboardInterrupt):
+    """SIGTERM came."""
+
+    status = 143
+
+
+def compare(asked: Asked, console: Console) -> None:
+    """Runs what is missing of a comparison and writes its results.
+
+    Raises:
+        ValueError: something asked for is wrong, or isn't what the folder holds.
+        TrainingError: runs ended with an error; all others are kept.
+    """
+    if asked.jobs < 1:
+        raise ValueError(f"--jobs is {asked.jobs}; accepted: 1 or more")
+    setting = decide(asked)
+    plan = prepare(setting)
+    for label, reason in plan.skipped.items():
+        _say(console, f"{label} is left out: {reason}")
+    if asked.dry_run:
+        runs = plan.runs(setting.rates)
+        found = estimate(setting, runs, asked.output, asked.jobs, _sayer(console))
+        show(found, asked.jobs, console)
+        return
+    asked.output.mkdir(parents=True, exist_ok=True)
+    with _hold(asked.output), _ended_by_signals():
+        write_setting(setting, asked.output)
+        with open_pool(asked.output, asked.jobs, _sayer(console), asked.keep_checkpoints) as pool:
+            try:
+                results = _carry_out(plan, pool, console)
+            except KeyboardInterrupt as end:
+                pool.close()
+                raise type(end)(
+                    f"interrupted; go on with: lowrank compare --output {asked.output}"
+                ) from None
+        write_results(results, asked.output)
+    console.print(tables.markdown(results), markup=False, highlight=False, soft_wrap=True)
+    _say(console, f"report: {asked.output / 'report.html'}")
+    if results.failed:
+        key, message = next(iter(results.failed.items()))
+        raise TrainingError(
+            f"{len(results.failed)} run(s) ended with an error, {key}: {message}; the others are"
+            " kept, and the same command tries these again"
+        )
+
+
+def report(folder: Path) -> Path:
+    """Writes the results of a comparison from what its folder holds now.
+
+    Returns:
+        The report's path.
+
+    Raises:
+        ValueError: the folder is no comparison's.
+    """
+    setting = read_setting(folder)
+    if setting is None:
+        raise ValueError(f"{folder} holds no comparison")
+    plan = prepare(setting)
+
+    def known(runs: Sequence[Run]) -> dict[str, Outcome]:
+        found = {run.key: outcome(folder, run) for run in runs}
+        return {key: one for key, one in found.items() if one is not None}
+
+    rates = _rates(plan, known, lambda _: None)
+    runs = plan.runs(rates)
+    done = known([run for own in runs.values() for run in own])
+    write_results(_results(plan, runs, done, {}, rates), folder)
+    return folder / "report.html"
+
+
+def write_results(results: Results, folder: Path) -> None:
+    """Writes results.csv, results.json and report.html."""
+    from ..report.compare_page import write_compare_report
+
+    tables.write_tables(results, folder)
+    write_compare_report(results, folder)
+
+
+def _carry_out(plan: Plan, pool: Pool, console: Console) -> Results:
+    rates = _rates(plan, pool.run_all, _sayer(console))
+    runs = plan.runs(rates)
+    # Seed by seed, so that what is there at any time can be compared.
+    ordered = [own[place] for place in range(len(plan.setting.seeds)) for own in runs.values()]
+    untuned = set(runs) - set(rates) if plan.setting.tune else set()
+    done = pool.run_all([run for run in ordered if run.entry.label not in untuned])
+    return _results(plan, runs, done, pool.failed, rates)
+
+
+def _rates(
+    plan: Plan, run_all: Callable[[Sequence[Run]], Mapping[str, Outcome]], say: Say
+) -> dict[str, dict[str, Any]]:
+    """The options of each method: tuned, found before, or none beside the presets'."""
+    setting = plan.setting
+    labels = [entry.label for entry in plan.entries]
+    known = {label: dict(setting.rates[label]) for label in labels if label in setting.rates}
+    if not setting.tune:
+        return known
+
+    def make(entry: Entry, options: Mapping[str, Any]) -> Run:
+        return plan.run(entry, setting.tuning_seed, options)
+
+    before = [entry for entry in plan.entries if entry.label in known]
+    found = tuning.refine(before, known, make, run_all, say) if before else {}
+    rest = [entry for entry in plan.entries if entry.label not in known]
+    searched = tuning.tune(rest, make, run_all, say)
+    return found | {label: tuning.record(one) for label, one in searched.items()}
+
+
+def _results(
+    plan: Plan,
+    runs: Mapping[str, Sequence[Run]],
+    done: Mapping[str, Outcome],
+    failed: Mapping[str, str],
+    rates: Mapping[str, Mapping[str, Any]],
+) -> Results:
+    setting = plan.setting
+    every = [(label, run) for label, own in runs.items() for run in own]
+    absent = [(label, run.seed) for label, run in every if run.key not in done]
+    about = {
+        "model": setting.model,
+        "data": Path(setting.data).name or setting.data,
+        "data_sha256": setting.data_sha256,
+        "steps": setting.steps,
+        "seeds": list(setting.seeds),
+        "equal": setting.equal,
+        "settings": dict(setting.settings),
+        "tuned": setting.tune,
+        "tuning_seed": setting.tuning_seed if setting.tune else None,
+        "grid": tuning.declared() if setting.tune else None,
+        "versions": dict(setting.versions),
+    }
+    return Results(
+        make_rows(runs, done, plan.predictions, plan.remarks),
+        tuple(absent),
+        plan.skipped,
+        dict(failed),
+        rates,
+        about,
+    )
+
+
+@contextmanager
+def _hold(folder: Path) -> Iterator[None]:
+    """Holds the folder, so that two comparisons never write into it; ends with the process."""
+    with (folder / ".lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder} is in use by another comparison") from None
+        yield
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM ends the comparison as Ctrl-C does; outside the main thread nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Ended
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _sayer(console: Console) -> Say:
+    return lambda text: _say(console, text)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
