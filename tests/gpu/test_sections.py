@@ -41,6 +41,13 @@ def ran(name: str, file: Path, about: Any = None) -> Any:
 
 
 @pytest.fixture(autouse=True)
+def _without_pretraining(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its trials take several seconds."""
+    if "pretraining" not in request.node.name:
+        monkeypatch.setattr(part("pretraining"), "TRIALS", ())
+
+
+@pytest.fixture(autouse=True)
 def _no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which takes long among the objects of all tests."""
     monkeypatch.setattr(part("record"), "release", lambda: None)
@@ -133,6 +140,7 @@ def test_memory_checks_the_state_and_has_each_phase(file: Path) -> None:
     assert freed >= row.details["gradient_bytes"]
 
 
+@pytest.mark.slow
 def test_pretraining_is_measured_or_says_what_is_missing(file: Path) -> None:
     record = ran("memory", file)
     for trial in part("pretraining").TRIALS:

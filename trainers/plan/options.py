@@ -11,6 +11,7 @@ from lowrank.optimizers.engine.method import TABLE
 
 from ..config import RunConfig
 from ..preset import canonical, preset_layer, preset_names
+from ..strategies import method_options as trained_options
 
 WEIGHT_BITS = (16, 8, 4)
 
@@ -57,7 +58,7 @@ def method_options(
 
 def run_options(config: RunConfig) -> dict[str, Any]:
     """Options of `build` for a run of the trainer."""
-    options = {"lr": config.optimizer.lr, **config.optimizer.options}
+    options = {"lr": config.optimizer.lr, **trained_options(config)}
     if accepts(config.optimizer.name, "total_steps"):
         options.setdefault("total_steps", config.train.steps)
     return options

@@ -111,11 +111,16 @@ def plan_run(config: RunConfig, world: int, device: str) -> Plan:
         device: "cuda" or "cpu".
 
     Raises:
-        ValueError: it can't be planned: the strategy is DeepSpeed's, or blocks are compiled.
+        ValueError: it can't be planned: the strategy is DeepSpeed's, or blocks are compiled or keep
+            compressed activations.
     """
     strategy = config.distributed.strategy
     if config.model.compile:
         raise ValueError("model.compile=True: planned are runs without it")
+    if config.model.compressed_activations:
+        raise ValueError(
+            f"model.compressed_activations={config.model.compressed_activations}: planned is 0"
+        )
     if world > 1 and strategy == "auto":
         strategy = "ddp"
     model, train, length = config.model, config.train, config.data.sequence_length
