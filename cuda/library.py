@@ -238,6 +238,7 @@ class _Choice:
     """The choice of kernels, shared by the process."""
 
     name = os.environ.get("LOWRANK_KERNELS", "native")
+    assumed: type | None = None
 
 
 def kernels() -> str:
@@ -270,6 +271,22 @@ def using_kernels(name: str) -> Iterator[None]:
         yield
     finally:
         _Choice.name = former
+
+
+@contextlib.contextmanager
+def assuming_libraries() -> Iterator[None]:
+    """Takes libraries to be there for fake tensors, which no compiled code is called for.
+
+    So a machine without a GPU can find out what a machine with one would allocate.
+    """
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    former = _Choice.assumed
+    _Choice.assumed = FakeTensor
+    try:
+        yield
+    finally:
+        _Choice.assumed = former
 
 
 @functools.cache
@@ -307,6 +324,8 @@ def library_for(tensors: Sequence[Tensor]) -> Library | None:
     if kind not in ("cpu", "cuda"):
         return None
     name = "host" if kind == "cpu" else "cuda"
+    if _Choice.assumed is not None and isinstance(tensors[0], _Choice.assumed):
+        return _ASSUMED
     found = status(name)
     if found.library is None:
         _say_missing(name)
@@ -314,4 +333,5 @@ def library_for(tensors: Sequence[Tensor]) -> Library | None:
     return found.library if found.runs_on(tensors[0].device) else None
 
 
+_ASSUMED = object.__new__(Library)
 set_kernels(_Choice.name)

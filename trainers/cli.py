@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from . import plan_command
 from .termination import Terminated
 
 EXIT_FAILED = 1
@@ -31,7 +32,7 @@ settings that matter, for --set (the folder's config.yaml lists all of them):
   model.dtype=float32|bfloat16, model.activation_checkpointing, model.compile
   model.weight_bits=16|8|4, model.compressed_activations=COLUMNS
   distributed.strategy=auto|ddp|fsdp2|deepspeed (under torchrun), distributed.timeout
-  log.wandb=true
+  log.wandb=true, log.memory_steps=N (peaks by phase of the first N steps, beside the plan's)
 
 examples:
   lowrank pretrain
@@ -85,6 +86,8 @@ def parser() -> argparse.ArgumentParser:
         dest="overrides",
         help="one or more single settings as section.key=value, above everything else",
     )
+
+    plan_command.add_parser(commands)
 
     from .compare.arguments import add_compare
 

@@ -18,6 +18,8 @@ WEIGHT_BITS = (16, 8, 4, None)
 MOST_THREADS = 1024
 # A month; beyond some centuries torch's own limits overflow.
 LONGEST_TIMEOUT = 30 * 24 * 3600
+# The record of allocations on a CPU grows with every step.
+MOST_MEMORY_STEPS = 1000
 SCHEDULES = ("cosine", "cosine_restarts", "linear", "wsd", "constant")
 CLIP_NORMS = ("exact", "projected", "previous")
 STRATEGIES = ("auto", "ddp", "fsdp2", "deepspeed")
@@ -293,6 +295,9 @@ class LogConfig:
         progress: show the progress bar.
         wandb: also log to Weights & Biases (offline when WANDB_MODE says so).
         wandb_project: the project there.
+        memory_steps: how many of the first steps are measured phase by phase, to hold the plan's
+            memory against in the report; 0 for none. On a CPU these steps take several times as
+            long.
         optimizer_time: record the optimizer's own time of each step, for which a CUDA device is
             waited for.
     """
@@ -300,7 +305,16 @@ class LogConfig:
     progress: bool = True
     wandb: bool = False
     wandb_project: str = "lowrank"
+    memory_steps: int = 0
     optimizer_time: bool = False
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.memory_steps <= MOST_MEMORY_STEPS,
+            "log.memory_steps",
+            self.memory_steps,
+            f"0 (off) or a number of steps up to {MOST_MEMORY_STEPS}",
+        )
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ FREE_ON_RESUME = frozenset(
         "distributed.low_rank_gradients",
         "distributed.timeout",
         "log.progress",
+        "log.memory_steps",
         "log.wandb",
         "log.wandb_project",
         "log.optimizer_time",

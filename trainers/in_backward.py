@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from math import inf
 from typing import Any
@@ -20,7 +21,15 @@ from lowrank.optimizers import InBackward, update_in_backward
 from .config import TrainConfig
 from .data import Batch
 from .distributed import World
-from .step import Gradient, accumulator_device, check_packed, count, loss_factor
+from .step import (
+    Gradient,
+    Phase,
+    accumulator_device,
+    check_packed,
+    count,
+    loss_factor,
+    no_phase,
+)
 
 #: Why a step is skipped, with the offending value; None to take it.
 Reason = tuple[str, float] | None
@@ -55,6 +64,8 @@ def take_step(
     as_one: bool,
     packed: bool = False,
     flag: bool = False,
+    phase: Phase = no_phase,
+    update: AbstractContextManager[Any] | None = None,
 ) -> tuple[Gradient, Reason, int]:
     """Takes a step by the gradient of the mean loss, as `compute_gradient` and `step` would.
 
@@ -70,6 +81,8 @@ def take_step(
         as_one: whether the optimizer leaves out the whole step if the norm is not finite.
         packed: whether every process has equally many tokens.
         flag: this process's flag, summed in `Gradient.flags`.
+        phase: a context for the passes, "forward" and "backward".
+        update: a context for what is left to the optimizer's step.
 
     Returns:
         The loss and the norm (0 of a skipped step), why it was skipped, and the most bytes of
@@ -86,7 +99,8 @@ def take_step(
     nats = torch.zeros((), dtype=torch.float64, device=device)
     kept = 0
     for index, batch in enumerate(batches):
-        loss = module(batch.inputs.to(world.device), batch.targets.to(world.device))
+        with phase("forward"):
+            loss = module(batch.inputs.to(world.device), batch.targets.to(world.device))
         nats += loss.detach().to(device, torch.float64)
         if index == len(batches) - 1:
             told = torch.tensor([own, int(flag)], dtype=torch.float64).to(device)
@@ -97,8 +111,10 @@ def take_step(
             if reason is not None:
                 optimizer.zero_grad(set_to_none=True)
                 return gradient, reason, kept
-        (loss * factor.to(loss.dtype).to(loss.device)).backward()
+        with phase("backward"):
+            (loss * factor.to(loss.dtype).to(loss.device)).backward()
         kept = max(kept, handle.kept_bytes)
-    optimizer.step()
+    with update or nullcontext():
+        optimizer.step()
     gradient = replace(gradient, norm=handle.norm or 0.0)
     return gradient, skip(gradient) if as_one else None, kept

@@ -16,6 +16,7 @@ from .checkpoint import CheckpointStore
 from .data import Batch
 from .evaluation import Evaluation, count_targets, evaluate
 from .in_backward import Reason, take_step
+from .measured_steps import MeasuredSteps
 from .memory import MemoryMeter, peak_bytes
 from .parts import Parts, rank_state, write_parts, write_shared, written_by_all
 from .recorder import Recorder
@@ -48,6 +49,7 @@ class Loop:
         self._events: list[RefreshEvent] = []
         self._layer_events: list[LayerEvent] = []
         self._meter = MemoryMeter(parts.model, parts.optimizer, parts.world.device, parts.engine)
+        self._measured = MeasuredSteps(parts)
         self._asked = False
         # A counter that isn't saved with the optimizer restarts in every process.
         self._uncounted = parts.state.skipped_updates - _skipped_updates(parts.optimizer)
@@ -82,6 +84,7 @@ class Loop:
         finally:
             for handle in handles:
                 handle.remove()
+            self._measured.close()
 
     def _step(self) -> None:
         parts, state = self._parts, self._parts.state
@@ -98,8 +101,9 @@ class Loop:
         gradient, reason, kept, own_seconds = self._take(batches)
         # Processes end together: a later request takes effect in the next step.
         self._asked = gradient.flags > 0
-        memory = self._meter.read(bool(self._events or self._layer_events), kept)
+        memory = self._meter.read(self._renewed(), kept)
         parts.optimizer.zero_grad(set_to_none=True)
+        found = self._measured.after_step()
         seconds = time.perf_counter() - start
 
         state.step += 1
@@ -118,6 +122,9 @@ class Loop:
             tokens=gradient.tokens,
             memory=memory,
         )
+        if found is not None:
+            state.peak_bytes = max(state.peak_bytes, found.peak)
+            self._recorder.memory(state.step, found)
         if reason is None:
             state.add_loss(gradient.loss)
             state.skipped_in_row = 0
@@ -153,10 +160,16 @@ class Loop:
                 as_one=config.clip > 0 and config.clip_norm != "previous",
                 packed=packed,
                 flag=flag,
+                phase=self._measured.phase,
+                update=self._measured.update(self._renewed),
             )
             return *taken, None
         gradient = compute_gradient(
-            *(parts.module, batches, parts.world), packed=packed, flag=flag, engine=parts.engine
+            *(parts.module, batches, parts.world),
+            packed=packed,
+            flag=flag,
+            engine=parts.engine,
+            phase=self._measured.phase,
         )
         reason, own_seconds = skip(gradient), None
         if parts.engine is not None:
@@ -165,7 +178,8 @@ class Loop:
             reason = reason or skip(gradient)
         elif reason is None:
             clip(parts.model.parameters(), gradient.norm, config.clip)
-            own_seconds = self._step_optimizer()
+            with self._measured.update(self._renewed):
+                own_seconds = self._step_optimizer()
         return gradient, reason, None, own_seconds
 
     def _step_optimizer(self) -> float | None:
@@ -179,6 +193,9 @@ class Loop:
         parts.optimizer.step()
         wait_for(device)
         return time.perf_counter() - start
+
+    def _renewed(self) -> bool:
+        return bool(self._events or self._layer_events)
 
     def _skip(self, reason: str, value: float) -> None:
         state, limit = self._parts.state, self._parts.config.train.max_skips

@@ -29,6 +29,12 @@ def _whole_bytes(tensor: Tensor) -> int:
     return whole_shape(tensor).numel() * tensor.element_size()
 
 
+def held_bytes(model: nn.Module) -> int:
+    """Bytes of this process's parameters and of all buffers, every shared tensor once."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(local(tensor).nbytes for tensor in tensors.values())
+
+
 def gradient_bytes(model: nn.Module) -> int:
     """Bytes of the existing gradients; of sharded ones, of this process's parts."""
     grads = (item.grad for item in model.parameters())

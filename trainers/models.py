@@ -83,13 +83,13 @@ def prepared(network: Any, config: ModelConfig) -> LanguageModel:
     network.config.dtype = getattr(torch, config.dtype)
     network.train()
     if config.activation_checkpointing:
-        _checkpoint_activations(network)
+        checkpoint_activations(network)
     if config.compile:
         network.model.compile()
     return LanguageModel(network)
 
 
-def _checkpoint_activations(network: Any) -> None:
+def checkpoint_activations(network: Any) -> None:
     """Recomputes each block in the backward pass; newer versions gave the switch a new name."""
     enable = getattr(network, "activation_checkpointing_enable", None)
     (enable or network.gradient_checkpointing_enable)({"use_reentrant": False})

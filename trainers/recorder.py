@@ -14,10 +14,12 @@ from rich.console import Console
 from .config import RunConfig
 from .config_io import to_mapping
 from .evaluation import Evaluation
+from .measured_steps import Found
 from .metrics import MetricsWriter
 from .missing import require
 from .progress import TrainingProgress
 from .state import TrainState
+from .units import format_bytes
 
 
 class LayerEvent(Protocol):
@@ -169,6 +171,21 @@ class Recorder:
         for event in events:
             detail = f"{event.layers} layer" + ("s" if event.layers != 1 else "")
             self._write("event", step, name=event.kind, detail=detail, layers=event.layers)
+
+    def memory(self, step: int, found: Found) -> None:
+        """Records the peaks of measured steps beside the plan's, and says so."""
+        planned = None if found.planned is None else dict(found.planned)
+        self._write(
+            "memory", step, steps=found.steps, measured=dict(found.measured), planned=planned
+        )
+        if found.planned is None:
+            self.message(f"memory: measured, but not planned: {found.why}")
+            return
+        said = ", ".join(
+            f"{name} {format_bytes(peak)} ({format_bytes(found.planned[name])} planned)"
+            for name, peak in found.measured.items()
+        )
+        self.message(f"memory of {found.steps} steps: {said}")
 
     def skip(self, step: int, reason: str, value: float) -> None:
         """Records that a step was not taken, and says so."""

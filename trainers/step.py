@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,14 @@ from .distributed import World
 from .loss import IGNORED
 from .sharding import is_sharded, local
 from .zero_engine import ZeroEngine
+
+#: A context for a part of a step, by its name.
+Phase = Callable[[str], contextlib.AbstractContextManager[Any]]
+
+
+def no_phase(name: str) -> contextlib.AbstractContextManager[Any]:
+    """Nothing is done around a part of a step."""
+    return contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,7 @@ def compute_gradient(
     packed: bool = False,
     flag: bool = False,
     engine: ZeroEngine | None = None,
+    phase: Phase = no_phase,
 ) -> Gradient:
     """Leaves in ``.grad`` the gradient of the mean loss over all tokens of the step.
 
@@ -62,6 +71,7 @@ def compute_gradient(
         flag: this process's flag, summed in `Gradient.flags`.
         engine: keeps the gradient in a place of its own; the norm is then 0 here, and known after
             its step.
+        phase: a context for the passes, "forward" and "backward".
 
     Raises:
         RuntimeError: `packed` is True, and processes have different numbers of tokens.
@@ -75,12 +85,14 @@ def compute_gradient(
         with _synchronised(module, last):
             if engine is not None:
                 engine.begin(last)
-            loss = module(batch.inputs.to(world.device), batch.targets.to(world.device))
-            share = loss * factor.to(loss.dtype).to(loss.device)
-            if engine is not None:
-                engine.backward(share)
-            else:
-                share.backward()
+            with phase("forward"):
+                loss = module(batch.inputs.to(world.device), batch.targets.to(world.device))
+                share = loss * factor.to(loss.dtype).to(loss.device)
+            with phase("backward"):
+                if engine is not None:
+                    engine.backward(share)
+                else:
+                    share.backward()
         nats += loss.detach().to(device, torch.float64)
     norm = torch.zeros(()) if engine else gradient_norm(module.parameters())
     norm = norm.to(device).to(torch.float64)

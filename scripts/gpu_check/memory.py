@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from lowrank.optimizers import build, expected_state_bytes, state_bytes
 
+from . import pretraining
 from .files import Json
 from .llama import llama
 from .record import NO_TIME, Record
@@ -131,13 +132,14 @@ class Meter:
 
 
 def run(record: Record, context: Context) -> None:
-    """Small models first; the largest one by the methods that are made for it."""
+    """Small models first; the largest one by the methods that are made for it, then for real."""
     models = context.size.models
     plan = [(models[name], trial) for name in ("60m", "1b", "7b") for trial in TRIALS[:3]]
     plan += [(models["1b"], TRIALS[3]), (models["60m"], TRIALS[3])]
     for model, trial in plan:
         label = f"{model.name} {trial.label}"
         record.attempt(label, functools.partial(_trial, record, context, model, trial))
+    pretraining.run(record, context)
 
 
 def _trial(record: Record, context: Context, model: Model, trial: Trial) -> None:

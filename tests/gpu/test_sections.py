@@ -41,6 +41,13 @@ def ran(name: str, file: Path, about: Any = None) -> Any:
 
 
 @pytest.fixture(autouse=True)
+def _without_pretraining(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its trials take several seconds."""
+    if "pretraining" not in request.node.name:
+        monkeypatch.setattr(part("pretraining"), "TRIALS", ())
+
+
+@pytest.fixture(autouse=True)
 def _no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which takes long among the objects of all tests."""
     monkeypatch.setattr(part("record"), "release", lambda: None)
@@ -119,7 +126,8 @@ def test_refresh_measures_all_ways_and_checks_their_energy(file: Path) -> None:
 def test_memory_checks_the_state_and_has_each_phase(file: Path) -> None:
     record = ran("memory", file)
     assert all(check["passed"] for check in record.checks)
-    assert sum("state bytes" in check["name"] for check in record.checks) == 11
+    names = [check["name"] for check in record.checks if "pretraining" not in check["name"]]
+    assert sum("state bytes" in name for name in names) == 11
     row = next(row for row in record.rows if row.name == "galore_adamw_8bit: peak")
     phases = ["model", "optimizer", "forward 0", "backward 0", "step 0", "zero_grad 0"]
     assert list(row.details["peaks"])[:6] == phases
@@ -130,6 +138,21 @@ def test_memory_checks_the_state_and_has_each_phase(file: Path) -> None:
     # Gradients are there after a backward pass, and gone afterwards.
     freed = row.details["ends"]["step 1"] - row.details["ends"]["zero_grad 1"]
     assert freed >= row.details["gradient_bytes"]
+
+
+@pytest.mark.slow
+def test_pretraining_is_measured_or_says_what_is_missing(file: Path) -> None:
+    record = ran("memory", file)
+    for trial in part("pretraining").TRIALS:
+        rows = [row for row in record.rows if row.name == f"pretraining, {trial.label}: peak"]
+        skipped = [entry for entry in record.skipped if entry["what"].endswith(trial.label)]
+        lacking = part("pretraining").missing(trial)
+        if lacking is None:
+            assert len(rows) == 1
+            assert set(rows[0].details["peaks"]) >= {"forward", "backward", "step"}
+            assert rows[0].details["planned"].keys() >= rows[0].details["peaks"].keys()
+        else:
+            assert [entry["why"] for entry in skipped] == [lacking]
 
 
 @pytest.mark.parametrize("name", ["steps", "refresh", "memory", "kernels"])

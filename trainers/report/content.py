@@ -184,6 +184,27 @@ def evaluation_table(run: Run) -> str:
     )
 
 
+def measured_memory(run: Run) -> str:
+    """Peaks of the steps that were measured phase by phase, beside the plan's."""
+    if not run.measured_memory:
+        return ""
+    record = run.measured_memory[-1]
+    measured, planned = (_sizes(record.get(key)) for key in ("measured", "planned"))
+    rows = []
+    for name, peak in measured.items():
+        said = planned.get(name)
+        off = MISSING if said is None or not peak else f"{said / peak - 1:+.1%}"
+        rows.append((name, format_bytes(peak), format_bytes(said), off))
+    head = ("Highest in", "Measured", "Planned", "Plan is off by")
+    return table(rows, head=head, numeric=True)
+
+
+def _sizes(value: object) -> dict[str, float]:
+    """Bytes by name, as far as a record holds them."""
+    items = value.items() if isinstance(value, Mapping) else ()
+    return {str(name): float(size) for name, size in items if isinstance(size, int | float)}
+
+
 def event_table(run: Run) -> str:
     """Skipped steps and the method's own events."""
     marks = sorted(

@@ -59,6 +59,7 @@ class Run:
             at least one matrix got a new basis.
         skips: Steps whose update was skipped.
         events: What a method did on its own schedule: merges, switches, new samples.
+        measured_memory: The records of steps measured phase by phase, beside the plan's bytes.
     """
 
     folder: Path
@@ -85,6 +86,7 @@ class Run:
     overlap: Series
     skips: tuple[Mark, ...]
     events: tuple[Mark, ...]
+    measured_memory: tuple[Record, ...]
 
     @property
     def finished(self) -> bool:
@@ -137,6 +139,7 @@ def read_run(folder: Path) -> Run:
         overlap=_series(refreshes, "overlap"),
         skips=_marks(by_kind.get("skip", []), "reason", "value"),
         events=_marks(by_kind.get("event", []), "name", "detail"),
+        measured_memory=tuple(by_kind.get("memory", [])),
     )
 
 

@@ -13,6 +13,7 @@ from .content import (
     footer,
     header,
     key_figures,
+    measured_memory,
     notices,
 )
 from .figures import (
@@ -71,7 +72,11 @@ def render_report(run: Run) -> str:
                     [gradient_figure(alone), learning_rate_figure(alone), throughput_figure(alone)]
                 ),
             ),
-            section("Memory", figures([memory_bars(alone), memory_timeline(alone)])),
+            section(
+                "Memory",
+                figures([memory_bars(alone), memory_timeline(alone)]),
+                measured_memory(run),
+            ),
             section(
                 "Subspaces",
                 figures([energy_figure(alone), overlap_figure(alone), refresh_figure(alone)]),

@@ -1,0 +1,36 @@
+"""The first steps of a run measured phase by phase, beside the plan."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_runs import TINY, write_corpus
+
+from lowrank.trainers.cli import main
+
+
+@pytest.fixture
+def ran(tmp_path: Path) -> Path:
+    data, folder = write_corpus(tmp_path / "data"), tmp_path / "run"
+    arguments = ["pretrain", f"--data={data}", "--steps=5", f"--output={folder}", *TINY]
+    assert main([*arguments, "log.memory_steps=4", "model.hidden_size=64"]) == 0
+    return folder
+
+
+@pytest.mark.slow
+def test_a_run_holds_measured_memory_against_the_plan(ran: Path) -> None:
+    records = [json.loads(line) for line in (ran / "metrics.jsonl").read_text().splitlines()]
+    (found,) = (record for record in records if record["kind"] == "memory")
+    assert found["step"] == found["steps"] == 4
+    assert set(found["measured"]) == {"forward", "backward", "step", "refresh"}
+    for name, peak in found["measured"].items():
+        assert found["planned"][name] == pytest.approx(peak, rel=0.05), name
+    text = (ran / "report.html").read_text()
+    assert "Plan is off by" in text
+
+
+def test_a_run_measures_nothing_unless_asked(tmp_path: Path) -> None:
+    data, folder = write_corpus(tmp_path / "data"), tmp_path / "run"
+    assert main(["pretrain", f"--data={data}", "--steps=1", f"--output={folder}", *TINY]) == 0
+    assert '"kind": "memory"' not in (folder / "metrics.jsonl").read_text()
+    assert "Plan is off by" not in (folder / "report.html").read_text()

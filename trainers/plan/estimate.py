@@ -1,0 +1,275 @@
+"""The numbers of a plan: the run's own code on fake tensors, each part once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lowrank.optimizers import FactoredAdamW, expected_state_bytes, update_in_backward
+from lowrank.optimizers.engine.parameters import unique_names
+
+from ..loss import chunk_tokens
+from .driverless import driverless
+from .fakes import DEPTHS, Fake, blocks_of, faking, grown, made, steps_grow
+from .network import Blocks, Network, Source, new_network
+from .result import CATEGORIES
+from .sharded import Parts, check_divisible, divided, wire_bytes
+from .trace import GRADIENTS, InBackward, Trace, trace
+from .update import Update, empty_gradients, simulate
+
+#: Bytes to a multiple of which torch's allocators round up.
+GRANULARITY = {"cuda": 512, "cpu": 1}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is planned; see `plan`."""
+
+    source: Source
+    optimizer: str
+    sequence: int
+    batch: int
+    accumulation: int
+    world: int
+    strategy: str | None
+    device: str
+    update_in_backward: bool
+    options: Mapping[str, Any]
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether gradients are there before the last micro-batch's passes."""
+        return self.accumulation > 1 or self.strategy == "ddp"
+
+    def described(self) -> dict[str, Any]:
+        """Everything but model and optimizer, by name."""
+        return {
+            "sequence": self.sequence,
+            "batch": self.batch,
+            "accumulation": self.accumulation,
+            "world": self.world,
+            "strategy": self.strategy,
+            "device": self.device,
+            "dtype": str(self.source.dtype).removeprefix("torch."),
+            "checkpointing": self.source.checkpointing,
+            "update_in_backward": self.update_in_backward,
+            "options": dict(self.options),
+        }
+
+
+class Estimate:
+    """What a run takes, for any micro-batch.
+
+    Attributes:
+        setting: what is planned.
+        parameters: trained numbers.
+        state: bytes of the optimizer's state on a process, by formula.
+        wire: bytes that a process hands to collectives in a step; None for one process.
+        notes: what the numbers leave out.
+
+    Raises:
+        ValueError: as `build`, or the model has no blocks.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self._granularity = GRANULARITY[setting.device]
+        self._traces: dict[int, Trace] = {}
+        self._mode = FakeTensorMode()
+        whole = new_network(setting.source, torch.device("meta"))
+        blocks = blocks_of(whole, setting.source)
+        _check_rank(setting, blocks)
+        self._depth = len(blocks.items)
+        self._vocabulary = len(whole.network.get_output_embeddings().weight)
+        few, many = DEPTHS
+        scaled = blocks.equal and self._depth > many
+        with faking(self._mode):
+            self._fake = self._made(few if scaled else self._depth)
+            self._sizes = self._fake.sizes()
+            # Another one takes steps: what is due in the first one shows in its passes, too.
+            stepped = self._made(many if scaled else self._depth)
+            if scaled:
+                self._sizes = grown(self._sizes, stepped.sizes(), self._depth)
+            self._update, self._in_backward = self._updates(stepped)
+        self._parts: Parts | None = None
+        if setting.strategy == "fsdp2":
+            check_divisible(setting.optimizer)
+            self._parts = divided(whole.network, blocks, setting.world)
+        self.parameters = self._sizes["parameters"]
+        world = 1 if self._parts is None else setting.world
+        self.state = expected_state_bytes(
+            setting.optimizer, whole.network, world, **setting.options
+        )
+        self.wire = self._sent(whole.network)
+        self.notes = self._notes()
+
+    def _made(self, depth: int, device: str = "cpu") -> Fake:
+        setting = self.setting
+        return made(setting.source, setting.optimizer, setting.options, device, depth)
+
+    def _updates(self, fake: Fake) -> tuple[Update, InBackward | None]:
+        """What the optimizer takes in its step, and in the backward pass.
+
+        Steps of layers need real backward passes, which fake tensors allow on a CPU only.
+        """
+        layers, depth = isinstance(fake.optimizer, FactoredAdamW), len(fake.blocks.items)
+        grows = steps_grow(fake, self._depth) if depth < self._depth else False
+        depth = self._depth if grows is None else depth
+        where = "cpu" if layers else self.setting.device
+        if where != "cpu" or depth != len(fake.blocks.items):
+            fake = self._made(depth, where)
+        found = self._simulated(fake)
+        if grows:
+            small = self._simulated(self._made(DEPTHS[0], where))
+            found = found.grown(small, *DEPTHS, self._depth)
+        if not self.setting.update_in_backward:
+            return found, None
+        with update_in_backward(self._fake.optimizer) as handle:  # raises where it can't be
+            left = handle.whole()
+        kept = [param for name, param in _trained(fake) if name in left]
+        added: dict[object, int] = {}
+        for name, param in _trained(fake):
+            kind = _kind(fake, param)
+            if name not in left and kind not in added:
+                added[kind] = self._simulated(fake, [param]).refresh
+        scratch = {
+            id(param): added[_kind(self._fake, param)]
+            for name, param in _trained(self._fake)
+            if name not in left
+        }
+        rest = self._simulated(fake, kept) if kept else Update(0, 0)
+        return rest, InBackward(scratch)
+
+    def _simulated(self, fake: Fake, params: list[nn.Parameter] | None = None) -> Update:
+        """Steps with gradients of some parameters, or of all."""
+        layers = isinstance(fake.optimizer, FactoredAdamW)
+
+        def differentiate() -> None:
+            if layers:
+                _backward(fake.model)
+            empty_gradients(fake.model, params, replace=layers)
+
+        with driverless(next(fake.model.parameters()).device):
+            return simulate(
+                fake.optimizer, fake.model, differentiate, granularity=self._granularity
+            )
+
+    def phases(self, batch: int) -> dict[str, dict[str, int]]:
+        """Bytes by category at the highest moment of each phase, for a micro-batch.
+
+        Raises:
+            ValueError: what the model computes depends on the numbers that it computes with.
+        """
+        found, update, parts = self._traced(batch), self._update, self._parts
+        sizes = self._sizes
+        held = Counter(
+            {
+                "weights": sizes["weights"] if parts is None else parts.weights,
+                "moments": self.state - sizes["basis"] - sizes["other"],
+                "bases": sizes["basis"],
+                "other state": sizes["other"],
+            }
+        )
+        end = found.backward.end[GRADIENTS]
+        levels = {
+            "forward": Counter(found.forward.peak),
+            "backward": Counter(found.backward.peak),
+            "step": Counter({GRADIENTS: end, "scratch": update.step}),
+            "refresh": Counter({GRADIENTS: end, "scratch": update.refresh}),
+        }
+        if parts is not None:
+            share = parts.gradients / max(1, sizes["gradients"])
+            for level in levels.values():
+                level[GRADIENTS] = round(level[GRADIENTS] * share)
+            levels["forward"]["gathered"] = parts.gathered
+            levels["backward"]["gathered"] = parts.gathered + parts.reduced
+        return {
+            name: {kind: (held + level)[kind] for kind in CATEGORIES}
+            for name, level in levels.items()
+        }
+
+    def _traced(self, batch: int) -> Trace:
+        """A micro-batch's passes; large ones by those of two smaller ones."""
+        setting = self.setting
+        first = 1 + -(-chunk_tokens(self._vocabulary) // setting.sequence)
+        second = 2 * first
+        if batch > second:
+            larger = self._traced(second)
+            return larger.onward(self._traced(first), (batch - second) / (second - first))
+        if batch not in self._traces:
+            with faking(self._mode):
+                self._traces[batch] = trace(
+                    self._fake.model,
+                    self._fake.blocks,
+                    batch,
+                    setting.sequence,
+                    depth=self._depth,
+                    kept=self._sizes["gradients"] if setting.keeps_gradients else 0,
+                    granularity=self._granularity,
+                    in_backward=self._in_backward,
+                )
+        return self._traces[batch]
+
+    def _sent(self, dense: nn.Module) -> Mapping[str, int | None] | None:
+        setting = self.setting
+        if setting.strategy is None:
+            return None
+        return wire_bytes(
+            setting.optimizer,
+            dense,
+            setting.strategy,
+            setting.world,
+            setting.accumulation,
+            self._parts,
+            setting.options,
+        )
+
+    def _notes(self) -> tuple[str, ...]:
+        notes = []
+        if self.setting.device == "cuda":
+            notes.append("attention as by fused kernels, which save no L x L scores")
+        if self._parts is not None:
+            notes.append("the optimizer's scratch is that of one process, an upper bound for parts")
+        return tuple(notes)
+
+
+def _check_rank(setting: Setting, blocks: Blocks) -> None:
+    """Raises `ValueError` for a rank that `build` would reduce for each matrix."""
+    rank = setting.options.get("rank")
+    shapes = [param.shape for param in blocks.items[0].parameters() if param.dim() == 2]
+    largest = max((min(shape) for shape in shapes), default=0)
+    if isinstance(rank, int) and rank > largest > 0:
+        raise ValueError(
+            f"rank={rank}: accepted for the blocks of {setting.source.name!r} are at most {largest}"
+        )
+
+
+def _trained(fake: Fake) -> list[tuple[str, nn.Parameter]]:
+    """The optimizer's parameters with the names that it has for them."""
+    groups = fake.optimizer.param_groups
+    params = [param for group in groups for param in group["params"]]
+    return list(zip(unique_names(groups), params, strict=True))
+
+
+def _kind(fake: Fake, param: nn.Parameter) -> tuple[object, ...]:
+    """What parameters have in common whose updates take the same memory."""
+    numbers = (
+        number
+        for number, group in enumerate(fake.optimizer.param_groups)
+        if any(param is own for own in group["params"])
+    )
+    return next(numbers), tuple(param.shape)
+
+
+def _backward(model: Network) -> None:
+    """A backward pass that leaves each layer what its optimizer reads."""
+    device = next(model.parameters()).device
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    with torch.enable_grad():
+        model(tokens, tokens).backward()

@@ -1,0 +1,136 @@
+"""Models of fake tensors with their optimizers, as deep as is needed to plan deeper ones."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lowrank.cuda.library import assuming_libraries
+from lowrank.optimizers import LowRankOptimizer, build, state_bytes_by_category
+from lowrank.optimizers.engine.chunks import SCRATCH_BYTES
+
+from ..memory import held_bytes
+from ..models import checkpoint_activations
+from .ledger import Ledger
+from .network import Blocks, Network, Source, find_blocks, new_network, place
+
+#: Blocks that stand for more of them.
+DEPTHS = (4, 8)
+
+#: Whole numbers by name, of one depth.
+Sizes = Counter[str]
+
+
+@contextlib.contextmanager
+def faking(mode: FakeTensorMode) -> Iterator[None]:
+    """Makes fake tensors, for which all kernels are taken to be there."""
+    # There may be no GPU to wait for.
+    waiting = mock.patch.object(torch.cuda, "synchronize", return_value=None)
+    with mode, assuming_libraries(), waiting, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@dataclass(frozen=True)
+class Fake:
+    """A model as it is trained, of fake tensors.
+
+    Attributes:
+        model: the model.
+        blocks: its blocks.
+        optimizer: trains it.
+    """
+
+    model: Network
+    blocks: Blocks
+    optimizer: LowRankOptimizer
+
+    def sizes(self) -> Sizes:
+        """Numbers that grow by the same amount with each of equal blocks."""
+        trained = [param for param in self.model.parameters() if param.requires_grad]
+        sizes = Counter(
+            parameters=sum(param.numel() for param in trained),
+            gradients=sum(param.nbytes for param in trained),
+            weights=held_bytes(self.model),
+        )
+        sizes.update(state_bytes_by_category(self.optimizer))
+        return sizes
+
+
+def made(
+    source: Source, optimizer: str, options: Mapping[str, Any], device: str, depth: int
+) -> Fake:
+    """A model with its first blocks only; call it under `faking`.
+
+    Raises:
+        ValueError: as `build`, or the model has no blocks.
+    """
+    model = new_network(source, torch.device("meta"))
+    blocks = blocks_of(model, source)
+    items = blocks.items[:depth]
+    blocks.parent._modules[blocks.name] = nn.ModuleList(items)
+    place(model, torch.device(device))
+    if source.checkpointing:
+        checkpoint_activations(model.network)
+    with torch.random.fork_rng(devices=[]), Ledger():  # which answers what is read back
+        trained = build(optimizer, model.network, **options)
+    return Fake(model, blocks_of(model, source), trained)
+
+
+def blocks_of(model: Network, source: Source) -> Blocks:
+    """The model's blocks.
+
+    Raises:
+        ValueError: it has none.
+    """
+    blocks = find_blocks(model)
+    if blocks is None:
+        raise ValueError(
+            f"model={source.name!r}: {type(model.network).__name__} has no list of blocks"
+        )
+    return blocks
+
+
+def grown(small: Sizes, large: Sizes, depth: int) -> Sizes:
+    """Sizes at a depth, from those at `DEPTHS`."""
+    few, many = DEPTHS
+    return Counter(
+        {
+            name: large[name] + (large[name] - small[name]) * (depth - many) // (many - few)
+            for name in large
+        }
+    )
+
+
+def steps_grow(fake: Fake, depth: int) -> bool | None:
+    """How an optimizer's scratch grows from the larger of `DEPTHS` to a depth.
+
+    It works on lists of matrices together until they reach a bound: False if they reach it before,
+    so that nothing grows, True if not even then, so that it grows with each block, else None.
+    """
+    inside = {id(param) for param in fake.blocks.items[0].parameters()}
+    block = sum(
+        _entries(tuple(param.shape), group.get("rank")) * 4
+        for group in fake.optimizer.param_groups
+        for param in group["params"]
+        if id(param) in inside
+    )
+    if block * DEPTHS[1] >= 2 * SCRATCH_BYTES:
+        return False
+    return True if block * depth <= SCRATCH_BYTES else None
+
+
+def _entries(shape: tuple[int, ...], rank: Any) -> int:
+    """Numbers that an update of a parameter works on."""
+    if len(shape) == 2 and isinstance(rank, int):
+        return min(rank, *shape) * max(shape)
+    return int(torch.Size(shape).numel())

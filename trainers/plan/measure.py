@@ -1,0 +1,122 @@
+"""What a few real steps take, phase by phase, to hold against a plan."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lowrank.optimizers import (
+    FactoredAdamW,
+    build,
+    convert,
+    state_bytes,
+)
+from lowrank.optimizers import update_in_backward as attach
+
+from ..memory import gradient_bytes, held_bytes
+from ..models import checkpoint_activations
+from ..phases import PhaseMeter
+from .network import new_network, read_source
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes of real steps.
+
+    Attributes:
+        weights: of parameters and buffers.
+        gradients: after a backward pass.
+        state: of the optimizer.
+        peaks: the most that was allocated in "forward", "backward", "step" and "refresh".
+    """
+
+    weights: int
+    gradients: int
+    state: int
+    peaks: Mapping[str, int]
+
+    @property
+    def peak(self) -> int:
+        """The largest of them."""
+        return max(self.peaks.values())
+
+
+def measure(
+    model: str,
+    optimizer: str,
+    *,
+    sequence: int,
+    batch: int = 1,
+    accumulation: int = 1,
+    steps: int = 3,
+    device: str = "cpu",
+    dtype: str | None = None,
+    checkpointing: bool | None = None,
+    update_in_backward: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> Measured:
+    """Trains a model of random weights on random tokens for a few steps.
+
+    Give `update_proj_gap` such that a later refresh is among them; the first step has one anyway.
+
+    Args:
+        model: as for `plan`, like the arguments of the same names.
+        optimizer: one of `available()`.
+        sequence: tokens of a sequence.
+        batch: sequences of a micro-batch.
+        accumulation: micro-batches of a step.
+        steps: how many.
+        device: "cpu", where the profiler's record of allocations is read, or a GPU.
+        dtype: of the weights.
+        checkpointing: recompute each block.
+        update_in_backward: update parameters in the backward pass.
+        options: of `build`.
+
+    Raises:
+        ValueError: as `plan`.
+    """
+    source = read_source(model, sequence, dtype, checkpointing)
+    where = torch.device(device)
+    options = dict(options or {})
+    with PhaseMeter(where) as meter, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with meter.phase("model"):
+            network = new_network(source, where)
+            if source.checkpointing:
+                checkpoint_activations(network.network)
+            convert(optimizer, network.network, **options)
+        with meter.phase("optimizer"):
+            trained = build(optimizer, network.network, **options)
+        if update_in_backward:
+            attach(trained, accumulation)
+        happened: list[Any] = []
+        trained.register_refresh_hook(happened.append)
+        if isinstance(trained, FactoredAdamW):
+            trained.register_event_hook(happened.append)
+        weights = held_bytes(network)
+        vocabulary = network.network.get_input_embeddings().num_embeddings
+        names: dict[str, str] = {}
+        gradients = 0
+        for step in range(steps):
+            for _ in range(accumulation):
+                tokens = torch.randint(vocabulary, (batch, sequence), device=where)
+                with meter.phase("forward"):
+                    loss = network(tokens, tokens)
+                with meter.phase("backward"):
+                    (loss * (1 / tokens.numel())).backward()
+                del loss
+            gradients = max(gradients, gradient_bytes(network))
+            before = len(happened) if update_in_backward else 0
+            with meter.phase(f"step {step}"):
+                trained.step()
+            names[f"step {step}"] = "refresh" if len(happened) > before else "step"
+            happened.clear()
+            trained.zero_grad()
+    peaks = {name: meter.peaks[name] for name in ("forward", "backward")}
+    for called, name in names.items():
+        peaks[name] = max(peaks.get(name, 0), meter.peaks[called])
+    return Measured(weights, gradients, state_bytes(trained), peaks)

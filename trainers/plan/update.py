@@ -1,0 +1,117 @@
+"""Memory of an optimizer: its state, and what its steps and refreshes need, from fake steps."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowrank.optimizers import FactoredAdamW, LowRankOptimizer
+
+from .ledger import Ledger
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an optimizer takes beside weights and ordinary gradients.
+
+    Attributes:
+        step: scratch of a step between refreshes.
+        refresh: scratch of a step that fits all bases or runs the events of all layers.
+    """
+
+    step: int
+    refresh: int
+
+    def grown(self, small: Update, few: int, many: int, depth: int) -> Update:
+        """This of `many` blocks and another of `few` taken on to a deeper model."""
+
+        def on(first: int, second: int) -> int:
+            return second + (second - first) * (depth - many) // (many - few)
+
+        return Update(on(small.step, self.step), on(small.refresh, self.refresh))
+
+
+def simulate(
+    optimizer: LowRankOptimizer,
+    model: nn.Module,
+    differentiate: Callable[[], None],
+    *,
+    granularity: int,
+) -> Update:
+    """Takes steps with an optimizer of fake tensors, as the trainer would.
+
+    Call it under `FakeTensorMode`. The model is left without gradients.
+
+    Args:
+        optimizer: a new one.
+        model: its model.
+        differentiate: leaves gradients.
+        granularity: bytes to which the allocator rounds up.
+    """
+    happened: list[Any] = []  # the trainer's hooks measure the new bases, which takes memory too
+    handles = [optimizer.register_refresh_hook(happened.append)]
+    if isinstance(optimizer, FactoredAdamW):
+        handles.append(optimizer.register_event_hook(happened.append))
+    ledger = Ledger(granularity, "scratch")
+    ledger.hold([*model.parameters(), *model.buffers()], "weights")
+    ledger.hold(
+        (
+            value
+            for entries in optimizer.state.values()
+            for value in entries.values()
+            if isinstance(value, torch.Tensor)
+        ),
+        "state",
+    )
+    usual: list[int] = []
+    renewing: list[int] = []
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), ledger:
+        warnings.simplefilter("ignore")
+        try:
+            for steps_done in (0, 1, _next_refresh(optimizer)):
+                for entries in optimizer.state.values():
+                    ledger.know(entries["step"], float(steps_done))
+                before = ledger.now.total
+                differentiate()
+                before += sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+                happened.clear()
+                ledger.restart()
+                optimizer.step()
+                added = max(0, ledger.peak.total - before)
+                (renewing if happened else usual).append(added)
+                optimizer.zero_grad()
+        finally:
+            for param in model.parameters():
+                param.grad = None
+            for handle in handles:
+                handle.remove()
+    return Update(max(usual, default=0), max([*usual, *renewing]))
+
+
+def _next_refresh(optimizer: LowRankOptimizer) -> int:
+    """Steps after which all matrices are due."""
+    gaps = [group.get("update_proj_gap") for group in optimizer.param_groups]
+    return max((gap for gap in gaps if isinstance(gap, int)), default=1)
+
+
+def empty_gradients(
+    model: nn.Module, params: Sequence[nn.Parameter] | None, *, replace: bool
+) -> None:
+    """Gives trained parameters gradients without computing them.
+
+    Args:
+        model: whose.
+        params: these alone, the others have none; None for all.
+        replace: gradients were computed: only those that should not be there are removed.
+    """
+    wanted = {id(param) for param in (model.parameters() if params is None else params)}
+    for param in model.parameters():
+        if id(param) not in wanted:
+            param.grad = None
+        elif param.requires_grad and not replace:
+            param.grad = torch.empty(param.shape, dtype=param.dtype, device=param.device)
