@@ -22,6 +22,7 @@ from ..engine.plan import Plan
 from ..engine.rotation import Rotation
 from ..engine.rule_families import TORCH_ADAMW
 from ..engine.sharding import shard_of
+from ..engine.warn import warn_user
 from ..rules import UpdateRule
 from . import FactoredLinear
 from .base import FACTOR
@@ -341,11 +342,10 @@ class FactoredAdamW(LowRankOptimizer):
             steps = max(int(state.get("step", 0)) for state in self.state.values())
             if steps < min(self._patience(link.group) for link in idle.values()):
                 return
-            warnings.warn(
+            warn_user(
                 f"{type(self).__name__} has taken {steps} steps without a finite gradient for "
                 f"{', '.join(idle)}: what is scheduled for a layer waits until {self.awaited} "
-                "trained (convert(..., patterns=...) leaves layers out)",
-                stacklevel=3,
+                "trained (convert(..., patterns=...) leaves layers out)"
             )
         self._all_stepped = True
 

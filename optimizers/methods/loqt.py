@@ -22,7 +22,6 @@ Difference: the released code keeps B's moments (`reset="none"`).
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
@@ -35,6 +34,7 @@ from ..engine.geometry import Side
 from ..engine.keywords import Keyword
 from ..engine.method import Conversion, method
 from ..engine.options import Group
+from ..engine.warn import warn_user
 from ..layers import FactoredLinear, QuantizedLowRankLinear
 from ..layers.events import LayerEvent
 from ..layers.link import Link
@@ -151,11 +151,10 @@ class LoQTAdamW(FactoredAdamW):
         ]
         if missing and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn_user(
                 f"{type(self).__name__} has no gradient of the full weight of {missing[0]}, from "
                 "which its basis is computed, so the layer is not trained: accepted is "
-                "loss.backward(), which torch.autograd.grad and backward(inputs=...) don't replace",
-                stacklevel=4,
+                "loss.backward(), which torch.autograd.grad and backward(inputs=...) don't replace"
             )
 
     def _after(self) -> None:

@@ -243,8 +243,9 @@ class Chunk:
     def replace(self, new: Tensor, dtype: torch.dtype, *, nearest: bool) -> None:
         """Writes dense entries, groups with equal values excepted.
 
-        A group in which no entry changes by a step is rounded stochastically, as each call of a
-        running average would leave it unchanged otherwise; other groups to the nearest codes.
+        A group whose entries change by less than a step on average is rounded stochastically, as
+        each call of a running average would leave most of them unchanged otherwise; other groups,
+        such as those of another weight, to the nearest codes.
 
         Args:
             new: flat entries.
@@ -264,7 +265,7 @@ class Chunk:
             self.store(torch.where(close, new, old), old, seed)
 
     def _within_a_step(self, moves: Tensor) -> Tensor:
-        """For each entry, whether its group has no move of a step or more."""
+        """For each entry, whether its group moves by less than a step on average."""
         size = self.format.group_size
         close = torch.empty(self.count, dtype=torch.bool, device=moves.device)
         for start, stop, width in groups.spans(self.count, size, moves.device):
@@ -272,7 +273,7 @@ class Chunk:
             steps = self.parts[1][first : first + (stop - start) // width].float()
             if self.format.BITS == 4:
                 steps = steps * int4_update.LARGEST_STEP
-            own = moves[start:stop].view(-1, width).amax(1) < steps
+            own = moves[start:stop].view(-1, width).mean(1) < steps
             close[start:stop] = own.repeat_interleave(width)
         return close
 

@@ -110,8 +110,8 @@ class QuantizedWeight(Tensor):
     def assign(self, dense: Tensor, *, nearest: bool = False) -> None:
         """In place: rounds `dense` to codes; groups with equal values are unchanged.
 
-        Groups in which no entry moves by a step are rounded stochastically with torch's generator,
-        so that a running average follows; see `formats.Chunk.replace`.
+        Groups that move by less than a step on average are rounded stochastically, with torch's
+        generator, so that a running average follows; see `formats.Chunk.replace`.
 
         Args:
             dense: same shape, any floating dtype and device.

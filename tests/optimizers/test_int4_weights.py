@@ -216,6 +216,23 @@ def test_a_running_average_follows(kind: type[QuantizedWeight]) -> None:
 
 
 @both
+def test_an_average_follows_beside_an_entry_that_moves_far(kind: type[QuantizedWeight]) -> None:
+    dense = matrix(4, 64, 0).float()
+    weight = kind.quantize(dense, 64)
+    start = weight.dequantize()
+    step = (start.amax(1) - start.amin(1)).max() / 15
+    moved = 0.0
+    for seed in range(200):
+        torch.manual_seed(seed)
+        average = weight.like([part.clone() for part in weight.parts()])
+        target = start + 0.02 * step
+        target[:, 0] -= 2 * step  # away from the largest of the group, or towards it
+        average.copy_(target)
+        moved += float((average.dequantize() - start)[:, 1:].mean())
+    assert moved / 200 == pytest.approx(0.02 * float(step), rel=0.4)
+
+
+@both
 def test_an_averaged_model_follows(kind: type[QuantizedWeight]) -> None:
     from torch.optim.swa_utils import AveragedModel
 
