@@ -9,6 +9,8 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from lowrank import optimizers
 from lowrank.optimizers.engine.method import TABLE
 
@@ -99,6 +101,13 @@ def _trial(record: Record, context: Context, model: Model, trial: Pretraining, l
             "options": options,
         }
         planned = plan(str(file), trial.name, **setting)
+        if context.on_gpu:
+            free, _ = torch.cuda.mem_get_info()
+            if planned.peak > free:
+                record.skip(
+                    label, f"needs {planned.peak / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
+                )
+                return
         found = measure(str(file), trial.name, steps=STEPS, **setting)
     record.check(
         f"{label}: state bytes",

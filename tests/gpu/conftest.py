@@ -4,7 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from stand_ins import fake_cuda
+from stand_ins import fake_cuda, part
 from support import ROOT
 
 
@@ -21,3 +21,12 @@ def file(tmp_path: Path) -> Path:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return fake_cuda(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def _without_pretraining(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _scripts_on_path: None
+) -> None:
+    """Its trials take several seconds."""
+    if "pretraining" not in request.node.name:
+        monkeypatch.setattr(part("pretraining"), "TRIALS", ())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,14 +40,14 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     )
     stream = SimpleNamespace(wait_stream=lambda other: None)
     stand_ins = {
-        "synchronize": lambda: None,
-        "mem_get_info": lambda: (state.free, 80 << 30),
-        "memory_allocated": lambda: 1000,
-        "max_memory_allocated": lambda: 5000,
-        "reset_peak_memory_stats": lambda: None,
+        "synchronize": lambda *device: None,
+        "mem_get_info": lambda *device: (state.free, 80 << 30),
+        "memory_allocated": lambda *device: 1000,
+        "max_memory_allocated": lambda *device: 5000,
+        "reset_peak_memory_stats": lambda *device: None,
         "set_sync_debug_mode": state.modes.append,
         "get_device_properties": lambda index: properties,
-        "get_device_capability": lambda: (9, 0),
+        "get_device_capability": lambda *device: (9, 0),
         "Stream": lambda: stream,
         "current_stream": lambda: stream,
         "stream": lambda which: contextlib.nullcontext(),
@@ -68,3 +69,19 @@ def on_gpu(rates: Any = None) -> Any:
     clock = part("clock").Clock(torch.device("cpu"), 100.0)
     rates = rates or section.Rates(copy=1e7, bf16=1e8, fp32=1e8)
     return kind(ROOT, clock, part("workload").SIZES["tiny"], rates)
+
+
+def context(seconds: float = 100.0, size: str = "tiny") -> Any:
+    """A context on this machine's CPU."""
+    section = part("section")
+    clock = part("clock").Clock(torch.device("cpu"), seconds)
+    rates = section.Rates(copy=1e7, bf16=1e8, fp32=1e8)
+    return section.Context(ROOT, clock, part("workload").SIZES[size], rates)
+
+
+def ran(name: str, file: Path, about: Any = None) -> Any:
+    """The record of a section that ended without errors."""
+    record = part("record").Record(name, file, {})
+    part("section").run(name, record, about or context())
+    assert record.errors == []
+    return record

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from stand_ins import on_gpu, part
+from stand_ins import context, on_gpu, part, ran
 from support import ROOT
 from torch import nn
 
@@ -24,27 +24,6 @@ from lowrank.optimizers import build, state_bytes
 needs_library = pytest.mark.skipif(
     status("host").library is None, reason="the host's library is not compiled"
 )
-
-
-def context(seconds: float = 100.0, size: str = "tiny") -> Any:
-    section = part("section")
-    clock = part("clock").Clock(torch.device("cpu"), seconds)
-    rates = section.Rates(copy=1e7, bf16=1e8, fp32=1e8)
-    return section.Context(ROOT, clock, part("workload").SIZES[size], rates)
-
-
-def ran(name: str, file: Path, about: Any = None) -> Any:
-    record = part("record").Record(name, file, {})
-    part("section").run(name, record, about or context())
-    assert record.errors == []
-    return record
-
-
-@pytest.fixture(autouse=True)
-def _without_pretraining(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its trials take several seconds."""
-    if "pretraining" not in request.node.name:
-        monkeypatch.setattr(part("pretraining"), "TRIALS", ())
 
 
 @pytest.fixture(autouse=True)
@@ -138,21 +117,6 @@ def test_memory_checks_the_state_and_has_each_phase(file: Path) -> None:
     # Gradients are there after a backward pass, and gone afterwards.
     freed = row.details["ends"]["step 1"] - row.details["ends"]["zero_grad 1"]
     assert freed >= row.details["gradient_bytes"]
-
-
-@pytest.mark.slow
-def test_pretraining_is_measured_or_says_what_is_missing(file: Path) -> None:
-    record = ran("memory", file)
-    for trial in part("pretraining").TRIALS:
-        rows = [row for row in record.rows if row.name == f"pretraining, {trial.label}: peak"]
-        skipped = [entry for entry in record.skipped if entry["what"].endswith(trial.label)]
-        lacking = part("pretraining").missing(trial)
-        if lacking is None:
-            assert len(rows) == 1
-            assert set(rows[0].details["peaks"]) >= {"forward", "backward", "step"}
-            assert rows[0].details["planned"].keys() >= rows[0].details["peaks"].keys()
-        else:
-            assert [entry["why"] for entry in skipped] == [lacking]
 
 
 @pytest.mark.parametrize("name", ["steps", "refresh", "memory", "kernels"])

@@ -160,9 +160,9 @@ def test_alpha_and_scale_are_one_thing() -> None:
 
 def test_options_of_strategies_not_chosen_raise() -> None:
     weight = nn.Parameter(torch.zeros(4, 4))
-    with pytest.raises(ValueError, match=r"limiter=None: accepted with residual='norm_scaled'"):
+    with pytest.raises(ValueError, match=r"limiter=None: accepted with .*residual='norm_scaled'"):
         GaLoreAdamW([{"params": [weight], "rank": 2, "limiter": None}])
-    with pytest.raises(ValueError, match=r"limiter=None: accepted with residual='norm_scaled'"):
+    with pytest.raises(ValueError, match=r"limiter=None: accepted with .*residual='norm_scaled'"):
         GaLoreAdamW([{"params": [weight], "rank": 2}], limiter=None)
     with pytest.raises(ValueError, match=r"limiter=0\.5"):
         FiraAdamW([{"params": [weight], "rank": 2, "limiter": 0.5}])

@@ -112,13 +112,6 @@ def test_a_model_that_was_sharded_since_is_told_of(two_processes: None) -> None:
             optimizer.step()
 
 
-def test_parameters_that_zero_init_has_cut_are_refused() -> None:
-    weight = nn.Parameter(torch.zeros(0))
-    weight.ds_id = 0  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match=r"deepspeed\.zero\.Init"):
-        AdamW([weight])
-
-
 def test_a_model_that_is_sharded_already_is_not_converted(two_processes: None) -> None:
     model = sharded_model()
     for name in ("relora_adamw", "sltrain_adamw", "qgalore_adamw_8bit"):

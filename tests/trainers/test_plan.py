@@ -134,9 +134,11 @@ def test_gradients_are_freed_in_the_backward_pass(tiny: str) -> None:
     options = {"rank": 4, "update_proj_gap": 2, "lr": 1e-3}
     ordinary = planned(tiny, options=options)
     early = planned(tiny, options=options, update_in_backward=True)
-    assert early.phases["step"]["gradients"] == 0 < ordinary.phases["step"]["gradients"]
+    # That of the smallest parameter waits for the step, which looks whether it was changed.
+    waiting = early.phases["step"]["gradients"]
+    assert 0 < waiting < 0.02 * ordinary.phases["step"]["gradients"]
     found = measure(tiny, "galore_adamw", sequence=32, options=options, update_in_backward=True)
-    assert found.gradients == 0
+    assert found.gradients == waiting
     for name, peak in found.peaks.items():
         assert early.peaks[name] == pytest.approx(peak, rel=0.05), name
     assert early.peak < ordinary.peak
