@@ -7,8 +7,8 @@ spellings (`APOLLOAdamW`).
 from typing import TYPE_CHECKING
 
 from .coverage import projection_summary as projection_summary
-from .engine.in_backward import update_in_backward as update_in_backward
-from .engine.in_backward_handle import InBackward as InBackward
+from .engine.in_backward.handle import InBackward as InBackward
+from .engine.in_backward.update import update_in_backward as update_in_backward
 from .engine.low_rank_hook import GradientTraffic as GradientTraffic
 from .engine.low_rank_hook import LowRankHook as LowRankHook
 from .engine.low_rank_hook import register_low_rank_hook as register_low_rank_hook

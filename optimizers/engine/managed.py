@@ -15,7 +15,7 @@ from . import state_dict as policy
 from .adapt import PendingMoments
 from .composition import Composition
 from .gradients import SkippedUpdates
-from .in_backward_state import Pending, save_pending, take_pending
+from .in_backward.state import Pending, save_pending, take_pending
 from .options import Group, make_plain
 from .parameters import is_cut, label, whole_shape
 from .plan import Plan, Snapshot
@@ -27,7 +27,7 @@ from .step import capturing
 from .zero import Partitions, partitioned
 
 if TYPE_CHECKING:
-    from .in_backward_handle import InBackward
+    from .in_backward.handle import InBackward
 
 
 class ManagedOptimizer(Optimizer):

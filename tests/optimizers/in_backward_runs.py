@@ -13,14 +13,14 @@ from table import TABLE, Row
 from torch import Tensor, nn
 
 from lowrank.optimizers import InBackward, LowRankOptimizer, build, update_in_backward
-from lowrank.optimizers.engine import in_backward_passes
+from lowrank.optimizers.engine.in_backward import passes
 
 
 @contextmanager
 def unexamined() -> Iterator[None]:
     """Without the look at all objects of the process, which takes longer than these runs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(in_backward_passes, "refuse_wrappers", lambda optimizer: None)
+        patch.setattr(passes, "refuse_wrappers", lambda optimizer: None)
         yield
 
 

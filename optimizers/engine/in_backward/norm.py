@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .chunks import wide_dtype
-from .processes import ALONE, Processes
-from .sharding import local_part
+from ..chunks import wide_dtype
+from ..processes import ALONE, Processes
+from ..sharding import local_part
 
 #: Which norm `max_norm` bounds.
 NORMS = ("exact", "projected", "previous")

@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .geometry import Side
-from .in_backward_norm import Length, norm_of
-from .options import Group
-from .parameters import label
-from .parts import project_part
-from .plan import Given, Plan, numbered
-from .step import projected_params
+from ..geometry import Side
+from ..options import Group
+from ..parameters import label
+from ..parts import project_part
+from ..plan import Given, Plan, numbered
+from ..step import projected_params
+from .norm import Length, norm_of
 
 
 class Site(NamedTuple):

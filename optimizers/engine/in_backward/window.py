@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .chunks import wide_dtype
-from .in_backward_norm import Length
-from .low_rank_gradients import Place
-from .options import Group
-from .plan import Plan
+from ..chunks import wide_dtype
+from ..low_rank_gradients import Place
+from ..options import Group
+from ..plan import Plan
+from .norm import Length
 
 
 class Sum(NamedTuple):

@@ -21,15 +21,15 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
-from .gradients import check_dense
-from .in_backward_norm import clip_factor, scale_
-from .in_backward_refusals import nested, refuse_options, refuse_wrappers
-from .in_backward_sites import Site, sites_of
-from .in_backward_window import Window
-from .low_rank_gradients import places_in
-from .optimizer import LowRankOptimizer, no_autocast
-from .parameters import unique_names
-from .plan import Given, Plan
+from ..gradients import check_dense
+from ..low_rank_gradients import places_in
+from ..optimizer import LowRankOptimizer, no_autocast
+from ..parameters import unique_names
+from ..plan import Given, Plan
+from .norm import clip_factor, scale_
+from .refusals import nested, refuse_options, refuse_wrappers
+from .sites import Site, sites_of
+from .window import Window
 
 #: Entries of the largest parameter whose gradient is kept to find out whether it is changed.
 LARGEST_GUARD = 1 << 16

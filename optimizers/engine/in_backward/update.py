@@ -7,13 +7,13 @@ from typing import Literal
 import torch
 from torch import distributed
 
-from . import checks
-from .in_backward_handle import InBackward
-from .in_backward_norm import NORMS
-from .in_backward_passes import ParamHook
-from .in_backward_refusals import refuse_options, refuse_wrappers
-from .optimizer import LowRankOptimizer
-from .warn import warn_user
+from .. import checks
+from ..optimizer import LowRankOptimizer
+from ..warn import warn_user
+from .handle import InBackward
+from .norm import NORMS
+from .passes import ParamHook
+from .refusals import refuse_options, refuse_wrappers
 
 
 def update_in_backward(

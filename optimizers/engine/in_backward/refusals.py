@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.autograd.function import BackwardCFunction
 
-from .parameters import label, names
-from .sharding import is_dtensor
-from .warn import warn_user
-from .zero import partitioned
+from ..parameters import label, names
+from ..sharding import is_dtensor
+from ..warn import warn_user
+from ..zero import partitioned
 
 if TYPE_CHECKING:
-    from .optimizer import LowRankOptimizer
+    from ..optimizer import LowRankOptimizer
 
 _BEFORE = "whose gradients are averaged only after they were applied"
 _SCALER = (

@@ -8,20 +8,20 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from . import checks
-from .composition import Composition
-from .in_backward_norm import Length, clip_factor, scale_, total_norm
-from .in_backward_passes import Passes
-from .in_backward_refusals import refuse_options, refuse_scaler
-from .in_backward_sites import Site, sites_of
-from .in_backward_state import Pending
-from .in_backward_window import Sum, Window
-from .low_rank_gradients import examine, places_in
-from .options import Group
-from .parameters import unique_names
-from .plan import EVERYTHING, Given, Plan
-from .sharding import local_part
-from .warn import warn_user
+from .. import checks
+from ..composition import Composition
+from ..low_rank_gradients import examine, places_in
+from ..options import Group
+from ..parameters import unique_names
+from ..plan import EVERYTHING, Given, Plan
+from ..sharding import local_part
+from ..warn import warn_user
+from .norm import Length, clip_factor, scale_, total_norm
+from .passes import Passes
+from .refusals import refuse_options, refuse_scaler
+from .sites import Site, sites_of
+from .state import Pending
+from .window import Sum, Window
 
 _WHOLE_NORM = "norm='exact' with accumulation: the norm of a sum is not known from its terms"
 

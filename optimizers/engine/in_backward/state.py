@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .composition import Composition
-from .options import Group
-from .parameters import label, names
-from .sharding import is_dtensor
+from ..composition import Composition
+from ..options import Group
+from ..parameters import label, names
+from ..sharding import is_dtensor
 
 if TYPE_CHECKING:
-    from .in_backward_handle import InBackward
+    from .handle import InBackward
 
 #: Keys of the first group.
 PASSES, NORM = "in_backward_passes", "in_backward_norm"
