@@ -123,7 +123,8 @@ class Partitions:
         Raises:
             ValueError: a partition is on another device than its parameters (offload).
         """
-        self._own, self._checked = list(groups), False
+        self._own: list[Group] = list(groups)
+        self._checked: set[int] = set()
         self._params = [param for own in params for param in own]
         flats = [
             next(iter(group["params"]), None)
@@ -215,10 +216,10 @@ class Partitions:
             gradient = gradients[i]
             fragment.weight = place.of(place.flat)
             fragment.gradient = None if gradient is None else place.of(gradient)
-            if not self._checked and not hasattr(param, "ds_id"):
+            if i not in self._checked and not hasattr(param, "ds_id"):
                 _check(param, place, fragment.weight)
+            self._checked.add(i)
             filled.append(fragment)
-        self._checked = self._checked or len(filled) == len(self._fragments)
         return filled
 
     def _copy_to_model(self, changed: Sequence[Fragment]) -> None:

@@ -118,6 +118,8 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
 def distance(made: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     """The largest relative distance of any parameter."""
     assert made.keys() == wanted.keys()
+    # `max` may pass over NaN.
+    assert all(value.isfinite().all() for value in (*made.values(), *wanted.values()))
     return max(
         float((made[name] - wanted[name]).norm() / wanted[name].norm().clamp(min=1e-12))
         for name in wanted

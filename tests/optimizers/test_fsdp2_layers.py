@@ -24,6 +24,8 @@ from torch.distributed.fsdp import fully_shard
 from lowrank.optimizers import build, convert, merge
 from lowrank.optimizers.layers.convert import factored_layers
 
+pytestmark = pytest.mark.slow
+
 Case = tuple[str, dict[str, Any]]
 
 COMMON: dict[str, Any] = {"lr": 1e-2, "rank": 4, "update_proj_gap": 7}

@@ -132,6 +132,7 @@ def check(found: dict[str, float]) -> None:
     assert not far
 
 
+@pytest.mark.slow
 def test_two_ranks(tmp_path: Path) -> None:
     check(run(follow, 2, tmp_path, QUICK)[0])
 

@@ -34,6 +34,7 @@ def run(rank: int, world: int, folder: str, checks: list[Callable[[int, int], No
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     mp.spawn(run, (2, str(tmp_path), [*cases.QUICK, *state_cases.ALL]), nprocs=2)
 

@@ -12,6 +12,8 @@ from tiny_runs import TINY, comparable_metrics, summary
 
 from lowrank.trainers.checkpoint import verify
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 #: By name: what is told, the number of processes, and the settings.
 WRONG = {
