@@ -151,7 +151,7 @@ def test_two_ranks_follow_one_process(two_ranks: list[Any]) -> None:
     assert not far([made for made, _ in two_ranks], QUICK, [2], 2)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_method_on_two_to_four_ranks(tmp_path: Path) -> None:
     """30 steps with clipping and accumulation; parts are uneven, some empty."""
     sizes = [2, 3, 4]

@@ -16,23 +16,35 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from representative import with_representative
 from support import tiny_model
 from table import TABLE, Row, identifier
 
 NAMES = [identifier(row) for row in TABLE]
 every = pytest.mark.parametrize("name", NAMES)
+#: One of each kind of projector, rule, residual and layer.
+REPRESENTATIVE = tuple(
+    name
+    for name in NAMES
+    if name
+    in (
+        *("adafactor", "adamw_8bit", "muon", "galore_adamw", "galore_adamw_8bit", "fira_adamw"),
+        *("coap_adamw", "online_subspace_adamw", "qgalore_adamw_8bit", "relora_adamw"),
+    )
+)
+OTHERS = tuple(name for name in NAMES if name not in REPRESENTATIVE)
 
 
 @cache
-def verdicts(kind: str) -> dict[str, Any]:
-    """By method, from one process that starts one for each batch of cases."""
+def verdicts(kind: str, names: tuple[str, ...] = ()) -> dict[str, Any]:
+    """By method (all of them without names), from a process that starts one for each batch."""
     script = Path(__file__).with_name("isolated.py")
     folders = os.pathsep.join([str(script.parent), str(script.parent.parent)])
     # `compile=True` goes its way without minutes of compilation.
     wanted = {"PYTHONPATH": folders, "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
     environment = {**os.environ, **wanted, "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
-        [sys.executable, str(script), kind],
+        [sys.executable, str(script), kind, *names],
         env=environment,
         capture_output=True,
         text=True,
@@ -68,7 +80,7 @@ def test_common_changes(name: str) -> None:
     assert_right(verdicts("quick")[name], least=3)
 
 
-@pytest.mark.slow
-@every
+@pytest.mark.parametrize("name", with_representative(NAMES, REPRESENTATIVE))
 def test_each_change(name: str) -> None:
-    assert_right(verdicts("all")[name], least=100)
+    names = REPRESENTATIVE if name in REPRESENTATIVE else OTHERS
+    assert_right(verdicts("all", names)[name], least=100)

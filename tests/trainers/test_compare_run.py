@@ -183,7 +183,7 @@ def test_killed_at_any_moment_a_comparison_goes_on(
     assert "steps 60, not 61" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_rates_are_tuned_on_a_seed_of_their_own(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

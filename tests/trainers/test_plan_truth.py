@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from representative import with_representative
 
 from lowrank.optimizers import available
 from lowrank.trainers.plan import measure, plan
@@ -25,13 +26,16 @@ def compare(model: str, optimizer: str, **setting: Any) -> None:
     assert made.peak == pytest.approx(found.peak, rel=0.05)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("optimizer", available())
+#: One of each kind of state, update and layer.
+REPRESENTATIVE = ("adamw", "adamw_8bit", "galore_adamw", "qgalore_adamw_8bit", "sltrain_adamw")
+
+
+@pytest.mark.parametrize("optimizer", with_representative(available(), REPRESENTATIVE))
 def test_predicted_is_measured(optimizer: str) -> None:
     compare("llama_9m", optimizer, sequence=64)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("optimizer", ["galore_adamw", "apollo_mini_adamw", "qgalore_adamw_8bit"])
 def test_predicted_is_measured_of_a_larger_model(optimizer: str) -> None:
     compare("llama_60m", optimizer, sequence=64)

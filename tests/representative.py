@@ -1,0 +1,18 @@
+"""Tests with every method, of which some run more often."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+
+def with_representative(names: Sequence[str], chosen: Sequence[str]) -> list[Any]:
+    """Parameters of a test: slow for the chosen names, exhaustive for the others."""
+    return [
+        pytest.param(
+            name, marks=pytest.mark.slow if name in chosen else pytest.mark.exhaustive, id=name
+        )
+        for name in names
+    ]
