@@ -218,6 +218,24 @@ def plain_groups(
     return [group for i, group in enumerate(groups) if group["params"] or (apart and i == 0)]
 
 
+def hidden_apart(model: nn.Module, how: str, **options: Any) -> tuple[Group, list[Group]]:
+    """`plain_groups` of a method that treats hidden matrices in its own way: these, and the others.
+
+    Args:
+        model: the model.
+        how: what becomes of hidden matrices, for the warning of what is left out.
+        **options: of `plain_groups`.
+
+    Raises:
+        ValueError: there is no such matrix that is trained.
+    """
+    hidden, *others = plain_groups(model, **options, apart=True)
+    if not hidden["params"]:
+        raise no_match(model, options.get("patterns"))
+    warn_of_left_out(model, hidden["param_names"], how)
+    return hidden, others
+
+
 def split(model: nn.Module, patterns: Patterns) -> tuple[list[tuple[str, nn.Parameter]], ...]:
     """Named parameters as (to project, other matrices, vectors)."""
     tied, selects = _tied(model), selector(model, patterns)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -187,10 +188,24 @@ def build(
     method = _method(name)
     make_plain(options)
     group_options, keywords = _sort_options(method, options)
-    convert(name, model, **options)
     if lr is not None:
         keywords["lr"] = lr
-    optimizer = method.optimizer(method.groups(model, **group_options), **keywords)
+    if options.get("weight_bits", method.conversion.weight_bits) is not None:
+        # Quantising loses the dense weights, so that options are tried before.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            template = _template(method, method.groups(model, **group_options), keywords)
+            for group in template.param_groups:
+                template.compose(group)
+    convert(name, model, **options)
+    groups = method.groups(model, **group_options)
+    for option in options.keys() & keywords.keys():
+        if all(option in group for group in groups) and option not in group_options:
+            raise ValueError(
+                f"{option}={options[option]!r}: {name} chooses it for each group of a model; "
+                f"accepted is {option} in groups of your own"
+            )
+    optimizer = method.optimizer(groups, **keywords)
     if isinstance(optimizer, FactoredAdamW):
         optimizer.attach(model)
     optimizer._origin = Watch(model)
@@ -277,6 +292,14 @@ def expected_step_traffic(name: str, model: nn.Module, world: int, **options: An
     return total
 
 
+def _template(
+    method: Method, groups: Sequence[dict[str, Any]], keywords: dict[str, Any]
+) -> LowRankOptimizer:
+    """An optimizer of the same groups without parameters, which completes the defaults."""
+    empty = [{**group, "params": [], "param_names": []} for group in groups]
+    return method.optimizer(empty, **keywords)
+
+
 def _compositions(
     name: str, model: nn.Module, options: dict[str, Any]
 ) -> Iterator[tuple[Composition, dict[str, Any], list[Tensor]]]:
@@ -287,9 +310,6 @@ def _compositions(
     if method.conversion.replaces_layers:
         model = convert(name, meta_copy(model), **options)
     groups = method.groups(model, **group_options)
-    # An optimizer of the same groups without parameters completes the defaults.
-    template = method.optimizer(
-        [{**group, "params": [], "param_names": []} for group in groups], **keywords
-    )
+    template = _template(method, groups, keywords)
     for group, completed in zip(groups, template.param_groups, strict=True):
         yield template.compose(completed), completed, list(group["params"])

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from .coverage import tell
 from .engine.experts import DIMENSIONS
-from .param_groups import _parameters
-from .targets import Patterns, selector
+from .param_groups import _parameters, no_match
+from .targets import Patterns, is_transposed, selector
 
 Named = list[tuple[str, nn.Parameter]]
 
@@ -19,6 +19,7 @@ class Roles(NamedTuple):
 
     Attributes:
         hidden: weights of `nn.Linear` but the head's, and experts of E x m x n.
+        transposed: hidden weights that are stored n x m (`Conv1D`).
         head: the weight that gives the logits, also if it is tied to an embedding.
         embeddings: weights of `nn.Embedding`.
         others: all else with more than one dimension (convolutions).
@@ -26,6 +27,7 @@ class Roles(NamedTuple):
     """
 
     hidden: Named
+    transposed: Named
     head: Named
     embeddings: Named
     others: Named
@@ -60,9 +62,12 @@ def roles(model: nn.Module, patterns: Patterns = None) -> Roles:
 
     Args:
         model: the model.
-        patterns: those of hidden layers, as in `param_groups`, among which no head is looked for.
+        patterns: those of hidden matrices, as in `param_groups`; None is every linear layer.
+
+    Raises:
+        ValueError: `patterns` select no matrix that is trained.
     """
-    found = Roles([], [], [], [], [])
+    found = Roles([], [], [], [], [], [])
     head, selects = head_of(model, patterns), selector(model, patterns)
     for name, param, module in _parameters(model):
         if param.dim() < 2:
@@ -71,6 +76,10 @@ def roles(model: nn.Module, patterns: Patterns = None) -> Roles:
             kind = found.head
         elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
             kind = found.embeddings
+        elif patterns is not None and not selects(name, param, module):
+            kind = found.others
+        elif is_transposed(module):
+            kind = found.transposed
         elif isinstance(module, nn.Linear) or (
             param.dim() == DIMENSIONS and selects(name, param, module)
         ):
@@ -78,8 +87,11 @@ def roles(model: nn.Module, patterns: Patterns = None) -> Roles:
         else:
             kind = found.others
         kind.append((name, param))
+    if patterns is not None and not (found.hidden or found.transposed):
+        raise no_match(model, patterns)
     heads, embeddings = (
         ", ".join(name for name, _ in kind) or "none" for kind in (found.head, found.embeddings)
     )
-    tell(f"head: {heads}; embeddings: {embeddings}; {len(found.hidden)} hidden matrices")
+    count = len(found.hidden) + len(found.transposed)
+    tell(f"head: {heads}; embeddings: {embeddings}; {count} hidden matrices")
     return found

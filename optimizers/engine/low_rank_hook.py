@@ -25,6 +25,7 @@ from .low_rank_gradients import Place, examine, places
 from .optimizer import LowRankOptimizer, no_autocast
 from .parameters import label, names
 from .warn import warn_user
+from .zero import partitioned
 
 _ABSENT = "the optimizer doesn't have it"
 
@@ -327,6 +328,12 @@ def _check_optimizer(hook: LowRankHook, optimizer: LowRankOptimizer) -> None:
         raise ValueError(
             "a low-rank hook with update_in_backward, before DDP averages the gradients: accepted "
             "is one of the two (fully_shard goes with update_in_backward)"
+        )
+    plans = optimizer._plans.values()
+    if any(partitioned(param) for plan in plans for param in plan.params):
+        raise ValueError(
+            "a low-rank hook with an optimizer that DeepSpeed has: accepted is that of a "
+            "DistributedDataParallel model"
         )
     if any(group["capturable"] for group in optimizer.param_groups):
         raise ValueError(

@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor, distributed, nn
 
 from .options import Group
-from .parameters import names
+from .parameters import is_cut, names
 from .sharding import is_dtensor
 from .state import untouched
+from .warn import warn_user
 
 #: Parameters that are looked for in modules.
 _SAMPLED = 16
@@ -71,6 +72,8 @@ class Watch:
         """Remembers a model."""
         self._model = weakref.ref(model)
         self._idle: frozenset[int] = frozenset()
+        self._first = {id(param) for param in model.parameters()}
+        self._warned = False
 
     def check(self, groups: Sequence[Group]) -> None:
         """Looks at the model where parameters have begun to be without gradients.
@@ -88,6 +91,7 @@ class Watch:
         if not idle:  # engines may have put flat partitions in the place of what is named
             return
         present = dict(model.named_parameters(remove_duplicate=False))
+        self._look_for_lost(groups, idle, {id(param) for param in present.values()})
         for group in groups:
             for name, param in zip(names(group), group["params"], strict=True):
                 other = present.get(name) if name and id(param) in idle else None
@@ -98,3 +102,22 @@ class Watch:
                         "built, so that it gets no gradient: accepted is to build the optimizer "
                         "after fully_shard(model)"
                     )
+
+    def _look_for_lost(
+        self, groups: Sequence[Group], idle: frozenset[int], present: set[int]
+    ) -> None:
+        """Warns once of parameters without gradient that the model had, and has no more."""
+        lost = [
+            name
+            for group in groups
+            for name, param in zip(names(group), group["params"], strict=True)
+            if name and id(param) in idle & self._first - present and not is_cut(param)
+        ]
+        sharded = distributed.is_available() and distributed.is_initialized()
+        if lost and not self._warned and not sharded:
+            self._warned = True
+            warn_user(
+                f"{len(lost)} parameters of this optimizer, such as {lost[0]}, are not in the model"
+                " any more, so that they are not trained (after merge(model), build another "
+                "optimizer)"
+            )

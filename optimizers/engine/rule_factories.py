@@ -171,6 +171,10 @@ def _limited(group: Group, names: Sequence[str]) -> dict[str, Any]:
     return {name: group[name] for name in names}
 
 
+#: Blocks of 2^20 entries are longer than any row.
+MOST_FOLDS = 20
+
+
 def folded_rule(group: Group) -> FoldedAdam:
     """Adam with folded moments, from `fold`, `fold_level`, `scale`, `residual_scale` and Adam's.
 
@@ -179,6 +183,10 @@ def folded_rule(group: Group) -> FoldedAdam:
     """
     checks.choice("fold", group["fold"], FOLDS)
     checks.integer("fold_level", group["fold_level"], low=0)
+    if group["fold_level"] > MOST_FOLDS:
+        raise ValueError(
+            f"fold_level={group['fold_level']}: accepted is an integer from 0 to {MOST_FOLDS}"
+        )
     checks.number("residual_scale", group["residual_scale"], low=0.0)
     names = ("lr", "eps", "weight_decay", "fold", "scale", "residual_scale", "limiter")
     own = {**_limited(group, names), **_whole_moments(group)}

@@ -153,6 +153,12 @@ def merge_factored(model: nn.Module) -> None:
     """
     for name, layer in factored_layers(model):
         check_whole(layer, name)
+        if any(partitioned(param) for param in layer.parameters(recurse=False)):
+            raise ValueError(
+                f"{name} is in a DeepSpeed engine, which would go on with parameters that the "
+                "model no longer has: accepted is merge(model) of another model that has loaded "
+                "this one's state dict"
+            )
     unmark_frozen(model)
     replace_modules(model, {layer: layer.to_linear() for _, layer in factored_layers(model)})
 

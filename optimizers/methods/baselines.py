@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ..coverage import warn_of_left_out
 from ..engine import checks
 from ..engine.composition import Composition
 from ..engine.keywords import Keyword
@@ -18,7 +17,7 @@ from ..engine.method import method
 from ..engine.optimizer import LowRankOptimizer
 from ..engine.options import Group
 from ..engine.rule_families import ADAFACTOR, ADAMW_8BIT, MUON, TORCH_ADAMW
-from ..param_groups import no_match, plain_groups
+from ..param_groups import hidden_apart
 
 
 @method("adamw", summary="AdamW, full rank", state="2 m n")
@@ -60,10 +59,7 @@ def muon_groups(model: nn.Module, **options: Any) -> list[Group]:
     Raises:
         ValueError: there is no such matrix that is trained.
     """
-    hidden, *others = plain_groups(model, **options, apart=True)
-    if not hidden["params"]:
-        raise no_match(model, options.get("patterns"))
-    warn_of_left_out(model, hidden["param_names"], "under Muon")
+    hidden, others = hidden_apart(model, "under Muon", **options)
     return [{**hidden, "use_muon": True}, *({**group, "use_muon": False} for group in others)]
 
 

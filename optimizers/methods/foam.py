@@ -29,12 +29,12 @@ from ..engine.method import method
 from ..engine.optimizer import LowRankOptimizer
 from ..engine.options import Group
 from ..engine.rule_families import FOAM
-from ..param_groups import plain_groups
+from ..param_groups import hidden_apart
 
 
 def foam_groups(model: nn.Module, **options: Any) -> list[Group]:
     """`plain_groups`, the hidden matrices with folded moments and the others under AdamW."""
-    hidden, *others = plain_groups(model, **options, apart=True)
+    hidden, others = hidden_apart(model, "under FOAM", **options)
     return [hidden, *({**group, "fold": None} for group in others)]
 
 

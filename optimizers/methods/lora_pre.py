@@ -28,14 +28,14 @@ from ..engine.method import method
 from ..engine.optimizer import LowRankOptimizer
 from ..engine.options import Group
 from ..engine.rule_families import LORA_PRE
-from ..param_groups import DEFAULT_RANK, plain_groups
+from ..param_groups import DEFAULT_RANK, hidden_apart
 
 
 def factored_moment_groups(
     model: nn.Module, rank: int = DEFAULT_RANK, **options: Any
 ) -> list[Group]:
     """`plain_groups`, the hidden matrices with a rank; all else gets AdamW."""
-    hidden, *others = plain_groups(model, **options, apart=True)
+    hidden, others = hidden_apart(model, "under LoRA-Pre", **options)
     return [{**hidden, "rank": rank}, *others]
 
 

@@ -27,12 +27,12 @@ from ..engine.method import method
 from ..engine.optimizer import LowRankOptimizer
 from ..engine.options import Group
 from ..engine.rule_families import RACS
-from ..param_groups import plain_groups
+from ..param_groups import hidden_apart
 
 
 def racs_groups(model: nn.Module, **options: Any) -> list[Group]:
     """`plain_groups`, the hidden matrices under RACS and the others under AdamW."""
-    hidden, *others = plain_groups(model, **options, apart=True)
+    hidden, others = hidden_apart(model, "under RACS", **options)
     return [{**hidden, "use_racs": True}, *({**group, "use_racs": False} for group in others)]
 
 

@@ -27,6 +27,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ..coverage import warn_of_left_out
 from ..engine.composition import Composition
 from ..engine.keywords import Keyword
 from ..engine.method import method
@@ -48,18 +49,24 @@ def scale_groups(
 
     Args:
         model: the model, see the module for what is taken for its head.
-        patterns: parts of names of layers that aren't the head.
+        patterns: which hidden matrices, as in `param_groups`; None is every linear layer.
         weight_decay: of the matrices; the optimizer's own when None.
         plain_lr: learning rate of all but the hidden matrices; the optimizer's own when None.
 
     Returns:
         Groups; empty ones but the first are left out.
+
+    Raises:
+        ValueError: `patterns` select no matrix that is trained.
     """
     found = roles(model, patterns)
+    chosen = [name for name, _ in (*found.hidden, *found.transposed)]
+    warn_of_left_out(model, chosen, "under SCALE")
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
     rate = {} if plain_lr is None else {"lr": plain_lr}
     hidden, *others = [
         _group(found.hidden, {**decay, "normalise": "rows", "momentum": 0.0}),
+        _group(found.transposed, {**decay, "normalise": "columns", "momentum": 0.0}),
         _group(found.head, {**decay, **rate, "normalise": "rows"}),
         _group(found.embeddings, {**decay, **rate, "normalise": "columns", "momentum": 0.0}),
         _group(found.others, {**decay, **rate, "normalise": None}),

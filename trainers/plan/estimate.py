@@ -99,7 +99,7 @@ class Estimate:
             self._update, self._in_backward = self._updates(stepped)
         self._parts: Parts | None = None
         if setting.strategy == "fsdp2":
-            check_divisible(setting.optimizer)
+            check_divisible(setting.optimizer, setting.options)
             self._parts = divided(whole.network, blocks, setting.world)
         self.parameters = self._sizes["parameters"]
         world = 1 if self._parts is None else setting.world

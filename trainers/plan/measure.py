@@ -81,6 +81,10 @@ def measure(
     """
     source = read_source(model, sequence, dtype, checkpointing)
     where = torch.device(device)
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device={device!r}: there is no GPU to measure on; accepted here is device='cpu'"
+        )
     options = dict(options or {})
     with PhaseMeter(where) as meter, warnings.catch_warnings():
         warnings.simplefilter("ignore")

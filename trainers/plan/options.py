@@ -47,7 +47,13 @@ def method_options(
     if weight_bits is not None:
         checks.choice("weight_bits", weight_bits, WEIGHT_BITS)
         if known(optimizer, "weight_bits"):
-            options["weight_bits"] = None if weight_bits == 16 else weight_bits
+            bits = None if weight_bits == 16 else weight_bits
+            if given.get("weight_bits", bits) != bits:
+                raise ValueError(
+                    f"weight_bits={weight_bits} with option weight_bits={given['weight_bits']!r}: "
+                    "accepted is one of the two"
+                )
+            options["weight_bits"] = bits
         elif weight_bits != 16:
             raise ValueError(
                 f"weight_bits={weight_bits} with optimizer={optimizer!r}: accepted is 16, since "

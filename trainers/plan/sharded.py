@@ -39,13 +39,19 @@ class Parts:
     sent: int
 
 
-def check_divisible(optimizer: str) -> None:
-    """Raises `ValueError` for a method whose layers FSDP2 divides in a way that isn't planned."""
+def check_divisible(optimizer: str, options: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for weights that FSDP2 can't divide, or in a way that isn't planned."""
     conversion = TABLE[optimizer].conversion
-    if conversion is not None and conversion.replaces_layers:
+    if conversion.replaces_layers:
         raise ValueError(
             f"strategy='fsdp2' with optimizer={optimizer!r}: planned are methods that don't "
             "replace layers"
+        )
+    bits = options.get("weight_bits", conversion.weight_bits)
+    if bits is not None:
+        raise ValueError(
+            f"strategy='fsdp2' with weight_bits={bits} of {optimizer!r}: accepted is 16 (None), as "
+            "fully_shard refuses quantised weights"
         )
 
 

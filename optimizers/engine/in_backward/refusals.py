@@ -42,6 +42,13 @@ def refuse_options(optimizer: LowRankOptimizer) -> None:
             "update_in_backward after share_refreshes() or register_low_rank_hook(), which are for "
             f"DistributedDataParallel, {_BEFORE}: accepted is fully_shard(model)"
         )
+    for plan in optimizer._plans.values():
+        for param, name in zip(plan.params, plan.names, strict=True):
+            if partitioned(param) or hasattr(param, "ds_id"):
+                raise ValueError(
+                    f"update_in_backward with {label(name, param)} in DeepSpeed's ZeRO, which "
+                    "has gradients and clipping of its own: accepted is fully_shard(model)"
+                )
     seen: set[int] = set()
     for group in optimizer.param_groups:
         for param, name in zip(group["params"], names(group), strict=True):
@@ -51,11 +58,6 @@ def refuse_options(optimizer: LowRankOptimizer) -> None:
                     "is once"
                 )
             seen.add(id(param))
-            if partitioned(param) or hasattr(param, "ds_id"):
-                raise ValueError(
-                    f"update_in_backward with {label(name, param)} in DeepSpeed's ZeRO, which "
-                    "has gradients and clipping of its own: accepted is fully_shard(model)"
-                )
 
 
 def refuse_wrappers(optimizer: LowRankOptimizer) -> None:

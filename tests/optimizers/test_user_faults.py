@@ -1,0 +1,85 @@
+"""What users of quantised weights, newer methods and merged models ran into."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from support import tiny_model
+from torch import nn
+
+from lowrank.optimizers import build, merge
+from lowrank.optimizers.weights import QuantizedWeight
+
+
+@pytest.mark.parametrize(
+    "options", [{"lr": -1.0}, {"betas": (2.0, 1.0)}, {"rank": -1}, {"residual": "nope"}], ids=str
+)
+def test_a_build_that_raises_quantises_nothing(options: dict[str, Any]) -> None:
+    model = tiny_model()
+    with pytest.raises(ValueError, match="accepted"):
+        build("galore_adamw", model, **{"rank": 4, "weight_bits": 4, **options})
+    assert not any(isinstance(param, QuantizedWeight) for param in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("sltrain_adamw", {}), ("galore_adamw", {"weight_bits": 4})]
+)
+def test_steps_after_a_merge_say_that_parameters_are_gone(
+    name: str, options: dict[str, Any]
+) -> None:
+    model = tiny_model()
+    optimizer = build(name, model, lr=1e-2, rank=4, **options)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(torch.arange(8).view(1, 8)).square().mean().backward()
+        optimizer.step()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step()
+    merge(model)
+    with pytest.warns(UserWarning, match="not in the model any more"):
+        step()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("scale_sgd", {"normalise": "columns"}), ("racs_adamw", {"use_racs": False})],
+)
+def test_what_build_decides_by_group_is_no_option_of_it(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"{next(iter(options))}=.*in groups of your own"):
+        build(name, tiny_model(), **options)
+
+
+@pytest.mark.parametrize("name", ["scale_sgd", "racs_adamw", "foam_adamw", "lora_pre_adamw"])
+def test_patterns_without_a_match_raise(name: str) -> None:
+    with pytest.raises(ValueError, match="accepted are patterns that match"):
+        build(name, tiny_model(), patterns="nothing")
+    with pytest.warns(UserWarning, match="hidden layers are"):
+        optimizer = build(name, tiny_model(), patterns="q_proj")
+    chosen = optimizer.param_groups[0]["param_names"]
+    assert chosen == ["self_attn.q_proj.weight"]
+
+
+def test_scale_normalises_transposed_layers_by_their_outputs() -> None:
+    class Conv1D(nn.Module):
+        """As transformers has it: the weight is in x out."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 4))
+
+    model = nn.ModuleDict({"h": nn.ModuleList([nn.ModuleDict({"mlp": Conv1D()})])})
+    optimizer = build("scale_sgd", model, lr=1.0)
+    (group,) = [group for group in optimizer.param_groups if group["params"]]
+    assert group["normalise"] == "columns"
+    (weight,) = group["params"]
+    before = weight.detach().clone()
+    weight.grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    sizes = (before - weight.detach()).square().mean(0).sqrt()
+    torch.testing.assert_close(sizes, torch.ones(4), rtol=1e-4, atol=0)
