@@ -42,7 +42,7 @@ def test_optimizers_on_two_to_four_ranks(tmp_path: Path, cases: list[Case]) -> N
     assert not far
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_options_on_three_ranks(tmp_path: Path) -> None:
     made = run(follow, 3, tmp_path, VARIANTS, [3], 16)
     far = {k: gap for k, gap in check(made, VARIANTS, [3]).items() if not gap <= limit(k)}

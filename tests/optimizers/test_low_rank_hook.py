@@ -40,7 +40,7 @@ def test_two_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.exhaustive), 4])
 def test_all_cases(world: int, tmp_path: Path) -> None:
     checks = [*cases.MORE.get(world, cases.ALL), *state_cases.ALL]
     mp.spawn(run, (world, str(tmp_path), checks), nprocs=world)

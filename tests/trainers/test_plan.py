@@ -165,7 +165,7 @@ def test_several_processes(tiny: str, strategy: str) -> None:
         assert several.wire["passes"] == gradients + 2 * gradients // 4
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_all_methods_are_ranked(tiny: str, tmp_path: Path, capsys: Any) -> None:
     plot = tmp_path / "methods.png"
     arguments = ["plan", "--model", tiny, "--all", "--sequence=16", "--option=rank=4"]
