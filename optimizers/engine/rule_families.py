@@ -104,20 +104,13 @@ def _muon(group: Group, *, projected: bool = False) -> UpdateRule:
     return rule if projected else adam_rule(group)
 
 
-def _scale(group: Group, *, projected: bool = False) -> UpdateRule:
-    return normalised_rule(group) if projected else adam_rule(group)
+def _or_adam(make: Callable[[Group], UpdateRule]) -> Callable[..., UpdateRule]:
+    """A maker of one rule for the groups that ask for it, and of Adam for the others."""
 
+    def chosen(group: Group, *, projected: bool = False) -> UpdateRule:
+        return make(group) if projected else adam_rule(group)
 
-def _racs(group: Group, *, projected: bool = False) -> UpdateRule:
-    return row_column_rule(group) if projected else adam_rule(group)
-
-
-def _foam(group: Group, *, projected: bool = False) -> UpdateRule:
-    return folded_rule(group) if projected else adam_rule(group)
-
-
-def _lora_pre(group: Group, *, projected: bool = False) -> UpdateRule:
-    return factored_rule(group) if projected else adam_rule(group)
+    return chosen
 
 
 def _relative_step(defaults: Group) -> Group:
@@ -294,7 +287,7 @@ SCALE = RuleFamily(
         Keyword("eps", 1e-8, "added to root mean squares, and AdamW's eps; above 0."),
         Keyword("weight_decay", 0.0, "decoupled, before the update."),
     ),
-    _scale,
+    _or_adam(normalised_rule),
     capturable=True,
 )
 
@@ -317,7 +310,7 @@ RACS = RuleFamily(
         Keyword("eps", 1e-8, "AdamW's eps."),
         _TORCH_ADAM[1],
     ),
-    _racs,
+    _or_adam(row_column_rule),
 )
 
 #: Adam with folded moments where a group says so, torch's AdamW elsewhere.
@@ -332,7 +325,7 @@ FOAM = RuleFamily(
         Keyword("residual_scale", 1.0, "factor on what the fold loses of a gradient."),
         replace(_LIMITER, doc=f"with fold='haar', {_LIMITER.doc}"),
     ),
-    _foam,
+    _or_adam(folded_rule),
 )
 
 #: Adam with moments as low-rank factors where a group says so, torch's AdamW elsewhere.
@@ -343,5 +336,5 @@ LORA_PRE = RuleFamily(
         *_TORCH_ADAM,
         Keyword("ridge", 1e-5, "added to Gram matrices, relative to their diagonal; above 0."),
     ),
-    _lora_pre,
+    _or_adam(factored_rule),
 )

@@ -109,6 +109,8 @@ class Projector(ABC):
     DIMENSIONS: ClassVar[tuple[int, ...]] = (2,)
     #: Whether `track` changes the bases.
     TRACKS: ClassVar[bool] = False
+    #: Its name in `PROJECTORS`, where it can't project both axes.
+    ONE_AXIS: ClassVar[str] = ""
     #: Whether a fit reads the gradient, so that processes can share it (`share_refreshes`).
     FITS_GRADIENT: ClassVar[bool] = True
     #: Whether bases have orthonormal columns (to the storage's precision).
@@ -131,9 +133,18 @@ class Projector(ABC):
         return self
 
     def geometry(self, shape: Sequence[int], rank: int, proj_type: str) -> Geometry:
-        """Side, rank and shapes for a parameter of the given global shape."""
+        """Side, rank and shapes for a parameter of the given global shape.
+
+        Raises:
+            ValueError: both axes are to be projected, and this projector has one (`ONE_AXIS`).
+        """
         rows, columns = shape
-        return Geometry.of((rows, columns), rank, proj_type)
+        geometry = Geometry.of((rows, columns), rank, proj_type)
+        if self.ONE_AXIS and geometry.side is Side.BOTH:
+            raise ValueError(
+                f"proj_type='full' with projector={self.ONE_AXIS!r}: accepted is one projected axis"
+            )
+        return geometry
 
     def init(self, geometry: Geometry, like: Tensor) -> dict[str, Any]:
         """State entries of a new matrix: zero bases."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..engine import checks
 from ..engine.chunks import wide_dtype
 from ..engine.fp32 import exact_fp32
-from ..engine.geometry import Geometry, Side
+from ..engine.geometry import Side
 from . import subspace
 from .base import Bases, ProjectedParam
 from .operand import Operand
@@ -43,6 +43,7 @@ class BlockPowerProjector(SingularProjector):
         beta1: decay of the first moment; `for_group` fills it in.
     """
 
+    ONE_AXIS: ClassVar[str] = "block_power"
     OPTIONS: ClassVar[tuple[str, ...]] = ("refresh", "rho")
 
     rho: float = 0.908
@@ -65,19 +66,6 @@ class BlockPowerProjector(SingularProjector):
             )
         betas = group.get("betas")
         return replace(self, beta1=float(betas[0]) if betas else 0.0)
-
-    def geometry(self, shape: Sequence[int], rank: int, proj_type: str) -> Geometry:
-        """Side, rank and shapes.
-
-        Raises:
-            ValueError: both axes are to be projected.
-        """
-        geometry = super().geometry(shape, rank, proj_type)
-        if geometry.side is Side.BOTH:
-            raise ValueError(
-                "proj_type='full' with projector='block_power': accepted is one projected axis"
-            )
-        return geometry
 
     def fit(self, params: Sequence[ProjectedParam]) -> list[Bases | None]:
         """Singular vectors at first, then as in the module; a zero gradient keeps its basis."""

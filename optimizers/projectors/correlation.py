@@ -215,6 +215,7 @@ class CorrelationProjector(Projector):
         "rank_ratio_cnn",
     )
     DIMENSIONS: ClassVar[tuple[int, ...]] = (2, 4)
+    ONE_AXIS: ClassVar[str] = "coap"
     ORTHONORMAL: ClassVar[bool] = False
 
     refresh: str = "eigh"
@@ -248,12 +249,7 @@ class CorrelationProjector(Projector):
                     "matrices, or with a rank_ratio_cnn of at least 1 convolutions too"
                 )
             return tucker.geometry(tuple(shape), self.rank_ratio_cnn)
-        geometry = super().geometry(shape, rank, proj_type)
-        if geometry.side is Side.BOTH:
-            raise ValueError(
-                "proj_type='full' with projector='coap': accepted is one projected axis"
-            )
-        return geometry
+        return super().geometry(shape, rank, proj_type)
 
     def fit(self, params: Sequence[ProjectedParam]) -> list[Bases | None]:
         """A P step or a re-projection; a zero or non-finite gradient keeps its basis."""

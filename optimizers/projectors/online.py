@@ -62,6 +62,7 @@ class OnlineProjector(SingularProjector):
         moments_dtype: precision of its optimizer's moments; set by `for_group`.
     """
 
+    ONE_AXIS: ClassVar[str] = "online"
     OPTIONS: ClassVar[tuple[str, ...]] = (
         *SingularProjector.OPTIONS,
         "online_optimizer",
@@ -103,19 +104,6 @@ class OnlineProjector(SingularProjector):
         if lr is not None and base:
             rate *= lr / base
         return replace(self, rate=rate, moments_dtype=MOMENT_DTYPES[group["moments_dtype"]])
-
-    def geometry(self, shape: Sequence[int], rank: int, proj_type: str) -> Geometry:
-        """Side, rank and shapes.
-
-        Raises:
-            ValueError: both axes are to be projected.
-        """
-        geometry = super().geometry(shape, rank, proj_type)
-        if geometry.side is Side.BOTH:
-            raise ValueError(
-                "proj_type='full' with projector='online': accepted is one projected axis"
-            )
-        return geometry
 
     def _rule(self, *, capturable: bool, fused: bool) -> UpdateRule:
         if self.online_optimizer == "sgd":

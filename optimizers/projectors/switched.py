@@ -51,6 +51,7 @@ class SwitchedProjector(SingularProjector):
         tracking_beta: b3, its decay at each step, and its share at a refresh.
     """
 
+    ONE_AXIS: ClassVar[str] = "switched"
     OPTIONS: ClassVar[tuple[str, ...]] = ("refresh", "leading_share", "tracking", "tracking_beta")
     TRACKS: ClassVar[bool] = True
 
@@ -63,19 +64,6 @@ class SwitchedProjector(SingularProjector):
         checks.number("leading_share", self.leading_share, low=0.0, high=1.0)
         checks.choice("tracking", self.tracking, (True, False))
         checks.number("tracking_beta", self.tracking_beta, low=0.0, high=1.0, high_open=True)
-
-    def geometry(self, shape: Sequence[int], rank: int, proj_type: str) -> Geometry:
-        """Side, rank and shapes.
-
-        Raises:
-            ValueError: both axes are to be projected.
-        """
-        geometry = super().geometry(shape, rank, proj_type)
-        if geometry.side is Side.BOTH:
-            raise ValueError(
-                "proj_type='full' with projector='switched': accepted is one projected axis"
-            )
-        return geometry
 
     def init(self, geometry: Geometry, like: Tensor) -> dict[str, Any]:
         """A zero basis, and a zero covariance with tracking."""

@@ -231,6 +231,17 @@ class ElementwiseRule(UpdateRule):
         return update
 
 
+class TwoPassRule(UpdateRule):
+    """A rule that first reads a whole matrix, in `by_rows`, and then makes updates of its rows."""
+
+    def update(
+        self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
+    ) -> list[Update]:
+        """See `UpdateRule.update`."""
+        whole = zip(grads, states, weights, strict=True)
+        return [self.by_rows(*given)(slice(0, len(given[0]))) for given in whole]
+
+
 def add_update_(weight: Tensor, update: Update) -> None:
     """In place: weight <- decay_factor weight - alpha direction."""
     if isinstance(update.decay_factor, Tensor) or update.decay_factor != 1.0:

@@ -34,7 +34,7 @@ from lowrank.cuda import rademacher
 from ..engine.chunks import row_chunks, wide_dtype
 from ..engine.fp32 import exact_fp32
 from ..engine.sharding import Part, part_of
-from .base import RowUpdates, State, Update, UpdateRule, scalar
+from .base import RowUpdates, State, TwoPassRule, Update, scalar
 from .fused_adam import bias_corrections
 from .precision import moments_dtype, moments_itemsize
 
@@ -48,7 +48,7 @@ START = 20260224
 
 
 @dataclass(frozen=True)
-class FactoredAdam(UpdateRule):
+class FactoredAdam(TwoPassRule):
     """LoRA-Pre's hyper-parameters.
 
     Attributes:
@@ -215,13 +215,6 @@ class FactoredAdam(UpdateRule):
         factor, _ = torch.linalg.cholesky_ex(unit)
         solved: Tensor = torch.cholesky_solve(right / size, factor)
         return torch.where(mean > tiny, solved, 0.0)
-
-    def update(
-        self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
-    ) -> list[Update]:
-        """See `UpdateRule.update`."""
-        whole = zip(grads, states, weights, strict=True)
-        return [self.by_rows(*given)(slice(0, len(given[0]))) for given in whole]
 
     def first_moment(self, state: State) -> Tensor | None:
         """None: it isn't stored as one."""

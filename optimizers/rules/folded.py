@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..engine.chunks import row_chunks, wide_dtype
 from ..engine.sharding import Part, part_of
-from .base import RowUpdates, State, Update, UpdateRule, scalar
+from .base import RowUpdates, State, TwoPassRule, Update, UpdateRule, scalar
 from .fused_adam import bias_corrections
 from .growth import limit_growth
 from .precision import moments_dtype, moments_itemsize
@@ -39,7 +39,7 @@ NORM_KEY = "update_norm"
 
 
 @dataclass(frozen=True)
-class FoldedAdam(UpdateRule):
+class FoldedAdam(TwoPassRule):
     """Adam with folded moments.
 
     Attributes:
@@ -217,13 +217,6 @@ class FoldedAdam(UpdateRule):
         sizes = self._sizes(columns, chunk).sqrt_()
         inside = self._spread_out(m.div_(root).div_(sizes), columns)
         return outside.div_(self._spread_out(root, columns)).add_(inside)
-
-    def update(
-        self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
-    ) -> list[Update]:
-        """See `UpdateRule.update`."""
-        whole = zip(grads, states, weights, strict=True)
-        return [self.by_rows(*given)(slice(0, len(given[0]))) for given in whole]
 
     def first_moment(self, state: State) -> Tensor | None:
         """None: the folded one has another shape than the gradient."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..engine.chunks import row_chunks, wide_dtype
 from ..engine.sharding import Part, part_of
-from .base import RowUpdates, State, Update, UpdateRule, numel, scalar
+from .base import RowUpdates, State, TwoPassRule, Update, numel, scalar
 from .precision import moments_dtype, moments_itemsize
 from .rows import squares_along
 
@@ -29,7 +29,7 @@ AXES = {"rows": 1, "columns": 0}
 
 
 @dataclass(frozen=True)
-class NormalisedSGD(UpdateRule):
+class NormalisedSGD(TwoPassRule):
     """SGD of which each row, or column, has RMS 1.
 
     Attributes:
@@ -97,13 +97,6 @@ class NormalisedSGD(UpdateRule):
             wide = grad[rows].to(wide_dtype(grad))
             moment[rows] = moment[rows].to(wide.dtype).lerp(wide, 1 - self.momentum)
         return moment
-
-    def update(
-        self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
-    ) -> list[Update]:
-        """See `UpdateRule.update`."""
-        whole = zip(grads, states, weights, strict=True)
-        return [self.by_rows(*given)(slice(0, len(given[0]))) for given in whole]
 
     def first_moment(self, state: State) -> Tensor | None:
         """The momentum."""

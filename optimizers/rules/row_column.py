@@ -28,7 +28,7 @@ from torch import Tensor
 from ..engine.chunks import row_chunks, wide_dtype
 from ..engine.sharding import Part, part_of
 from .adafactor import FACTOR_AXES
-from .base import RowUpdates, State, Update, UpdateRule, scalar
+from .base import RowUpdates, State, TwoPassRule, Update, scalar
 from .growth import limit_growth
 
 ROUNDS = 5
@@ -37,7 +37,7 @@ NORM_KEY = "update_norm"
 
 
 @dataclass(frozen=True)
-class RowColumnScaled(UpdateRule):
+class RowColumnScaled(TwoPassRule):
     """RACS's hyper-parameters.
 
     Attributes:
@@ -109,13 +109,6 @@ class RowColumnScaled(UpdateRule):
         lr = scalar(self.lr)
         decay_factor = 1.0 - lr * self.weight_decay if self.weight_decay else 1.0
         return lambda rows: Update(scaled(rows).mul_(size), lr, decay_factor)
-
-    def update(
-        self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
-    ) -> list[Update]:
-        """See `UpdateRule.update`."""
-        whole = zip(grads, states, weights, strict=True)
-        return [self.by_rows(*given)(slice(0, len(given[0]))) for given in whole]
 
 
 def fixed_point(grad: Tensor, part: Part) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -121,3 +122,14 @@ def distance(first: nn.Module, second: nn.Module) -> float:
 
 def row_of(name: str, *, int8: bool = False) -> Row:
     return next(row for row in TABLE if row.name == name and row.int8 == int8)
+
+
+def unchanged(model: nn.Module) -> Callable[[], None]:
+    """A check that no weight has changed since."""
+    before = copy.deepcopy(model.state_dict())
+
+    def check() -> None:
+        after = model.state_dict()
+        assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+    return check

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from in_backward_runs import backward, batch, loss_of, make, unexamined
+from in_backward_runs import backward, batch, loss_of, make, unchanged, unexamined
 from support import tiny_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -21,17 +20,6 @@ from lowrank.optimizers import (
     register_low_rank_hook,
     update_in_backward,
 )
-
-
-def unchanged(model: nn.Module) -> Callable[[], None]:
-    """A check that no weight has changed since."""
-    before = copy.deepcopy(model.state_dict())
-
-    def check() -> None:
-        after = model.state_dict()
-        assert all(torch.equal(value, after[name]) for name, value in before.items())
-
-    return check
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ import copy
 import io
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from in_backward_runs import backward, batch, loss_of, make, unexamined
+from in_backward_runs import backward, batch, loss_of, make, unchanged, unexamined
 from support import tiny_model
 from torch import nn
 
@@ -20,17 +20,6 @@ from lowrank.optimizers import (
     param_groups,
     update_in_backward,
 )
-
-
-def unchanged(model: nn.Module) -> Callable[[], None]:
-    """A check that no weight has changed since."""
-    before = copy.deepcopy(model.state_dict())
-
-    def check() -> None:
-        after = model.state_dict()
-        assert all(torch.equal(value, after[name]) for name, value in before.items())
-
-    return check
 
 
 @pytest.fixture(autouse=True)
