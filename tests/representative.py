@@ -9,10 +9,10 @@ import pytest
 
 
 def with_representative(
-    names: Sequence[str], chosen: Sequence[str], marks: Sequence[Any] = (pytest.mark.slow,)
+    names: Sequence[Any], chosen: Sequence[Any], marks: Sequence[Any] = (pytest.mark.slow,)
 ) -> list[Any]:
     """Parameters of a test: `marks` for the chosen names, exhaustive for the others."""
     return [
-        pytest.param(name, marks=marks if name in chosen else pytest.mark.exhaustive, id=name)
+        pytest.param(name, marks=marks if name in chosen else pytest.mark.exhaustive, id=str(name))
         for name in names
     ]

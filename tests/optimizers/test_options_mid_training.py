@@ -27,8 +27,8 @@ REPRESENTATIVE = tuple(
     for name in NAMES
     if name
     in (
-        *("adafactor", "adamw_8bit", "muon", "galore_adamw", "galore_adamw_8bit", "fira_adamw"),
-        *("coap_adamw", "online_subspace_adamw", "qgalore_adamw_8bit", "relora_adamw"),
+        *("adafactor", "adamw_8bit", "muon", "galore_adamw", "coap_adamw"),
+        *("qgalore_adamw_8bit", "relora_adamw"),
     )
 )
 OTHERS = tuple(name for name in NAMES if name not in REPRESENTATIVE)
