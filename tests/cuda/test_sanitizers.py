@@ -94,7 +94,7 @@ def test_faults_in_simulated_kernels_are_found(tmp_path: Path) -> None:
         assert words in done.stderr
 
 
-#: Where a barrier keeps threads of a block apart: text of adam.cu that the fault leaves out.
+#: Where a barrier keeps threads of a block apart: text of adam8bit.cu that the fault leaves out.
 BARRIER = "stage(shared_maps, maps, 2 * 256);\n  __syncthreads();"
 
 
@@ -108,11 +108,11 @@ def test_no_kernel_has_a_race(tmp_path: Path, broken: bool) -> None:
     device = build.SOURCES / "device"
     sources = [path for path in sorted(device.glob("*.cu")) if path.stem != "library"]
     if broken:
-        text = (device / "adam.cu").read_text()
-        changed = tmp_path / "adam.cu"
+        text = (device / "adam8bit.cu").read_text()
+        changed = tmp_path / "adam8bit.cu"
         changed.write_text(text.replace(BARRIER, ""))
         assert changed.read_text() != text
-        sources[sources.index(device / "adam.cu")] = changed
+        sources[sources.index(device / "adam8bit.cu")] = changed
     sources += [HERE / "races.cpp", build.SOURCES / "host/library.cpp"]
     flags = [
         *("-std=c++20", "-O1", "-g1", "-fsanitize=thread", "-pthread", "-Wno-unknown-pragmas"),
