@@ -61,7 +61,7 @@ def compare(
     shape, number = (model.hidden, model.hidden), 4 * model.layers
     counted = counts(method, model, shape, number, count)
     measured = observed(method, model, shape, number, context)
-    launches = measured.get("launches", measured["started"])
+    unit, key = ("launches",) * 2 if "launches" in measured else ("operations", "started")
     details = measured | {"counted": counted}
     note = f"{number} matrices; "
     aim = None
@@ -74,8 +74,7 @@ def compare(
         note += f", {measured['synchronizing']} waits, {measured['device_ms']:.3g} ms of kernels"
     else:
         note += f", {measured['host_reads']} reads"
-    unit = "launches" if "launches" in measured else "operations"
-    record.add("step", method.label, launches, unit, aim=aim, note=note, details=details)
+    record.add("step", method.label, measured[key], unit, aim=aim, note=note, details=details)
 
 
 def counts(

@@ -52,7 +52,7 @@ def operations(call: Call) -> Json:
 _FREE = re.compile(r"^(empty|empty_like|empty_strided|new_empty\w*|detach_?|alias|lift_fresh)$")
 
 
-class _Starting(_Counting):
+class _Starting(_Counting):  # type: ignore[no-untyped-call]
     """Counts neither views nor memory that is only taken."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
