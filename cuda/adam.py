@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -92,6 +94,45 @@ def adam(
         for tensors, norms in ((grads, grad_norms), (made, direction_norms)):
             for tensor, norm in zip(tensors, norms, strict=True):
                 torch.linalg.vector_norm(tensor.float(), dim=axis, out=norm)
+
+
+def adam_weights(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    size: float,
+    decay_factor: float,
+    alpha: float,
+    sizes: Tensor | None,
+) -> None:
+    """The reference of `torch.ops.lowrank.adam_weights`: W <- decay_factor W - alpha direction.
+
+    Args:
+        weights: W, of the gradients' shapes and precision; rounded once.
+        grads: as in `adam`.
+        exp_avgs: as in `adam`.
+        exp_avg_sqs: as in `adam`.
+        beta1: b1.
+        beta2: b2.
+        eps: added to sqrt(V).
+        size: factor on the direction.
+        decay_factor: 1 less the weight decay.
+        alpha: step size.
+        sizes: fp32 (count, 4), (eps, size, decay_factor, alpha) of each tensor, which replaces
+            those arguments without being read back.
+    """
+    for i, weight in enumerate(weights):
+        own: Sequence[Number] | Tensor = (eps, size, decay_factor, alpha)
+        if sizes is not None:
+            own = sizes[i]
+        lists = [grads[i]], [exp_avgs[i]], [exp_avg_sqs[i]]
+        (direction,) = adam_step(*lists, beta1, beta2, own[0], own[1])
+        wide = weight.to(direction.dtype)
+        weight.copy_(wide * own[2] - direction * own[3])
 
 
 def adam_8bit(

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .groups import reciprocal
+
 DEFAULT_BLOCK = 256
 _DECADES = 7
 _FIRST_ENTRY, _LAST_ENTRY = 0x32FF, 0x3F80
@@ -66,8 +68,8 @@ def quantize_blockwise(
 ) -> tuple[Tensor, Tensor]:
     """Quantises a tensor to 8 bits per element.
 
-    Every element becomes the code nearest to `x / absmax` (computed in fp32); a tie goes to the
-    code of smaller magnitude. With `signed=False` negative elements become 0. Blocks of zeros
+    Every element becomes the code nearest to `x * (1 / absmax)` (computed in fp32); a tie goes to
+    the code of smaller magnitude. With `signed=False` negative elements become 0. Blocks of zeros
     come back as exact zeros. A NaN or an infinity makes `absmax` and, when dequantised, every
     element of its block non-finite: callers that want to survive such values skip them before.
 
@@ -153,9 +155,7 @@ def quantize_flat(
         scale_b = absmax_b[first : first + rows_bw.shape[0]]
         # Many times faster than vector_norm(inf); NaN propagates in both.
         torch.amax(torch.abs(rows_bw, out=ratio_bw), dim=1, out=scale_b)
-        # Zero blocks would divide 0 by 0; any positive divisor gives them the code of 0.
-        divisor_b = torch.where(scale_b == 0, 1.0, scale_b)
-        torch.div(rows_bw, divisor_b.unsqueeze(1), out=ratio_bw)
+        torch.mul(rows_bw, reciprocal(scale_b).unsqueeze(1), out=ratio_bw)
         torch.bitwise_right_shift(bits, 16, out=index)
         index.bitwise_and_(0xFFFF)
         torch.index_select(table, 0, index, out=value)

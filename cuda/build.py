@@ -120,6 +120,30 @@ def run(command: Sequence[str]) -> str:
     return done.stdout + done.stderr
 
 
+def compile_objects(
+    compiler: str, flags: Sequence[str], sources: Sequence[Path], folder: Path
+) -> list[str]:
+    """Compiles each source into a folder, several at a time; returns the objects.
+
+    Args:
+        compiler: program.
+        flags: of the compilation.
+        sources: with different names.
+        folder: of the objects.
+
+    Raises:
+        BuildError: the compiler failed.
+    """
+    objects = [str(folder / f"{source.stem}.o") for source in sources]
+
+    def one(source: Path, output: str) -> None:
+        run([compiler, *flags, "-c", str(source), "-o", output])
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        list(pool.map(one, sources, objects))
+    return objects
+
+
 def compile_library(
     compiler: str,
     flags: Sequence[str],
@@ -127,7 +151,7 @@ def compile_library(
     target: Path,
     link: Sequence[str] | None = None,
 ) -> None:
-    """Compiles each source, several at a time, and links them; writes `target` atomically.
+    """Compiles sources and links them; writes `target` atomically.
 
     Args:
         compiler: program.
@@ -140,13 +164,7 @@ def compile_library(
         BuildError: the compiler failed.
     """
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
-
-        def one(source: Path, output: str) -> None:
-            run([compiler, *flags, "-c", str(source), "-o", output])
-
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            list(pool.map(one, sources, objects))
+        objects = compile_objects(compiler, flags, sources, Path(folder))
         made = str(Path(folder) / target.name)
         run([compiler, *(flags if link is None else link), "-shared", *objects, "-o", made])
         os.replace(made, target)

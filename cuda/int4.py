@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .groups import DEFAULT_GROUP, ceil_to, chunk_elements, group_count, spans
+from .groups import DEFAULT_GROUP, ceil_to, chunk_elements, group_count, reciprocal, spans
 from .groups import quantize_flat as affine_flat
 
 FORMATS = ("asymmetric", "midrise", "nf4")
@@ -236,9 +236,8 @@ def _quantize_symmetric(
         scale_g = ceil_to(largest_g, scales.dtype)
         groups = slice(start // group_size, start // group_size + rows_gw.shape[0])
         scales[groups].copy_(scale_g)
-        # Zero groups would divide 0 by 0; with a scale of zero any code reads as zero.
-        divisor_g1 = torch.where(scale_g == 0, 1.0, scale_g.float()).unsqueeze(1)
-        units_gw = rows_gw / divisor_g1
+        # With a scale of zero any code reads as zero.
+        units_gw = rows_gw * reciprocal(scale_g.float()).unsqueeze(1)
         if format == "nf4":
             chosen = torch.bucketize(units_gw, middles, out_int32=True)
         else:

@@ -18,7 +18,7 @@ from . import compatibility
 from .build import DEVICE, HOSTS, read_report
 
 FOLDER = Path(__file__).resolve().parent / "_lib"
-ABI = 2
+ABI = 3
 KERNELS = ("native", "torch")
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -56,6 +56,10 @@ SIGNATURES: dict[str, list[type]] = {
     "adam_8bit": [
         *[_INT, *[_POINTER] * 7, _INT, _INT, _DOUBLE, _DOUBLE, _FLOAT, _FLOAT],
         *[_POINTER, _POINTER, _POINTER],
+    ],
+    "adam_weights": [
+        *[_INT, *[_POINTER] * 5, _INT, _INT, _DOUBLE, _DOUBLE],
+        *[*[_FLOAT] * 4, _POINTER],
     ],
     "write_back": [_POINTER, _INT, *_UPDATE, _FLOAT, _FLOAT, _INT, _SEED, _SEED],
     "write_back_int8": [

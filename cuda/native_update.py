@@ -86,6 +86,39 @@ def adam(
     return True
 
 
+def adam_weights(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    size: float,
+    decay_factor: float,
+    alpha: float,
+    sizes: Tensor | None,
+) -> bool:
+    """See `adam.adam_weights`."""
+    moments = [*exp_avgs, *exp_avg_sqs]
+    library = usable(*weights, *grads, *moments, sizes)
+    if library is None or not _adam_types(grads, moments, grads):
+        return False
+    if {t.dtype for t in weights} != {grads[0].dtype}:
+        return False
+    for lists in (weights, exp_avgs, exp_avg_sqs):
+        _expect_like(grads, lists)
+    expect("sizes", sizes, 4 * len(grads), torch.float32)
+    library.call(
+        "adam_weights",
+        grads[0].device,
+        *(len(grads), *map(_addresses, (weights, grads, exp_avgs, exp_avg_sqs))),
+        *(_sizes([t.numel() for t in grads]), dtype_code(grads[0]), dtype_code(exp_avgs[0])),
+        *(beta1, beta2, eps, size, decay_factor, alpha, pointer(sizes)),
+    )
+    return True
+
+
 def adam_8bit(
     grads: list[Tensor],
     exp_avgs: list[Tensor],

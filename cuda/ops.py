@@ -85,6 +85,13 @@ OPERATIONS: dict[str, tuple[str, Implementation, Implementation]] = {
         adam.adam,
         native_update.adam,
     ),
+    "adam_weights": (
+        "Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+        "float beta1, float beta2, float eps, float size, float decay_factor, float alpha, "
+        "Tensor? sizes",
+        adam.adam_weights,
+        native_update.adam_weights,
+    ),
     "adam_8bit": (
         "Tensor[] grads, Tensor(a!)[] exp_avgs, Tensor(b!)[] exp_avg_absmax, "
         "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] exp_avg_sq_absmax, Tensor(e!)[] directions, "

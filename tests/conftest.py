@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,6 +14,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import torch
+from compiling import OBJECTS
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A folder for what is compiled; the processes of one session share it."""
+    if OBJECTS in os.environ:
+        return
+    folder = os.environ[OBJECTS] = tempfile.mkdtemp(prefix="lowrank-objects-")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    config.add_cleanup(lambda: os.environ.pop(OBJECTS, None))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

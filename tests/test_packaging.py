@@ -17,6 +17,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from compiling import caching_compiler
 from support import ROOT
 
 from lowrank.cuda import build
@@ -153,10 +154,18 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy_sources(copy)
     target = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-P", "-m", "pip", "wheel", "--quiet", "--no-deps"]
-    result = run(*command, "--no-build-isolation", "--wheel-dir", target, ".", cwd=copy)
+    command += ["--no-build-isolation", "--wheel-dir", str(target), "."]
+    result = run(*command, cwd=copy, env=os.environ | compilers())
     assert result.returncode == 0, result.stderr
     (built,) = target.glob("*.whl")
     return built
+
+
+def compilers() -> dict[str, str]:
+    """Compilers that share objects with other builds of this session; CUDA for one target."""
+    found = {"CXX": build.find_compiler(), "CUDACXX": build.find_nvcc()}
+    chosen = {name: caching_compiler(path) for name, path in found.items() if path}
+    return chosen | {"LOWRANK_CUDA_ARCHS": "90a"}
 
 
 def copy_sources(target: Path) -> None:
@@ -197,7 +206,8 @@ def test_isolated_build_without_nvcc(tmp_path: Path) -> None:
     copy = tmp_path / "source"
     copy_sources(copy)
     command = [sys.executable, "-P", "-m", "pip", "wheel", "--quiet", "--no-deps"]
-    environment = os.environ | {"CUDACXX": str(tmp_path / "no" / "nvcc"), "LOWRANK_CUDA": "auto"}
+    environment = os.environ | compilers()
+    environment |= {"CUDACXX": str(tmp_path / "no" / "nvcc"), "LOWRANK_CUDA": "auto"}
     result = run(*command, "--wheel-dir", tmp_path, ".", cwd=copy, env=environment)
     assert result.returncode == 0, result.stderr
     (made,) = tmp_path.glob("*.whl")

@@ -33,7 +33,14 @@ int dispatch_deltas(int grad_dtype, int delta_dtype, const F& f) {
   return 1;  // cudaErrorInvalidValue
 }
 
-// The same for moments too, which are fp32, or bf16 where gradients are.
+// Calls f with null pointers of the types of weights (and gradients) and of moments, which are
+// fp32, or as the weights.
+template <typename F>
+int dispatch_weights(int dtype, int state_dtype, const F& f) {
+  return dispatch_deltas(dtype, state_dtype, f);
+}
+
+// As `dispatch_deltas`, for moments too, which are fp32, or bf16 where gradients are.
 template <typename F>
 int dispatch_adam(int grad_dtype, int state_dtype, int delta_dtype, const F& f) {
   return dispatch_deltas(grad_dtype, delta_dtype, [&]<typename G, typename D>(G* grad, D* delta) {

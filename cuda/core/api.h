@@ -11,7 +11,7 @@
 #define LOWRANK_API extern "C" __attribute__((visibility("default")))
 
 // Which version of this interface the library has; changed with any signature.
-#define LOWRANK_ABI 2
+#define LOWRANK_ABI 3
 
 LOWRANK_API int lowrank_abi();
 // What an error code means.
@@ -86,6 +86,15 @@ LOWRANK_API int lowrank_adam_8bit(int count, const void* const* grads, void* con
                                   double beta1, double beta2, float eps, float size,
                                   const float* device_sizes, const std::int32_t* tables,
                                   const float* maps, void* stream);
+
+// Adam and the update of `count` weights in one pass: weight = keep * weight - alpha * delta, with
+// the delta of `lowrank_adam`. Weights and gradients are of type `dtype`. `device_sizes`, if not
+// null, points to (eps, size, keep, alpha) of each tensor, where the library computes.
+LOWRANK_API int lowrank_adam_weights(int count, void* const* weights, const void* const* grads,
+                                     void* const* exp_avgs, void* const* exp_avg_sqs,
+                                     const std::int64_t* numels, int dtype, int state_dtype,
+                                     double beta1, double beta2, float eps, float size, float keep,
+                                     float alpha, const float* device_sizes, void* stream);
 
 // weight = keep * weight - alpha * delta - factor * grad on contiguous rows. `delta` or `grad` may
 // be null. The factor of entry (i, j) is factors[i * row_stride + j * column_stride]. bf16 weights

@@ -20,16 +20,13 @@ LR_HD int rank_of(std::int32_t magnitude, const std::int32_t* table) {
   return (table[upper - kFirstEntry] + (magnitude & 0xFFFF)) >> 16;
 }
 
-// Code of x / absmax. `zero` is the code of 0: 127 in the signed map, 0 in the unsigned one. -1 is
-// not in the signed map: its lowest code belongs to the last fraction.
+// Code of x * reciprocal(absmax). `zero` is the code of 0: 127 in the signed map, 0 in the unsigned
+// one. -1 is not in the signed map: its lowest code belongs to the last fraction.
 LR_HD std::uint8_t dynamic_code(float ratio, const std::int32_t* table, int zero) {
   const std::int32_t bits = static_cast<std::int32_t>(bits_of(ratio));
   const int rank = rank_of(bits & 0x7FFFFFFF, table);
   const int below = zero - (rank < zero ? rank : zero);
   return static_cast<std::uint8_t>(bits < 0 ? below : zero + rank);
 }
-
-// What a block is divided by; any positive number gives a block of zeros the code of 0.
-LR_HD float block_divisor(float absmax) { return absmax == 0.0f ? 1.0f : absmax; }
 
 }  // namespace lowrank

@@ -57,6 +57,13 @@ LR_HD float from_order_key(std::int32_t key) {
   return float_of(static_cast<std::uint32_t>(key ^ ((key >> 31) & 0x7FFFFFFF)));
 }
 
+// What entries are multiplied by to be divided by a scale that is not negative. A scale of zero, or
+// one whose reciprocal may be infinite, belongs to entries that are as good as zero: these stay.
+LR_HD float reciprocal(float scale) {
+  constexpr float kSmallestNormal = 1.17549435e-38f;
+  return scale < kSmallestNormal ? 1.0f : 1.0f / scale;
+}
+
 LR_HD float clamp(float x, float low, float high) { return x < low ? low : (x > high ? high : x); }
 
 LR_HD float to_float(float x) { return x; }

@@ -7,9 +7,9 @@ namespace lowrank {
 namespace {
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    quantize_kernel(const T* x, std::uint8_t* codes, float* absmax, std::int64_t numel,
-                    std::int64_t block, const std::int32_t* table, int zero) {
+__global__ void __launch_bounds__(kThreads, kResident)
+    quantize_blocks_kernel(const T* x, std::uint8_t* codes, float* absmax, std::int64_t numel,
+                           std::int64_t block, const std::int32_t* table, int zero) {
   __shared__ std::int32_t shared_table[kEntries];
   stage(shared_table, table, kEntries);
   __syncthreads();
@@ -19,24 +19,21 @@ __global__ void __launch_bounds__(kThreads)
     const std::int64_t mine = b * block + lane_index() * kVector;
     float kept[kVector];  // the block's first 256 entries stay in registers
     load_floats(x + mine, stop - mine, kept);
-    float largest = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) largest = max_or_nan(fabsf(kept[i]), largest);
+    std::int32_t pattern = magnitude(0, kept);
     for (std::int64_t at = mine + kWarpSpan; at < stop; at += kWarpSpan) {
       float others[kVector];
       load_floats(x + at, stop - at, others);
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) largest = max_or_nan(fabsf(others[i]), largest);
+      pattern = magnitude(pattern, others);
     }
-    largest = warp_max(largest);
+    const float largest = float_of(static_cast<std::uint32_t>(lanes_max(pattern)));
     if (lane_index() == 0) absmax[b] = largest;
-    const float divisor = block_divisor(largest);
+    const float factor = reciprocal(largest);
     for (std::int64_t at = mine; at < stop; at += kWarpSpan) {
       if (at != mine) load_floats(x + at, stop - at, kept);
       Vector<std::uint8_t> result;
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        result.entry[i] = dynamic_code(kept[i] / divisor, shared_table, zero);
+        result.entry[i] = dynamic_code(kept[i] * factor, shared_table, zero);
       }
       store_vector(codes + at, result, stop - at);
     }
@@ -44,9 +41,9 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    dequantize_kernel(const std::uint8_t* codes, const float* absmax, T* out, std::int64_t numel,
-                      std::int64_t block, const float* map) {
+__global__ void __launch_bounds__(kThreads, kResident)
+    dequantize_blocks_kernel(const std::uint8_t* codes, const float* absmax, T* out,
+                             std::int64_t numel, std::int64_t block, const float* map) {
   __shared__ float shared_map[256];
   stage(shared_map, map, 256);
   __syncthreads();
@@ -73,8 +70,8 @@ int lowrank_quantize_blockwise(const void* x, int dtype, std::uint8_t* codes, fl
                                std::int64_t numel, std::int64_t block, const std::int32_t* table,
                                int zero, void* stream) {
   return dispatch(dtype, [&]<typename T>(T*) {
-    return launch(quantize_kernel<T>, blocks_for(ceil_divide(numel, block)), kThreads, stream,
-                  static_cast<const T*>(x), codes, absmax, numel, block, table, zero);
+    return launch(quantize_blocks_kernel<T>, blocks_for(ceil_divide(numel, block)), kThreads,
+                  stream, static_cast<const T*>(x), codes, absmax, numel, block, table, zero);
   });
 }
 
@@ -82,7 +79,7 @@ int lowrank_dequantize_blockwise(const std::uint8_t* codes, const float* absmax,
                                  int dtype, std::int64_t numel, std::int64_t block,
                                  const float* map, void* stream) {
   return dispatch(dtype, [&]<typename T>(T*) {
-    return launch(dequantize_kernel<T>, blocks_for(ceil_divide(numel, block)), kThreads, stream,
-                  codes, absmax, static_cast<T*>(out), numel, block, map);
+    return launch(dequantize_blocks_kernel<T>, blocks_for(ceil_divide(numel, block)), kThreads,
+                  stream, codes, absmax, static_cast<T*>(out), numel, block, map);
   });
 }

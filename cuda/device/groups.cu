@@ -1,87 +1,69 @@
-// Quantisation in groups of 8-bit and 4-bit codes: a warp takes a group.
+// Quantisation in groups of 8-bit and 4-bit codes. Lanes of a warp share a group; see warp.h.
 #include "../core/api.h"
-#include "../core/groups.h"
 #include "warp.h"
 
 namespace lowrank {
 namespace {
 
-constexpr int kNf4Values = 16;
-
-struct Range {
-  float low, high;
-};
-
-__device__ __forceinline__ Range widen(Range range, const float (&values)[kVector]) {
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) {
-    range.low = min_or_nan(range.low, values[i]);
-    range.high = max_or_nan(range.high, values[i]);
-  }
-  return range;
-}
-
-// The range of a group with zero in it, which none of the formats minds.
+// The range of a group whose first entries of this lane are `kept`.
 template <typename T>
-__device__ __forceinline__ Range range_of(const T* x, std::int64_t mine, std::int64_t stop,
+__device__ __forceinline__ Range range_of(const T* x, const Share& own, int lanes,
                                           const float (&kept)[kVector]) {
-  Range range = widen({0.0f, 0.0f}, kept);
-  for (std::int64_t at = mine + kWarpSpan; at < stop; at += kWarpSpan) {
+  Range range;
+  range.widen(kept);
+  for (std::int64_t at = own.at + kWarpSpan; at < own.stop; at += kWarpSpan) {
     float others[kVector];
-    load_floats(x + at, stop - at, others);
-    range = widen(range, others);
+    load_floats(x + at, own.stop - at, others);
+    range.widen(others);
   }
-  return {warp_min(range.low), warp_max(range.high)};
+  return range.over(lanes);
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    quantize_kernel(const T* x, std::uint8_t* codes, void* scales, void* zeros, int scale_dtype,
-                    std::int64_t numel, std::int64_t group, float levels, float share,
-                    bool stochastic, std::uint64_t seed, std::uint64_t first) {
-  const std::int64_t groups = ceil_divide(numel, group);
-  for (std::int64_t g = warp_index(); g < groups; g += warp_count()) {
-    const std::int64_t stop = (g + 1) * group < numel ? (g + 1) * group : numel;
-    const std::int64_t mine = g * group + lane_index() * kVector;
+template <typename T, bool kStochastic>
+__global__ void __launch_bounds__(kThreads, kResident)
+    quantize_groups_kernel(const T* x, std::uint8_t* codes, void* scales, void* zeros,
+                           int scale_dtype, const Sharing sharing, float levels, float share,
+                           std::uint64_t seed, std::uint64_t first) {
+  for (std::int64_t turn = warp_index(); turn < sharing.turns(); turn += warp_count()) {
+    const Share own(sharing, turn);
     float kept[kVector];
-    load_floats(x + mine, stop - mine, kept);
-    const Range range = range_of(x, mine, stop, kept);
-    const GroupParameters own =
-        group_parameters(range.low, range.high, kAffine, levels, share, scale_dtype);
-    if (lane_index() == 0) {
-      store(scales, scale_dtype, g, own.scale);
-      store(zeros, scale_dtype, g, own.zero);
+    load_floats(x + own.at, own.stop - own.at, kept);
+    const GroupParameters group =
+        range_of(x, own, sharing.lanes(), kept).parameters(kAffine, levels, share, scale_dtype);
+    if (own.first) {
+      store(scales, scale_dtype, own.group, group.scale);
+      store(zeros, scale_dtype, own.group, group.zero);
     }
-    for (std::int64_t at = mine; at < stop; at += kWarpSpan) {
-      if (at != mine) load_floats(x + at, stop - at, kept);
+    for (std::int64_t at = own.at; at < own.stop; at += kWarpSpan) {
+      if (at != own.at) load_floats(x + at, own.stop - at, kept);
       Vector<std::uint8_t> result;
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        result.entry[i] = stochastic ? stochastic_code(kept[i], own, levels, seed,
-                                                       first + static_cast<std::uint64_t>(at + i))
-                                     : affine_code(kept[i], own, levels);
+        result.entry[i] = kStochastic ? stochastic_code(kept[i], group, levels, seed,
+                                                        first + static_cast<std::uint64_t>(at + i))
+                                      : affine_code(kept[i], group, levels);
       }
-      store_vector(codes + at, result, stop - at);
+      store_vector(codes + at, result, own.stop - at);
     }
   }
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    dequantize_kernel(const std::uint8_t* codes, const void* scales, const void* zeros,
-                      int scale_dtype, T* out, std::int64_t numel, std::int64_t group) {
-  const std::int64_t groups = ceil_divide(numel, group);
-  for (std::int64_t g = warp_index(); g < groups; g += warp_count()) {
-    const std::int64_t stop = (g + 1) * group < numel ? (g + 1) * group : numel;
-    const GroupParameters own{load(scales, scale_dtype, g), load(zeros, scale_dtype, g)};
-    for (std::int64_t at = g * group + lane_index() * kVector; at < stop; at += kWarpSpan) {
-      const Vector<std::uint8_t> loaded = load_vector(codes + at, stop - at);
+__global__ void __launch_bounds__(kThreads, kResident)
+    dequantize_groups_kernel(const std::uint8_t* codes, const void* scales, const void* zeros,
+                             int scale_dtype, T* out, const Sharing sharing) {
+  for (std::int64_t turn = warp_index(); turn < sharing.turns(); turn += warp_count()) {
+    const Share own(sharing, turn);
+    const GroupParameters group{load(scales, scale_dtype, own.group),
+                                load(zeros, scale_dtype, own.group)};
+    for (std::int64_t at = own.at; at < own.stop; at += kWarpSpan) {
+      const Vector<std::uint8_t> loaded = load_vector(codes + at, own.stop - at);
       float values[kVector];
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        values[i] = value_of(loaded.entry[i], own, kAffine, nullptr);
+        values[i] = value_of(loaded.entry[i], group, kAffine, nullptr);
       }
-      store_floats(out + at, stop - at, values);
+      store_floats(out + at, own.stop - at, values);
     }
   }
 }
@@ -114,64 +96,84 @@ __device__ __forceinline__ std::uint32_t load_codes(const std::uint8_t* codes, s
   return packed;
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
+template <int kFormat>
+__device__ __forceinline__ std::uint32_t int4_code(float x, GroupParameters group,
+                                                   const float* midpoints) {
+  if constexpr (kFormat == kAffine) return affine_code(x, group, 15.0f);
+  if constexpr (kFormat == kMidrise) return midrise_code(x, group);
+  if constexpr (kFormat == kNf4) return nf4_code_bisected(x, group, midpoints);
+}
+
+template <typename T, int kFormat>
+__global__ void __launch_bounds__(kThreads, kResident)
     quantize_int4_kernel(const T* x, std::uint8_t* codes, void* scales, void* zeros,
-                         int scale_dtype, std::int64_t numel, std::int64_t group, int format,
-                         float share, const float* nf4) {
-  __shared__ float values[kNf4Values];
-  if (format == kNf4) stage(values, nf4, kNf4Values);
-  __syncthreads();
-  const std::int64_t groups = ceil_divide(numel, group);
-  for (std::int64_t g = warp_index(); g < groups; g += warp_count()) {
-    const std::int64_t stop = (g + 1) * group < numel ? (g + 1) * group : numel;
-    const std::int64_t mine = g * group + lane_index() * kVector;
-    float kept[kVector];
-    load_floats(x + mine, stop - mine, kept);
-    const Range range = range_of(x, mine, stop, kept);
-    const GroupParameters own =
-        group_parameters(range.low, range.high, format, 15.0f, share, scale_dtype);
-    if (lane_index() == 0) {
-      store(scales, scale_dtype, g, own.scale);
-      if (format == kAffine) store(zeros, scale_dtype, g, own.zero);
+                         int scale_dtype, const Sharing sharing, float share, const float* nf4) {
+  __shared__ float midpoints[kMidpoints + 1];
+  if (kFormat == kNf4) {
+    if (threadIdx.x < kMidpoints) {
+      midpoints[threadIdx.x] = midpoint(nf4, static_cast<int>(threadIdx.x));
     }
-    for (std::int64_t at = mine; at < stop; at += kWarpSpan) {
-      if (at != mine) load_floats(x + at, stop - at, kept);
+    __syncthreads();
+  }
+  for (std::int64_t turn = warp_index(); turn < sharing.turns(); turn += warp_count()) {
+    const Share own(sharing, turn);
+    float kept[kVector];
+    load_floats(x + own.at, own.stop - own.at, kept);
+    const GroupParameters group =
+        range_of(x, own, sharing.lanes(), kept).parameters(kFormat, 15.0f, share, scale_dtype);
+    if (own.first) {
+      store(scales, scale_dtype, own.group, group.scale);
+      if (kFormat == kAffine) store(zeros, scale_dtype, own.group, group.zero);
+    }
+    for (std::int64_t at = own.at; at < own.stop; at += kWarpSpan) {
+      if (at != own.at) load_floats(x + at, own.stop - at, kept);
       std::uint32_t packed = 0;
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        const std::uint32_t code = int4_code(kept[i], own, format, values);
-        if (at + i < stop) packed |= code << (4 * i);
+        const std::uint32_t code = int4_code<kFormat>(kept[i], group, midpoints);
+        if (at + i < own.stop) packed |= code << (4 * i);
       }
-      store_codes(codes, at, stop - at, packed);
+      store_codes(codes, at, own.stop - at, packed);
     }
   }
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
+template <typename T, int kFormat>
+__global__ void __launch_bounds__(kThreads, kResident)
     dequantize_int4_kernel(const std::uint8_t* codes, const void* scales, const void* zeros,
-                           int scale_dtype, T* out, std::int64_t numel, std::int64_t group,
-                           int format, const float* nf4) {
-  __shared__ float values[kNf4Values];
-  if (format == kNf4) stage(values, nf4, kNf4Values);
-  __syncthreads();
-  const std::int64_t groups = ceil_divide(numel, group);
-  for (std::int64_t g = warp_index(); g < groups; g += warp_count()) {
-    const std::int64_t stop = (g + 1) * group < numel ? (g + 1) * group : numel;
-    const float zero = format == kAffine ? load(zeros, scale_dtype, g) : 0.0f;
-    const GroupParameters own{load(scales, scale_dtype, g), zero};
-    for (std::int64_t at = g * group + lane_index() * kVector; at < stop; at += kWarpSpan) {
-      const std::uint32_t packed = load_codes(codes, at, stop - at);
+                           int scale_dtype, T* out, const Sharing sharing, const float* nf4) {
+  __shared__ float values[kMidpoints + 1];
+  if (kFormat == kNf4) {
+    stage(values, nf4, kMidpoints + 1);
+    __syncthreads();
+  }
+  for (std::int64_t turn = warp_index(); turn < sharing.turns(); turn += warp_count()) {
+    const Share own(sharing, turn);
+    const GroupParameters group{load(scales, scale_dtype, own.group),
+                                kFormat == kAffine ? load(zeros, scale_dtype, own.group) : 0.0f};
+    for (std::int64_t at = own.at; at < own.stop; at += kWarpSpan) {
+      const std::uint32_t packed = load_codes(codes, at, own.stop - at);
       float dense[kVector];
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         const std::uint8_t code = static_cast<std::uint8_t>((packed >> (4 * i)) & 15u);
-        dense[i] = value_of(code, own, format, values);
+        dense[i] = value_of(code, group, kFormat, values);
       }
-      store_floats(out + at, stop - at, dense);
+      store_floats(out + at, own.stop - at, dense);
     }
   }
+}
+
+template <int kFormat>
+struct Of {};
+
+// Calls f(Of<format>).
+template <typename F>
+int dispatch_format(int format, const F& f) {
+  if (format == kAffine) return f(Of<kAffine>());
+  if (format == kMidrise) return f(Of<kMidrise>());
+  if (format == kNf4) return f(Of<kNf4>());
+  return 1;  // cudaErrorInvalidValue
 }
 
 }  // namespace
@@ -183,20 +185,23 @@ int lowrank_quantize_groups(const void* x, int dtype, std::uint8_t* codes, void*
                             void* zeros, int scale_dtype, std::int64_t numel, std::int64_t group,
                             int levels, int stochastic, std::uint64_t seed, std::uint64_t first,
                             void* stream) {
+  const Sharing sharing(numel, group);
   return dispatch(dtype, [&]<typename T>(T*) {
-    return launch(quantize_kernel<T>, blocks_for(ceil_divide(numel, group)), kThreads, stream,
-                  static_cast<const T*>(x), codes, scales, zeros, scale_dtype, numel, group,
-                  static_cast<float>(levels), 1.0f / static_cast<float>(levels), stochastic != 0,
-                  seed, first);
+    const auto kernel =
+        stochastic != 0 ? quantize_groups_kernel<T, true> : quantize_groups_kernel<T, false>;
+    return launch(kernel, blocks_for(sharing.turns()), kThreads, stream, static_cast<const T*>(x),
+                  codes, scales, zeros, scale_dtype, sharing, static_cast<float>(levels),
+                  1.0f / static_cast<float>(levels), seed, first);
   });
 }
 
 int lowrank_dequantize_groups(const std::uint8_t* codes, const void* scales, const void* zeros,
                               int scale_dtype, void* out, int dtype, std::int64_t numel,
                               std::int64_t group, void* stream) {
+  const Sharing sharing(numel, group);
   return dispatch(dtype, [&]<typename T>(T*) {
-    return launch(dequantize_kernel<T>, blocks_for(ceil_divide(numel, group)), kThreads, stream,
-                  codes, scales, zeros, scale_dtype, static_cast<T*>(out), numel, group);
+    return launch(dequantize_groups_kernel<T>, blocks_for(sharing.turns()), kThreads, stream, codes,
+                  scales, zeros, scale_dtype, static_cast<T*>(out), sharing);
   });
 }
 
@@ -204,10 +209,13 @@ int lowrank_quantize_int4(const void* x, int dtype, std::uint8_t* codes, void* s
                           int scale_dtype, std::int64_t numel, std::int64_t group, int format,
                           float share, const float* values, void* stream) {
   if (group % 2 != 0) return 1;
+  const Sharing sharing(numel, group);
   return dispatch(dtype, [&]<typename T>(T*) {
-    return launch(quantize_int4_kernel<T>, blocks_for(ceil_divide(numel, group)), kThreads, stream,
-                  static_cast<const T*>(x), codes, scales, zeros, scale_dtype, numel, group, format,
-                  share, values);
+    return dispatch_format(format, [&]<int kFormat>(Of<kFormat>) {
+      return launch(quantize_int4_kernel<T, kFormat>, blocks_for(sharing.turns()), kThreads, stream,
+                    static_cast<const T*>(x), codes, scales, zeros, scale_dtype, sharing, share,
+                    values);
+    });
   });
 }
 
@@ -215,9 +223,12 @@ int lowrank_dequantize_int4(const std::uint8_t* codes, const void* scales, const
                             int scale_dtype, void* out, int dtype, std::int64_t numel,
                             std::int64_t group, int format, const float* values, void* stream) {
   if (group % 2 != 0) return 1;
+  const Sharing sharing(numel, group);
   return dispatch(dtype, [&]<typename T>(T*) {
-    return launch(dequantize_int4_kernel<T>, blocks_for(ceil_divide(numel, group)), kThreads,
-                  stream, codes, scales, zeros, scale_dtype, static_cast<T*>(out), numel, group,
-                  format, values);
+    return dispatch_format(format, [&]<int kFormat>(Of<kFormat>) {
+      return launch(dequantize_int4_kernel<T, kFormat>, blocks_for(sharing.turns()), kThreads,
+                    stream, codes, scales, zeros, scale_dtype, static_cast<T*>(out), sharing,
+                    values);
+    });
   });
 }

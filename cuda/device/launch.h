@@ -19,7 +19,7 @@ inline int reported(cudaError_t error) {
 
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), std::int64_t blocks, int threads, void* stream,
-           Arguments... arguments) {
+           const Arguments&... arguments) {
   if (blocks == 0) return 0;
   cudaLaunchConfig_t where = {};
   where.gridDim = dim3(static_cast<unsigned>(blocks));
@@ -47,6 +47,9 @@ namespace lowrank {
 constexpr int kThreads = 256;
 constexpr int kLanes = 32;
 constexpr int kWarps = kThreads / kLanes;
+// Blocks that fit on a multiprocessor at once, at least: half of its 2048 threads, with up to 64
+// registers each. cuda/occupancy.py has each kernel's limit.
+constexpr int kResident = 4;
 
 LR_HD std::int64_t ceil_divide(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 

@@ -10,7 +10,7 @@ constexpr int kSigns = 128;                    // of one counter
 constexpr int kLanesASign = kSigns / kVector;  // 16 lanes share a counter
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     rademacher_kernel(T* out, std::int64_t numel, std::uint64_t key) {
   const std::int64_t spans = ceil_divide(numel, kWarpSpan);
   for (std::int64_t span = warp_index(); span < spans; span += warp_count()) {
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Lanes take two counters each. The first `first % 4` numbers lie before the tensor.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     gaussian_kernel(T* out, std::int64_t numel, std::uint64_t key, const std::int64_t* device_key,
                     std::uint64_t first) {
   if (device_key != nullptr) key = static_cast<std::uint64_t>(*device_key);
@@ -53,9 +53,9 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
-    stochastic_kernel(const float* x, bfloat16* out, std::int64_t numel, std::uint64_t seed,
-                      std::uint64_t first) {
+__global__ void __launch_bounds__(kThreads, kResident)
+    round_stochastic_kernel(const float* x, bfloat16* out, std::int64_t numel, std::uint64_t seed,
+                            std::uint64_t first) {
   const std::int64_t spans = ceil_divide(numel, kWarpSpan);
   for (std::int64_t span = warp_index(); span < spans; span += warp_count()) {
     const std::int64_t at = span * kWarpSpan + lane_index() * kVector;
@@ -94,6 +94,6 @@ int lowrank_gaussian(void* out, int dtype, std::int64_t numel, std::uint64_t key
 
 int lowrank_stochastic_bfloat16(const float* x, std::uint16_t* out, std::int64_t numel,
                                 std::uint64_t seed, std::uint64_t first, void* stream) {
-  return launch(stochastic_kernel, blocks_for(ceil_divide(numel, kWarpSpan)), kThreads, stream, x,
-                reinterpret_cast<bfloat16*>(out), numel, seed, first);
+  return launch(round_stochastic_kernel, blocks_for(ceil_divide(numel, kWarpSpan)), kThreads,
+                stream, x, reinterpret_cast<bfloat16*>(out), numel, seed, first);
 }

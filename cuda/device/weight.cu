@@ -1,4 +1,6 @@
 // Writing an update into a weight, one pass over it: dense, or in eight bits.
+#include <type_traits>
+
 #include "../core/api.h"
 #include "../core/weight.h"
 #include "warp.h"
@@ -6,47 +8,82 @@
 namespace lowrank {
 namespace {
 
-// What is taken off each entry, besides decay; see core/api.h.
+// An array that entries are read from: of a type, missing, or of a type that is only known when it
+// runs (a null pointer is missing).
+struct Missing {};
+struct AnyType {};
+
+template <typename T>
+struct Source {
+  const T* data;
+  __device__ __forceinline__ bool there() const { return true; }
+  __device__ __forceinline__ void load(std::int64_t at, std::int64_t count,
+                                       float (&values)[kVector]) const {
+    load_floats(data + at, count, values);
+  }
+};
+
+template <>
+struct Source<Missing> {
+  __device__ __forceinline__ bool there() const { return false; }
+  __device__ __forceinline__ void load(std::int64_t, std::int64_t, float (&)[kVector]) const {}
+};
+
+template <>
+struct Source<AnyType> {
+  const void* data;
+  int dtype;
+  __device__ __forceinline__ bool there() const { return data != nullptr; }
+  __device__ __forceinline__ void load(std::int64_t at, std::int64_t count,
+                                       float (&values)[kVector]) const {
+    load_floats(data, dtype, at, count, values);
+  }
+};
+
+// What is taken off each entry, besides decay; see core/api.h. Positions within the tensor are `I`.
+template <typename D, typename G, typename I>
 struct Update {
-  const void* delta;
-  const void* grad;
+  using Position = I;
+  Source<D> delta;
+  Source<G> grad;
   const float* factors;
-  std::int64_t row_stride;
-  std::int64_t column_stride;
-  std::int64_t columns;
-  int delta_dtype;
-  int grad_dtype;
+  I row_stride;
+  I column_stride;
+  I columns;
   WriteBack write;
 };
 
 // Eight consecutive entries from flat position `at` on.
-__device__ __forceinline__ void apply(const Update& update, std::int64_t at, std::int64_t count,
+template <typename U>
+__device__ __forceinline__ void apply(const U& update, std::int64_t at, std::int64_t count,
                                       float (&values)[kVector]) {
-  float steps[kVector] = {}, residuals[kVector] = {};
-  if (update.delta != nullptr) load_floats(update.delta, update.delta_dtype, at, count, steps);
-  if (update.grad != nullptr) {
-    load_floats(update.grad, update.grad_dtype, at, count, residuals);
-    std::int64_t row = at / update.columns, column = at - row * update.columns;
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      if (i < count) {
-        residuals[i] *= update.factors[row * update.row_stride + column * update.column_stride];
-      }
-      if (++column == update.columns) {
-        column = 0;
-        ++row;
-      }
-    }
-  }
+  using I = typename U::Position;
+  // One array after the other, for the sake of registers.
+  float entries[kVector] = {};
+  if (update.delta.there()) update.delta.load(at, count, entries);
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
-    values[i] = written(values[i], steps[i], residuals[i], update.write);
+    values[i] = written(values[i], entries[i], 0.0f, update.write);
+  }
+  if (!update.grad.there()) return;
+  update.grad.load(at, count, entries);
+  I row = static_cast<I>(at) / update.columns;
+  I column = static_cast<I>(at) - row * update.columns;
+  const float* factor = update.factors + row * update.row_stride + column * update.column_stride;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    if (i < count) values[i] -= entries[i] * *factor;
+    factor += update.column_stride;
+    if (++column == update.columns) {
+      column = 0;
+      factor = update.factors + ++row * update.row_stride;
+    }
   }
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    dense_kernel(T* weight, const Update update, std::int64_t numel) {
+template <typename T, typename U>
+__global__ void __launch_bounds__(kThreads, kResident)
+    write_kernel(T* weight, const U update, std::int64_t numel) {
   const std::int64_t spans = ceil_divide(numel, kWarpSpan);
   for (std::int64_t span = warp_index(); span < spans; span += warp_count()) {
     const std::int64_t at = span * kWarpSpan + lane_index() * kVector;
@@ -58,9 +95,10 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
-    stochastic_kernel(bfloat16* weight, const Update update, std::int64_t numel, std::uint64_t seed,
-                      std::uint64_t first) {
+template <typename U>
+__global__ void __launch_bounds__(kThreads, kResident)
+    write_stochastic_kernel(bfloat16* weight, const U update, std::int64_t numel,
+                            std::uint64_t seed, std::uint64_t first) {
   const std::int64_t spans = ceil_divide(numel, kWarpSpan);
   for (std::int64_t span = warp_index(); span < spans; span += warp_count()) {
     const std::int64_t at = span * kWarpSpan + lane_index() * kVector;
@@ -78,70 +116,140 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Eight entries of an INT8 weight before and after the update.
+// Eight entries of an INT8 weight after the update; whether one changed.
+template <typename U>
 __device__ __forceinline__ bool updated(const std::uint8_t* codes, GroupParameters group,
-                                        const Update& update, std::int64_t at, std::int64_t stop,
+                                        const U& update, std::int64_t at, std::int64_t stop,
                                         float (&values)[kVector]) {
   const Vector<std::uint8_t> loaded = load_vector(codes + at, stop - at);
-  float before[kVector];
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
-    before[i] = values[i] = value_of(loaded.entry[i], group, kAffine, nullptr);
+    values[i] = value_of(loaded.entry[i], group, kAffine, nullptr);
   }
   apply(update, at, stop - at, values);
   bool changed = false;
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
+    const float before = value_of(loaded.entry[i], group, kAffine, nullptr);
     if (at + i >= stop) values[i] = 0.0f;
-    changed = changed || (at + i < stop && values[i] != before[i]);
+    changed = changed || (at + i < stop && values[i] != before);
   }
   return changed;
 }
 
-__device__ __forceinline__ void widen(const float (&values)[kVector], float& low, float& high) {
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) {
-    low = min_or_nan(low, values[i]);
-    high = max_or_nan(high, values[i]);
-  }
+// Updates without known types, and those without a delta, which are rare, need more registers.
+template <typename D, typename G, typename I>
+constexpr int resident(const Update<D, G, I>&) {
+  constexpr bool kUsual = !std::is_same_v<D, AnyType> && !std::is_same_v<D, Missing>;
+  return kUsual ? kResident : kResident / 2;
 }
 
-// A warp takes a group; groups of more than 256 entries are computed twice.
-__global__ void __launch_bounds__(kThreads)
-    int8_kernel(std::uint8_t* codes, void* scales, void* zeros, int scale_dtype,
-                const Update update, std::int64_t numel, std::int64_t group, std::uint64_t seed,
-                std::uint64_t first) {
-  const std::int64_t groups = ceil_divide(numel, group);
-  for (std::int64_t g = warp_index(); g < groups; g += warp_count()) {
-    const std::int64_t stop = (g + 1) * group < numel ? (g + 1) * group : numel;
-    const std::int64_t mine = g * group + lane_index() * kVector;
-    const GroupParameters old{load(scales, scale_dtype, g), load(zeros, scale_dtype, g)};
-    float kept[kVector], low = 0.0f, high = 0.0f;
-    bool changed = updated(codes, old, update, mine, stop, kept);
-    widen(kept, low, high);
-    for (std::int64_t at = mine + kWarpSpan; at < stop; at += kWarpSpan) {
+// Lanes share a group, see warp.h; groups of more than 256 entries are computed twice.
+template <typename U>
+__global__ void __launch_bounds__(kThreads, resident(U{}))
+    write_int8_kernel(std::uint8_t* codes, void* scales, void* zeros, int scale_dtype,
+                      const U update, const Sharing sharing, std::uint64_t seed,
+                      std::uint64_t first) {
+  for (std::int64_t turn = warp_index(); turn < sharing.turns(); turn += warp_count()) {
+    const Share own(sharing, turn);
+    const GroupParameters old{load(scales, scale_dtype, own.group),
+                              load(zeros, scale_dtype, own.group)};
+    float kept[kVector];
+    Range range;
+    bool changed = updated(codes, old, update, own.at, own.stop, kept);
+    range.widen(kept);
+    for (std::int64_t at = own.at + kWarpSpan; at < own.stop; at += kWarpSpan) {
       float others[kVector];
-      changed = updated(codes, old, update, at, stop, others) || changed;
-      widen(others, low, high);
+      changed = updated(codes, old, update, at, own.stop, others) || changed;
+      range.widen(others);
     }
-    if (!__any_sync(0xFFFFFFFFu, changed)) continue;
-    const GroupParameters own = group_parameters(warp_min(low), warp_max(high), kAffine, 255.0f,
-                                                 1.0f / 255.0f, scale_dtype);
-    if (lane_index() == 0) {
-      store(scales, scale_dtype, g, own.scale);
-      store(zeros, scale_dtype, g, own.zero);
+    const int lanes = sharing.lanes();
+    if (lanes_max(changed ? 1 : 0) == 0) continue;  // nothing in the whole warp
+    changed = lanes_max(changed ? 1 : 0, lanes) != 0;
+    const GroupParameters fresh =
+        range.over(lanes).parameters(kAffine, 255.0f, 1.0f / 255.0f, scale_dtype);
+    if (own.first && changed) {
+      store(scales, scale_dtype, own.group, fresh.scale);
+      store(zeros, scale_dtype, own.group, fresh.zero);
     }
-    for (std::int64_t at = mine; at < stop; at += kWarpSpan) {
-      if (at != mine) updated(codes, old, update, at, stop, kept);
+    for (std::int64_t at = own.at; changed && at < own.stop; at += kWarpSpan) {
+      if (at != own.at) updated(codes, old, update, at, own.stop, kept);
       Vector<std::uint8_t> result;
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        result.entry[i] =
-            stochastic_code(kept[i], own, 255.0f, seed, first + static_cast<std::uint64_t>(at + i));
+        result.entry[i] = stochastic_code(kept[i], fresh, 255.0f, seed,
+                                          first + static_cast<std::uint64_t>(at + i));
       }
-      store_vector(codes + at, result, stop - at);
+      store_vector(codes + at, result, own.stop - at);
     }
   }
+}
+
+// An update as it is given.
+struct Given {
+  const void* delta;
+  int delta_dtype;
+  const void* grad;
+  int grad_dtype;
+  const float* factors;
+  std::int64_t row_stride, column_stride, rows, columns;
+  WriteBack write;
+
+  template <typename D, typename G>
+  auto typed() const {
+    using I = std::uint32_t;
+    return Update<D, G, I>{source<D>(delta, delta_dtype),
+                           source<G>(grad, grad_dtype),
+                           factors,
+                           static_cast<I>(row_stride),
+                           static_cast<I>(column_stride),
+                           static_cast<I>(columns),
+                           write};
+  }
+
+  auto untyped() const {
+    return Update<AnyType, AnyType, std::int64_t>{{delta, delta_dtype},
+                                                  {grad, grad_dtype},
+                                                  factors,
+                                                  row_stride,
+                                                  column_stride,
+                                                  columns,
+                                                  write};
+  }
+
+ private:
+  template <typename T>
+  static Source<T> source(const void* data, int) {
+    if constexpr (std::is_same_v<T, Missing>) {
+      return {};
+    } else {
+      return {static_cast<const T*>(data)};
+    }
+  }
+};
+
+// Calls f(update): with the types of a weight `T` in what is usual, an update as wide as fp32 or
+// the weight and a gradient of the weight's precision, and else with types that are only known when
+// it runs, as positions beyond 2^32 are.
+template <typename T, typename F>
+int dispatch_update(const Given& given, const F& f) {
+  const bool small = given.rows * given.columns < (std::int64_t{1} << 31);
+  if constexpr (!std::is_same_v<T, float16>) {
+    constexpr int kOwn = std::is_same_v<T, float> ? kFloat32 : kBfloat16;
+    const bool delta = given.delta != nullptr, grad = given.grad != nullptr;
+    if (small && (!grad || given.grad_dtype == kOwn)) {
+      if (delta && given.delta_dtype == kFloat32) {
+        return grad ? f(given.typed<float, T>()) : f(given.typed<float, Missing>());
+      }
+      if (!delta && grad) return f(given.typed<Missing, T>());
+      if constexpr (kOwn == kBfloat16) {
+        if (delta && given.delta_dtype == kOwn) {
+          return grad ? f(given.typed<T, T>()) : f(given.typed<T, Missing>());
+        }
+      }
+    }
+  }
+  return f(given.untyped());
 }
 
 }  // namespace
@@ -154,17 +262,21 @@ int lowrank_write_back(void* weight, int dtype, const void* delta, int delta_dty
                        std::int64_t row_stride, std::int64_t column_stride, std::int64_t rows,
                        std::int64_t columns, float keep, float alpha, int stochastic,
                        std::uint64_t seed, std::uint64_t first, void* stream) {
-  const Update update{delta,   grad,        factors,    row_stride,   column_stride,
-                      columns, delta_dtype, grad_dtype, {keep, alpha}};
+  const Given given{delta,      delta_dtype,   grad, grad_dtype, factors,
+                    row_stride, column_stride, rows, columns,    {keep, alpha}};
   const std::int64_t numel = rows * columns;
   const std::int64_t blocks = blocks_for(ceil_divide(numel, kWarpSpan));
-  if (stochastic != 0 && dtype == kBfloat16) {
-    return launch(stochastic_kernel, blocks, kThreads, stream, static_cast<bfloat16*>(weight),
-                  update, numel, seed, first);
-  }
   return dispatch(dtype, [&]<typename T>(T*) {
-    return launch(dense_kernel<T>, blocks, kThreads, stream, static_cast<T*>(weight), update,
-                  numel);
+    return dispatch_update<T>(given, [&]<typename U>(const U& update) {
+      T* entries = static_cast<T*>(weight);
+      if constexpr (std::is_same_v<T, bfloat16>) {
+        if (stochastic != 0) {
+          return launch(write_stochastic_kernel<U>, blocks, kThreads, stream, entries, update,
+                        numel, seed, first);
+        }
+      }
+      return launch(write_kernel<T, U>, blocks, kThreads, stream, entries, update, numel);
+    });
   });
 }
 
@@ -174,9 +286,11 @@ int lowrank_write_back_int8(std::uint8_t* codes, void* scales, void* zeros, int 
                             std::int64_t column_stride, std::int64_t rows, std::int64_t columns,
                             std::int64_t group, float keep, float alpha, std::uint64_t seed,
                             std::uint64_t first, void* stream) {
-  const Update update{delta,   grad,        factors,    row_stride,   column_stride,
-                      columns, delta_dtype, grad_dtype, {keep, alpha}};
-  const std::int64_t numel = rows * columns;
-  return launch(int8_kernel, blocks_for(ceil_divide(numel, group)), kThreads, stream, codes, scales,
-                zeros, scale_dtype, update, numel, group, seed, first);
+  const Given given{delta,      delta_dtype,   grad, grad_dtype, factors,
+                    row_stride, column_stride, rows, columns,    {keep, alpha}};
+  const Sharing sharing(rows * columns, group);
+  return dispatch_update<bfloat16>(given, [&]<typename U>(const U& update) {
+    return launch(write_int8_kernel<U>, blocks_for(sharing.turns()), kThreads, stream, codes,
+                  scales, zeros, scale_dtype, update, sharing, seed, first);
+  });
 }

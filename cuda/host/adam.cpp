@@ -3,6 +3,7 @@
 
 #include "../core/api.h"
 #include "../core/blockwise.h"
+#include "../core/weight.h"
 #include "parallel.h"
 
 using namespace lowrank;
@@ -53,6 +54,19 @@ void advance_with_norms(const G* grad, S* exp_avg, S* exp_avg_sq, D* delta, std:
   for (std::int64_t i = 0; i < norms; ++i) {
     grad_norms[i] = static_cast<float>(std::sqrt(grad_squares[static_cast<std::size_t>(i)]));
     delta_norms[i] = static_cast<float>(std::sqrt(delta_squares[static_cast<std::size_t>(i)]));
+  }
+}
+
+template <typename W, typename S>
+void advance_weights(W* __restrict__ weight, const W* __restrict__ grad, S* __restrict__ exp_avg,
+                     S* __restrict__ exp_avg_sq, std::int64_t begin, std::int64_t end,
+                     const AdamStep& step, const WriteBack& write) {
+  for (std::int64_t i = begin; i < end; ++i) {
+    float m = to_float(exp_avg[i]), v = to_float(exp_avg_sq[i]);
+    const float delta = adam_entry(to_float(grad[i]), m, v, step);
+    weight[i] = from_float<W>(written(to_float(weight[i]), delta, 0.0f, write));
+    exp_avg[i] = from_float<S>(m);
+    exp_avg_sq[i] = from_float<S>(v);
   }
 }
 
@@ -109,6 +123,28 @@ int lowrank_adam(int count, const void* const* grads, void* const* exp_avgs,
       });
 }
 
+int lowrank_adam_weights(int count, void* const* weights, const void* const* grads,
+                         void* const* exp_avgs, void* const* exp_avg_sqs,
+                         const std::int64_t* numels, int dtype, int state_dtype, double beta1,
+                         double beta2, float eps, float size, float keep, float alpha,
+                         const float* device_sizes, void*) {
+  return dispatch_weights(dtype, state_dtype, [&]<typename W, typename S>(W*, S*) {
+    for (int t = 0; t < count; ++t) {
+      const float* own = device_sizes == nullptr ? nullptr : device_sizes + 4 * t;
+      const AdamStep step = make_step(beta1, beta2, eps, size, own, 0);
+      const WriteBack write = own == nullptr ? WriteBack{keep, alpha} : WriteBack{own[2], own[3]};
+      W* weight = static_cast<W*>(weights[t]);
+      const W* grad = static_cast<const W*>(grads[t]);
+      S* m = static_cast<S*>(exp_avgs[t]);
+      S* v = static_cast<S*>(exp_avg_sqs[t]);
+      parallel_for(numels[t], 1, kRounded, [&](std::int64_t begin, std::int64_t end) {
+        advance_weights(weight, grad, m, v, begin, end, step, write);
+      });
+    }
+    return 0;
+  });
+}
+
 int lowrank_adam_8bit(int count, const void* const* grads, void* const* exp_avgs,
                       float* const* exp_avg_absmax, void* const* exp_avg_sqs,
                       float* const* exp_avg_sq_absmax, void* const* deltas,
@@ -135,11 +171,11 @@ int lowrank_adam_8bit(int count, const void* const* grads, void* const* exp_avgs
           const float m_largest = largest(m, length), v_largest = largest(v, length);
           exp_avg_absmax[t][b] = m_largest;
           exp_avg_sq_absmax[t][b] = v_largest;
-          const float m_divisor = block_divisor(m_largest), v_divisor = block_divisor(v_largest);
+          const float m_factor = reciprocal(m_largest), v_factor = reciprocal(v_largest);
           std::uint8_t fresh[2][kBlock];
           for (std::int64_t i = 0; i < kBlock; ++i) {
-            fresh[0][i] = dynamic_code(m[i] / m_divisor, tables, kSignedZero);
-            fresh[1][i] = dynamic_code(v[i] / v_divisor, tables + kEntries, 0);
+            fresh[0][i] = dynamic_code(m[i] * m_factor, tables, kSignedZero);
+            fresh[1][i] = dynamic_code(v[i] * v_factor, tables + kEntries, 0);
           }
           std::copy(fresh[0], fresh[0] + length, m_codes + start);
           std::copy(fresh[1], fresh[1] + length, v_codes + start);

@@ -24,11 +24,11 @@ GroupParameters parameters_of(const T* x, std::int64_t length, int format, float
 // Loops over one block or group. Codes are bytes, which may alias everything: hence __restrict__.
 
 template <typename T>
-void dynamic_codes(const T* __restrict__ x, std::int64_t length, float divisor,
+void dynamic_codes(const T* __restrict__ x, std::int64_t length, float factor,
                    const std::int32_t* __restrict__ table, int zero,
                    std::uint8_t* __restrict__ codes) {
   for (std::int64_t i = 0; i < length; ++i) {
-    codes[i] = dynamic_code(to_float(x[i]) / divisor, table, zero);
+    codes[i] = dynamic_code(to_float(x[i]) * factor, table, zero);
   }
 }
 
@@ -50,11 +50,13 @@ void stochastic_codes(const T* __restrict__ x, std::int64_t length, GroupParamet
 
 template <typename T>
 void int4_codes(const T* __restrict__ x, std::int64_t length, GroupParameters own, int format,
-                const float* __restrict__ nf4, std::uint8_t* __restrict__ codes) {
+                const float* __restrict__ midpoints, std::uint8_t* __restrict__ codes) {
   if (format == kAffine) return affine_codes(x, length, own, 15.0f, codes);
-  for (std::int64_t i = 0; i < length; ++i) {
-    codes[i] = symmetric_code(to_float(x[i]), own.scale, format, nf4);
+  if (format == kMidrise) {
+    for (std::int64_t i = 0; i < length; ++i) codes[i] = midrise_code(to_float(x[i]), own);
+    return;
   }
+  for (std::int64_t i = 0; i < length; ++i) codes[i] = nf4_code(to_float(x[i]), own, midpoints);
 }
 
 template <typename T>
@@ -109,8 +111,8 @@ int lowrank_quantize_blockwise(const void* x, int dtype, std::uint8_t* codes, fl
             }
             const float largest = float_of(magnitude);
             absmax[b] = largest;
-            const float divisor = block_divisor(largest);
-            dynamic_codes(values + start, stop - start, divisor, table, zero, codes + start);
+            const float factor = reciprocal(largest);
+            dynamic_codes(values + start, stop - start, factor, table, zero, codes + start);
           }
         });
     return 0;
@@ -187,12 +189,14 @@ int lowrank_quantize_int4(const void* x, int dtype, std::uint8_t* codes, void* s
     const T* values = static_cast<const T*>(x);
     parallel_for(ceil_divide(numel, group), group, cost, [&](std::int64_t begin, std::int64_t end) {
       std::vector<std::uint8_t> fresh(static_cast<std::size_t>(group));
+      float midpoints[kMidpoints] = {};
+      for (int i = 0; format == kNf4 && i < kMidpoints; ++i) midpoints[i] = midpoint(nf4, i);
       for (std::int64_t g = begin; g < end; ++g) {
         const std::int64_t start = g * group, stop = std::min(start + group, numel);
         const GroupParameters own =
             parameters_of(values + start, stop - start, format, 15.0f, share, scale_dtype);
         store_parameters(scales, zeros, scale_dtype, g, own);
-        int4_codes(values + start, stop - start, own, format, nf4, fresh.data());
+        int4_codes(values + start, stop - start, own, format, midpoints, fresh.data());
         pack(fresh.data(), stop - start, codes + start / 2);
       }
     });

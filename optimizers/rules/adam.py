@@ -291,7 +291,11 @@ class Adam(ElementwiseRule):
         """Updates plain weights in place, through the fused kernel where possible."""
         exp_avgs, exp_avg_sqs = (list(t) for t in zip(*map(self._moments, states), strict=True))
         if not self._can_fuse([*weights, *grads, *exp_avgs]):
-            self._apply_unfused(grads, states, weights)
+            known = self._has_kernel(list(grads), exp_avgs)
+            if known and all(w.dtype == grads[0].dtype and w.is_contiguous() for w in weights):
+                self._apply_by_kernel(list(weights), list(grads), exp_avgs, exp_avg_sqs, states)
+            else:
+                self._apply_unfused(grads, states, weights)
             return
         size, eps, lr = self._sizes(states[0])
         assert isinstance(size, float)
@@ -309,6 +313,30 @@ class Adam(ElementwiseRule):
             eps=eps,
             decay=1.0 - decay_factor,
         )
+
+    def _apply_by_kernel(
+        self,
+        weights: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        states: Sequence[State],
+    ) -> None:
+        """One launch for many weights, and one pass over each, in which nothing else is stored."""
+        numbers, sizes, _, lr = self._kernel_sizes(states)
+        rates = self._decay_and_alpha(lr)
+        lists = weights, grads, exp_avgs, exp_avg_sqs
+        if sizes is None:
+            torch.ops.lowrank.adam_weights(*lists, *self.betas, *numbers, *rates, None)
+            return
+        own = torch.empty(len(weights), 4, dtype=torch.float32, device=sizes.device)
+        own[:, :2].copy_(sizes)
+        for column, value in enumerate(rates, 2):
+            if isinstance(value, Tensor) and value.device == own.device:
+                own[:, column].copy_(value)
+            else:
+                own[:, column].fill_(float(value))
+        torch.ops.lowrank.adam_weights(*lists, *self.betas, *numbers, 1.0, 1.0, own)
 
     def _apply_unfused(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]

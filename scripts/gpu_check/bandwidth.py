@@ -63,6 +63,10 @@ def kernels(numel: int, device: torch.device) -> dict[str, Kernel]:
             norms = [[torch.empty((rows, 1024)[1 - axis], device=device)] for _ in range(2)]
         return lambda: ops.adam([grad], [m], [v], [out], *norms, axis, *numbers)
 
+    def adam_weights() -> Call:
+        lists = [matrix()], [matrix()], [zeros(torch.float32)], [zeros(torch.float32)]
+        return lambda: ops.adam_weights(*lists, *numbers[:4], 1.0, 1e-3, None)
+
     def adam_8bit() -> Call:
         grad, out = matrix(), zeros()
         m, m_scale = blockwise.quantize_blockwise(zeros(torch.float32), True)
@@ -113,6 +117,7 @@ def kernels(numel: int, device: torch.device) -> dict[str, Kernel]:
     bf16, fp32 = torch.bfloat16, torch.float32
     return {
         "Adam, fp32 moments": Kernel(20.0, lambda: adam(fp32), held=True),
+        "Adam and weight, fp32 moments": Kernel(22.0, adam_weights, held=True),
         "Adam, 8-bit moments": Kernel(8.0, adam_8bit, held=True),
         "int8 requantise": Kernel(4.0, write_back_int8, held=True),
         "weight + stochastic bf16": Kernel(6.0, lambda: write_back(7, False), held=True),

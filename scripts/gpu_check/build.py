@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 import re
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from lowrank.cuda import build as native
-from lowrank.cuda import library, using_kernels
+from lowrank.cuda import library, occupancy, using_kernels
 
 from .files import Json
 from .record import Record
@@ -38,8 +39,6 @@ _HOST_COMPILERS = (
     *(f"clang++-{version}" for version in (20, 19, 18, 17, 16, 15, 14)),
     "clang++",
 )
-#: Registers of a thread with which two blocks of 256 threads fit on a multiprocessor.
-REGISTERS = 128
 
 
 def run(record: Record, context: Context) -> None:
@@ -71,14 +70,17 @@ def compile_libraries(record: Record, context: Context) -> None:
     record.facts["report"] = report
     record.add("build", "compiled" if output else "already there", seconds, "s")
     record.facts["commands"] = [{"file": name, "seconds": s} for name, s, _ in output]
-    found = registers("\n".join(text for _, _, text in output))
-    record.facts["registers"] = found
-    for target in sorted({kernel["target"] for kernel in found}):
-        own = [kernel for kernel in found if kernel["target"] == target]
-        most = max(own, key=lambda kernel: int(kernel["registers"]))
-        spilled = sum(kernel["spill_bytes"] > 0 for kernel in own)
-        note = f"{len(own)} kernels, {spilled} spill; the most in {most['kernel'][:60]}"
-        record.add("build", f"registers, {target}", most["registers"], "", aim=REGISTERS, note=note)
+    found = occupancy.read("\n".join(text for _, _, text in output))
+    record.facts["registers"] = [dataclasses.asdict(kernel) for kernel in found]
+    problems = [problem for kernel in found if (problem := kernel.problem())]
+    for target in sorted({kernel.target for kernel in found}):
+        own = [kernel for kernel in found if kernel.target == target]
+        worst = min(own, key=lambda kernel: kernel.occupancy)
+        note = f"{len(own)} kernels; the fewest in {worst.name}, {worst.registers} registers"
+        if problems:
+            note += f"; {len(problems)} beyond their limits, such as {problems[0][:160]}"
+        wrong = sum(bool(kernel.problem()) for kernel in own)
+        record.add("build", f"kernels beyond their limits, {target}", wrong, "", aim=0, note=note)
 
 
 def target_architectures(context: Context) -> str:
@@ -162,23 +164,6 @@ def recorded(output: list[tuple[str, float, str]]) -> Iterator[None]:
             del os.environ["NVCC_APPEND_FLAGS"]
         else:
             os.environ["NVCC_APPEND_FLAGS"] = flags
-
-
-def registers(text: str) -> list[Json]:
-    """What `ptxas -v` says of each kernel: target, registers, shared memory and spills in bytes."""
-    entry = re.compile(r"Compiling entry function '(\S+)' for '(\S+)'")
-    found: list[Json] = []
-    for line in text.splitlines():
-        if begins := entry.search(line):
-            name, target = begins.groups()
-            found.append({"kernel": name, "target": target, "registers": 0, "spill_bytes": 0})
-        elif found and (spills := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill", line)):
-            found[-1]["spill_bytes"] = int(spills[1]) + int(spills[2])
-        elif found and (used := re.search(r"Used (\d+) registers", line)):
-            found[-1]["registers"] = int(used[1])
-            shared = re.search(r"(\d+) bytes smem", line)
-            found[-1]["shared_bytes"] = int(shared[1]) if shared else 0
-    return [kernel for kernel in found if kernel["registers"]]
 
 
 def _load(record: Record, name: str, device: torch.device) -> None:

@@ -24,7 +24,9 @@ from .supervisor import DEVICE_LOST, NO_DEVICE
 from .workload import SIZES, Size
 
 #: The module of each section.
-MODULES = {name: name for name in ("rates", "build", "kernels", "steps", "refresh", "memory")}
+MODULES = {
+    name: name for name in ("rates", "build", "kernels", "steps", "launches", "refresh", "memory")
+}
 
 
 @dataclass(frozen=True)

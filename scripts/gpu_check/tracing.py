@@ -48,6 +48,36 @@ def operations(call: Call) -> Json:
     }
 
 
+#: Operations that start nothing on a device.
+_FREE = re.compile(r"^(empty|empty_like|empty_strided|new_empty\w*|detach_?|alias|lift_fresh)$")
+
+
+class _Starting(_Counting):  # type: ignore[no-untyped-call]
+    """Counts neither views nor memory that is only taken."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not (func.is_view or _FREE.match(name)):
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def started(call: Call) -> Json:
+    """Operations that would start something on a device, and numbers that are read back.
+
+    Returns:
+        "started", "host_reads" and the names "most_started".
+    """
+    with _Starting() as mode:
+        call()
+    reads = mode.counts.pop("_local_scalar_dense", 0)
+    return {
+        "started": sum(mode.counts.values()),
+        "host_reads": reads,
+        "most_started": dict(mode.counts.most_common(TOP)),
+    }
+
+
 def device_work(call: Call) -> Json:
     """Launches, waits, time and longest kernels of a call on a GPU, as the profiler sees them."""
     torch.cuda.synchronize()

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 #: Exact, or rounded once to the nearest number, on every device.
 _SAME = {
-    *("add", "sub", "rsub", "mul", "neg", "abs", "round", "floor", "where"),
+    *("add", "sub", "rsub", "mul", "reciprocal", "neg", "abs", "round", "floor", "where"),
     *("eq", "ne", "lt", "le", "gt", "ge", "isfinite", "isnan", "isinf", "any", "bucketize"),
     *("bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_left_shift", "bitwise_right_shift"),
     *("promote_types", "result_type", "empty", "empty_like", "zeros", "zeros_like", "ones"),

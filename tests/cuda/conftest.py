@@ -8,32 +8,41 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from compiling import caching_compiler
 
 from lowrank.cuda import build, library
 from lowrank.cuda.library import Library
 
-SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1")
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1", "-O1")
 STRICT = ("-Wall", "-Wextra", "-Werror")
 HERE = Path(__file__).resolve().parent
+#: Of a CUDA source as host code.
+SIMULATED = (
+    *("-DLOWRANK_SIMULATOR", f"-I{HERE}", "-fno-strict-aliasing", "-Wno-unknown-pragmas"),
+    *("-x", "c++"),
+)
+
+
+def compiler() -> str:
+    """The C++ compiler, which compiles a source once in a session."""
+    found = build.find_compiler()
+    assert found is not None
+    return caching_compiler(found)
 
 
 def compile_host(target: Path, *flags: str) -> None:
     """The host's library with further flags."""
-    compiler = build.find_compiler()
-    assert compiler is not None
     sources = sorted((build.SOURCES / "host").glob("*.cpp"))
-    build.compile_library(compiler, [*build.HOST_FLAGS, *STRICT, *flags], sources, target)
+    build.compile_library(compiler(), [*build.HOST_FLAGS, *STRICT, *flags], sources, target)
 
 
-def compile_simulated(target: Path, *flags: str, others: tuple[Path, ...] = ()) -> None:
-    """The device's kernels as host code, each CUDA thread a thread of the operating system."""
-    compiler = build.find_compiler()
-    assert compiler is not None
+def compile_simulated(target: Path, *flags: str) -> None:
+    """The device's kernels as host code."""
     kernels = sorted((build.SOURCES / "device").glob("*.cu"))
-    sources = [*(path for path in kernels if path.stem != "library"), *others]
-    simulated = ["-DLOWRANK_SIMULATOR", f"-I{HERE}", "-fno-strict-aliasing", "-x", "c++"]
-    options = [*build.HOST_FLAGS, "-Wall", "-Wno-unknown-pragmas", *simulated, *flags]
-    build.compile_library(compiler, options, sources, target, link=[*build.HOST_FLAGS, *flags])
+    sources = [path for path in kernels if path.stem != "library"]
+    sources.append(build.SOURCES / "host/library.cpp")
+    options = [*build.HOST_FLAGS, "-O1", "-Wall", *flags]
+    build.compile_library(compiler(), [*options, *SIMULATED], sources, target, link=options)
 
 
 @pytest.fixture(scope="session")
@@ -48,10 +57,7 @@ def native_libraries(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
     def get(name: str) -> Library:
         if name not in made:
             target = folder / f"lib{name}.so"
-            if name == "host":
-                compile_host(target, *flags)
-            else:
-                compile_simulated(target, *flags, others=(build.SOURCES / "host/library.cpp",))
+            (compile_host if name == "host" else compile_simulated)(target, *flags)
             made[name] = Library(target, "cpu")
         return made[name]
 

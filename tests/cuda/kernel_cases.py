@@ -233,6 +233,39 @@ def adam(d: Draw) -> None:
     _close(run(d, "adam", arguments, [1, 2, 3, 4, 5], keeps=True))
 
 
+def adam_weights(d: Draw) -> None:
+    """Moments and weights are close, for lists that need several launches."""
+    grad_type, state_type, _ = _adam_types(d)
+    shapes = [(d.integer(1, 70), d.integer(1, 150)) for _ in range(d.one(1, 2, 30))]
+    grads = [d.tensor(*shape, dtype=grad_type) for shape in shapes]
+    weights = [d.tensor(*shape, dtype=grad_type) for shape in shapes]
+    m = [d.tensor(*shape, dtype=state_type) for shape in shapes]
+    v = [d.tensor(*shape, dtype=state_type).square() for shape in shapes]
+    sizes = d.one(None, d.tensor(len(grads), 4).abs() + 1e-6)
+    arguments = [weights, grads, m, v, 0.9, 0.999, 1e-6, 0.3, d.one(1.0, 0.9), 0.1, sizes]
+    _close(run(d, "adam_weights", arguments, [0, 2, 3], keeps=True))
+
+
+def many_tensors(d: Draw) -> None:
+    """As many as need several launches, of sizes that leave some without entries."""
+    sizes = [d.integer(0, 3) for _ in range(4)]
+    shapes = [(1 + i % 3, sizes[i % 4]) for i in range(d.one(17, 473, 500))]
+    grads = [torch.full(shape, float(i % 7 - 3), device=d.device) for i, shape in enumerate(shapes)]
+    lists = [grads, *([torch.ones_like(g) for g in grads] for _ in range(3))]
+    own = torch.arange(1.0, 1 + 2 * len(grads), device=d.device).view(-1, 2)
+    _close(run(d, "adam", [*lists, [], [], -1, 0.9, 0.999, 0.0, 0.0, own], [1, 2, 3], keeps=True))
+    absmax = [torch.ones(-(-g.numel() // 256), device=d.device) for g in grads]
+    codes = [torch.full_like(g, 200, dtype=torch.uint8) for g in grads]
+    lists = [grads, codes, absmax, codes, absmax, [torch.ones_like(g) for g in grads]]
+    for ours, theirs in run(
+        d, "adam_8bit", [*lists, 0.9, 0.999, 0.0, 0.0, own], [1, 2, 3, 4, 5], keeps=True
+    ):
+        if ours.dtype == torch.uint8:
+            assert bool(((ours.int() - theirs.int()).abs() <= 1).all())
+        else:
+            _close([(ours, theirs)])
+
+
 def adam_8bit(d: Draw) -> None:
     """Deltas are close, and codes at most one apart: rounding may fall to the neighbour."""
     grad_type, _, delta_type = _adam_types(d)
@@ -297,4 +330,4 @@ EXACT = (
     write_back,
     write_back_int8,
 )
-CASES = (*EXACT, adam, adam_8bit)
+CASES = (*EXACT, adam, adam_weights, adam_8bit, many_tensors)

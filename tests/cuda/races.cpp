@@ -83,6 +83,11 @@ int main() {
                                &kRows, &kColumns, axis, single, single, single, 0.9, 0.999, 1e-8f,
                                0.1f, nullptr, nullptr));
   }
+  void* weights[] = {x.data()};
+  const void* others_grads[] = {delta.data()};
+  check("adam_weights",
+        lowrank_adam_weights(1, weights, others_grads, exp_avgs, exp_avg_sqs, &kNumel, single,
+                             single, 0.9, 0.999, 1e-8f, 0.1f, 0.9f, 0.1f, nullptr, nullptr));
   void* m_codes[] = {codes.data()};
   void* v_codes[] = {others.data()};
   float* m_scales[] = {scales.data()};

@@ -31,6 +31,10 @@ def samples() -> dict[str, tuple[Any, ...]]:
             *([x], [x.clone()], [x.abs()], [x.clone()], [], [], -1),
             *(0.9, 0.999, 1e-8, 1.0, None),
         ),
+        "adam_weights": (
+            *([x], [x.clone()], [x.clone()], [x.abs()], 0.9, 0.999, 1e-8, 1.0, 0.9, 0.1),
+            torch.ones(1, 4),
+        ),
         "adam_8bit": (
             *([x], [codes], [groups], [codes.clone()], [groups.clone()], [x.clone()]),
             *(0.9, 0.999, 1e-8, 1.0, torch.ones(1, 2)),

@@ -1,62 +1,40 @@
-// Runs CUDA kernels on the host: a thread of the operating system for each CUDA thread, one block
-// after the other. For the tests, which compile device/*.cu with this in place of CUDA's runtime;
-// sanitizers then see what kernels do with memory, and races between threads of a block.
+// Runs CUDA kernels on the host, one block after the other. For the tests, which compile
+// device/*.cu with this in place of CUDA's runtime; sanitizers then see what kernels do with
+// memory, and races between threads of a block.
+//
+// A CUDA thread is a fiber (fibers.h), or a thread of the operating system (threads.h) where races
+// are looked for. Both define the block's and the thread's indices, `Barrier`, whose `wait` returns
+// when all threads that have not left it are there, and `run_block(threads, body)`.
 #pragma once
 
-#include <condition_variable>
+#include <algorithm>
 #include <cstdint>
-#include <memory>
-#include <mutex>
-#include <thread>
+#include <cstring>
 #include <vector>
+
+#if defined(SIMULATOR_THREADS)
+#include "threads.h"
+#else
+#include "fibers.h"
+#endif
 
 #define __global__
 #define __device__
 #define __forceinline__ inline
 #define __shared__ static
 #define __launch_bounds__(...)
+#define __grid_constant__ &  // not copied for each thread
 
 namespace simulator {
 
 constexpr int kLanes = 32;
 
-// Threads that have left a kernel no longer hold the others up, as on a GPU.
-class Barrier {
- public:
-  void reset(int expected) {
-    expected_ = expected;
-    waiting_ = 0;
-  }
-
-  void wait() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    if (++waiting_ == expected_) return release();
-    const long own = generation_;
-    changed_.wait(lock, [&] { return generation_ != own; });
-  }
-
-  void leave() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (--expected_ == waiting_ && waiting_ > 0) release();
-  }
-
- private:
-  void release() {
-    waiting_ = 0;
-    ++generation_;
-    changed_.notify_all();
-  }
-
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  int expected_ = 0, waiting_ = 0;
-  long generation_ = 0;
-};
-
+// What the lanes of a warp show each other. They write into two rows in turn: a lane that is ahead
+// can't write over what others still have to read.
 struct Warp {
   Barrier barrier;
-  float slots[kLanes];
-  int flags[kLanes];
+  std::uint32_t rows[2][kLanes];
+  int turns[kLanes] = {};
 };
 
 struct Block {
@@ -65,15 +43,28 @@ struct Block {
   std::vector<Warp> warps;
 };
 
-struct Index {
-  unsigned x;
-};
-
-inline thread_local Index thread_index{}, block_index{}, grid_size{};
-inline thread_local Block* block = nullptr;
+inline Block* block = nullptr;
 
 inline Warp& warp() { return block->warps[thread_index.x / kLanes]; }
 inline unsigned lane() { return thread_index.x % kLanes; }
+
+// The patterns of all lanes' values.
+template <typename T>
+const std::uint32_t* shown(T value) {
+  static_assert(sizeof(T) == sizeof(std::uint32_t));
+  Warp& own = warp();
+  std::uint32_t* row = own.rows[own.turns[lane()]++ % 2];
+  std::memcpy(row + lane(), &value, sizeof(value));
+  own.barrier.wait();
+  return row;
+}
+
+template <typename T>
+T read(std::uint32_t pattern) {
+  T value;
+  std::memcpy(&value, &pattern, sizeof(value));
+  return value;
+}
 
 }  // namespace simulator
 
@@ -84,22 +75,24 @@ inline unsigned lane() { return thread_index.x % kLanes; }
 inline void __syncthreads() { simulator::block->barrier.wait(); }
 inline void __syncwarp() { simulator::warp().barrier.wait(); }
 
-inline float __shfl_xor_sync(unsigned, float value, int offset) {
-  simulator::Warp& warp = simulator::warp();
-  warp.slots[simulator::lane()] = value;
-  warp.barrier.wait();
-  const float other = warp.slots[simulator::lane() ^ static_cast<unsigned>(offset)];
-  warp.barrier.wait();
-  return other;
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int offset) {
+  const unsigned other = simulator::lane() ^ static_cast<unsigned>(offset);
+  return simulator::read<T>(simulator::shown(value)[other]);
+}
+
+inline std::int32_t __reduce_max_sync(unsigned, std::int32_t value) {
+  const std::uint32_t* all = simulator::shown(value);
+  for (int lane = 0; lane < simulator::kLanes; ++lane) {
+    value = std::max(value, simulator::read<std::int32_t>(all[lane]));
+  }
+  return value;
 }
 
 inline bool __any_sync(unsigned, bool flag) {
-  simulator::Warp& warp = simulator::warp();
-  warp.flags[simulator::lane()] = flag;
-  warp.barrier.wait();
+  const std::uint32_t* flags = simulator::shown(static_cast<int>(flag));
   bool any = false;
-  for (int lane = 0; lane < simulator::kLanes; ++lane) any = any || warp.flags[lane];
-  warp.barrier.wait();
+  for (int lane = 0; lane < simulator::kLanes; ++lane) any = any || flags[lane] != 0;
   return any;
 }
 
@@ -107,31 +100,20 @@ namespace lowrank {
 
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), std::int64_t blocks, int threads, void*,
-           Arguments... arguments) {
-  simulator::Block block(threads);
-  simulator::Barrier between;  // blocks
-  between.reset(threads);
-  const auto start = [&] {
-    block.barrier.reset(threads);
-    for (simulator::Warp& warp : block.warps) warp.barrier.reset(simulator::kLanes);
-  };
-  const auto run = [&](int thread) {
-    simulator::thread_index.x = static_cast<unsigned>(thread);
-    simulator::grid_size.x = static_cast<unsigned>(blocks);
-    simulator::block = &block;
-    for (std::int64_t b = 0; b < blocks; ++b) {
-      if (thread == 0) start();
-      between.wait();
-      simulator::block_index.x = static_cast<unsigned>(b);
+           const Arguments&... arguments) {
+  simulator::grid_size.x = static_cast<unsigned>(blocks);
+  for (std::int64_t b = 0; b < blocks; ++b) {
+    simulator::Block own(threads);
+    own.barrier.reset(threads);
+    for (simulator::Warp& warp : own.warps) warp.barrier.reset(simulator::kLanes);
+    simulator::block = &own;
+    simulator::block_index.x = static_cast<unsigned>(b);
+    simulator::run_block(threads, [&] {
       kernel(arguments...);
       simulator::warp().barrier.leave();
-      block.barrier.leave();
-      between.wait();
-    }
-  };
-  std::vector<std::thread> all;
-  for (int thread = 0; thread < threads; ++thread) all.emplace_back(run, thread);
-  for (std::thread& one : all) one.join();
+      own.barrier.leave();
+    });
+  }
   return 0;
 }
 

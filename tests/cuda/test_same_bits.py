@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import kernel_cases as cases
 import pytest
@@ -12,7 +13,7 @@ from as_on_cuda import AsOnCuda
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lowrank.cuda import blockwise, build, gaussian, groups, library, using_kernels
+from lowrank.cuda import blockwise, build, gaussian, groups, library, ops, using_kernels
 
 
 @pytest.mark.usefixtures("native")
@@ -57,6 +58,31 @@ def test_scales_are_products_with_a_reciprocal(levels: int, kernels: str) -> Non
     assert torch.equal(scales, spread * torch.tensor(1.0).div(levels))
     steps = (scales.view(torch.int32) - (spread / levels).view(torch.int32)).abs()
     assert int(steps.max()) == 1
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-39, 1.2e-38])
+@pytest.mark.parametrize("name", ["quantize_blockwise", "midrise", "nf4"])
+def test_scales_without_a_finite_reciprocal(name: str, size: float) -> None:
+    """Their entries stay as good as zero, on all sides."""
+    x = torch.tensor([size, -size, 0.5 * size] * 100)
+    found = []
+    for compiled in (True, False):
+        codes = torch.full((300,), 7, dtype=torch.uint8)
+        scales = torch.full((2,), torch.nan)
+        if name == "quantize_blockwise":
+            arguments: list[Any] = [x, codes, scales, True, 256]
+        else:
+            arguments = [x, codes[:150], scales, None, name, 256]
+        operation = name if name in ops.OPERATIONS else "quantize_int4"
+        _, plain, kernel = ops.OPERATIONS[operation]
+        (kernel if compiled else plain)(*arguments)
+        found.append((codes, scales))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+    assert found[0][1].isfinite().all()
+    if name == "quantize_blockwise" and size < 1.1e-38:
+        assert set(found[0][0].tolist()) == {127}  # zero
 
 
 def test_every_level_of_instructions_gives_the_same_numbers(

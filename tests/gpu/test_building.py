@@ -17,6 +17,7 @@ from stand_ins import on_gpu, part
 from support import ROOT
 
 from lowrank.cuda import build as native
+from lowrank.cuda import occupancy
 
 SCRIPT = ROOT / "scripts/gpu-check"
 needs_nvcc = pytest.mark.skipif(native.find_nvcc() is None, reason="there is no nvcc")
@@ -35,30 +36,6 @@ def record(file: Path) -> Any:
 
 # The build
 
-PTXAS = """
-ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function '_Z4adamPf' for 'sm_90a'
-ptxas info    : Function properties for _Z4adamPf
-    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
-ptxas info    : Used 98 registers, used 1 barriers, 2048 bytes smem
-ptxas info    : Compiling entry function '_Z4signPf' for 'sm_80'
-ptxas info    : Function properties for _Z4signPf
-    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Used 24 registers, used 0 barriers
-"""
-
-
-def test_registers_are_read_from_what_ptxas_says() -> None:
-    first, second = part("build").registers(PTXAS)
-    assert first == {
-        "kernel": "_Z4adamPf",
-        "target": "sm_90a",
-        "registers": 98,
-        "spill_bytes": 12,
-        "shared_bytes": 2048,
-    }
-    assert (second["registers"], second["spill_bytes"]) == (24, 0)
-
 
 @needs_nvcc
 @pytest.mark.slow
@@ -72,9 +49,9 @@ def test_a_real_compilation_tells_its_registers(tmp_path: Path) -> None:
         native.compile_library(nvcc, flags, [source], tmp_path / "lib.so")
     assert native.run is original
     assert [name for name, _, _ in output] == ["noise.cu", "lib.so"]
-    found = part("build").registers(output[0][2])
+    found = occupancy.read(output[0][2])
     assert found
-    assert {kernel["target"] for kernel in found} == {"sm_90a"}
+    assert {kernel.target for kernel in found} == {"sm_90a"}
 
 
 @pytest.fixture

@@ -123,7 +123,7 @@ def test_memory_checks_the_state_and_has_each_phase(file: Path) -> None:
     assert freed >= row.details["gradient_bytes"]
 
 
-@pytest.mark.parametrize("name", ["steps", "refresh", "memory", "kernels"])
+@pytest.mark.parametrize("name", ["steps", "launches", "refresh", "memory", "kernels"])
 @pytest.mark.usefixtures("_path")
 def test_a_section_without_time_says_what_it_left_out(file: Path, name: str) -> None:
     record = ran(name, file, context(seconds=0.0))
