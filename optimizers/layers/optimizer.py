@@ -311,6 +311,7 @@ class FactoredAdamW(LowRankOptimizer):
     def _replace_gradient(self, param: Tensor, grad: Tensor) -> None:
         """Uses another gradient for this step; the user's is restored after it."""
         assert param.grad is not None
+        self._sound.pop(id(param), None)
         self._replaced.append((param, param.grad))
         param.grad = grad
 

@@ -127,6 +127,9 @@ class SwitchLoRAAdamW(FactoredAdamW):
         grads = [held_rows(param.grad) for param in link.factors() if param.grad is not None]
         if len(grads) < 2 or not link.group["skip_nonfinite"]:
             return len(grads) == 2
+        known = [self._sound.get(id(param)) for param in link.factors()]
+        if None not in known:
+            return all(known)
         spread = [grad.processes for grad in grads]
         return all(finite([grad.local for grad in grads], lambda position: None, spread))
 

@@ -1,10 +1,11 @@
 """How far each method's weights are from one process's, under each strategy, on 2 to 4 processes.
 
-    python tests/optimizers/grid.py --output FOLDER
+    python tests/optimizers/grid.py --output FOLDER --docs docs/distributed.md
 
 trains a small model for 30 steps of two micro-batches, clipped, with refreshes or events every few
 steps, and writes `cells.jsonl` (one line a cell; a second call goes on where the first stopped) and
-`table.md`. Entries are relative distances, the largest of any parameter.
+`table.md`, and the same table between the marks of a page. Entries are relative distances, the
+largest of any parameter.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from lowrank.optimizers import available, build, convert, merge
 
 STRATEGIES = ("DDP", "FSDP2", "ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3")
 STEPS = 30
+#: Around the table in a page.
+MARKS = "<!-- made by tests/optimizers/grid.py -->", "<!-- end -->"
 #: Method, strategy, number of processes.
 Cell = tuple[str, str, int]
 Weights = dict[str, Tensor]
@@ -142,19 +145,26 @@ def read(log: Path) -> dict[Cell, float | str]:
 
 
 def table(done: dict[Cell, float | str], worlds: Sequence[int]) -> str:
-    """The cells as Markdown: a row a method, a number for each number of processes."""
+    """The cells as Markdown: a row a method, a column a strategy and number of processes."""
 
     def shown(gap: float | str | None) -> str:
         return "-" if gap is None else "refused" if isinstance(gap, str) else f"{gap:.0e}"
 
-    def entry(name: str, strategy: str) -> str:
-        values = [shown(done.get((name, strategy, world))) for world in worlds]
-        return values[0] if len(set(values)) == 1 else " ".join(values)
-
     names = sorted({name for name, _, _ in done})
-    lines = [["method", *STRATEGIES], ["---"] * (1 + len(STRATEGIES))]
-    lines += [[name, *(entry(name, strategy) for strategy in STRATEGIES)] for name in names]
+    columns = [(strategy, world) for strategy in STRATEGIES for world in worlds]
+    lines = [["method", *(f"{strategy}, {world}" for strategy, world in columns)]]
+    lines += [["---"] * len(lines[0])]
+    lines += [[name, *(shown(done.get((name, *column))) for column in columns)] for name in names]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def put(made: str, page: str) -> str:
+    """A page with another table between its marks."""
+    before, _, rest = page.partition(MARKS[0])
+    _, found, after = rest.partition(MARKS[1])
+    if not found:
+        raise ValueError(f"a page without {MARKS[0]!r} and {MARKS[1]!r} after it")
+    return f"{before}{MARKS[0]}\n\n{made}\n{MARKS[1]}{after}"
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
@@ -163,23 +173,32 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--methods", default=",".join(available()))
     parser.add_argument("--strategies", default=",".join(STRATEGIES))
-    parser.add_argument("--ranks", default="2,3,4")
+    parser.add_argument("--ranks", default="2,4,3")
+    parser.add_argument("--docs", type=Path, help="a page with the marks of the table")
     chosen = parser.parse_args(None if arguments is None else list(arguments))
     names, worlds = chosen.methods.split(","), [int(size) for size in chosen.ranks.split(",")]
     folder: Path = chosen.output
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "cells.jsonl"
-    path = folder / "alone.pt"
-    mp.spawn(singles, (names, str(path)), nprocs=1)
-    wanted = torch.load(path, weights_only=True)
-    for world in worlds:
-        done = read(log)
-        cells = [(n, s, world) for s in chosen.strategies.split(",") for n in names]
-        cells = [cell for cell in cells if cell not in done]
+    done = read(log)
+    strategies = chosen.strategies.split(",")
+    left = {
+        world: [(n, s, world) for s in strategies for n in names if (n, s, world) not in done]
+        for world in worlds
+    }
+    needed = sorted({name for cells in left.values() for name, _, _ in cells})
+    if needed:
+        path = folder / "alone.pt"
+        mp.spawn(singles, (needed, str(path)), nprocs=1)
+        wanted = torch.load(path, weights_only=True)
+    for world, cells in left.items():
         if cells:
             (folder / "store").unlink(missing_ok=True)
             run(fill, world, folder, cells, wanted, log)
-        (folder / "table.md").write_text(table(read(log), worlds))
+    made = table(read(log), sorted({world for _, _, world in read(log)}))
+    (folder / "table.md").write_text(made)
+    if chosen.docs is not None:
+        chosen.docs.write_text(put(made, chosen.docs.read_text()))
 
 
 if __name__ == "__main__":
