@@ -11,7 +11,7 @@ ones where no gradient is checked.
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
@@ -69,7 +69,13 @@ class EqualOptions:
         of a DTensor's mesh that it isn't spread over.
         """
         if self._copies is None:
-            self._copies = _copies([param for plan in plans for param in plan.params])
+            known = [
+                param
+                for plan in plans
+                for param, shard in zip(plan.params, plan.shards, strict=True)
+                if is_dtensor(param) or shard.plain
+            ]
+            self._copies = _copies(known)
         return self._copies
 
     def compare(self, number: int, groups: Sequence[Group], copies: ProcessGroup) -> None:
@@ -179,9 +185,15 @@ def _wrappers() -> list[DistributedDataParallel]:
     alive = distributed.distributed_c10d._world.pg_map
     return [
         held
-        for held in gc.get_objects()
-        # By the type: attributes of some objects do more than answer.
-        if issubclass(type(held), DistributedDataParallel)
+        for kind in _with_subclasses(DistributedDataParallel)
+        for held in gc.get_referrers(kind)  # objects refer to their class
+        if type(held) is kind
         and getattr(held, "process_group", None) in alive
         and not getattr(getattr(held, "_join_config", None), "enable", False)
     ]
+
+
+def _with_subclasses(kind: type) -> Iterator[type]:
+    yield kind
+    for own in kind.__subclasses__():
+        yield from _with_subclasses(own)

@@ -1,6 +1,6 @@
 """How far each method's weights are from one process's, under each strategy, on 2 to 4 processes.
 
-    python tests/optimizers/grid.py --output FOLDER --docs docs/distributed.md
+    PYTHONPATH=tests python tests/optimizers/grid.py --output FOLDER --docs docs/distributed.md
 
 trains a small model for 30 steps of two micro-batches, clipped, with refreshes or events every few
 steps, and writes `cells.jsonl` (one line a cell; a second call goes on where the first stopped) and
@@ -37,6 +37,8 @@ from lowrank.optimizers import available, build, convert, merge
 
 STRATEGIES = ("DDP", "FSDP2", "ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3")
 STEPS = 30
+#: Cells between collections of garbage, which take as long as a cell.
+TOGETHER = 8
 #: Around the table in a page.
 MARKS = "<!-- made by tests/optimizers/grid.py -->", "<!-- end -->"
 #: Method, strategy, number of processes.
@@ -118,7 +120,9 @@ def fill(
 ) -> None:
     """Trains cells in turn; rank 0 appends a line to `log` for each."""
     warnings.simplefilter("ignore")
-    for cell in cells:
+    gc.collect()
+    gc.freeze()  # what libraries have made need not be looked at again
+    for position, cell in enumerate(cells):
         try:
             found: Any = trained(cell, rank)
         except ValueError as error:  # on all processes alike
@@ -127,7 +131,8 @@ def fill(
             gap = distance(found, wanted[cell[0]]) if isinstance(found, dict) else found
             with log.open("a") as stream:
                 stream.write(json.dumps([*cell, gap]) + "\n")
-        gc.collect()
+        if position % TOGETHER == TOGETHER - 1:
+            gc.collect()
         dist.barrier()
 
 
