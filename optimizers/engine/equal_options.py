@@ -11,7 +11,7 @@ ones where no gradient is checked.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
@@ -172,24 +172,30 @@ def _copies(params: Sequence[Tensor]) -> list[ProcessGroup]:
             for dim, placement in enumerate(placements):
                 if placement.is_replicate() and mesh.size(dim) > 1:
                     found[mesh.get_group(dim)] = None
-    plain = {id(param) for param in params if not is_dtensor(param)}
-    for parallel in _wrappers() if plain else ():
-        group = parallel.process_group
-        if group.size() > 1 and any(id(param) in plain for param in parallel.module.parameters()):
-            found[group] = None
+    for parallel in _wrappers([param for param in params if not is_dtensor(param)]):
+        if parallel.process_group.size() > 1 and not parallel._join_config.enable:
+            found[parallel.process_group] = None
     return list(found)
 
 
-def _wrappers() -> list[DistributedDataParallel]:
-    """All DDP modules, one of which may have been made after the optimizer."""
+def in_copies(params: Iterable[Tensor]) -> bool:
+    """Whether parameters are in a module that `DistributedDataParallel` has wrapped."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    return bool(_wrappers(params))
+
+
+def _wrappers(params: Iterable[Tensor]) -> list[DistributedDataParallel]:
+    """The DDP modules with any of these parameters; they may be younger than the optimizer."""
+    wanted = {id(param) for param in params}
     alive = distributed.distributed_c10d._world.pg_map
     return [
         held
-        for kind in _with_subclasses(DistributedDataParallel)
+        for kind in (_with_subclasses(DistributedDataParallel) if wanted else ())
         for held in gc.get_referrers(kind)  # objects refer to their class
         if type(held) is kind
         and getattr(held, "process_group", None) in alive
-        and not getattr(getattr(held, "_join_config", None), "enable", False)
+        and any(id(param) in wanted for param in held.module.parameters())
     ]
 
 

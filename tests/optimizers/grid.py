@@ -54,8 +54,10 @@ def options(name: str) -> dict[str, Any]:
     return options_of((name, {"update_proj_gap": COMMON["update_proj_gap"]}))
 
 
-def dense(name: str, model: nn.Module, state: dict[str, Any]) -> Weights:
+def dense(name: str, state: dict[str, Any]) -> Weights:
     """The weights of a model's state dict; of converted layers those of the merged ones."""
+    if dist.is_initialized() and dist.get_rank():
+        return {}  # the first process alone compares them
     twin = convert(name, block(), **options(name))
     twin.load_state_dict(state)
     return unsharded(merge(twin))
@@ -65,7 +67,7 @@ def alone(name: str) -> Weights:
     """One process's weights."""
     model = block()
     train(model, build(name, model, **options(name)), range(STEPS))
-    return dense(name, model, model.state_dict())
+    return dense(name, model.state_dict())
 
 
 def replicated(name: str, rank: int, world: int) -> Weights:
@@ -84,7 +86,7 @@ def replicated(name: str, rank: int, world: int) -> Weights:
         nn.utils.clip_grad_norm_(parallel.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return dense(name, model, model.state_dict())
+    return dense(name, model.state_dict())
 
 
 def sharded(name: str, rank: int, world: int) -> Weights:
@@ -94,7 +96,7 @@ def sharded(name: str, rank: int, world: int) -> Weights:
     train(model, build(name, model, **options(name)), range(STEPS), rank, world)
     state = model.state_dict().items()
     gathered = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state}
-    return dense(name, model, gathered)
+    return dense(name, gathered)
 
 
 def partitioned(name: str, stage: int, rank: int, world: int) -> Weights:
@@ -102,7 +104,7 @@ def partitioned(name: str, stage: int, rank: int, world: int) -> Weights:
     model = block()
     engine = engine_of(model, build(name, model, **options(name)), stage, world)
     go_on(engine, range(STEPS), rank, world)
-    return dense(name, model, {**model.state_dict(), **whole(model)})
+    return dense(name, {**model.state_dict(), **whole(model)})
 
 
 def trained(cell: Cell, rank: int) -> Weights:
@@ -192,8 +194,9 @@ def main(arguments: Iterable[str] | None = None) -> None:
         for world in worlds
     }
     needed = sorted({name for cells in left.values() for name, _, _ in cells})
-    if needed:
-        path = folder / "alone.pt"
+    path = folder / "alone.pt"
+    wanted = torch.load(path, weights_only=True) if path.exists() else {}
+    if not set(needed) <= wanted.keys():
         mp.spawn(singles, (needed, str(path)), nprocs=1)
         wanted = torch.load(path, weights_only=True)
     for world, cells in left.items():

@@ -52,6 +52,21 @@ def alone() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("name", ["relora_adamw", "qgalore_adamw_8bit"])
+def test_a_module_inside_ddp_is_not_converted(name: str) -> None:
+    model = nn.Sequential()
+    model.mlp = nn.Linear(256, 16, bias=False)
+    parallel = DistributedDataParallel(model)
+    before = list(model.modules())
+    for call in (convert, build):
+        with pytest.raises(ValueError, match=r"inside DistributedDataParallel can't be converted"):
+            call(name, parallel.module)
+    assert list(model.modules()) == before
+    del parallel
+    convert(name, model)
+
+
 @contextmanager
 def recorded() -> Iterator[list[Tensor]]:
     """The tensors that are broadcast while it lasts."""

@@ -175,6 +175,12 @@ def groups_and_refusals(rank: int, world: int, folder: Path) -> dict[str, Any]:
             said.append("")
         except ValueError as error:
             said.append(str(error))
+    model = nn.Sequential()
+    model.mlp = nn.Linear(256, 64, bias=False)
+    try:
+        engine_of(model, build("galore_adamw", model, rank=4, weight_bits=8), 1, world)
+    except ValueError as error:
+        said.append(str(error))
     found["said"] = said
     return found
 
@@ -186,3 +192,4 @@ def test_several_groups_and_sub_groups_and_what_is_refused(tmp_path: Path) -> No
     assert found["stage 3"] <= 1e-5
     assert "taken a step before deepspeed.initialize" in found["said"][0]
     assert "accepted is round_robin_gradients=false" in found["said"][1]
+    assert "a weight of shape (64, 256) in 8 bits: accepted are dense weights" in found["said"][2]
