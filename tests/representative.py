@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 
-def with_representative(names: Sequence[str], chosen: Sequence[str]) -> list[Any]:
-    """Parameters of a test: slow for the chosen names, exhaustive for the others."""
+def with_representative(
+    names: Sequence[Any], chosen: Sequence[Any], marks: Sequence[Any] = (pytest.mark.slow,)
+) -> list[Any]:
+    """Parameters of a test: `marks` for the chosen names, exhaustive for the others."""
     return [
-        pytest.param(
-            name, marks=pytest.mark.slow if name in chosen else pytest.mark.exhaustive, id=name
-        )
+        pytest.param(name, marks=marks if name in chosen else pytest.mark.exhaustive, id=str(name))
         for name in names
     ]

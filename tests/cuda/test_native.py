@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("native")
 
 # A simulated launch takes milliseconds; the fixture may be shared between examples.
 examples = settings(
-    max_examples=12,
+    max_examples=8,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -22,7 +22,7 @@ def test_references_on_a_gpu_equal_the_kernels(case: Callable[[cases.Draw], None
         blockwise._lookup_table(signed, torch.device("cpu"))
 
     @settings(
-        max_examples=6,
+        max_examples=4,
         deadline=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture],
     )

@@ -61,6 +61,7 @@ def test_build_loads_and_calls_every_kind_of_kernel(file: Path) -> None:
 
 
 @needs_library
+@pytest.mark.slow
 @pytest.mark.usefixtures("_path")
 def test_kernels_compares_all_cases_and_measures_all_kernels(file: Path) -> None:
     record = ran("kernels", file)
@@ -76,6 +77,7 @@ def test_kernels_compares_all_cases_and_measures_all_kernels(file: Path) -> None
     assert record.skipped == []
 
 
+@pytest.mark.slow
 def test_steps_measures_every_method_at_every_size(file: Path) -> None:
     record = ran("steps", file)
     methods = part("methods")
@@ -90,6 +92,7 @@ def test_steps_measures_every_method_at_every_size(file: Path) -> None:
     assert "x AdamW" in row.note
 
 
+@pytest.mark.slow
 def test_refresh_measures_all_ways_and_checks_their_energy(file: Path) -> None:
     record = ran("refresh", file)
     names = {row.name for row in record.rows if row.group == "1b"}
@@ -102,6 +105,7 @@ def test_refresh_measures_all_ways_and_checks_their_energy(file: Path) -> None:
     assert energies == pytest.approx([1.0] * len(energies), abs=5e-3)
 
 
+@pytest.mark.slow
 def test_memory_checks_the_state_and_has_each_phase(file: Path) -> None:
     record = ran("memory", file)
     assert all(check["passed"] for check in record.checks)
@@ -371,6 +375,7 @@ def test_a_transformers_that_does_not_work_is_passed_over(monkeypatch: pytest.Mo
     assert torch.get_default_dtype() == torch.float32
 
 
+@pytest.mark.slow
 def test_the_summary_of_a_real_section(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ran("refresh", file)
     found = json.loads(file.read_text()) | {"file": file.name}

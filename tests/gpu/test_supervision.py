@@ -143,6 +143,7 @@ def test_a_process_that_dies_is_taken_up_behind_what_killed_it(
     assert "taken up again after 'fatal'" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_hangs_is_killed_and_the_rest_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +163,7 @@ def test_what_hangs_is_killed_and_the_rest_is_done(
     assert "no news" in found["errors"][0]["message"]
 
 
+@pytest.mark.slow
 def test_the_limit_ends_a_section_and_keeps_what_it_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,8 +88,12 @@ def test_failing_solver_keeps_the_former_basis(
 
 
 @every_with("mode", MODES, PROJECTING, SOLVERS)
-@pytest.mark.parametrize("proj_type", ["std", "reverse_std", "left", "right", "full"])
-def test_rank_deficient_gradients(row: Row, mode: str, proj_type: str) -> None:
+def test_rank_deficient_gradients(row: Row, mode: str) -> None:
+    for proj_type in ("std", "reverse_std", "left", "right", "full"):
+        check_rank_deficient_gradients(row, mode, proj_type)
+
+
+def check_rank_deficient_gradients(row: Row, mode: str, proj_type: str) -> None:
     model = tiny_model()
     if (row.one_sided and proj_type == "full") or (
         row.left_only and proj_type not in ("std", "left")

@@ -219,6 +219,7 @@ def test_hybrid_shards_follow_one_process(tmp_path: Path) -> None:
     assert max(run(hybrid, 4, tmp_path)) <= 1e-5
 
 
+@pytest.mark.slow
 def test_ranks_agree_on_what_is_not_finite_and_integers_give_the_same_bits(tmp_path: Path) -> None:
     together = run(faults_and_bits, 2, tmp_path)
     assert [bits for _, bits in together] == [[True] * len(EXACT)] * 2

@@ -36,12 +36,12 @@ def test_weights_of_the_ordinary_loop(row: Row) -> None:
     assert_same(own.model, other.model)
 
 
-@every
+@representative
 def test_with_accumulation(row: Row) -> None:
     compare(row, 4, None, FEW)
 
 
-@every
+@representative
 def test_with_clipping(row: Row) -> None:
     compare(row, 1, 0.3, FEW)
 

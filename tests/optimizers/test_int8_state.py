@@ -7,7 +7,9 @@ import io
 import os
 import pickle
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -219,11 +221,17 @@ def test_convert_errors() -> None:
 # Several processes
 
 
-def _worker(rank: int, world: int, folder: str, bits: int) -> None:
+def _worker(rank: int, world: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
     store = f"file://{folder}/store-{world}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+    for bits in (8, 4):
+        torch.save(_trained(rank, world, bits), f"{folder}/{world}-{rank}-{bits}.pt")
+    dist.destroy_process_group()
+
+
+def _trained(rank: int, world: int, bits: int) -> dict[str, Any]:
     include = ("embeddings", "head") if bits == 4 else ()
     model = convert(NAME, tiny_model(), weight_bits=bits, weight_include=include)
     start = [param.detach().clone() for param in model.parameters()]
@@ -249,24 +257,32 @@ def _worker(rank: int, world: int, folder: str, bits: int) -> None:
                 (loss / 2).backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5))
         optimizer.step()
-    result = {
+    return {
         "parameters": [param.detach().clone() for param in model.parameters()],
         "moved": [not torch.equal(a, b) for a, b in zip(start, model.parameters(), strict=True)],
         "norms": torch.stack(norms),
         "kept": kept,
         "refused": refused or world == 1,
     }
-    torch.save(result, f"{folder}/{world}-{rank}.pt")
-    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Path]:
+    """A folder with what two processes and one came to."""
+    with tempfile.TemporaryDirectory() as folder:
+        for world in (2, 1):
+            mp.spawn(_worker, (world, folder), nprocs=world)
+        yield Path(folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("bits", "step"), [(8, 2e-2), (4, 0.2)])
-def test_two_processes_agree_to_the_bit_and_with_one(bits: int, step: float) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, (2, folder, bits), nprocs=2)
-        mp.spawn(_worker, (1, folder, bits), nprocs=1)
-        first, second, single = (torch.load(f"{folder}/{x}.pt") for x in ("2-0", "2-1", "1-0"))
+def test_two_processes_agree_to_the_bit_and_with_one(
+    bits: int, step: float, processes: Path
+) -> None:
+    first, second, single = (
+        torch.load(processes / f"{which}-{bits}.pt") for which in ("2-0", "2-1", "1-0")
+    )
     for run in (first, second, single):
         assert run["kept"]
         assert run["refused"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support import matrix
-from table import PROJECTING, Row, identifier
+from table import PROJECTING, Row, every_with
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -54,9 +54,8 @@ def after_first_steps(row: Row, shape: tuple[int, int], dtype: torch.dtype) -> C
     return optimizer.step
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@every_with("shape", SHAPES, PROJECTING)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("row", PROJECTING, ids=identifier)
 def test_a_step_allocates_nothing_of_the_weights_size(
     row: Row, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:

@@ -21,15 +21,14 @@ from support import tiny_model
 from table import TABLE, Row, identifier
 
 NAMES = [identifier(row) for row in TABLE]
-every = pytest.mark.parametrize("name", NAMES)
 #: One of each kind of projector, rule, residual and layer.
 REPRESENTATIVE = tuple(
     name
     for name in NAMES
     if name
     in (
-        *("adafactor", "adamw_8bit", "muon", "galore_adamw", "galore_adamw_8bit", "fira_adamw"),
-        *("coap_adamw", "online_subspace_adamw", "qgalore_adamw_8bit", "relora_adamw"),
+        *("adafactor", "adamw_8bit", "muon", "galore_adamw", "coap_adamw"),
+        *("qgalore_adamw_8bit", "relora_adamw"),
     )
 )
 OTHERS = tuple(name for name in NAMES if name not in REPRESENTATIVE)
@@ -75,9 +74,12 @@ def test_groups_stay_those_that_were_given(row: Row, how: str) -> None:
     type(optimizer)([{**group} for group in optimizer.param_groups])
 
 
-@every
+@pytest.mark.parametrize(
+    "name", [*REPRESENTATIVE, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+)
 def test_common_changes(name: str) -> None:
-    assert_right(verdicts("quick")[name], least=3)
+    names = REPRESENTATIVE if name in REPRESENTATIVE else OTHERS
+    assert_right(verdicts("quick", names)[name], least=3)
 
 
 @pytest.mark.parametrize("name", with_representative(NAMES, REPRESENTATIVE))

@@ -29,8 +29,10 @@ OPTIONS: dict[str, dict[str, Any]] = {"galore_plus_adamw": {"heads": 2}}
 ALL = ("embeddings", "head")
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("name", KEEPING)
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [*((name, 8) for name in KEEPING), ("galore_adamw", 4), ("qgalore_adamw_8bit", 4)],
+)
 def test_every_method_trains_them(name: str, bits: int) -> None:
     """Weights follow a dense twin's; states have the formula's bytes."""
     options = {"lr": 3e-3, "rank": 4, "update_proj_gap": 2, **OPTIONS.get(name, {})}

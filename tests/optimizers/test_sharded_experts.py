@@ -126,6 +126,7 @@ def beside(rank: int, world: int, folder: Path) -> list[Any]:
     return made
 
 
+@pytest.mark.slow
 def test_experts_beside_spread_matrices(made: Made) -> None:
     for alone, together in made["beside"]:
         for key, value in alone.items():
@@ -144,6 +145,7 @@ def muon(rank: int, world: int, folder: Path) -> list[Any]:
     return made
 
 
+@pytest.mark.slow
 def test_muon_on_spread_experts(made: Made) -> None:
     for alone, together in made["muon"]:
         for key, value in alone.items():
@@ -188,6 +190,7 @@ def resume(rank: int, world: int, folder: Path) -> list[Any]:
     return [whole(model), *found]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_resumed_exactly(made: Made) -> None:
     first, second = made["resume"]
     assert len(first) == 3
@@ -211,6 +214,7 @@ def changed(rank: int, world: int, folder: Path) -> list[Any]:
     return made
 
 
+@pytest.mark.slow
 def test_changed_options_are_followed(made: Made) -> None:
     for alone, together in made["changed"]:
         for key, value in alone.items():
@@ -235,6 +239,7 @@ def shared(rank: int, world: int, folder: Path) -> list[Any]:
     return [found[0], sent, found[1]]
 
 
+@pytest.mark.slow
 def test_refreshes_of_experts_are_shared(made: Made) -> None:
     (first, sent, alone), (second, _, _) = made["shared"]
     assert sent > 0
@@ -255,6 +260,7 @@ def refused(rank: int, world: int, folder: Path) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_refreshes_of_spread_parameters_are_not_shared(made: Made) -> None:
     for said in made["refused"]:
         assert "share_refreshes() with attn.q.weight spread over processes" in said
@@ -271,6 +277,7 @@ def other_axis(rank: int, world: int, folder: Path) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_rows_of_experts_are_not_spread(made: Made) -> None:
     for said in made["other_axis"]:
         assert "mlp.up is a DTensor with placements (S(1))" in said
@@ -301,11 +308,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return {work.__name__: [own[work.__name__] for own in found] for work in WORKS}
 
 
+@pytest.mark.slow
 def test_experts_follow_one_process_to_the_bit(made: Made) -> None:
     for own in made["methods"]:
         check(own, [*QUICK], 3)
 
 
+@pytest.mark.slow
 def test_a_process_may_have_no_expert(made: Made) -> None:
     for own in made["one_expert"]:
         check(own, ["galore_adamw"], 1)

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from representative import with_representative
 from support import matrix
 from torch import Tensor, nn
 
@@ -302,8 +303,7 @@ def run(rank: int, world: int, folder: str, checks: list[Callable[[int, int], No
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", with_representative((2, 3), (3,)))
 def test_several_processes(world: int, tmp_path: Path) -> None:
     checks = [
         check_cases,

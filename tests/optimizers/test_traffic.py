@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from fsdp2_runs import NAMES, Case, options_of
+from representative import with_representative
 from sharded import Recorder, block, run, shard, tokens
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -59,8 +60,7 @@ def formula(case: Case, world: int) -> int:
     return expected_step_traffic(case[0], block(), world, **options)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", with_representative((2, 4), (4,)))
 def test_bytes_of_a_step_are_the_formulas(world: int, tmp_path: Path) -> None:
     made = run(record, world, tmp_path, CASES)
     differ = {

@@ -39,8 +39,19 @@ OWN: dict[str, dict[str, Any]] = {
 methods = pytest.mark.parametrize("name", METHODS)
 
 
-@methods
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("relora_adamw", "float32"),
+        ("sltrain_adamw", "bfloat16"),
+        ("switchlora_adamw", "float32"),
+        *(
+            pytest.param(name, "float32", marks=pytest.mark.slow)
+            for name in METHODS
+            if name not in ("relora_adamw", "switchlora_adamw")
+        ),
+    ],
+)
 def test_a_run_resumes_exactly_within_a_cycle(
     name: str, dtype: str, tiny: Tiny, run: Run, tmp_path: Path
 ) -> None:

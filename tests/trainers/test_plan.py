@@ -149,6 +149,7 @@ def test_updates_in_backward_are_planned_for_one_micro_batch(tiny: str) -> None:
         planned(tiny, update_in_backward=True, accumulation=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_several_processes(tiny: str, strategy: str) -> None:
     alone, several = planned(tiny), planned(tiny, world=4, strategy=strategy)

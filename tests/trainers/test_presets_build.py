@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from representative import with_representative
 
 from lowrank.optimizers import available, expected_state_bytes
 from lowrank.trainers.config_io import from_mapping
@@ -11,8 +12,11 @@ from lowrank.trainers.models import network_config
 from lowrank.trainers.preset import preset_layer, preset_names
 from lowrank.trainers.pretrain import resolve
 
+#: Between these, sizes differ in numbers alone.
+SIZES = with_representative(preset_names(), ("llama_1m", "llama_60m", "llama_7b"), marks=())
 
-@pytest.mark.parametrize("size", preset_names())
+
+@pytest.mark.parametrize("size", SIZES)
 def test_presets_are_accepted(size: str) -> None:
     transformers = pytest.importorskip("transformers")
     for name in available():
@@ -25,7 +29,7 @@ def test_presets_are_accepted(size: str) -> None:
         assert expected_state_bytes(name, network, lr=config.optimizer.lr, **options) > 0
 
 
-@pytest.mark.parametrize("size", preset_names())
+@pytest.mark.parametrize("size", SIZES)
 def test_every_method_has_a_preset(size: str) -> None:
     default = preset_layer(size, "no such method")
     for name in available():

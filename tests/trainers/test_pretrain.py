@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from representative import with_representative
 from tiny_runs import comparable_metrics, summary, write_corpus
 
 from lowrank.optimizers import available
@@ -105,7 +106,14 @@ def test_the_same_settings_give_the_same_run(tiny: Tiny, run: Run, tmp_path: Pat
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-@pytest.mark.parametrize("optimizer", available())
+#: One of each kind of state; the contract's tests resume every method.
+RESUMED = (
+    *("adamw_8bit", "galore_adamw", "galore_adamw_8bit", "qgalore_adamw_8bit", "fira_adamw"),
+    *("coap_adafactor", "online_subspace_adamw", "flora_adafactor", "muon"),
+)
+
+
+@pytest.mark.parametrize("optimizer", with_representative(available(), RESUMED, marks=()))
 def test_resumed_equals_uninterrupted(optimizer: str, tiny: Tiny, run: Run, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     # A moment that moves at each third step grows without bound, which Flora warns of.
