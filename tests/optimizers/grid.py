@@ -18,13 +18,14 @@ import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import load, run, start
 from fsdp2_runs import options_of
-from sharded import block, distance, run, shard, tokens, train
+from sharded import block, distance, shard, tokens, train
 from sharded import whole as unsharded
 from test_fsdp2_layers import COMMON, EVERY
 from test_zero import engine_of, go_on, whole
@@ -183,6 +184,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--ranks", default="2,4,3")
     parser.add_argument("--docs", type=Path, help="a page with the marks of the table")
     chosen = parser.parse_args(None if arguments is None else list(arguments))
+    load(["deepspeed"])
     names, worlds = chosen.methods.split(","), [int(size) for size in chosen.ranks.split(",")]
     folder: Path = chosen.output
     folder.mkdir(parents=True, exist_ok=True)
@@ -197,12 +199,12 @@ def main(arguments: Iterable[str] | None = None) -> None:
     path = folder / "alone.pt"
     wanted = torch.load(path, weights_only=True) if path.exists() else {}
     if not set(needed) <= wanted.keys():
-        mp.spawn(singles, (needed, str(path)), nprocs=1)
+        start(singles, (needed, str(path)), 1)
         wanted = torch.load(path, weights_only=True)
     for world, cells in left.items():
         if cells:
-            (folder / "store").unlink(missing_ok=True)
-            run(fill, world, folder, cells, wanted, log)
+            with TemporaryDirectory() as place:
+                run(fill, world, Path(place), cells, wanted, log)
     made = table(read(log), sorted({world for _, _, world in read(log)}))
     (folder / "table.md").write_text(made)
     if chosen.docs is not None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import start
 from support import tiny_model, trained
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -207,7 +207,7 @@ def _loqt_with_an_unused_layer(rank: int) -> list[Tensor]:
 
 @pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
-    mp.spawn(_worker, (str(tmp_path),), nprocs=2)
+    start(_worker, (str(tmp_path),), 2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     for name in METHODS:
         assert first[name]

@@ -19,6 +19,7 @@ from torch.nn import functional
 from lowrank.optimizers import LowRankOptimizer, build
 
 pytest.importorskip("deepspeed")
+PRELOAD = ("deepspeed",)
 
 
 def quiet_deepspeed(world: int) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from processes import FULL_PARTITION, NOT_FINITE, SPIKE, Job, Outcome, run_jobs
@@ -15,6 +16,7 @@ from tiny_runs import TINY, comparable_metrics, summary
 from lowrank.trainers.checkpoint import verify
 
 pytestmark = pytest.mark.slow
+PRELOAD = (*processes.PRELOAD, "deepspeed")
 pytest.importorskip("deepspeed")
 
 STEPS, SAVED = 8, 4

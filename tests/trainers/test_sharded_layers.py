@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import processes
 import pytest
 from processes import Job, Outcome, run_jobs
 from safetensors.torch import load_file
@@ -13,6 +14,7 @@ from tiny_runs import TINY, comparable_metrics, summary
 from lowrank.trainers.parts import LAYERS
 
 pytestmark = pytest.mark.slow
+PRELOAD = (*processes.PRELOAD, "deepspeed")
 
 STEPS, SAVED = 6, 3
 ZERO, FSDP2 = "distributed.strategy=deepspeed", "distributed.strategy=fsdp2"
@@ -47,8 +49,8 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     for name, (method, strategy) in RUNS.items():
         jobs[name] = Job(arguments(name, *method, *strategy), 2)
         jobs[f"{name} again"] = again(f"{name} again", name, 2)
-    for name, (source, processes) in OTHERWISE.items():
-        jobs[name] = again(name, source, processes)
+    for name, (source, count) in OTHERWISE.items():
+        jobs[name] = again(name, source, count)
     outcomes = dict(zip(jobs, run_jobs(list(jobs.values()), base / "jobs"), strict=True))
     for name, outcome in outcomes.items():
         assert not any(outcome.statuses), (name, "\n".join(outcome.errors))
