@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .options import NO_OPTIONS, Group
@@ -194,12 +194,13 @@ def _wrappers(params: Iterable[Tensor]) -> list[DistributedDataParallel]:
         for kind in (_with_subclasses(DistributedDataParallel) if wanted else ())
         for held in gc.get_referrers(kind)  # objects refer to their class
         if type(held) is kind
+        and isinstance(held, DistributedDataParallel)
         and getattr(held, "process_group", None) in alive
         and any(id(param) in wanted for param in held.module.parameters())
     ]
 
 
-def _with_subclasses(kind: type) -> Iterator[type]:
+def _with_subclasses(kind: type[nn.Module]) -> Iterator[type[nn.Module]]:
     yield kind
     for own in kind.__subclasses__():
         yield from _with_subclasses(own)

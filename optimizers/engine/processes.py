@@ -109,7 +109,7 @@ class Processes:
         padded = partials[0].new_zeros(self.world, sum(sizes))
         pieces = torch.split(padded, sizes, dim=1)
         for piece, width, partial_rn in zip(pieces, widths, partials, strict=True):
-            for own, columns in zip(piece, partial_rn.split(width, dim=1), strict=False):
+            for own, columns in zip(piece, torch.split(partial_rn, width, dim=1), strict=False):
                 own.view(width, -1)[: columns.shape[1]] = columns.mT
         sums = padded.new_empty(sum(sizes))
         scatter = _newest("reduce_scatter_single", "reduce_scatter_tensor")
