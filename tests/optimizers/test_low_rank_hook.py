@@ -29,15 +29,11 @@ def each(rank: int, world: int, folder: Path, checks: list[Callable[[int, int], 
 
 
 @pytest.mark.slow
-def test_two_processes(tmp_path: Path) -> None:
-    run(each, 2, tmp_path, [*cases.QUICK, *state_cases.ALL])
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.exhaustive), 4])
-def test_all_cases(world: int, tmp_path: Path) -> None:
-    checks = [*cases.MORE.get(world, cases.ALL), *state_cases.ALL]
-    run(each, world, tmp_path, checks)
+def test_several_processes(world: int, tmp_path: Path) -> None:
+    """States and changes don't depend on the number of processes: not again on four."""
+    checks = cases.MORE.get(world, cases.ALL)
+    run(each, world, tmp_path, [*checks, *(state_cases.ALL if world < 4 else [])])
 
 
 # One process

@@ -106,10 +106,16 @@ def too_far(made: list[Any], cases: list[tuple[Case, int]]) -> dict[str, float]:
     return found
 
 
-@pytest.mark.slow
-def test_two_ranks_follow_one_process(tmp_path: Path) -> None:
-    """Every method, at one of the stages."""
-    cases = [(case, 1 + number % 3) for number, case in enumerate(ALL)]
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        pytest.param(QUICK, marks=pytest.mark.slow, id="some"),
+        pytest.param(ALL, marks=pytest.mark.exhaustive, id="all"),
+    ],
+)
+def test_two_ranks_follow_one_process(tmp_path: Path, chosen: list[Case]) -> None:
+    """Each method at one of the stages."""
+    cases = [(case, 1 + number % 3) for number, case in enumerate(chosen)]
     assert not too_far(run(follow, 2, tmp_path, cases, 10)[0], cases)
 
 
