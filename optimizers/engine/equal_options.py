@@ -65,8 +65,9 @@ class EqualOptions:
     def copies(self, plans: Sequence[Plan]) -> list[ProcessGroup]:
         """Groups of processes that hold copies of the parameters, found in the first step.
 
-        Those of `DistributedDataParallel` modules with one of the parameters, and of the dimensions
-        of a DTensor's mesh that it isn't spread over.
+        Those of `DistributedDataParallel` modules of which the optimizer has all parameters (where
+        it has some, processes may update others each), and of the dimensions of a DTensor's mesh
+        that it isn't spread over.
         """
         if self._copies is None:
             known = [
@@ -172,8 +173,12 @@ def _copies(params: Sequence[Tensor]) -> list[ProcessGroup]:
             for dim, placement in enumerate(placements):
                 if placement.is_replicate() and mesh.size(dim) > 1:
                     found[mesh.get_group(dim)] = None
-    for parallel in _wrappers([param for param in params if not is_dtensor(param)]):
-        if parallel.process_group.size() > 1 and not parallel._join_config.enable:
+    plain = [param for param in params if not is_dtensor(param)]
+    held = {id(param) for param in plain}
+    for parallel in _wrappers(plain):
+        trained = [param for param in parallel.module.parameters() if param.requires_grad]
+        several = parallel.process_group.size() > 1 and not parallel._join_config.enable
+        if several and all(id(param) in held for param in trained):
             found[parallel.process_group] = None
     return list(found)
 

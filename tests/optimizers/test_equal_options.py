@@ -80,10 +80,13 @@ def cases(rank: int, world: int, folder: Path) -> dict[str, Any]:
         parallel = parallel or DistributedDataParallel(model)
         return told(parallel, optimizer, changed, at, PERIOD + 2)
 
-    def by_groups() -> Told:
+    def by_groups(*, parts: bool = False) -> Told:
+        """Or an optimizer of a part of the parameters, another one on each process."""
         model = block()
         matrices = [param for param in model.parameters() if param.dim() == 2]
-        optimizer = GaLoreAdamW([{"params": matrices, **OPTIONS}], lr=0.01)
+        vectors = [param for param in model.parameters() if param.dim() == 1]
+        groups = [{"params": matrices, **OPTIONS}, {"params": vectors}]
+        optimizer = GaLoreAdamW(groups[rank : rank + 1] if parts else groups, lr=0.01)
         return told(DistributedDataParallel(model), optimizer, change(weight_decay=0.5), 0, 2)
 
     def pair_of_copies() -> Told:
@@ -119,6 +122,7 @@ def cases(rank: int, world: int, folder: Path) -> dict[str, Any]:
         "ddp later": replicated(1, change(lr=0.02)),
         "ddp equal": replicated(0, lambda group: group.update(lr=0.02)),
         "ddp groups": by_groups(),
+        "ddp parts": by_groups(parts=True),
         "hook": hooked(),
         "shared": shared(),
         "sent": sent(mesh),
@@ -181,6 +185,7 @@ def test_equal_options_are_no_reason_to_complain(found: list[dict[str, Any]]) ->
     for each in found:
         assert each["fsdp equal"] == ("nothing", 4)
         assert each["ddp equal"] == ("nothing", PERIOD + 2)
+        assert each["ddp parts"] == ("nothing", 2)
 
 
 def test_a_step_has_no_collective_more(found: list[dict[str, Any]]) -> None:
