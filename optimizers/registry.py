@@ -21,7 +21,7 @@ from .engine.replaced import Watch
 from .layers.convert import check_converted, factored_layers, meta_copy
 from .layers.optimizer import FactoredAdamW
 from .pretrained import save_dense_weights
-from .traffic import step_bytes
+from .traffic import compared_bytes, step_bytes
 
 #: Group options that `build` passes to plain parameters, too.
 _EVERYWHERE = ("seed", "stochastic_rounding")
@@ -282,14 +282,16 @@ def expected_step_traffic(name: str, model: nn.Module, world: int, **options: An
     conversion = _method(name).conversion
     if conversion.replaces_layers:
         raise ValueError(f"name={name!r}: accepted are methods that don't replace layers")
-    total = 0
+    total = compared = 0
     for composition, group, params in _compositions(name, model, options):
         checked = bool(group["skip_nonfinite"]) and not group["capturable"]
         for param in params:
             shape, itemsize = whole_shape(param), param.element_size()
             if shape.numel():
                 total += step_bytes(composition, shape, itemsize, world, checked=checked)
-    return total
+                own = compared_bytes(composition, shape, param.dtype, checked=checked)
+                compared = max(compared, own)
+    return total + compared
 
 
 def _template(

@@ -9,14 +9,19 @@ entries of b bytes:
                                 for the projected gradient where residual or projector read it
     both, r x r                 r^2 b to a sum
 
-to which come sums of single columns or rows that a rule or residual needs, and 4 bytes a matrix
-for the common decision that its gradient is finite. Columns are padded to a multiple of w. Experts
-that one parameter holds are spread whole, and need nothing.
+to which come sums of single columns or rows that a rule or residual needs, 4 bytes a parameter for
+the common decision that its gradient is finite, and in the same reduction 8 bytes by which options
+are compared (`engine.equal_options`). Columns are padded to a multiple of w. Experts that one
+parameter holds are spread whole, and need nothing.
 """
 
 from __future__ import annotations
 
+import torch
+
 from .engine.composition import Composition
+from .engine.decision import checked_together
+from .engine.equal_options import STAMP_BYTES
 from .engine.geometry import RowRange, Side
 from .engine.parts import reads_projected
 from .engine.processes import Processes
@@ -25,10 +30,28 @@ from .engine.sharding import Shard
 FLAG_BYTES = 4
 
 
+def compared_bytes(
+    composition: Composition, shape: tuple[int, ...], dtype: torch.dtype, *, checked: bool
+) -> int:
+    """Bytes that the comparison of options adds to a step, if this parameter's reduction has it.
+
+    Args:
+        composition: of the parameter's group.
+        shape: of the whole parameter.
+        dtype: of its entries.
+        checked: whether gradients are checked to be finite.
+    """
+    projected = composition.projection is not None
+    together = checked and checked_together(dtype, projected=projected)
+    return STAMP_BYTES if together and not composition.by_expert(shape) else 0
+
+
 def step_bytes(
     composition: Composition, shape: tuple[int, ...], itemsize: int, world: int, *, checked: bool
 ) -> int:
     """Bytes that one process hands to collectives for a parameter, in a step without a refresh.
+
+    `compared_bytes` come to them once a step.
 
     Args:
         composition: of the parameter's group.

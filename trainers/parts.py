@@ -14,6 +14,13 @@ from lowrank.optimizers import InBackward, dense_state_dict
 from .checkpoint import DamagedCheckpointError, verify
 from .config import RunConfig
 from .config_io import from_mapping, to_mapping
+from .converted import (
+    dense_tensors,
+    is_converted,
+    own_tensors,
+    read_converted,
+    read_untrained,
+)
 from .data import Tokenizer, TrainingShare, ValidationSet
 from .distributed import World
 from .files import WriteError, writing
@@ -129,11 +136,13 @@ def write_shared(folder: Path, parts: Parts) -> None:
     Raises:
         WriteError: a file can't be written.
     """
-    leads = parts.world.leads
+    leads, network = parts.world.leads, parts.model.network
     failed: WriteError | None = None
     try:
-        tensors = parts.model.network.state_dict(keep_vars=True)
-        write_weights(tensors, folder / WEIGHTS if leads else None)
+        if is_converted(network):
+            _write_converted(network, folder, leads=leads)
+        else:
+            write_weights(network.state_dict(keep_vars=True), folder / WEIGHTS if leads else None)
     except WriteError as error:
         failed = error
     if parts.world.broadcast(failed is not None):
@@ -144,6 +153,24 @@ def write_shared(folder: Path, parts: Parts) -> None:
     state = parts.optimizer.state_dict()
     check_replicas(state, parts.world)
     write_shards(without_shards(state)[1], folder, parts.world)
+
+
+def _write_converted(network: nn.Module, folder: Path, *, leads: bool) -> None:
+    """Writes dense weights and the layers' own tensors; every process must call it.
+
+    Raises:
+        WriteError: a file can't be written. The other processes aren't kept waiting.
+    """
+    failed: WriteError | None = None
+    dense = dense_tensors(network, leads=leads)
+    try:
+        if leads:
+            _write_tensors(dense, folder / WEIGHTS)
+    except WriteError as error:
+        failed = error
+    write_weights(own_tensors(network), folder / LAYERS if leads and failed is None else None)
+    if failed is not None:
+        raise failed
 
 
 def _save(content: object, path: Path) -> None:
@@ -195,7 +222,10 @@ def load_network(network: nn.Module, folder: Path) -> None:
         RuntimeError: they are not those of this network.
     """
     if is_sharded(network):
-        read_weights(network, folder / WEIGHTS)
+        if is_converted(network):
+            read_converted(network, folder / WEIGHTS, folder / LAYERS)
+        else:
+            read_weights(network, folder / WEIGHTS)
         return
     load_file = require("safetensors.torch", "train").load_file
     weights: dict[str, Tensor] = load_file(folder / WEIGHTS)
@@ -303,6 +333,8 @@ def read_parts(folder: Path, parts: Parts) -> None:
         raise ValueError(f"{error}; {advice(['data'], folder)}") from None
     if engine is None or engine.stage < 3:
         load_network(parts.model.network, folder)
+    elif is_converted(parts.model.network):
+        read_untrained(parts.model.network, folder / WEIGHTS, folder / LAYERS)
     if engine is None:
         parts.optimizer.load_state_dict(optimizer)
     else:

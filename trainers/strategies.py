@@ -17,6 +17,7 @@ from lowrank.optimizers.engine.method import TABLE
 
 from .choice import build_named, is_single_process
 from .config import RunConfig
+from .converted import convert_and_shard, replaces_layers
 from .distributed import World
 from .in_backward import begin
 from .models import LanguageModel, build_model
@@ -78,14 +79,12 @@ def strategy_of(config: RunConfig, size: int) -> str:
     if asked not in ("fsdp2", "deepspeed"):
         return "ddp"
     if name in TABLE:
-        conversion = TABLE[name].conversion
-        bits = method_options(config).get("weight_bits", conversion.weight_bits)
-        if conversion.replaces_layers or bits is not None:
-            how = "" if conversion.replaces_layers else f" (weights in {bits} bits)"
+        bits = method_options(config).get("weight_bits", TABLE[name].conversion.weight_bits)
+        if bits is not None:
             raise ValueError(
-                f"distributed.strategy={asked!r} with optimizer.name={name!r}, which changes the"
-                f" model's layers{how}; accepted: ddp, or an optimizer that leaves the layers as"
-                " they are, with model.weight_bits=16"
+                f"distributed.strategy={asked!r} with optimizer.name={name!r} and weights in {bits}"
+                " bits, whose codes can't be divided among processes; accepted: ddp, or"
+                " model.weight_bits=16"
             )
     if config.model.compressed_activations:
         raise ValueError(
@@ -111,12 +110,15 @@ def build_training(config: RunConfig, world: World) -> Training:
     if strategy == "deepspeed":
         import_deepspeed(world.device)  # a missing one is told before anything is built
     length, seed = config.data.sequence_length, config.train.seed
-    if strategy == "fsdp2":
+    divided = strategy == "fsdp2"
+    if divided and not replaces_layers(config):
         model = build_sharded(config.model, length, seed, world)
     else:
         model = build_model(config.model, length, seed, world.device)
     if config.model.initial:
         load_initial(model.network, Path(config.model.initial))
+    if divided and replaces_layers(config):
+        convert_and_shard(config, model, method_options(config), world)
     optimizer = build_optimizer(config, model)
     if config.model.compressed_activations:
         model.compression = compress_activations(

@@ -40,7 +40,8 @@ def update_batches(
     """Positions of parameters to update together: same device, dtype and step count.
 
     On a CPU one matrix at a time keeps its scratch in the cache; on GPUs lists save launches. What
-    other processes have parts of comes first, in the same batches on all processes.
+    other processes have parts of comes first, in the same batches on all processes, and shares
+    collectives on CPUs as well.
 
     Args:
         params: the parameters.
@@ -57,7 +58,8 @@ def update_batches(
     pairs = list(zip(params, states, strict=True))
     for i in sorted(range(len(pairs)), key=lambda i: spread[i].alone):
         param, state = pairs[i]
-        cached = param.device.type == "cpu" and group["foreach"] is None and param.dim() > 1
+        cached = spread[i].alone and param.device.type == "cpu" and param.dim() > 1
+        cached = cached and group["foreach"] is None
         alone = i if single or cached else -1
         step = 0 if group["capturable"] else steps_done[i]
         since = state.get("refreshed_at") if renewed else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -92,6 +92,9 @@ def _agreed(good: list[bool], tensors: Sequence[Tensor], spread: Sequence[Proces
     return agreed
 
 
+_NOTHING: Mapping[int, bool] = {}
+
+
 class SkippedUpdates:
     """Counts, by parameter, of updates skipped because the gradient was not finite."""
 
@@ -119,6 +122,7 @@ class SkippedUpdates:
         params: Sequence[Tensor],
         called: Sequence[str | None],
         spread: Sequence[Processes],
+        decided: Mapping[int, bool] = _NOTHING,
     ) -> list[int]:
         """Positions of the finite tensors; counts the others and warns at the first one.
 
@@ -127,6 +131,7 @@ class SkippedUpdates:
             params: the parameters.
             called: the parameters' names.
             spread: the processes that have the other parts.
+            decided: by parameter id what is known already, see `decision`.
         """
 
         def count(position: int) -> None:
@@ -139,4 +144,17 @@ class SkippedUpdates:
                 )
             self._counts[param] = self._counts.get(param, 0) + 1
 
-        return [i for i, good in enumerate(finite(tensors, count, spread)) if good]
+        known = [decided.get(id(param)) for param in params]
+        rest = [i for i, good in enumerate(known) if good is None]
+        found = iter(finite([tensors[i] for i in rest], _ignore, [spread[i] for i in rest]))
+        usable = []
+        for position, good in enumerate(known):
+            if next(found) if good is None else good:
+                usable.append(position)
+            else:
+                count(position)
+        return usable
+
+
+def _ignore(position: int) -> None:
+    """Counts nothing."""

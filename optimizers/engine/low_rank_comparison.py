@@ -1,9 +1,9 @@
 """Whether the processes of a DDP model would send the same projections.
 
 Each backward pass begins with it, since processes that send different numbers of bytes would wait
-for each other for ever: a checksum of what is sent as a projection, after how many steps. Options
-and bases are compared in addition before the first projection, and after options or state were
-changed on any process; equal ones stay equal, since refits are shared.
+for each other for ever: a checksum of what is sent as a projection, after how many steps and at
+which learning rates. Options and bases are compared in addition before the first projection, and
+after options or state were changed on any process; equal ones stay equal, since refits are shared.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, distributed
 
 from .composition import Projection
+from .equal_options import difference
 from .low_rank_gradients import Place
 from .options import NO_OPTIONS
 from .parameters import names
@@ -64,7 +65,7 @@ class Comparison:
         own, unchanged = self._sent(places), int(not (places and self.changed()))
         low, high, unchanged = self._smallest([own, -own, unchanged], device)
         if low != -high:
-            raise _different("numbers of steps or refreshes, or a change on some of them only")
+            raise self._different("numbers of steps or refreshes, or a change on some of them only")
         if unchanged:
             return
         options, bases = self._options(), _bases_number([*places.values()])
@@ -73,7 +74,7 @@ class Comparison:
             ("options or parameters", "bases"), least[::2], least[1::2], strict=True
         ):
             if low != -high:
-                raise _different(what)
+                raise self._different(what)
         self._last = _Known.of(self._optimizer)
 
     def _smallest(self, numbers: list[int], device: torch.device) -> list[int]:
@@ -83,9 +84,22 @@ class Comparison:
         smallest: list[int] = table.tolist()
         return smallest
 
+    def _different(self, what: str) -> ValueError:
+        found = difference(self._optimizer.param_groups, self._group)
+        return ValueError(
+            "the processes of a model with a low-rank hook have different "
+            f"{what if found is None else f'options or parameters, {found}'}: accepted are equal "
+            "options and learning rates, equally many steps and the same loaded state on all of "
+            "them"
+        )
+
     def _sent(self, places: Mapping[int, Place]) -> int:
+        # A rate on a GPU would have to be waited for.
+        rates = [group["lr"] for group in self._optimizer.param_groups]
+        known = [lr for lr in rates if not (isinstance(lr, Tensor) and lr.is_cuda)]
         return _number(
-            [
+            [lr if lr is None else float(lr) for lr in known]
+            + [
                 (position, place.entries(), place.steps_done, place.state["refreshed_at"])
                 for position, (_, param) in enumerate(self._params)
                 if (place := places.get(id(param))) is not None
@@ -132,13 +146,6 @@ class _Known(NamedTuple):
             and len(self.counts) == len(now.counts)
             and all(map(is_, self.counts, now.counts))
         )
-
-
-def _different(what: str) -> ValueError:
-    return ValueError(
-        f"the processes of a model with a low-rank hook have different {what}: accepted are equal "
-        "options, equally many steps and the same loaded state on all of them"
-    )
 
 
 def _number(value: object) -> int:

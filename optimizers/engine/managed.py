@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -17,14 +17,12 @@ from .composition import Composition
 from .gradients import SkippedUpdates
 from .in_backward.state import Pending, save_pending, take_pending
 from .options import Group, make_plain
-from .parameters import is_cut, label, whole_shape
 from .plan import Plan, Snapshot
 from .prepare import MadeBy, Maker, drop_unused, follow, revise
 from .saved_method import METHOD, changed_options, check_method, warn_of_changes
 from .seeds import seed_names
-from .state import untouched
 from .step import capturing
-from .zero import Partitions, partitioned
+from .zero import Partitions, show
 
 if TYPE_CHECKING:
     from .in_backward.handle import InBackward
@@ -82,62 +80,10 @@ class ManagedOptimizer(Optimizer):
 
     def _shown(self, *, stepping: bool = False) -> AbstractContextManager[None]:
         """While parameters have been cut by ZeRO, shows blocks of them in the groups."""
-        if self._partitions is None:
-            self._adopt()
-            if stepping and self._partitions is None:
-                self._check_held()
-        if self._partitions is None or self._partitions.groups is self.param_groups:
-            return nullcontext()
-        return self._partitions.shown(self, stepping=stepping)
+        return show(self, stepping=stepping)
 
-    def _adopt(self) -> None:
-        """Finds the pieces of parameters that ZeRO has cut since construction, if it has.
-
-        Raises:
-            ValueError: the optimizer has taken a step before.
-        """
-        plans = list(self._plans.values())
-        params = [param for plan in plans for param in plan.params]
-        held = {id(param) for plan in plans for param in plan.group["params"]}
-        if not any(partitioned(param) and id(param) not in held for param in params):
-            return
-        if not all(untouched(self.state[param]) for param in params if self.state.get(param)):
-            raise ValueError(
-                "the optimizer has taken a step before deepspeed.initialize: accepted is "
-                "initialize first, then load_checkpoint"
-            )
-        for plan in plans:
-            for param, name in zip(plan.params, plan.names, strict=True):
-                if plan.core.by_expert(whole_shape(param)):
-                    raise ValueError(
-                        f"{label(name, param)} holds experts and was cut by ZeRO: accepted is "
-                        "fully_shard, DistributedDataParallel or ZeRO stage 0"
-                    )
-        groups = [plan.group for plan in plans]
-        names = [plan.names for plan in plans]
-        partitions = Partitions(groups, [plan.params for plan in plans], names)
-        for param in params:
-            self.state.pop(param, None)
-        self._plans = {}
-        self._partitions = partitions
-        with partitions.shown(self):
-            for group, plan in zip(self.param_groups, plans, strict=True):
-                core = self._complete(group, plan.snapshot)
-                for block in group["params"]:
-                    if block.numel():
-                        self.state[block] = self.make_state(block, core, group)
-                self._record(group, core)
-
-    def _check_held(self) -> None:
-        """Raises `ValueError` for a parameter of which no engine has cut a piece."""
-        for plan in self._plans.values():
-            for param, name in zip(plan.params, plan.names, strict=True):
-                if is_cut(param):
-                    raise ValueError(
-                        f"{label(name, param)} was cut by deepspeed.zero.Init and is in no engine: "
-                        "accepted is deepspeed.initialize(model=..., optimizer=...), whose engine "
-                        "takes the steps"
-                    )
+    def _adopted(self) -> None:
+        """Called when `_partitions` has been made."""
 
     def _record(self, group: Group, composition: Composition) -> None:
         drawn = seed_names(self.param_groups)[self._index_of(group)]

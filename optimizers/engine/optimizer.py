@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence, Set
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import torch
@@ -14,7 +15,9 @@ from torch.utils.hooks import RemovableHandle
 
 from . import checks
 from .composition import Composition
+from .decision import decide
 from .declared import DeclaredOptimizer
+from .equal_options import EqualOptions
 from .gradients import check_gradients
 from .managed import ManagedOptimizer
 from .options import Group, ProjectionOptions, check_common, check_lr, make_plain
@@ -23,7 +26,7 @@ from .plan import EVERYTHING, Given, Plan, Snapshot, numbered
 from .refresh import RefreshHook
 from .replaced import InUse, Watch
 from .shared_refresh import SharedRefreshes
-from .step import Usable, step_plain, step_projected
+from .step import Usable, capturing, step_plain, step_projected
 from .strategies import (
     check_strategy_options,
     drop_left_over,
@@ -64,6 +67,8 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
         self._shared: SharedRefreshes | None = None
         self._origin: Watch | None = None
         self._in_use = InUse()
+        self._equal = EqualOptions()
+        self._sound: dict[int, bool] = {}
 
     # Groups and state
 
@@ -172,6 +177,7 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
         self.__dict__.setdefault("_shared", None)
         self.__dict__.setdefault("_origin", None)
         self.__dict__.setdefault("_in_use", InUse())
+        self._equal, self._sound = EqualOptions(), {}
 
     def register_refresh_hook(self, hook: RefreshHook) -> RemovableHandle:
         """Calls `hook(event)` after each refresh of a matrix; measuring costs one projection.
@@ -249,10 +255,18 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
             plans = self._prepare()
             try:
                 with no_autocast():
+                    if not capturing():
+                        given = [self._given(plan) for plan in plans]
+                        self._sound = decide(plans, given, self.param_groups, self._equal)
                     self._advance(plans)
             finally:
+                self._sound = {}
                 for plan in plans:
                     plan.release()
+
+    def _given(self, plan: Plan) -> Given:
+        """What of a group takes a step."""
+        return EVERYTHING if self._in_backward is None else self._in_backward.left_of(plan)
 
     def _check_model(self) -> None:
         """Raises `ValueError` if the model has other parameters than the optimizer."""
@@ -267,8 +281,7 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
         if self._shared is not None:
             self._shared.count_step()
         for plan, first in zip(plans, firsts, strict=True):
-            given = EVERYTHING if self._in_backward is None else self._in_backward.left_of(plan)
-            self._advance_group(plan, first, count, given)
+            self._advance_group(plan, first, count, self._given(plan))
 
     def _advance_group(self, plan: Plan, first: int, count: int, given: Given) -> None:
         """Takes the step of some parameters of a group; arguments as of `step_projected`."""
@@ -309,7 +322,7 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
 
     def _usable(self, group: Group) -> Usable:
         if group["skip_nonfinite"] and not group["capturable"]:
-            return self._skipped.usable
+            return partial(self._skipped.usable, decided=self._sound)
         return lambda tensors, params, called, spread: range(len(tensors))
 
 

@@ -68,13 +68,29 @@ class Processes:
         distributed.all_reduce(total, op=how, group=self.group)
         return total
 
+    def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """`sum` of each of some tensors of one dtype and device, in one reduction."""
+        if self.group is None or len(tensors) < 2:
+            return [self.sum(tensor) for tensor in tensors]
+        total = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+        distributed.all_reduce(total, group=self.group)
+        parts = torch.split(total, [tensor.numel() for tensor in tensors])
+        return [own.view(tensor.shape) for own, tensor in zip(parts, tensors, strict=True)]
+
     def all_agree(self, flags: Sequence[bool], device: torch.device) -> list[bool]:
         """For each flag whether it is set on every process."""
         if self.group is None:
             return list(flags)
-        table = torch.tensor(flags, dtype=torch.int32, device=device)
+        return [bool(flag) for flag in self.smallest([int(flag) for flag in flags], device)]
+
+    def smallest(self, numbers: Sequence[int], device: torch.device) -> list[int]:
+        """The smallest of each of some numbers (int32) over the processes."""
+        if self.group is None:
+            return list(numbers)
+        table = torch.tensor(numbers, dtype=torch.int32, device=device)
         distributed.all_reduce(table, op=distributed.ReduceOp.MIN, group=self.group)
-        return [bool(flag) for flag in table.tolist()]
+        smallest: list[int] = table.tolist()
+        return smallest
 
     def columns(self, count: int) -> range:
         """Which of `count` columns this process updates for all of them."""
@@ -82,19 +98,48 @@ class Processes:
 
     def scatter_columns(self, partial_rn: Tensor) -> Tensor:
         """This process's `columns` of the sum of r x n tensors: half the bytes of an all-reduce."""
-        if self.group is None:
-            return partial_rn
-        r, n = partial_rn.shape
-        width = -(-n // self.world)
-        padded = partial_rn.new_zeros(self.world * width, r)
-        padded[:n] = partial_rn.mT
-        own = partial_rn.new_empty(width, r)
-        _newest("reduce_scatter_single", "reduce_scatter_tensor")(own, padded, group=self.group)
-        return own[: len(self.columns(n))].mT.contiguous()
+        return self.scatter_all_columns([partial_rn])[0]
+
+    def scatter_all_columns(self, partials: Sequence[Tensor]) -> list[Tensor]:
+        """`scatter_columns` of each of some r x n tensors of one dtype, in one collective."""
+        if self.group is None or not partials:
+            return list(partials)
+        widths = [-(-partial.shape[1] // self.world) for partial in partials]
+        sizes = [w * len(partial) for w, partial in zip(widths, partials, strict=True)]
+        padded = partials[0].new_zeros(self.world, sum(sizes))
+        pieces = torch.split(padded, sizes, dim=1)
+        for piece, width, partial_rn in zip(pieces, widths, partials, strict=True):
+            for own, columns in zip(piece, torch.split(partial_rn, width, dim=1), strict=False):
+                own.view(width, -1)[: columns.shape[1]] = columns.mT
+        sums = padded.new_empty(sum(sizes))
+        scatter = _newest("reduce_scatter_single", "reduce_scatter_tensor")
+        scatter(sums, padded.view(-1), group=self.group)
+        held = [len(self.columns(partial.shape[1])) for partial in partials]
+        return [
+            piece.view(width, -1)[:count].mT.contiguous()
+            for piece, width, count in zip(torch.split(sums, sizes), widths, held, strict=True)
+        ]
 
     def gather_columns(self, part_rc: Tensor, count: int) -> Tensor:
         """The r x `count` tensor of which each process has its `columns`."""
-        return part_rc if self.group is None else self.gather_rows(part_rc.mT, count).mT
+        return self.gather_all_columns([part_rc], [count])[0]
+
+    def gather_all_columns(self, parts: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+        """`gather_columns` of each of some tensors of one dtype, in one collective."""
+        if self.group is None or not parts:
+            return list(parts)
+        widths = [-(-count // self.world) for count in counts]
+        sizes = [width * len(part_rc) for width, part_rc in zip(widths, parts, strict=True)]
+        own = parts[0].new_zeros(sum(sizes))
+        for piece, part_rc in zip(torch.split(own, sizes), parts, strict=True):
+            piece.view(-1, len(part_rc))[: part_rc.shape[1]] = part_rc.mT
+        gathered = own.new_empty(self.world * len(own))
+        _newest("all_gather_single", "all_gather_into_tensor")(gathered, own, group=self.group)
+        pieces = torch.split(gathered.view(self.world, -1), sizes, dim=1)
+        return [
+            piece.reshape(-1, len(part_rc))[:count].mT
+            for piece, part_rc, count in zip(pieces, parts, counts, strict=True)
+        ]
 
     def gather_rows(self, part_cr: Tensor, count: int, sizes: Sequence[int] = ()) -> Tensor:
         """The whole tensor of which each process has some consecutive rows, in their order.

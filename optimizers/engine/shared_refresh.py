@@ -19,6 +19,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
+from zlib import crc32
 
 import torch
 from torch import Tensor, distributed
@@ -26,6 +27,7 @@ from torch import Tensor, distributed
 from ..projectors import Bases, ProjectedParam
 from .batching import refresh_batches
 from .chunks import wide_dtype
+from .equal_options import difference, rate_of, unequal
 from .fp32 import exact_fp32
 from .options import NO_OPTIONS
 from .parameters import label
@@ -83,7 +85,7 @@ class SharedRefreshes:
             refresh: how.
 
         Raises:
-            ValueError: the processes' options or parameters differ.
+            ValueError: the processes' options, rates or parameters differ.
             RuntimeError: they took different numbers of steps, or a fit of one of them raised.
         """
         index = id(plan.group)
@@ -116,8 +118,11 @@ class SharedRefreshes:
             return LONGEST_QUIET
 
         codes = [ABSENT if own is None else DUE if due(own) else WAITING for own in found]
-        steps = [self._steps, -self._steps]
-        first, last, quiet, *least = self._smallest([*steps, quiet_steps(), *codes], wanted[0])
+        rate = crc32(rate_of(plan.group).encode())
+        said = [self._steps, -self._steps, rate, -rate, quiet_steps(), *codes]
+        first, last, low, high, quiet, *least = self._smallest(said, wanted[0])
+        if low != -high:
+            raise unequal([plan.group], self.group)
         if first != -last:
             raise RuntimeError(
                 f"processes that share refreshes took {first} to {-last} steps, this one "
@@ -233,10 +238,10 @@ class SharedRefreshes:
         like = next(param for param in plan.params if param.numel())
         first, last = self._smallest([number, -number], like)
         if first != -last:
+            found = difference([plan.group], self.group) or "their names"
             raise ValueError(
-                "processes that share refreshes have groups of different options or parameters: "
-                f"accepted are equal ones (here {len(plan.params)} parameters and "
-                f"{dict(options)})"
+                "processes that share refreshes have groups of different options or parameters, "
+                f"{found}: accepted are equal ones"
             )
 
     def _warn_of_absent(

@@ -21,7 +21,7 @@ from .experts import by_place, experts_of
 from .geometry import Side
 from .gradients import descent_gradient
 from .moments import transport_moments
-from .parts import gather_update, project_part, whole_first_moment
+from .parts import gather_updates, project_parts, whole_first_moment
 from .plan import EVERYTHING, Given, Plan
 from .processes import ALONE, Processes
 from .refresh import Refresh, RefreshHook, refresh_due
@@ -233,7 +233,7 @@ def _update(plan: Plan, params: Sequence[ProjectedParam], usable: Usable) -> Non
     spread = [param.rows.processes for param in params]
     for indices in update_batches(weights, states, steps, entries, plan.group, spread):
         batch = [params[i] for i in indices]
-        gradients = [project_part(param, projection.projector) for param in batch]
+        gradients = project_parts(batch, projection.projector)
         # A non-finite gradient always has a non-finite projection, which is cheaper to check.
         kept = usable(
             gradients,
@@ -259,12 +259,12 @@ def _update_batch(
         updates = rule.update_with_norms(gradients, states, weights, axes)
     else:
         updates = rule.update(gradients, states, weights)
-    for param, part, made in zip(batch, gradients, updates, strict=True):
-        projector = projection.projector
-        projected, update = gather_update(param, part, made, projection)
+    projector = projection.projector
+    whole = gather_updates(batch, gradients, updates, projection)
+    for param, (projected, update) in zip(batch, whole, strict=True):
         written = projection.residual.compute_update(param, projected, update, projector)
         apply_update(written, param, projection)
-        if projection.projector.TRACKS:
+        if projector.TRACKS:
             _track(param, projected, projection, rule)
         param.read = None
 

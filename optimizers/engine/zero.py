@@ -17,18 +17,23 @@ model's after the step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
 
 from .options import Group
-from .parameters import label, whole_shape
+from .parameters import is_cut, label, whole_shape
 from .processes import Processes
 from .row_block import Fragment, Layout, RowBlock, return_rows, take_rows
+from .state import untouched
+
+if TYPE_CHECKING:
+    from .managed import ManagedOptimizer
+    from .plan import Plan
 
 
 @dataclass(frozen=True)
@@ -232,6 +237,75 @@ class Partitions:
             start = place.start if own is None else 0
             whole = param.detach().view(-1) if own is None else own.detach()
             whole[start : start + place.entries].copy_(fragment.weight)
+
+
+def show(optimizer: ManagedOptimizer, *, stepping: bool) -> AbstractContextManager[None]:
+    """While parameters have been cut by ZeRO, shows blocks of them in an optimizer's groups.
+
+    Args:
+        optimizer: whose parameters may have been cut since the last call.
+        stepping: see `Partitions.shown`.
+
+    Raises:
+        ValueError: the optimizer has taken a step before, or no engine holds what was cut.
+    """
+    if optimizer._partitions is None:
+        _adopt(optimizer)
+    partitions = optimizer._partitions
+    if partitions is None:
+        if stepping:
+            _check_held(optimizer._plans.values())
+        return nullcontext()
+    if partitions.groups is optimizer.param_groups:
+        return nullcontext()
+    return partitions.shown(optimizer, stepping=stepping)
+
+
+def _adopt(optimizer: ManagedOptimizer) -> None:
+    """Finds the pieces of parameters that ZeRO has cut since construction, if it has."""
+    plans = list(optimizer._plans.values())
+    params = [param for plan in plans for param in plan.params]
+    held = {id(param) for plan in plans for param in plan.group["params"]}
+    if not any(partitioned(param) and id(param) not in held for param in params):
+        return
+    states = optimizer.state
+    if not all(untouched(states[param]) for param in params if states.get(param)):
+        raise ValueError(
+            "the optimizer has taken a step before deepspeed.initialize: accepted is "
+            "initialize first, then load_checkpoint"
+        )
+    for plan in plans:
+        for param, name in zip(plan.params, plan.names, strict=True):
+            if plan.core.by_expert(whole_shape(param)):
+                raise ValueError(
+                    f"{label(name, param)} holds experts and was cut by ZeRO: accepted is "
+                    "fully_shard, DistributedDataParallel or ZeRO stage 0"
+                )
+    groups, names = [plan.group for plan in plans], [plan.names for plan in plans]
+    partitions = Partitions(groups, [plan.params for plan in plans], names)
+    for param in params:
+        states.pop(param, None)
+    optimizer._plans, optimizer._partitions = {}, partitions
+    with partitions.shown(optimizer):
+        for group, plan in zip(optimizer.param_groups, plans, strict=True):
+            core = optimizer._complete(group, plan.snapshot)
+            for block in group["params"]:
+                if block.numel():
+                    states[block] = optimizer.make_state(block, core, group)
+            optimizer._record(group, core)
+    optimizer._adopted()
+
+
+def _check_held(plans: Iterable[Plan]) -> None:
+    """Raises `ValueError` for a parameter of which no engine has cut a piece."""
+    for plan in plans:
+        for param, name in zip(plan.params, plan.names, strict=True):
+            if is_cut(param):
+                raise ValueError(
+                    f"{label(name, param)} was cut by deepspeed.zero.Init and is in no engine: "
+                    "accepted is deepspeed.initialize(model=..., optimizer=...), whose engine "
+                    "takes the steps"
+                )
 
 
 def _copy_options(source: Group, target: Group) -> None:

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..coverage import warn_of_left_out
 from ..engine import checks
+from ..engine.equal_options import in_copies
 from ..engine.parameters import is_cut
 from ..engine.sharding import is_dtensor
 from ..engine.zero import partitioned
@@ -70,7 +71,7 @@ def to_factored(
         mark_frozen(model)  # `model` may be a parent of the converted model
         return
     targets = projected_layers(model, patterns)
-    check_not_wrapped(model)
+    check_not_wrapped(model, converting=True)
     names = {module: name for name, module in named_layers(model)}
     reasons = _irreplaceable(model)
     kept = {names[layer]: reasons[layer] for layer in targets if layer in reasons}
@@ -118,8 +119,12 @@ def check_converted(model: nn.Module, given: Mapping[str, Any]) -> None:
                 )
 
 
-def check_not_wrapped(model: nn.Module) -> None:
-    """Raises `ValueError` for a model that a wrapper has already seen, which would not follow."""
+def check_not_wrapped(model: nn.Module, *, converting: bool = False) -> None:
+    """Raises `ValueError` for a model that a wrapper has already seen, which would not follow.
+
+    `DistributedDataParallel` doesn't stand in the way of a module inside it unless it is converted:
+    it would wait for gradients of the parameters that it has seen.
+    """
     wrapper = None
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         wrapper = "DistributedDataParallel"
@@ -127,6 +132,8 @@ def check_not_wrapped(model: nn.Module) -> None:
         wrapper = "fully_shard (its parameters are DTensors)"
     elif any(hasattr(param, "ds_id") or partitioned(param) for param in model.parameters()):
         wrapper = "DeepSpeed's ZeRO (zero.Init or an engine)"
+    elif converting and in_copies(model.parameters()):
+        wrapper = "DistributedDataParallel"
     if wrapper is not None:
         raise ValueError(
             f"a model inside {wrapper} can't be converted: accepted is convert(name, model) before "

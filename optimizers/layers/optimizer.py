@@ -191,10 +191,8 @@ class FactoredAdamW(LowRankOptimizer):
             params = tuple(self._held(param) for param in link.params)
             self._links[position] = replace(link, params=params, group=owners[params[0]])
 
-    def _adopt(self) -> None:
-        super()._adopt()
-        if self._partitions is not None:
-            self._relink()
+    def _adopted(self) -> None:
+        self._relink()
 
     def register_event_hook(self, hook: EventHook) -> RemovableHandle:
         """Calls `hook(event)` after each `LayerEvent`; hooks are not part of the state."""
@@ -311,6 +309,7 @@ class FactoredAdamW(LowRankOptimizer):
     def _replace_gradient(self, param: Tensor, grad: Tensor) -> None:
         """Uses another gradient for this step; the user's is restored after it."""
         assert param.grad is not None
+        self._sound.pop(id(param), None)
         self._replaced.append((param, param.grad))
         param.grad = grad
 

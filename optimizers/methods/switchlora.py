@@ -20,9 +20,11 @@ construction. Under FSDP2 and ZeRO candidates are whole on each process, and a s
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from lowrank.cuda.noise import mix
 
@@ -32,6 +34,7 @@ from ..engine.gradients import finite
 from ..engine.keywords import Keyword
 from ..engine.method import Conversion, method
 from ..engine.options import Group
+from ..engine.processes import Processes
 from ..engine.rule_factories import vector_adam_rule
 from ..layers import FactoredLinear
 from ..layers.events import LayerEvent
@@ -109,7 +112,8 @@ class SwitchLoRAAdamW(FactoredAdamW):
     def _before(self) -> None:
         self._counted = [link for link in self._links if self._is_due(link)]
         with self._frozen_rows(self._counted):
-            switched = sum(self._switch(link, self._steps(link)) for link in self._counted)
+            pairs = zip(self._counted, self._waiting(self._counted), strict=True)
+            switched = sum(self._switch(link, self._steps(link), held) for link, held in pairs)
         if switched:
             self._call_event_hooks(LayerEvent("switch", self._steps(self._counted[0]), switched))
 
@@ -127,10 +131,28 @@ class SwitchLoRAAdamW(FactoredAdamW):
         grads = [held_rows(param.grad) for param in link.factors() if param.grad is not None]
         if len(grads) < 2 or not link.group["skip_nonfinite"]:
             return len(grads) == 2
+        known = [self._sound.get(id(param)) for param in link.factors()]
+        if None not in known:
+            return all(known)
         spread = [grad.processes for grad in grads]
         return all(finite([grad.local for grad in grads], lambda position: None, spread))
 
-    def _switch(self, link: Link, step: int) -> bool:
+    def _waiting(self, links: Sequence[Link]) -> list[tuple[int, int]]:
+        """Vectors that are held on each side of layers, in one reduction."""
+        counts: list[list[int]] = [[0, 0] for _ in links]
+        spread: dict[tuple[Processes, torch.device], list[tuple[int, int, Tensor]]] = {}
+        for position, link in enumerate(links):
+            for side, param in enumerate(link.factors()):
+                held = held_rows(self.state[param]["held"], link.params[side])
+                own = position, side, held.local.count_nonzero()
+                spread.setdefault((held.processes, held.local.device), []).append(own)
+        for (processes, _), found in spread.items():
+            whole = processes.sum(torch.stack([count for _, _, count in found])).tolist()
+            for (position, side, _), count in zip(found, whole, strict=True):
+                counts[position][side] = int(count)
+        return [(first, second) for first, second in counts]
+
+    def _switch(self, link: Link, step: int, waiting: tuple[int, int]) -> bool:
         layer, group = link.layer, link.group
         assert isinstance(layer, SwitchedLinear)
         states = [self.state[param] for param in link.factors()]
@@ -139,9 +161,7 @@ class SwitchLoRAAdamW(FactoredAdamW):
         starts = (states[0]["switched"], states[0]["switched"] + layer.rank // 2)
         for side in (0, 1):
             # Neither window may reach held vectors, which precede the other's start.
-            held = held_rows(states[side]["held"], link.params[side])
-            waiting = int(held.processes.sum(held.local.count_nonzero()))
-            count = min(count, (starts[1 - side] - waiting - starts[side]) % layer.rank)
+            count = min(count, (starts[1 - side] - waiting[side] - starts[side]) % layer.rank)
         for side in (0, 1):
             other, of = states[1 - side], link.params[1 - side]
             states[side]["events"] = step + 1

@@ -79,7 +79,7 @@ def to_quantized(
     targets = _targets(model, patterns, include)
     if not targets:
         return
-    check_not_wrapped(model)
+    check_not_wrapped(model, converting=True)
     size = weight_group_size or GROUP_SIZES[bits]
     made: dict[int, nn.Parameter] = {}
     for layer in targets:

@@ -11,8 +11,10 @@ raises.
 from __future__ import annotations
 
 import copy
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from types import FrameType
 from typing import Any, ClassVar, Self
 
 import torch
@@ -25,6 +27,9 @@ from .formats import FORMATS, GROUP_SIZES, Chunk, Format, Parts
 from .linear import quantized_embedding, quantized_linear
 from .operations import run
 
+#: What `Module.to` and the like call.
+_MOVES = (Tensor.to, Tensor.cuda, Tensor.float, Tensor.half, Tensor.bfloat16)
+_ENGINE = "deepspeed.runtime.engine"
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 #: Methods that read memory which a wrapper doesn't have, and what to call instead.
 _NO_MEMORY = {
@@ -184,6 +189,8 @@ class QuantizedWeight(Tensor):
             named = dict(zip((*names, "scale_grad_by_freq", "sparse"), args, strict=False))
             given = {("indices" if k == "input" else k): v for k, v in kwargs.items()}
             return quantized_embedding(**named, **given)
+        if func in _MOVES:
+            _refuse_engine(args[0])
         if func in _NO_MEMORY:
             raise ValueError(
                 f"{func.__name__} of a weight in {cls.BITS} bits, which has no dense memory: "
@@ -203,6 +210,25 @@ class QuantizedWeight(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         return run(QuantizedWeight, func, args, kwargs or {})  # type: ignore[type-abstract]
+
+
+def _refuse_engine(weight: Any) -> None:
+    """Raises `ValueError` if DeepSpeed's engine moves a weight.
+
+    It keeps weak references to parameters, which torch then can't exchange, and broadcasts and
+    flattens memory that a quantised weight doesn't have. Nothing of the engine asks before.
+    """
+    if _ENGINE not in sys.modules or not isinstance(weight, QuantizedWeight):
+        return
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == _ENGINE:
+            raise ValueError(
+                f"deepspeed.initialize with a weight of shape {tuple(weight.shape)} in "
+                f"{weight.BITS} bits: accepted are dense weights (weight_bits=None), or "
+                "DistributedDataParallel"
+            )
+        frame = frame.f_back
 
 
 def is_parameter(tensor: Tensor) -> bool:

@@ -41,8 +41,8 @@ QUICK: list[Case] = [
 def options_of(case: Case) -> dict[str, Any]:
     name, options = case
     made = {"lr": 1e-2, "rank": 4, "update_proj_gap": 7, **OPTIONS[name], **options}
-    if name == "apollo_mini_adamw":
-        made["lr"] = 1e-3  # times the square root of 128; higher rates magnify rounding errors
+    if name in ("apollo_mini_adamw", "lora_pre_adamw"):
+        made["lr"] = 1e-3  # higher rates magnify rounding errors (APOLLO-Mini's are times 128^0.5)
     if name == "qgalore_adamw_8bit":
         made["weight_bits"] = None
     return made

@@ -1,10 +1,11 @@
 """How far each method's weights are from one process's, under each strategy, on 2 to 4 processes.
 
-    python tests/optimizers/grid.py --output FOLDER
+    PYTHONPATH=tests python tests/optimizers/grid.py --output FOLDER --docs docs/distributed.md
 
 trains a small model for 30 steps of two micro-batches, clipped, with refreshes or events every few
 steps, and writes `cells.jsonl` (one line a cell; a second call goes on where the first stopped) and
-`table.md`. Entries are relative distances, the largest of any parameter.
+`table.md`, and the same table between the marks of a page. Entries are relative distances, the
+largest of any parameter.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import load, run, start
 from fsdp2_runs import options_of
-from sharded import block, distance, run, shard, tokens, train
+from sharded import block, distance, shard, tokens, train
 from sharded import whole as unsharded
 from test_fsdp2_layers import COMMON, EVERY
 from test_zero import engine_of, go_on, whole
@@ -36,6 +38,10 @@ from lowrank.optimizers import available, build, convert, merge
 
 STRATEGIES = ("DDP", "FSDP2", "ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3")
 STEPS = 30
+#: Cells between collections of garbage, which take as long as a cell.
+TOGETHER = 8
+#: Around the table in a page.
+MARKS = "<!-- made by tests/optimizers/grid.py -->", "<!-- end -->"
 #: Method, strategy, number of processes.
 Cell = tuple[str, str, int]
 Weights = dict[str, Tensor]
@@ -49,8 +55,10 @@ def options(name: str) -> dict[str, Any]:
     return options_of((name, {"update_proj_gap": COMMON["update_proj_gap"]}))
 
 
-def dense(name: str, model: nn.Module, state: dict[str, Any]) -> Weights:
+def dense(name: str, state: dict[str, Any]) -> Weights:
     """The weights of a model's state dict; of converted layers those of the merged ones."""
+    if dist.is_initialized() and dist.get_rank():
+        return {}  # the first process alone compares them
     twin = convert(name, block(), **options(name))
     twin.load_state_dict(state)
     return unsharded(merge(twin))
@@ -60,7 +68,7 @@ def alone(name: str) -> Weights:
     """One process's weights."""
     model = block()
     train(model, build(name, model, **options(name)), range(STEPS))
-    return dense(name, model, model.state_dict())
+    return dense(name, model.state_dict())
 
 
 def replicated(name: str, rank: int, world: int) -> Weights:
@@ -79,7 +87,7 @@ def replicated(name: str, rank: int, world: int) -> Weights:
         nn.utils.clip_grad_norm_(parallel.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return dense(name, model, model.state_dict())
+    return dense(name, model.state_dict())
 
 
 def sharded(name: str, rank: int, world: int) -> Weights:
@@ -89,7 +97,7 @@ def sharded(name: str, rank: int, world: int) -> Weights:
     train(model, build(name, model, **options(name)), range(STEPS), rank, world)
     state = model.state_dict().items()
     gathered = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state}
-    return dense(name, model, gathered)
+    return dense(name, gathered)
 
 
 def partitioned(name: str, stage: int, rank: int, world: int) -> Weights:
@@ -97,7 +105,7 @@ def partitioned(name: str, stage: int, rank: int, world: int) -> Weights:
     model = block()
     engine = engine_of(model, build(name, model, **options(name)), stage, world)
     go_on(engine, range(STEPS), rank, world)
-    return dense(name, model, {**model.state_dict(), **whole(model)})
+    return dense(name, {**model.state_dict(), **whole(model)})
 
 
 def trained(cell: Cell, rank: int) -> Weights:
@@ -115,7 +123,9 @@ def fill(
 ) -> None:
     """Trains cells in turn; rank 0 appends a line to `log` for each."""
     warnings.simplefilter("ignore")
-    for cell in cells:
+    gc.collect()
+    gc.freeze()  # what libraries have made need not be looked at again
+    for position, cell in enumerate(cells):
         try:
             found: Any = trained(cell, rank)
         except ValueError as error:  # on all processes alike
@@ -124,7 +134,8 @@ def fill(
             gap = distance(found, wanted[cell[0]]) if isinstance(found, dict) else found
             with log.open("a") as stream:
                 stream.write(json.dumps([*cell, gap]) + "\n")
-        gc.collect()
+        if position % TOGETHER == TOGETHER - 1:
+            gc.collect()
         dist.barrier()
 
 
@@ -142,19 +153,26 @@ def read(log: Path) -> dict[Cell, float | str]:
 
 
 def table(done: dict[Cell, float | str], worlds: Sequence[int]) -> str:
-    """The cells as Markdown: a row a method, a number for each number of processes."""
+    """The cells as Markdown: a row a method, a column a strategy and number of processes."""
 
     def shown(gap: float | str | None) -> str:
         return "-" if gap is None else "refused" if isinstance(gap, str) else f"{gap:.0e}"
 
-    def entry(name: str, strategy: str) -> str:
-        values = [shown(done.get((name, strategy, world))) for world in worlds]
-        return values[0] if len(set(values)) == 1 else " ".join(values)
-
     names = sorted({name for name, _, _ in done})
-    lines = [["method", *STRATEGIES], ["---"] * (1 + len(STRATEGIES))]
-    lines += [[name, *(entry(name, strategy) for strategy in STRATEGIES)] for name in names]
+    columns = [(strategy, world) for strategy in STRATEGIES for world in worlds]
+    lines = [["method", *(f"{strategy}, {world}" for strategy, world in columns)]]
+    lines += [["---"] * len(lines[0])]
+    lines += [[name, *(shown(done.get((name, *column))) for column in columns)] for name in names]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def put(made: str, page: str) -> str:
+    """A page with another table between its marks."""
+    before, _, rest = page.partition(MARKS[0])
+    _, found, after = rest.partition(MARKS[1])
+    if not found:
+        raise ValueError(f"a page without {MARKS[0]!r} and {MARKS[1]!r} after it")
+    return f"{before}{MARKS[0]}\n\n{made}\n{MARKS[1]}{after}"
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
@@ -163,23 +181,34 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--methods", default=",".join(available()))
     parser.add_argument("--strategies", default=",".join(STRATEGIES))
-    parser.add_argument("--ranks", default="2,3,4")
+    parser.add_argument("--ranks", default="2,4,3")
+    parser.add_argument("--docs", type=Path, help="a page with the marks of the table")
     chosen = parser.parse_args(None if arguments is None else list(arguments))
+    load(["deepspeed"])
     names, worlds = chosen.methods.split(","), [int(size) for size in chosen.ranks.split(",")]
     folder: Path = chosen.output
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "cells.jsonl"
+    done = read(log)
+    strategies = chosen.strategies.split(",")
+    left = {
+        world: [(n, s, world) for s in strategies for n in names if (n, s, world) not in done]
+        for world in worlds
+    }
+    needed = sorted({name for cells in left.values() for name, _, _ in cells})
     path = folder / "alone.pt"
-    mp.spawn(singles, (names, str(path)), nprocs=1)
-    wanted = torch.load(path, weights_only=True)
-    for world in worlds:
-        done = read(log)
-        cells = [(n, s, world) for s in chosen.strategies.split(",") for n in names]
-        cells = [cell for cell in cells if cell not in done]
+    wanted = torch.load(path, weights_only=True) if path.exists() else {}
+    if not set(needed) <= wanted.keys():
+        start(singles, (needed, str(path)), 1)
+        wanted = torch.load(path, weights_only=True)
+    for world, cells in left.items():
         if cells:
-            (folder / "store").unlink(missing_ok=True)
-            run(fill, world, folder, cells, wanted, log)
-        (folder / "table.md").write_text(table(read(log), worlds))
+            with TemporaryDirectory() as place:
+                run(fill, world, Path(place), cells, wanted, log)
+    made = table(read(log), sorted({world for _, _, world in read(log)}))
+    (folder / "table.md").write_text(made)
+    if chosen.docs is not None:
+        chosen.docs.write_text(put(made, chosen.docs.read_text()))
 
 
 if __name__ == "__main__":

@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import run as run  # for tests
 from support import hashed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn import functional
-
-#: What each process does: (rank, world, folder, *arguments) -> anything that can be saved.
-Work = Callable[..., Any]
-
-
-def _start(rank: int, world: int, folder: str, work: Work, arguments: tuple[Any, ...]) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
-    )
-    made = work(rank, world, Path(folder), *arguments)
-    torch.save(made, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def run(work: Work, world: int, folder: Path, *arguments: Any) -> list[Any]:
-    """What each of `world` processes returned."""
-    mp.spawn(_start, (world, str(folder), work, arguments), nprocs=world)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
 class Block(nn.Module):
@@ -65,6 +43,7 @@ def block(seed: int = 0) -> Block:
     return Block()
 
 
+@cache
 def tokens(step: int, part: int, rows: int = 12, length: int = 7) -> Tensor:
     """A batch that needs no generator."""
     numbers = hashed(rows * length, 100 * step + part) + 0.5

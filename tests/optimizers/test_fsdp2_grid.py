@@ -28,16 +28,18 @@ VARIANTS: list[Case] = [
 
 
 @pytest.mark.parametrize(
-    "cases",
+    ("cases", "steps"),
     [
-        pytest.param([case for case in ALL if case[0] in CORE], marks=pytest.mark.slow, id="core"),
-        pytest.param(ALL, marks=pytest.mark.exhaustive, id="all"),
+        pytest.param(
+            [case for case in ALL if case[0] in CORE], 16, marks=pytest.mark.slow, id="core"
+        ),
+        pytest.param(ALL, 30, marks=pytest.mark.exhaustive, id="all"),
     ],
 )
-def test_optimizers_on_two_to_four_ranks(tmp_path: Path, cases: list[Case]) -> None:
-    """30 steps, five refreshes, with clipping and accumulation; parts are uneven, some empty."""
+def test_optimizers_on_two_to_four_ranks(tmp_path: Path, cases: list[Case], steps: int) -> None:
+    """Up to five refreshes, with clipping and accumulation; parts are uneven, some empty."""
     sizes = [2, 3, 4]
-    made = run(follow, 4, tmp_path, cases, sizes, 30)
+    made = run(follow, 4, tmp_path, cases, sizes, steps)
     far = {k: gap for k, gap in check(made, cases, sizes).items() if not gap <= limit(k)}
     assert not far
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import start
 from support import set_gradients, tiny_model
 from test_int8_weights import DTYPES, NAME, same
 from torch import Tensor, nn
@@ -271,7 +271,7 @@ def processes() -> Iterator[Path]:
     """A folder with what two processes and one came to."""
     with tempfile.TemporaryDirectory() as folder:
         for world in (2, 1):
-            mp.spawn(_worker, (world, folder), nprocs=world)
+            start(_worker, (world, folder), world)
         yield Path(folder)
 
 

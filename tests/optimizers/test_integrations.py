@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import start
 from support import set_gradients, tiny_model, weights
 from table import TABLE, Row, identifier, train
 from torch import nn
@@ -106,8 +106,8 @@ def _ddp_worker(rank: int, world: int, folder: str, names: list[str]) -> None:
 def test_ddp_ranks_agree_to_the_bit_and_equal_one_process() -> None:
     names = [identifier(row) for row in TABLE]
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_ddp_worker, (2, folder, names), nprocs=2)
-        mp.spawn(_ddp_worker, (1, folder, names), nprocs=1)
+        start(_ddp_worker, (2, folder, names), 2)
+        start(_ddp_worker, (1, folder, names), 1)
         first, second, single = (torch.load(f"{folder}/{x}.pt") for x in ("2-0", "2-1", "1-0"))
     for row in TABLE:
         for a, b, c in zip(*(run[identifier(row)] for run in (first, second, single)), strict=True):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import start
 from support import tiny_model, trained
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -50,6 +50,21 @@ def alone() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("name", ["relora_adamw", "qgalore_adamw_8bit"])
+def test_a_module_inside_ddp_is_not_converted(name: str) -> None:
+    model = nn.Sequential()
+    model.mlp = nn.Linear(256, 16, bias=False)
+    parallel = DistributedDataParallel(model)
+    before = list(model.modules())
+    for call in (convert, build):
+        with pytest.raises(ValueError, match=r"inside DistributedDataParallel can't be converted"):
+            call(name, parallel.module)
+    assert list(model.modules()) == before
+    del parallel
+    convert(name, model)
 
 
 @contextmanager
@@ -192,7 +207,7 @@ def _loqt_with_an_unused_layer(rank: int) -> list[Tensor]:
 
 @pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
-    mp.spawn(_worker, (str(tmp_path),), nprocs=2)
+    start(_worker, (str(tmp_path),), 2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     for name in METHODS:
         assert first[name]

@@ -107,7 +107,7 @@ def check(made: list[Any], names: list[str], experts: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_every_method_follows_one_process_to_the_bit(world: int, tmp_path: Path) -> None:
     for made in run(follow, world, tmp_path, list(BY_NAME), 5):
         check(made, list(BY_NAME), 5)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import run
 from representative import with_representative
 from support import matrix
 from torch import Tensor, nn
@@ -292,15 +291,10 @@ def check_part_of_the_processes(rank: int, world: int) -> None:
     assert same(*everyone)
 
 
-def run(rank: int, world: int, folder: str, checks: list[Callable[[int, int], None]]) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+def each(rank: int, world: int, folder: Path, checks: list[Callable[[int, int], None]]) -> None:
     for check in checks:
         check(rank, world)
         dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("world", with_representative((2, 3), (3,)))
@@ -314,7 +308,7 @@ def test_several_processes(world: int, tmp_path: Path) -> None:
     ]
     if world == 3:
         checks.append(check_part_of_the_processes)
-    mp.spawn(run, (world, str(tmp_path), checks), nprocs=world)
+    run(each, world, tmp_path, checks)
 
 
 # One process

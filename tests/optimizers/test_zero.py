@@ -19,6 +19,7 @@ from torch.nn import functional
 from lowrank.optimizers import LowRankOptimizer, build
 
 pytest.importorskip("deepspeed")
+PRELOAD = ("deepspeed",)
 
 
 def quiet_deepspeed(world: int) -> Any:
@@ -105,10 +106,16 @@ def too_far(made: list[Any], cases: list[tuple[Case, int]]) -> dict[str, float]:
     return found
 
 
-@pytest.mark.slow
-def test_two_ranks_follow_one_process(tmp_path: Path) -> None:
-    """Every method, at one of the stages."""
-    cases = [(case, 1 + number % 3) for number, case in enumerate(ALL)]
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        pytest.param(QUICK, marks=pytest.mark.slow, id="some"),
+        pytest.param(ALL, marks=pytest.mark.exhaustive, id="all"),
+    ],
+)
+def test_two_ranks_follow_one_process(tmp_path: Path, chosen: list[Case]) -> None:
+    """Each method at one of the stages."""
+    cases = [(case, 1 + number % 3) for number, case in enumerate(chosen)]
     assert not too_far(run(follow, 2, tmp_path, cases, 10)[0], cases)
 
 
@@ -175,6 +182,12 @@ def groups_and_refusals(rank: int, world: int, folder: Path) -> dict[str, Any]:
             said.append("")
         except ValueError as error:
             said.append(str(error))
+    model = nn.Sequential()
+    model.mlp = nn.Linear(256, 64, bias=False)
+    try:
+        engine_of(model, build("galore_adamw", model, rank=4, weight_bits=8), 1, world)
+    except ValueError as error:
+        said.append(str(error))
     found["said"] = said
     return found
 
@@ -186,3 +199,4 @@ def test_several_groups_and_sub_groups_and_what_is_refused(tmp_path: Path) -> No
     assert found["stage 3"] <= 1e-5
     assert "taken a step before deepspeed.initialize" in found["said"][0]
     assert "accepted is round_robin_gradients=false" in found["said"][1]
+    assert "a weight of shape (64, 256) in 8 bits: accepted are dense weights" in found["said"][2]

@@ -18,6 +18,7 @@ from lowrank.optimizers import build, convert, merge, param_groups
 from lowrank.optimizers.layers.convert import factored_layers
 
 pytest.importorskip("deepspeed")
+PRELOAD = ("deepspeed",)
 pytestmark = pytest.mark.slow
 
 STEPS = 16

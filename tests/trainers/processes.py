@@ -1,25 +1,30 @@
 """Runs of the real command on several processes, all started from one that has torch loaded.
 
-Importing torch and transformers takes longer than a tiny run, so a helper process imports them
-once and forks the processes of each run, as torchrun would start them.
+Importing torch and transformers takes longer than a tiny run, so that processes are forked (see
+`forked`) as torchrun would start them.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
+
+import forked
+
+#: What the server of processes loads, for modules of tests that run jobs.
+PRELOAD = ("transformers.models.llama.modeling_llama", "lowrank.trainers.pretrain")
 
 #: In place of a signal: a full disk, for the parts of the optimizer's state or for the weights.
 FULL_SHARDS, FULL_WEIGHTS, FULL_PARTITION = 0, -1, -2
@@ -69,16 +74,14 @@ class Outcome:
 def run_jobs(jobs: Sequence[Job], folder: Path, timeout: float = 300) -> list[Outcome]:
     """Runs jobs one after another; `folder` takes their outputs."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
-    command = [sys.executable, __file__, str(folder)]
-    result = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=timeout
-    )
-    assert result.returncode == 0, result.stderr
-    return [Outcome(**item) for item in json.loads((folder / "outcomes.json").read_text())]
+    context = forked.context()
+    zero = any("deepspeed" in argument for job in jobs for argument in job.arguments)
+    limit = time.monotonic() + timeout
+    outcomes = []
+    for number, job in enumerate(jobs):
+        assert time.monotonic() < limit, f"{number} of {len(jobs)} jobs took {timeout} seconds"
+        outcomes.append(_run(context, job, folder / f"job-{number}", zero))
+    return outcomes
 
 
 def succeed(jobs: Sequence[Job], folder: Path) -> list[Outcome]:
@@ -94,24 +97,6 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
-
-
-def _serve(folder: Path) -> None:
-    # Everything that takes long, before any process is forked.
-    import torch
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
-    import lowrank.trainers.pretrain  # noqa: F401
-
-    torch.set_num_threads(1)
-    outcomes = []
-    jobs = json.loads((folder / "jobs.json").read_text())
-    if any("deepspeed" in argument for job in jobs for argument in job["arguments"]):
-        _prepare_deepspeed()
-        _disturb()
-    for number, job in enumerate(jobs):
-        outcomes.append(_run(Job(**job), folder / f"job-{number}"))
-    (folder / "outcomes.json").write_text(json.dumps([asdict(item) for item in outcomes]))
 
 
 def _prepare_deepspeed() -> None:
@@ -166,44 +151,45 @@ def _not_finite(module: Any, inputs: Any, loss: Any) -> Any:
     return loss
 
 
-def _run(job: Job, folder: Path) -> Outcome:
+def _run(context: ForkServerContext, job: Job, folder: Path, zero: bool) -> Outcome:
     folder.mkdir()
     if job.copied:
         shutil.copytree(*job.copied)
     port = free_port()
-    children = []
-    for rank in range(job.processes):
-        child = os.fork()
-        if child == 0:
-            _become(job, rank, port, folder)
-        children.append(child)
+    children = [
+        context.Process(target=_become, args=(job, rank, port, folder, zero))
+        for rank in range(job.processes)
+    ]
+    for child in children:
+        child.start()
     statuses: dict[int, int] = {}
     first = ended = 0.0
     stopped = [int(rank) for rank, (_, number) in job.stop.items() if number == signal.SIGSTOP]
     limit = time.monotonic() + JOB_SECONDS
     while len(statuses) < len(children):
-        child, status = os.waitpid(-1, os.WNOHANG)
-        if child == 0:
-            time.sleep(0.002)
-            if time.monotonic() > limit:
-                for item in set(children) - set(statuses):
-                    os.kill(item, signal.SIGKILL)
-            continue
-        first = first or time.monotonic()
-        statuses[child] = os.waitstatus_to_exitcode(status)
-        if len(statuses) == len(children) - len(stopped):
-            ended = time.monotonic()
-            for rank in stopped:
-                os.kill(children[rank], signal.SIGKILL)
+        wait([child.sentinel for rank, child in enumerate(children) if rank not in statuses], 1)
+        for rank, child in enumerate(children):
+            if rank in statuses or child.exitcode is None:
+                continue
+            first = first or time.monotonic()
+            statuses[rank] = child.exitcode
+            if len(statuses) == len(children) - len(stopped):
+                ended = time.monotonic()
+                for other in stopped:
+                    children[other].kill()
+        if time.monotonic() > limit:
+            for rank, child in enumerate(children):
+                if rank not in statuses:
+                    child.kill()
     return Outcome(
-        [statuses[child] for child in children],
+        [statuses[rank] for rank in range(job.processes)],
         [(folder / f"out-{rank}").read_text() for rank in range(job.processes)],
         [(folder / f"err-{rank}").read_text() for rank in range(job.processes)],
         ended - first,
     )
 
 
-def _become(job: Job, rank: int, port: int, folder: Path) -> None:
+def _become(job: Job, rank: int, port: int, folder: Path, zero: bool) -> None:
     """Turns a forked child into one process of the run."""
     from lowrank.trainers.cli import main
 
@@ -222,6 +208,12 @@ def _become(job: Job, rank: int, port: int, folder: Path) -> None:
             )
         if job.folders:
             os.chdir(job.folders[rank])
+        import torch
+
+        torch.set_num_threads(1)
+        if zero:
+            _prepare_deepspeed()
+            _disturb()
         _skip_report()
         # A shell ignores interrupts for what it runs in the background, and children inherit that.
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -281,7 +273,3 @@ def stop_itself(step: int, number: int) -> None:
         take(self)
 
     loop.Loop._step = dying  # type: ignore[method-assign]
-
-
-if __name__ == "__main__":
-    _serve(Path(sys.argv[1]))

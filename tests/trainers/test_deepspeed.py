@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from processes import FULL_PARTITION, NOT_FINITE, SPIKE, Job, Outcome, run_jobs
@@ -15,6 +16,7 @@ from tiny_runs import TINY, comparable_metrics, summary
 from lowrank.trainers.checkpoint import verify
 
 pytestmark = pytest.mark.slow
+PRELOAD = (*processes.PRELOAD, "deepspeed")
 pytest.importorskip("deepspeed")
 
 STEPS, SAVED = 8, 4
@@ -53,7 +55,8 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     jobs["other strategy"] = again("other strategy", "one", 2, "--set", ZERO)
     full = {"1": (-SAVED, FULL_PARTITION)}
     jobs["full"] = Job(arguments("full", ZERO), 2, stop=full)
-    jobs["layers"] = Job(arguments("layers", ZERO, "optimizer.name=relora_adamw"), 2)
+    quantised = ("optimizer.name=qgalore_adamw_8bit", "model.weight_bits=8")
+    jobs["quantised"] = Job(arguments("quantised", ZERO, *quantised), 2)
     outcomes = dict(zip(jobs, run_jobs(list(jobs.values()), base / "jobs"), strict=True))
     for name in jobs:
         if name not in REFUSED and name != "full":
@@ -70,7 +73,7 @@ REFUSED = {
     "alone": "and the run goes on with 1 process without DeepSpeed; accepted: 2 processes with",
     "other stage": "with 2 processes with distributed.strategy=deepspeed and distributed.zero_st",
     "other strategy": "was written by 1 process without DeepSpeed, and the run goes on with 2",
-    "layers": "distributed.strategy='deepspeed' with optimizer.name='relora_adamw', which changes",
+    "quantised": "distributed.strategy='deepspeed' with optimizer.name='qgalore_adamw_8bit' and",
 }
 
 
@@ -171,4 +174,4 @@ def test_what_does_not_fit_is_told_once(name: str, runs: tuple[Path, dict[str, O
     told = [line for error in outcomes[name].errors for line in error.splitlines()]
     assert len(told) == 1, told
     assert REFUSED[name] in told[0]
-    assert name != "layers" or not (base / name).exists()
+    assert name != "quantised" or not (base / name).exists()

@@ -1,7 +1,6 @@
 """Two processes train as one does with the same sequences in a step."""
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from forked import run as run_together
+from processes import PRELOAD as PRELOAD
+from processes import Job, succeed
 from tiny_runs import comparable_metrics, summary
 
 from lowrank.trainers.config import ModelConfig
 from lowrank.trainers.data import Batch
-from lowrank.trainers.distributed import World, join
+from lowrank.trainers.distributed import World
 from lowrank.trainers.models import build_model
 from lowrank.trainers.step import clip, compute_gradient
 from lowrank.trainers.strategies import replicate
@@ -67,10 +69,12 @@ def train(world: World) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "weights": model.network.state_dict()}
 
 
+def train_in(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    return train(World(rank, size, torch.device("cpu")))
+
+
 def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
-    result = torchrun(__file__, tmp_path / "two.pt")
-    assert result.returncode == 0, result.stderr
-    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    two = run_together(train_in, 2, tmp_path)[0]
     one = train(World(0, 1, torch.device("cpu")))
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
     assert two["norms"] == pytest.approx(one["norms"], rel=1e-5)
@@ -78,23 +82,22 @@ def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
         torch.testing.assert_close(two["weights"][name], weight, rtol=1e-4, atol=1e-6)
 
 
-def test_a_run_of_two_processes_resumes_exactly(tiny: Tiny, run: Run, tmp_path: Path) -> None:
+def test_a_run_of_two_processes_resumes_exactly(tiny: Tiny, tmp_path: Path) -> None:
     whole, broken, alone = tmp_path / "whole", tmp_path / "broken", tmp_path / "alone"
-    command = ("-m", "lowrank.trainers.cli")
-    result = torchrun(*command, *tiny(whole, 8, "checkpoint.keep=9"))
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("training for") == 1
-    shutil.copytree(whole, broken)
-    again = ("pretrain", "--resume", broken / "checkpoints" / "step-00000003")
-    result = torchrun(*command, *again)
-    assert result.returncode == 0, result.stderr
+    again = ["pretrain", f"--resume={broken / 'checkpoints' / 'step-00000003'}"]
+    jobs = [
+        Job(tiny(whole, 8, "checkpoint.keep=9"), 2),
+        Job(again, 2, copied=(str(whole), str(broken))),
+        Job(tiny(alone, 1)),
+    ]
+    first_run = succeed(jobs, tmp_path / "jobs")[0]
+    assert "".join(first_run.outputs).count("training for") == 1
     assert comparable_metrics(broken) == comparable_metrics(whole)
     assert summary(broken)["weights_sha256"] == summary(whole)["weights_sha256"]
     assert summary(whole)["processes"] == 2
     assert summary(whole)["tokens"] == 2 * 8 * 2 * 2 * 32
 
     # The first evaluation is of the same weights on the same text, however many share it.
-    run(tiny(alone, 1))
     first, shared = comparable_metrics(alone)[0], comparable_metrics(whole)[0]
     assert shared["tokens"] == first["tokens"]
     assert shared["val_loss"] == pytest.approx(first["val_loss"], rel=1e-6)
@@ -132,10 +135,3 @@ def test_a_killed_process_ends_the_run_which_one_process_carries_on(
         [item["loss"] for item in expected], abs=1e-5
     )
     assert summary(folder)["tokens"] == summary(whole)["tokens"]
-
-
-if __name__ == "__main__":
-    with join("cpu") as joined:
-        outcome = train(joined)
-        if joined.leads:
-            torch.save(outcome, sys.argv[1])

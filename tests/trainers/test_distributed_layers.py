@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_distributed import torchrun
+from forked import run
+from processes import PRELOAD as PRELOAD
 
 from lowrank.optimizers import build
 from lowrank.trainers.config import ModelConfig
 from lowrank.trainers.data import Batch
-from lowrank.trainers.distributed import World, join
+from lowrank.trainers.distributed import World
 from lowrank.trainers.models import build_model
 from lowrank.trainers.step import compute_gradient
 from lowrank.trainers.strategies import replicate
@@ -47,19 +47,13 @@ def train(name: str, world: World) -> list[str]:
     return hashes
 
 
+def hashes(rank: int, size: int, folder: Path) -> dict[str, list[str]]:
+    world = World(rank, size, torch.device("cpu"))
+    return {name: train(name, world) for name in METHODS}
+
+
 def test_ranks_agree_to_the_bit_at_each_step(tmp_path: Path) -> None:
-    result = torchrun(__file__, tmp_path / "hashes.pt")
-    assert result.returncode == 0, result.stderr
-    found = torch.load(tmp_path / "hashes.pt", weights_only=True)
-    assert found.keys() == METHODS.keys()
-    for name, ranks in found.items():
-        assert len(ranks) == 2
-        assert ranks[0] == ranks[1], name
-        assert len(set(ranks[0])) == 5, name
-
-
-if __name__ == "__main__":
-    with join("cpu") as joined:
-        outcome = {name: joined.gather(train(name, joined)) for name in METHODS}
-        if joined.leads:
-            torch.save(outcome, sys.argv[1])
+    first, second = run(hashes, 2, tmp_path)
+    assert first == second
+    for name in METHODS:
+        assert len(set(first[name])) == 5, name

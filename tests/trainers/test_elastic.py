@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from processes import FULL_SHARDS, FULL_WEIGHTS, Job, Outcome, run_jobs
+from processes import PRELOAD as PRELOAD
 from test_sharded_runs import losses
 from tiny_runs import TINY, comparable_metrics, summary, write_corpus
 

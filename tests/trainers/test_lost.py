@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from processes import PRELOAD as PRELOAD
 from processes import Job, Outcome, free_port, run_jobs
 from tiny_runs import TINY
 

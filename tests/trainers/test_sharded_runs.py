@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import PRELOAD as PRELOAD
 from processes import Job, Outcome, run_jobs
 from tiny_runs import TINY, comparable_metrics, summary
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..geometry import Side
 from ..options import Group
 from ..parameters import label
-from ..parts import project_part
+from ..parts import project_parts
 from ..plan import Given, Plan, numbered
 from ..step import projected_params
 from .norm import Length, norm_of
@@ -54,7 +54,7 @@ class Site(NamedTuple):
         """This process's part of the projected gradient, of the one that is descended along."""
         (own,) = projected_params(self.plan, self.first, Given((self.position,)))
         assert self.plan.composition.projection is not None
-        return project_part(own, self.plan.composition.projection.projector)
+        return project_parts([own], self.plan.composition.projection.projector)[0]
 
     def length(self, gradient: Tensor, *, whole: bool) -> Length:
         """The norm of the gradient, or else of its projection."""
