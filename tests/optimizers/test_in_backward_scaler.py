@@ -11,7 +11,7 @@ import pytest
 import torch
 from in_backward_runs import batch, distance, loss_of, row_of, unchanged, unexamined
 from support import tiny_model
-from table import Row, every
+from table import Row, every, representative
 from torch import nn
 
 from lowrank.optimizers import update_in_backward
@@ -90,6 +90,13 @@ def test_the_steps_of_the_ordinary_loop(name: str, parts: int, norm: str) -> Non
 
 
 @pytest.mark.slow
+@representative
+@pytest.mark.parametrize("parts", [1, 2])
+def test_clipped(row: Row, parts: int) -> None:
+    compare(row, 0.3, "exact", parts)
+
+
+@pytest.mark.exhaustive
 @every
 @pytest.mark.parametrize("parts", [1, 2])
 def test_every_method_clipped(row: Row, parts: int) -> None:
