@@ -15,7 +15,7 @@ from .engine.composition import Composition
 from .engine.low_rank_gradients import examine
 from .engine.method import TABLE, Method
 from .engine.optimizer import LowRankOptimizer
-from .engine.options import make_plain
+from .engine.options import ProjectionOptions, make_plain
 from .engine.parameters import check_placement, whole_shape
 from .engine.replaced import Watch
 from .layers.convert import check_converted, factored_layers, meta_copy
@@ -95,11 +95,17 @@ def _method(name: str) -> Method:
 
 
 def _sort_options(method: Method, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Splits options into the groups' and the constructor's; omits those of a conversion."""
+    """Splits options into the groups' and the constructor's; omits those of a conversion.
+
+    Raises:
+        ValueError: an option is unknown, or one of a projection is out of range, even where it has
+            no effect.
+    """
     constructor, groups = method.constructor_options(), method.group_options()
     conversion = method.conversion.options
     group_options: dict[str, Any] = {}
     keywords: dict[str, Any] = {**method.build}
+    ignored: dict[str, Any] = {}
     for name, value in options.items():
         if name in conversion:
             if name in constructor:
@@ -111,11 +117,16 @@ def _sort_options(method: Method, options: dict[str, Any]) -> tuple[dict[str, An
             own = ("patterns", "plain_lr", *method.optimizer.hidden_keys)
             if method.optimizer.projects or name in own:
                 group_options[name] = value
+            else:
+                ignored[name] = value
         elif name in constructor:
             keywords[name] = value
         else:
             known = constructor | groups | {*conversion}
             raise checks.unknown_name(f"option of {method.name}", name, known)
+    ProjectionOptions(
+        **{name: ignored[name] for name in ProjectionOptions.names() if name in ignored}
+    )
     return group_options, keywords
 
 

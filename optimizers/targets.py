@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -41,6 +41,8 @@ def checked(patterns: Patterns) -> tuple[str, ...] | None:
     """
     if patterns is None:
         return None
+    if not isinstance(patterns, Iterable):
+        raise ValueError(f"patterns={patterns!r}: accepted are a part of layers' names, or several")
     made = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     for pattern in made:
         if not isinstance(pattern, str) or not pattern:

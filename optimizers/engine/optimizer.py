@@ -249,8 +249,8 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
         """Updates all parameters that have a gradient, or what is left of it."""
         check_gradients(self.param_groups)
         self._check_model()
-        if self._in_backward is not None:
-            self._in_backward.before_step()
+        if self._in_backward is not None and not self._in_backward.before_step():
+            return
         with self._shown(stepping=True):
             plans = self._prepare()
             try:

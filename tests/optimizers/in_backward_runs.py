@@ -21,7 +21,7 @@ from lowrank.optimizers.engine.in_backward import passes
 def unexamined() -> Iterator[None]:
     """Without the look at all objects of the process, which takes longer than these runs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(passes, "refuse_wrappers", lambda optimizer: None)
+        patch.setattr(passes, "refuse_wrappers", lambda optimizer, **_: None)
         yield
 
 

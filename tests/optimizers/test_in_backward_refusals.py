@@ -182,10 +182,11 @@ def test_a_scaler() -> None:
 
 
 @pytest.mark.parametrize("unscale", [False, True])
-@pytest.mark.parametrize("clip", [None, 1.0])
-def test_a_scaler_that_comes_later(unscale: bool, clip: float | None) -> None:
+@pytest.mark.parametrize("norm", [None, "previous"])
+def test_a_scaler_that_comes_later(unscale: bool, norm: Any) -> None:
     model, optimizer = make()
-    update_in_backward(optimizer, max_norm=clip)
+    clipping = {} if norm is None else {"max_norm": 1.0, "norm": norm}
+    update_in_backward(optimizer, **clipping)
     with unexamined():
         backward(model, 0)
     optimizer.step()
@@ -195,6 +196,18 @@ def test_a_scaler_that_comes_later(unscale: bool, clip: float | None) -> None:
         scaler.unscale_(optimizer)
     with pytest.raises(ValueError, match="GradScaler with update_in_backward"):
         scaler.step(optimizer)
+
+
+def test_gradients_that_are_unscaled_by_hand() -> None:
+    model, optimizer = make()
+    update_in_backward(optimizer, max_norm=1.0)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(loss_of(model, batch(0, 0))).backward()
+    scaler.unscale_(optimizer)
+    check = unchanged(model)
+    with pytest.raises(ValueError, match=r"unscale_.*accepted is max_norm of update_in_backward"):
+        scaler.step(optimizer)
+    check()
 
 
 def test_a_scaler_that_is_off() -> None:

@@ -10,7 +10,7 @@ import torch
 from support import tiny_model
 from torch import nn
 
-from lowrank.optimizers import build, merge
+from lowrank.optimizers import build, convert, merge
 from lowrank.optimizers.weights import QuantizedWeight
 
 
@@ -83,3 +83,37 @@ def test_scale_normalises_transposed_layers_by_their_outputs() -> None:
     optimizer.step()
     sizes = (before - weight.detach()).square().mean(0).sqrt()
     torch.testing.assert_close(sizes, torch.ones(4), rtol=1e-4, atol=0)
+
+
+def test_a_merge_inside_of_an_engine_raises_and_changes_nothing() -> None:
+    model = convert("sltrain_adamw", tiny_model(), rank=4)
+    names = [name for name, _ in model.named_parameters()]
+    _, param = next((n, p) for n, p in model.named_parameters() if n.startswith("mlp."))
+    param._z3_optimizer = None
+    with pytest.raises(ValueError, match=r"mlp\.\w+ is in a DeepSpeed engine.*: accepted is merge"):
+        merge(model)
+    assert [name for name, _ in model.named_parameters()] == names
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "relora_adamw"])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"update_proj_gap": "x"}, "update_proj_gap='x': accepted is an integer of at least 1"),
+        ({"rank": 0}, "rank=0: accepted is an integer of at least 1"),
+    ],
+)
+def test_options_without_effect_are_checked(name: str, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        build(name, tiny_model(), **options)
+
+
+def test_patterns_of_another_type() -> None:
+    with pytest.raises(ValueError, match=r"patterns=5: accepted are a part of layers' names"):
+        build("galore_adamw", tiny_model(), patterns=5)
+
+
+@pytest.mark.parametrize("value", [0.9, None, "x", (0.9,)], ids=repr)
+def test_betas_of_another_type(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"betas=.*: accepted are 2 numbers in \[0, 1\)"):
+        build("galore_adamw", tiny_model(), betas=value)

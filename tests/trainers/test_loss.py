@@ -1,10 +1,14 @@
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as functional
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank.trainers.loss import IGNORED, chunk_tokens, chunked_cross_entropy
+from lowrank.trainers import loss as losses
+from lowrank.trainers.loss import IGNORED, by_rows, chunk_tokens, chunked_cross_entropy
+from lowrank.trainers.plan.ledger import Ledger
 
 
 def reference(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -117,3 +121,80 @@ def test_without_gradients_nothing_is_kept() -> None:
 def test_chunks_stay_within_their_budget() -> None:
     assert chunk_tokens(32000) * 32000 * 4 <= 64 << 20
     assert chunk_tokens(10**9) == 1
+
+
+# A large head's gradient by rows of the vocabulary
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every head in half precision is a large one; blocks are of ten rows of the vocabulary."""
+    monkeypatch.setattr(losses, "SUM_BYTES", 0)
+    monkeypatch.setattr(losses, "chunk_tokens", lambda tokens: 10)
+
+
+def half_batch(seed: int, tokens: int = 256) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, 32, generator=generator).bfloat16().requires_grad_()
+    weight = (0.1 * torch.randn(55, 32, generator=generator)).bfloat16().requires_grad_()
+    targets = torch.randint(55, (tokens,), generator=generator)
+    targets[torch.rand(tokens, generator=generator) < 0.2] = IGNORED
+    return hidden, weight, targets
+
+
+def errors(seed: int) -> tuple[float, float]:
+    """Of the gradients of hidden and weight against float64, relative."""
+    hidden, weight, targets = half_batch(seed)
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    wanted = torch.autograd.grad(reference(*exact, targets), exact)
+    found = torch.autograd.grad(
+        chunked_cross_entropy(hidden, weight, targets, 16), (hidden, weight)
+    )
+    pairs = zip(found, wanted, strict=True)
+    first, second = (float((own.double() - true).norm() / true.norm()) for own, true in pairs)
+    return first, second
+
+
+def test_by_rows_is_no_less_exact_than_by_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunked = [errors(seed) for seed in range(4)]
+    monkeypatch.setattr(losses, "SUM_BYTES", 0)
+    monkeypatch.setattr(losses, "chunk_tokens", lambda tokens: 10)
+    by_row = [errors(seed) for seed in range(4)]
+    assert [hidden for hidden, _ in by_row] == [hidden for hidden, _ in chunked]
+    for (_, own), (_, other) in zip(by_row, chunked, strict=True):
+        assert 0 < own < 1.05 * other < 0.01
+
+
+@pytest.mark.usefixtures("rows")
+def test_no_sum_in_float32_is_kept() -> None:
+    """Beside the gradients there are logits of a block, and nothing else of the head's size."""
+    hidden, weight, targets = half_batch(0, 64)
+    ledger = Ledger()
+    with ledger:
+        loss = chunked_cross_entropy(hidden, weight, targets, 16)
+        ledger.restart()
+        loss.backward()
+    scaled = ledger.peak.total - ledger.now.total
+    assert scaled < weight.nbytes  # scaled in place
+    assert weight.grad is not None
+
+
+@pytest.mark.usefixtures("rows")
+def test_by_rows_backward_twice_gives_the_same_gradient() -> None:
+    hidden, weight, targets = half_batch(0)
+    loss = 3 * chunked_cross_entropy(hidden, weight, targets, 16)
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    kept = [own.clone() for own in first]
+    second = torch.autograd.grad(loss, (hidden, weight))
+    assert all(map(torch.equal, kept, second))
+    assert all(map(torch.equal, kept, first))
+
+
+def test_only_large_heads_in_half_precision_and_several_chunks_go_by_rows() -> None:
+    def head(rows: int, dtype: Any = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(rows, 4096, dtype=dtype, device="meta")
+
+    assert by_rows(head(32000), 2048, 524)
+    assert not by_rows(head(32000, torch.float32), 2048, 524)
+    assert not by_rows(head(32000), 512, 524)
+    assert not by_rows(head(1000), 2048, 524)

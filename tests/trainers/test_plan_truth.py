@@ -1,20 +1,22 @@
 """Predicted bytes against those of real steps, on the CPU."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from representative import with_representative
 
 from lowrank.optimizers import available
 from lowrank.trainers.plan import measure, plan
-from lowrank.trainers.plan.options import method_options
-
-#: A later refresh is among three steps.
-CHANGES = {"update_proj_gap": 2}
+from lowrank.trainers.plan.options import known, method_options
 
 
-def compare(model: str, optimizer: str, **setting: Any) -> None:
-    options = method_options(model, optimizer, CHANGES, None)
+def compare(model: str, optimizer: str, rank: int | None = None, **setting: Any) -> None:
+    """A later refresh is among the three steps that are measured."""
+    changes = {"update_proj_gap": 2} | ({} if rank is None else {"rank": rank})
+    changes = {name: value for name, value in changes.items() if known(optimizer, name)}
+    options = method_options(model, optimizer, changes, None)
     made = plan(model, optimizer, device="cpu", options=options, **setting)
     found = measure(model, optimizer, options=options, **setting)
     step = made.phases["step"]
@@ -26,8 +28,8 @@ def compare(model: str, optimizer: str, **setting: Any) -> None:
     assert made.peak == pytest.approx(found.peak, rel=0.05)
 
 
-#: One of each kind of state, update and layer.
-REPRESENTATIVE = ("adamw", "adamw_8bit", "galore_adamw", "qgalore_adamw_8bit", "sltrain_adamw")
+#: One of each kind of state and layer; of plain ones test_plan.py has smaller models.
+REPRESENTATIVE = ("galore_adamw", "qgalore_adamw_8bit", "sltrain_adamw")
 
 
 @pytest.mark.parametrize("optimizer", with_representative(available(), REPRESENTATIVE))
@@ -35,7 +37,26 @@ def test_predicted_is_measured(optimizer: str) -> None:
     compare("llama_9m", optimizer, sequence=64)
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The configuration of 1M parameters, of which matrices make out more than activations."""
+    folder = tmp_path_factory.mktemp("small")
+    shape = {"hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(
+        **shape, vocab_size=256, num_hidden_layers=2, max_position_embeddings=64, dtype="float32"
+    )
+    config.save_pretrained(folder)
+    return str(Path(folder) / "config.json")
+
+
+@pytest.mark.parametrize("optimizer", with_representative(available(), REPRESENTATIVE))
+def test_predicted_is_measured_with_updates_in_backward(small: str, optimizer: str) -> None:
+    rank = None if optimizer == "apollo_mini_adamw" else 24
+    compare(small, optimizer, rank, sequence=32, update_in_backward=True)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("optimizer", ["galore_adamw", "apollo_mini_adamw", "qgalore_adamw_8bit"])
-def test_predicted_is_measured_of_a_larger_model(optimizer: str) -> None:
-    compare("llama_60m", optimizer, sequence=64)
+@pytest.mark.parametrize("early", [False, True])
+def test_predicted_is_measured_of_a_larger_model(optimizer: str, *, early: bool) -> None:
+    compare("llama_60m", optimizer, sequence=64, update_in_backward=early)

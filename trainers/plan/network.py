@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from ..preset import preset_layer, preset_names
 
 #: Attributes of a block, beside its shapes, by which models tell unequal blocks apart.
 _KINDS = ("attention_type", "layer_type", "is_sliding", "block_type")
+
+#: Most letters of another library's error message.
+LONGEST_REASON = 400
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ def _read_config(path: Path) -> Any:
     except Exception as error:  # of many types, for files that are not what they should be
         raise ValueError(
             f"model={str(path)!r}: {file} is no configuration that transformers "
-            f"{transformers.__version__} knows ({str(error).splitlines()[0][:200]})"
+            f"{transformers.__version__} knows ({_reason(error)})"
         ) from None
     mapping = transformers.AutoModelForCausalLM._model_mapping
     if type(config) not in mapping:
@@ -108,6 +112,12 @@ def _read_config(path: Path) -> Any:
             "causal language model; accepted are those of AutoModelForCausalLM"
         )
     return config
+
+
+def _reason(error: Exception) -> str:
+    """What an error says in its first paragraph, on one line."""
+    paragraph = str(error).strip().split("\n\n")[0]
+    return shorten(paragraph, LONGEST_REASON, placeholder=" ...") or type(error).__name__
 
 
 def new_network(source: Source, device: torch.device) -> Network:
@@ -123,8 +133,7 @@ def new_network(source: Source, device: torch.device) -> Network:
                 source.config, attn_implementation="sdpa", dtype=source.dtype
             )
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise ValueError(f"model={source.name!r} can't be made: {said}") from None
+        raise ValueError(f"model={source.name!r} can't be made: {_reason(error)}") from None
     if not isinstance(getattr(network.get_output_embeddings(), "weight", None), Tensor):
         raise ValueError(
             f"model={source.name!r}: {type(network).__name__} has no linear output head; accepted "

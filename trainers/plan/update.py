@@ -45,10 +45,11 @@ def simulate(
 ) -> Update:
     """Takes steps with an optimizer of fake tensors, as the trainer would.
 
-    Call it under `FakeTensorMode`. The model is left without gradients.
+    Call it under `FakeTensorMode`. The model is left without gradients, and numbers of the state as
+    they were, so that another simulation finds the same refreshes due.
 
     Args:
-        optimizer: a new one.
+        optimizer: which has taken no steps but these.
         model: its model.
         differentiate: leaves gradients.
         granularity: bytes to which the allocator rounds up.
@@ -68,6 +69,10 @@ def simulate(
         ),
         "state",
     )
+    numbers = [
+        (entries, {name: v for name, v in entries.items() if not isinstance(v, torch.Tensor)})
+        for entries in optimizer.state.values()
+    ]
     usual: list[int] = []
     renewing: list[int] = []
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), ledger:
@@ -88,6 +93,8 @@ def simulate(
         finally:
             for param in model.parameters():
                 param.grad = None
+            for entries, former in numbers:
+                entries.update(former)
             for handle in handles:
                 handle.remove()
     return Update(max(usual, default=0), max([*usual, *renewing]))

@@ -18,7 +18,8 @@ from ..sharding import local_part
 from ..warn import warn_user
 from .norm import Length, clip_factor, scale_, total_norm
 from .passes import Passes
-from .refusals import refuse_options, refuse_scaler
+from .refusals import refuse_options
+from .scaler import Scale, scale_of
 from .sites import Site, sites_of
 from .state import Pending
 from .window import Sum, Window
@@ -119,16 +120,20 @@ class InBackward(Passes):
 
     # In the step
 
-    def before_step(self) -> None:
+    def before_step(self) -> bool:
         """Checks that all backward passes of the step are done, and clips what is left.
+
+        Returns:
+            Whether the step is to be taken: not where a `GradScaler` would skip it.
 
         Raises:
             ValueError: options, a state or gradients were changed in between, or a `GradScaler`
-                takes the step.
+                takes the step after updates were made.
             RuntimeError: there were fewer backward passes.
         """
         window, optimizer = self._window, self._optimizer
-        refuse_scaler(optimizer)
+        scale = scale_of(optimizer, waits=self._defers)
+        self._scaled = scale is not None
         refuse_options(optimizer)
         if window.open:
             raise RuntimeError(
@@ -141,23 +146,25 @@ class InBackward(Passes):
                 "(passes under set_requires_gradient_sync(False) don't count)"
             )
         if window.scaled:
-            return
+            return True
         for group in window.changed_groups():
             raise ValueError(
                 f"options of a group of {len(group['params'])} parameters (the learning rate?) "
                 "were changed after a backward pass that has made updates with them: accepted is a "
                 "change after step()"
             )
-        self._check_whole()
+        self._check_whole()  # a scaler's look at them leaves their versions as they are
+        taken = True
         if window.sums or self._max_norm is not None:
             plans = optimizer._prepare()
             try:
                 self._check_places(places_in(plans, optimizer))
-                self._clip(sites_of(plans))
+                taken = self._clip(sites_of(plans), scale)
             finally:
                 for plan in plans:
                     plan.release()
-        window.scaled = True
+        window.scaled = taken
+        return taken
 
     def _check_whole(self) -> None:
         """Raises `ValueError` if a gradient was changed that is not all that there is."""
@@ -172,10 +179,14 @@ class InBackward(Passes):
                     "max_norm of update_in_backward in the place of clip_grad_norm_"
                 )
 
-    def _clip(self, sites: dict[int, Site]) -> None:
-        """Finds the norm of the step's gradients, and scales those that are left."""
+    def _clip(self, sites: dict[int, Site], scale: Scale | None) -> bool:
+        """Finds the norm of the step's gradients, and scales those that are left.
+
+        Returns:
+            Whether the step is to be taken, as `before_step`.
+        """
         if self._max_norm is None:
-            return
+            return True
         window = self._window
         left: list[tuple[Tensor, Site]] = []
         lengths: list[Length] = []
@@ -190,15 +201,23 @@ class InBackward(Passes):
                 lengths.append(site.length(used, whole=known is None))
         norm = total_norm(lengths)
         if norm is None:
-            return
+            return scale is None or not scale.overflows()
+        if scale is not None:
+            norm = norm * scale.inverse(norm)
+        self._norm = norm
+        if scale is not None and (scale.overflows() or not norm.isfinite()):
+            return False
         bound = norm if self._defers else self._previous
         for gradient, site in left if bound is not None else ():
             assert bound is not None
             skips = bool(site.group["skip_nonfinite"]) and self._defers
-            scale_(gradient, clip_factor(bound, self._max_norm), bound, skip_nonfinite=skips)
-        self._norm = norm
+            factor = clip_factor(bound, self._max_norm)
+            if scale is not None:
+                factor = factor * scale.inverse(factor)
+            scale_(gradient, factor, bound, skip_nonfinite=skips)
         known_norm = norm if self._previous is None else self._previous.to(norm)
         self._previous = torch.where(norm.isfinite(), norm, known_norm)
+        return True
 
     def left_of(self, plan: Plan) -> Given:
         """What of a group a step takes: the gradients that are there, and the projected sums."""

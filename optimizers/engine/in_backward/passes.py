@@ -26,7 +26,7 @@ from ..low_rank_gradients import places_in
 from ..optimizer import LowRankOptimizer, no_autocast
 from ..parameters import unique_names
 from ..plan import Given, Plan
-from .norm import clip_factor, scale_
+from .norm import clip_factor, norm_of, scale_
 from .refusals import nested, refuse_options, refuse_wrappers
 from .sites import Site, sites_of
 from .window import Window
@@ -34,6 +34,7 @@ from .window import Window
 #: Entries of the largest parameter whose gradient is kept to find out whether it is changed.
 LARGEST_GUARD = 1 << 16
 _GUARD = "it is the smallest, by which changes after the backward pass are found out"
+_TOLD = "it is the smallest, by which a GradScaler finds out what is not finite"
 
 
 class Passes:
@@ -60,6 +61,8 @@ class Passes:
         self._previous: Tensor | None = None
         self._lock = threading.RLock()
         self._examined = False
+        #: Whether a `GradScaler` takes the steps, as far as is known.
+        self._scaled = False
 
     def updated(self, param: Tensor) -> bool:
         """Whether a parameter's step has been taken already, in the backward pass."""
@@ -126,7 +129,7 @@ class Passes:
         optimizer, window = self._optimizer, self._window
         refuse_options(optimizer)
         if not self._examined:
-            refuse_wrappers(optimizer)
+            refuse_wrappers(optimizer, scaled=self._defers)
             self._examined = True
         optimizer._check_before_updates()
         self._plans = optimizer._prepare()
@@ -146,14 +149,15 @@ class Passes:
         """By parameter id: why its gradient is kept until `step`.
 
         That of the smallest parameter is: where it was changed, so were others to be, that are gone
-        (`clip_grad_norm_`, a sum over processes).
+        (`clip_grad_norm_`, a sum over processes). A `GradScaler` looks at it, too.
         """
         groups = self._optimizer.param_groups
         params = [p for group in groups for p in group["params"] if p.requires_grad]
         small = [param for param in params if 0 < param.numel() <= LARGEST_GUARD]
         kept: dict[int, str] = {}
-        if small and not self._defers:
-            kept[id(min(small, key=lambda param: param.numel()))] = _GUARD
+        if small and (self._scaled or not self._defers):
+            reason = _TOLD if self._scaled else _GUARD
+            kept[id(min(small, key=lambda param: param.numel()))] = reason
         return kept | self._optimizer._kept_for_step()
 
     def end_pass(self, task: int) -> None:
@@ -161,6 +165,20 @@ class Passes:
         if self._window.task == task:
             self._window.open = False
             self._release()
+            if self._last and self._scaled:
+                self._tell_scaler()
+
+    @torch.no_grad()
+    def _tell_scaler(self) -> None:
+        """Makes the smallest whole gradient NaN where one is not finite that is only projected."""
+        window = self._window
+        if not (window.sums and window.whole):
+            return
+        known = min(window.whole.values(), key=lambda own: own.gradient.numel())
+        for key, own in window.sums.items():
+            norm = window.norms[key].norm if key in window.norms else norm_of(own.projected)
+            known.gradient.add_((norm * 0).to(known.gradient))
+        window.keep(known.param)
 
     def _release(self) -> None:
         for plan in self._plans:
@@ -212,6 +230,7 @@ class Passes:
     def _add(self, param: Tensor, site: Site) -> None:
         projected = site.project()
         self._window.add(param, projected, site.group, alone=self._accumulation == 1)
+        self._window.whole.pop(id(param), None)
         param.grad = None
 
     def _update(self, param: Tensor, site: Site) -> None:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 _BEFORE = "whose gradients are averaged only after they were applied"
 _SCALER = (
     "GradScaler with update_in_backward, whose updates would be made from gradients that are not "
-    "unscaled yet: accepted are bfloat16 autocast without a scaler, GradScaler(enabled=False), or "
-    "handle.remove()"
+    "unscaled yet: accepted are max_norm (inf clips nothing) with norm='exact' or 'projected', "
+    "which wait for the scaler, bfloat16 autocast without one, or GradScaler(enabled=False)"
 )
 _APPLY = BackwardCFunction.apply.__code__
 _RUN = torch.autograd.graph._engine_run_backward.__code__
@@ -60,15 +60,16 @@ def refuse_options(optimizer: LowRankOptimizer) -> None:
             seen.add(id(param))
 
 
-def refuse_wrappers(optimizer: LowRankOptimizer) -> None:
+def refuse_wrappers(optimizer: LowRankOptimizer, *, scaled: bool = False) -> None:
     """Raises `ValueError` if the parameters are in a wrapper that averages gradients later.
 
-    And if a `GradScaler` is in use. Looks at all objects of the process, so it is called once.
+    And if a `GradScaler` is in use, unless gradients may be `scaled`. Looks at all objects of the
+    process, so it is called once.
     """
     own = {id(param) for group in optimizer.param_groups for param in group["params"]}
     for found in _wrappers():
         if isinstance(found, torch.amp.GradScaler):
-            if found._enabled and found._scale is not None:
+            if not scaled and found._enabled and found._scale is not None:
                 raise ValueError(f"{_SCALER} (also of a scaler that another model's loss uses)")
         elif any(id(param) in own for param in found.parameters()):
             raise ValueError(
@@ -105,10 +106,9 @@ def _warn_of_copies(optimizer: LowRankOptimizer) -> None:
         )
 
 
-def refuse_scaler(optimizer: LowRankOptimizer) -> None:
-    """Raises `ValueError` in a step that a `GradScaler` takes."""
-    if hasattr(optimizer, "found_inf"):
-        raise ValueError(f"{_SCALER} (and start again: this step's updates are made)")
+def refuse_scaler() -> None:
+    """Raises `ValueError` in a step that a `GradScaler` takes after updates were made."""
+    raise ValueError(f"{_SCALER} (and start again: this step's updates are made)")
 
 
 def nested() -> bool:

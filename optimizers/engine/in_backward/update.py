@@ -34,9 +34,9 @@ def update_in_backward(
     Q-GaLore, GaLore+, COAP, Muon in a subspace) and no refit is due in the step. Gradients of all
     others are kept whole, as in a loop without this: `whole()` of the handle says which, and why.
 
-    Not for a loop that decides after `backward()` whether to take the step: `GradScaler`
-    (`bfloat16` needs none), DistributedDataParallel, DeepSpeed, and `capturable=True` are refused;
-    `fully_shard` is accepted.
+    A `GradScaler` decides after `backward()` whether to take the step: it goes with the norms that
+    are known only then, "exact" and "projected". DistributedDataParallel, DeepSpeed, and
+    `capturable=True` are refused; `fully_shard` is accepted.
 
     Args:
         optimizer: of this package.
@@ -78,7 +78,7 @@ def update_in_backward(
                     "remove() of its handle first"
                 )
     if distributed.is_available() and distributed.is_initialized():
-        refuse_wrappers(optimizer)  # and in the first pass
+        refuse_wrappers(optimizer, scaled=True)  # and in the first pass
     handle = InBackward(optimizer, int(accumulation), max_norm, norm)
     if handle._whole_norm:
         warn_user(

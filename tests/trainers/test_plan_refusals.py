@@ -1,0 +1,99 @@
+"""What can't be planned or measured, and reasons that are told whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import LlamaConfig
+
+from lowrank.trainers.config_io import from_mapping
+from lowrank.trainers.plan import measure
+from lowrank.trainers.plan.fakes import faking, made
+from lowrank.trainers.plan.network import Source, read_source
+from lowrank.trainers.plan.options import method_options
+from lowrank.trainers.plan.planner import plan_run
+from lowrank.trainers.plan.sharded import check_divisible
+from lowrank.trainers.plan.truth import measured
+from lowrank.trainers.plan.update import empty_gradients, simulate
+
+
+def test_two_widths_of_weights() -> None:
+    with pytest.raises(ValueError, match=r"weight_bits=8 with option weight_bits=4: accepted is"):
+        method_options("llama_9m", "galore_adamw", {"weight_bits": 4}, 8)
+    assert method_options("llama_9m", "galore_adamw", {"weight_bits": 4}, 4)["weight_bits"] == 4
+    assert method_options("llama_9m", "galore_adamw", {}, 16)["weight_bits"] is None
+    with pytest.raises(ValueError, match=r"weight_bits=8 with optimizer='relora_adamw': accepted"):
+        method_options("llama_9m", "relora_adamw", {}, 8)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options", "said"),
+    [
+        ("qgalore_adamw_8bit", {}, "strategy='fsdp2' with weight_bits=8 of"),
+        ("galore_adamw", {"weight_bits": 4}, "strategy='fsdp2' with weight_bits=4 of"),
+        ("sltrain_adamw", {}, "sltrain_adamw"),
+    ],
+)
+def test_what_fsdp2_does_not_divide(optimizer: str, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        check_divisible(optimizer, options)
+    check_divisible("qgalore_adamw_8bit", {"weight_bits": None})
+
+
+def test_measuring_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device='cuda': there is no GPU to measure on"):
+        measure("llama_9m", "adamw", sequence=8, device="cuda")
+
+
+def test_measuring_several_processes() -> None:
+    several: Any = SimpleNamespace(setting={"world": 2})
+    with pytest.raises(ValueError, match="measuring with world=2: accepted is one process"):
+        measured(several)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ({"compile": True}, "model.compile=True: planned are runs without it"),
+        ({"compressed_activations": 4}, "model.compressed_activations=4: planned is 0"),
+    ],
+)
+def test_runs(model: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        plan_run(from_mapping({"model": model}), 1, "cpu")
+
+
+def test_reasons_of_a_bad_configuration_are_told_whole(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text('{"model_type": "nothing"}')
+    with pytest.raises(ValueError, match="is no configuration") as caught:
+        read_source(str(file), 16)
+    said = str(caught.value)
+    assert said.count("\n") == 0
+    reason = said[said.index(" knows (") :]
+    assert reason.endswith(("...)", ".)"))
+
+
+@pytest.mark.parametrize("optimizer", ["galore_adamw", "qgalore_adamw_8bit"])
+def test_a_second_simulation_finds_the_same_refreshes_due(optimizer: str) -> None:
+    """Updates in the backward pass are simulated one by one after the step of all of them."""
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2}
+    config = LlamaConfig(**shape, vocab_size=32, num_hidden_layers=1)
+    source = Source("tiny", config, torch.float32, checkpointing=False)
+    with faking(FakeTensorMode()):
+        fake = made(source, optimizer, {"rank": 4, "lr": 1e-3}, "cpu", 1)
+
+        def differentiate() -> None:
+            empty_gradients(fake.model, None, replace=False)
+
+        first, second, third = (
+            simulate(fake.optimizer, fake.model, differentiate, granularity=1) for _ in range(3)
+        )
+    assert first == second == third
+    assert first.refresh > first.step
