@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,9 +15,10 @@ from .engine.composition import Composition
 from .engine.low_rank_gradients import examine
 from .engine.method import TABLE, Method
 from .engine.optimizer import LowRankOptimizer
-from .engine.options import make_plain
+from .engine.options import ProjectionOptions, make_plain
 from .engine.parameters import check_placement, whole_shape
 from .engine.replaced import Watch
+from .engine.strategies import PROJECTORS, RESIDUALS, SCHEDULES, STORAGES
 from .layers.convert import check_converted, factored_layers, meta_copy
 from .layers.optimizer import FactoredAdamW
 from .pretrained import save_dense_weights
@@ -25,6 +26,13 @@ from .traffic import step_bytes
 
 #: Group options that `build` passes to plain parameters, too.
 _EVERYWHERE = ("seed", "stochastic_rounding")
+
+_CHOICES: dict[str, Collection[Any]] = {
+    "projector": PROJECTORS,
+    "schedule": SCHEDULES,
+    "basis": STORAGES,
+    "residual": RESIDUALS,
+}
 
 
 def available() -> list[str]:
@@ -111,12 +119,22 @@ def _sort_options(method: Method, options: dict[str, Any]) -> tuple[dict[str, An
             own = ("patterns", "plain_lr", *method.optimizer.hidden_keys)
             if method.optimizer.projects or name in own:
                 group_options[name] = value
+            else:
+                _check_ineffective(name, value)
         elif name in constructor:
             keywords[name] = value
         else:
             known = constructor | groups | {*conversion}
             raise checks.unknown_name(f"option of {method.name}", name, known)
     return group_options, keywords
+
+
+def _check_ineffective(name: str, value: Any) -> None:
+    """Raises `ValueError` for a value that no method accepts, of an option without effect here."""
+    if name in _CHOICES:
+        checks.choice(name, value, _CHOICES[name])
+    elif name in ProjectionOptions.names():
+        ProjectionOptions(**{name: value})
 
 
 def convert(name: str, model: nn.Module, **options: Any) -> nn.Module:

@@ -15,12 +15,13 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .files import sha256, sync, write_text, writing
+from .watch import is_connection_failure
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -262,6 +263,25 @@ def verify(folder: Path) -> Manifest:
                 f"checkpoint {folder} is damaged: the content of {name} does not match its checksum"
             )
     return Manifest(folder, content["step"], content["val_loss"])
+
+
+@contextlib.contextmanager
+def reading(folder: Path, name: str) -> Iterator[None]:
+    """Converts what libraries raise for a file that is none of theirs, which are many types.
+
+    Raises:
+        DamagedCheckpointError: the file can't be read.
+    """
+    try:
+        yield
+    except (OSError, ValueError, MemoryError):
+        raise
+    except Exception as error:
+        if is_connection_failure(error) or type(error).__name__ == "OutOfMemoryError":
+            raise
+        raise DamagedCheckpointError(
+            f"checkpoint {folder} is damaged: {name} can't be read ({type(error).__name__})"
+        ) from None
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

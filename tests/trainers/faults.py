@@ -46,6 +46,7 @@ class Disk:
         fail_at: the number of the call that fails, counted from 0; None for none.
         kind: an error number, `DEATH` or `POWER`.
         name: count calls of this name alone.
+        below: count calls below folders of this name alone.
         lasting: every later call that takes room fails, too, as on a disk that stays full.
     """
 
@@ -56,12 +57,13 @@ class Disk:
         kind: int | str = errno.ENOSPC,
         *,
         name: str | None = None,
+        below: str | None = None,
         lasting: bool = False,
     ) -> None:
         self.root = os.path.realpath(root)
         self.calls: list[Call] = []
         self._fail_at, self._kind = fail_at, kind
-        self._name, self._lasting, self._failed = name, lasting, False
+        self._name, self._below, self._lasting, self._failed = name, below, lasting, False
         self._unflushed: set[str] = set()
 
     def fails(self, name: str, path: Any, descriptor: int | None = None) -> bool:
@@ -70,7 +72,9 @@ class Disk:
         if descriptor is not None:
             place = os.path.join(os.readlink(f"/proc/self/fd/{descriptor}"), place)
         place = os.path.abspath(place)
-        if place != self.root and not place.startswith(self.root + os.sep):
+        if place != self.root and not place.startswith(self.root.rstrip(os.sep) + os.sep):
+            return False
+        if self._below is not None and self._below not in Path(place).parts:
             return False
         if name == "write":
             self._unflushed.add(place)
