@@ -242,9 +242,9 @@ class ManagedOptimizer(Optimizer):
             for name, value in self.defaults.items():
                 if name not in self.ungrouped:
                     group.setdefault(name, value)
+            group.pop(METHOD, None)
             made_under = Snapshot(policy.options_of_state(group))
-            for mark in (policy.STATE_OPTIONS, METHOD):
-                group.pop(mark, None)
+            group.pop(policy.STATE_OPTIONS, None)
             self._snapshots[id(group)] = (group, made_under)
 
     def state_dict(self) -> dict[str, Any]:

@@ -163,3 +163,10 @@ def test_parts_that_cut_blocks_say_which_level_fits() -> None:
         FoldedAdam(lr=1e-3, level=2).check_part(part, "mlp.weight")
     FoldedAdam(lr=1e-3, level=1).check_part(part, "mlp.weight")
     FoldedAdam(lr=1e-3, level=2).check_part(replace(part, transposed=False), "mlp.weight")
+
+
+def test_a_state_saved_right_after_loading_is_the_loaded_one() -> None:
+    state = stepped("galore_adamw", rank=4).state_dict()
+    second = build("galore_adamw", tiny_model(), rank=4)
+    second.load_state_dict(state)
+    assert second.state_dict()["param_groups"] == state["param_groups"]

@@ -35,7 +35,7 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
     def arguments(name: str) -> list[str]:
         flags = [f"--output={base / name}", f"--steps={STEPS}", f"--data={corpus}", "--resume=auto"]
-        settings = ("distributed.strategy=fsdp2", "distributed.timeout=4", "eval.every=0")
+        settings = ("distributed.strategy=fsdp2", "distributed.timeout=20", "eval.every=0")
         return ["pretrain", *flags, *TINY, *settings, "checkpoint.every=2", "checkpoint.keep=1"]
 
     jobs = {"whole": Job(arguments("whole"), 2)}
