@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +18,7 @@ from .engine.optimizer import LowRankOptimizer
 from .engine.options import ProjectionOptions, make_plain
 from .engine.parameters import check_placement, whole_shape
 from .engine.replaced import Watch
+from .engine.strategies import PROJECTORS, RESIDUALS, SCHEDULES, STORAGES
 from .layers.convert import check_converted, factored_layers, meta_copy
 from .layers.optimizer import FactoredAdamW
 from .pretrained import save_dense_weights
@@ -25,6 +26,13 @@ from .traffic import compared_bytes, step_bytes
 
 #: Group options that `build` passes to plain parameters, too.
 _EVERYWHERE = ("seed", "stochastic_rounding")
+
+_CHOICES: dict[str, Collection[Any]] = {
+    "projector": PROJECTORS,
+    "schedule": SCHEDULES,
+    "basis": STORAGES,
+    "residual": RESIDUALS,
+}
 
 
 def available() -> list[str]:
@@ -118,6 +126,8 @@ def _sort_options(method: Method, options: dict[str, Any]) -> tuple[dict[str, An
             if method.optimizer.projects or name in own:
                 group_options[name] = value
             else:
+                if name in _CHOICES:
+                    checks.choice(name, value, _CHOICES[name])
                 ignored[name] = value
         elif name in constructor:
             keywords[name] = value

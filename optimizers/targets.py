@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -37,12 +37,15 @@ def checked(patterns: Patterns) -> tuple[str, ...] | None:
     """Patterns as a tuple; a string is one pattern.
 
     Raises:
-        ValueError: one is not a string, is empty, or is no regular expression.
+        ValueError: they are neither a string nor a list, or one is not a string, is empty, or is
+            no regular expression.
     """
     if patterns is None:
         return None
-    if not isinstance(patterns, Iterable):
-        raise ValueError(f"patterns={patterns!r}: accepted are a part of layers' names, or several")
+    if not isinstance(patterns, str | list | tuple | set | frozenset):
+        raise ValueError(
+            f"patterns={patterns!r}: accepted are a part of layers' names, or a list of such"
+        )
     made = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     for pattern in made:
         if not isinstance(pattern, str) or not pattern:

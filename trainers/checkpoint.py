@@ -14,12 +14,14 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .files import sha256, sync, write_text, writing
+from .watch import is_connection_failure
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -30,6 +32,10 @@ _DISCARDED = ".discarded-"
 
 class CheckpointError(OSError):
     """A checkpoint can't be written; the message is one line with advice."""
+
+
+class _UnflushedError(OSError):
+    """A whole checkpoint has its name, which a power cut may still take away."""
 
 
 class DamagedCheckpointError(ValueError):
@@ -78,20 +84,18 @@ class CheckpointStore:
 
         Raises:
             CheckpointError: the disk is full or failing; nothing of the checkpoint remains,
-                and the previous ones are unchanged.
+                unless it is whole, and the previous ones are unchanged.
         """
         final = self.folder / step_name(step)
         temporary = self.folder / f"{_TEMPORARY}{final.name}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if not self.folder.is_dir():
+                self.folder.mkdir(parents=True)
+                sync(self.folder.parent)
             self.remove_leftovers()
             temporary.mkdir()
             self._fill(temporary, step, val_loss, write)
-            if final.exists():
-                # A damaged one, or the same step written again after an older one was resumed.
-                final.rename(self.folder / f"{_DISCARDED}{final.name}")
-            temporary.rename(final)
-            sync(self.folder)
+            self._publish(temporary, final)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
             with contextlib.suppress(OSError):
@@ -99,8 +103,33 @@ class CheckpointStore:
             if isinstance(error, OSError):
                 raise CheckpointError(self._unwritten(final, error)) from error
             raise
-        self._prune(newest=final)
+        try:
+            self._prune(newest=final)
+        except OSError as error:
+            # Nothing that the run needs: the new one is whole.
+            warnings.warn(
+                f"an old checkpoint in {self.folder} can't be removed ({error.strerror or error});"
+                " the next one that is written tries it again",
+                stacklevel=2,
+            )
         return final
+
+    def _publish(self, temporary: Path, final: Path) -> None:
+        """Gives a whole checkpoint its name."""
+        former = self.folder / f"{_DISCARDED}{final.name}"
+        if final.exists():
+            # A damaged one, or the same step written again after an older one was resumed.
+            final.rename(former)
+        try:
+            temporary.rename(final)
+        except OSError:
+            with contextlib.suppress(OSError):
+                former.rename(final)
+            raise
+        try:
+            sync(self.folder)
+        except OSError as error:
+            raise _UnflushedError(error.errno, error.strerror) from error
 
     def _fill(
         self, folder: Path, step: int, val_loss: float | None, write: Callable[[Path], None]
@@ -124,6 +153,12 @@ class CheckpointStore:
 
     def _unwritten(self, final: Path, error: OSError) -> str:
         """One line: what couldn't be written and why, and what there is to go on from."""
+        if isinstance(error, _UnflushedError):
+            return (
+                f"the checkpoint {final} is written, but can't be flushed to the disk"
+                f" ({error.strerror}); see to the disk, then go on with --resume"
+                f" {self.folder.parent}"
+            )
         file = Path(error.filename).name if error.filename else ""
         what = f"{file}: " if file and _TEMPORARY not in file else ""
         saved = next((item for path in self.folders() if (item := _read_quietly(path))), None)
@@ -228,6 +263,25 @@ def verify(folder: Path) -> Manifest:
                 f"checkpoint {folder} is damaged: the content of {name} does not match its checksum"
             )
     return Manifest(folder, content["step"], content["val_loss"])
+
+
+@contextlib.contextmanager
+def reading(folder: Path, name: str) -> Iterator[None]:
+    """Converts what libraries raise for a file that is none of theirs, which are many types.
+
+    Raises:
+        DamagedCheckpointError: the file can't be read.
+    """
+    try:
+        yield
+    except (OSError, ValueError, MemoryError):
+        raise
+    except Exception as error:
+        if is_connection_failure(error) or type(error).__name__ == "OutOfMemoryError":
+            raise
+        raise DamagedCheckpointError(
+            f"checkpoint {folder} is damaged: {name} can't be read ({type(error).__name__})"
+        ) from None
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from . import plan_command
 from .termination import Terminated
@@ -16,6 +17,12 @@ EXIT_FAILED = 1
 EXIT_WRONG = 2
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
+#: Characters of a message that anyone reads.
+_LONGEST = 1000
+_SHORT_OF_MEMORY = (
+    "there is not enough memory; `lowrank plan` says what fits: try a smaller train.batch_size with"
+    " more train.accumulation, or model.activation_checkpointing"
+)
 
 _PRETRAIN_TEXT = """\
 Pretrains a LLaMA and leaves a folder with the resolved configuration, metrics, checkpoints, a
@@ -43,11 +50,17 @@ examples:
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """One that says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with the message, and where the usage is to be had."""
+        sys.exit(_fail(f"{message}; `{self.prog} --help` shows the usage", EXIT_WRONG))
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
-    main_parser = argparse.ArgumentParser(
-        prog="lowrank", description="Pretrain language models in little memory."
-    )
+    main_parser = _Parser(prog="lowrank", description="Pretrain language models in little memory.")
     commands = main_parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     pretrain = commands.add_parser(
@@ -130,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(str(error), EXIT_WRONG, error)
         except OSError as error:
             return _fail(_system_text(error), EXIT_FAILED, error)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             return _fail_at_work(error)
     return 0
 
@@ -200,14 +213,24 @@ def _methods(options: argparse.Namespace) -> None:
         print_system()
 
 
-def _fail_at_work(error: RuntimeError) -> int:
+def _fail_at_work(error: RuntimeError | MemoryError) -> int:
     """A failure while the run was going: orderly ones in one line, unforeseen ones as they are."""
     from .loop import TrainingError
+    from .memory import is_out_of_memory
     from .watch import LostProcessError
+
+    if is_out_of_memory(error):
+        return _fail(f"{_SHORT_OF_MEMORY} ({_asked(error)})", EXIT_FAILED, error)
 
     if isinstance(error, TrainingError | LostProcessError):
         return _fail(str(error), EXIT_FAILED, error)
     raise error
+
+
+def _asked(error: BaseException) -> str:
+    """How much memory was asked for, in a library's words."""
+    found = re.search(r"tried to allocate [\d.,]+ \w+", str(error), re.IGNORECASE)
+    return found[0].lower() if found else type(error).__name__
 
 
 def _system_text(error: OSError) -> str:
@@ -219,8 +242,12 @@ def _system_text(error: OSError) -> str:
 
 def _fail(message: str, status: int, error: BaseException | None = None) -> int:
     """One line, unless another process of the run shows this error."""
+    text = " ".join(message.split())
+    if len(text) > _LONGEST:
+        # Values that were given are repeated in it.
+        text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
     if not getattr(error, "said_by_another", False):
-        sys.stderr.write(f"lowrank: {' '.join(message.split())}\n")
+        sys.stderr.write(f"lowrank: {text}\n")
     return status
 
 

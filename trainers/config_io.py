@@ -23,6 +23,8 @@ from .files import write_text
 from .missing import require
 
 Layer = Mapping[str, Any]
+#: Aliases of aliases make very many values of a few lines.
+MOST_VALUES = 10_000
 Section = TypeVar("Section")
 
 # Keys that may differ when a run goes on: they change where and how it is computed, kept or shown,
@@ -174,12 +176,24 @@ def parse_yaml(text: str, where: str) -> Any:
     """
     yaml = require("yaml", "train")
     try:
-        return yaml.load(text, Loader=_loader())
+        value = yaml.load(text, Loader=_loader())
     except RecursionError:
         raise ValueError(f"{where} is nested too deeply") from None
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{where} is not valid YAML: {reason}") from None
+    except ValueError as error:  # of a date or a number that is none
+        raise ValueError(f"{where} is not valid YAML: {error}") from None
+    left, pending = MOST_VALUES, [value]
+    while pending:
+        item, left = pending.pop(), left - 1
+        if left < 0:
+            raise ValueError(
+                f"{where} has more than {MOST_VALUES:,} values, or one that contains itself"
+            )
+        inside = item.values() if isinstance(item, dict) else item
+        pending.extend(inside if isinstance(item, dict | list) else ())
+    return value
 
 
 def changed_keys(saved: RunConfig, now: RunConfig) -> list[tuple[str, Any, Any]]:

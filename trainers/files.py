@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 BLOCK_BYTES = 1 << 20
+#: How libraries written in Rust name the operating system's error in their own.
+_NUMBER = re.compile(r"\(os error (\d+)\)")
 
 
 class WriteError(OSError):
@@ -20,7 +23,7 @@ def writing(path: Path) -> Iterator[None]:
     """Converts the errors of a failing write, in Python or in a library, to one `WriteError`.
 
     Libraries report a full disk with their own types: torch with a `RuntimeError` caused by the
-    operating system's, safetensors with an exception that contains it only as text.
+    operating system's, safetensors and tokenizers with exceptions that contain it only as text.
 
     Args:
         path: the file that the block writes.
@@ -37,6 +40,10 @@ def writing(path: Path) -> Iterator[None]:
         if system is not None:
             reason = system.strerror or str(system)
             raise WriteError(system.errno, reason, str(path)) from error
+        number = _NUMBER.search(str(error))
+        if number:
+            reason = os.strerror(int(number[1]))
+            raise WriteError(int(number[1]), reason, str(path)) from error
         if type(error).__name__ == "SafetensorError":
             raise WriteError(None, " ".join(str(error).split())[:200], str(path)) from error
         raise

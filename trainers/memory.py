@@ -16,6 +16,9 @@ from .sharding import local, whole_shape
 from .weights import stored_tensors
 from .zero_engine import ZeroEngine
 
+#: What torch says of a host that is out of memory, in an error without a type of its own.
+_NO_MEMORY = ("DefaultCPUAllocator", "Storage size calculation overflowed", "can't allocate memory")
+
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of a model's tensors in a checkpoint, every shared tensor once."""
@@ -133,3 +136,11 @@ class MemoryMeter:
             "process": process_bytes(self._device),
             "peak": peak_bytes(self._device),
         }
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory couldn't be allocated, on a device or the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = str(error)
+    return isinstance(error, RuntimeError) and any(words in said for words in _NO_MEMORY)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DTYPES = ("float32", "bfloat16")
+#: Beyond any model's, so that a slip of the finger is told before anything is allocated.
+LARGEST_SIZE, MOST_LAYERS = 2**24, 10_000
 WEIGHT_BITS = (16, 8, 4, None)
 
 
@@ -69,7 +71,8 @@ class ModelConfig:
             "vocab_size",
         ):
             value = getattr(self, key)
-            require(value >= 1, f"model.{key}", value, "a whole number of at least 1")
+            most = MOST_LAYERS if key == "num_hidden_layers" else LARGEST_SIZE
+            require(1 <= value <= most, f"model.{key}", value, f"a whole number from 1 to {most:,}")
         require(
             self.hidden_size % (2 * self.num_attention_heads) == 0,
             "model.num_attention_heads",

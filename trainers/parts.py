@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lowrank.optimizers import InBackward, dense_state_dict
 
-from .checkpoint import DamagedCheckpointError, verify
+from .checkpoint import reading, verify
 from .config import RunConfig
 from .config_io import from_mapping, to_mapping
 from .converted import (
@@ -242,7 +242,8 @@ def load_initial(network: nn.Module, folder: Path) -> None:
     """Loads a checkpoint's dense weights into a network of the same shape.
 
     Raises:
-        ValueError: the folder has no `model.safetensors`, or its weights are of other shapes.
+        ValueError: the folder has no `model.safetensors`, it is none, or its weights are of other
+            shapes.
     """
     path = folder / WEIGHTS
     if not path.is_file():
@@ -259,6 +260,10 @@ def load_initial(network: nn.Module, folder: Path) -> None:
         network.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"model.initial={str(folder)!r} is of another shape: {error}") from None
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise ValueError(f"model.initial={str(path)!r} can't be read: {error}") from None
 
 
 def saved_config(folder: Path) -> dict[str, Any]:
@@ -294,13 +299,9 @@ def saved_partitions(folder: Path) -> tuple[int, int]:
 
 def _saved(folder: Path) -> tuple[dict[str, Any], int]:
     """A checkpoint's configuration, and by how many processes it was written."""
-    try:
+    with reading(folder, "trainer.pt"):
         content = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
         return content["config"], len(content["ranks"])
-    except Exception as error:  # Torch raises many types for a file that is none of its own.
-        raise DamagedCheckpointError(
-            f"checkpoint {folder} is damaged: trainer.pt can't be read ({type(error).__name__})"
-        ) from None
 
 
 def _with_data_shards(config: dict[str, Any], processes: int) -> dict[str, Any]:
@@ -317,14 +318,16 @@ def read_parts(folder: Path, parts: Parts) -> None:
         ValueError: the run's settings are not the checkpoint's.
     """
     verify(folder)
-    content = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+    with reading(folder, "trainer.pt"):
+        content = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
     state = TrainState.from_dict(content["state"])
     ranks = content["ranks"]
     saved = from_mapping(_with_data_shards(content["config"], len(ranks)))
     check_unchanged(saved, parts.config, folder, state.step)
     engine, world = parts.engine, parts.world
     if engine is None:
-        optimizer = read_optimizer(folder, parts.optimizer)
+        with reading(folder, OPTIMIZER):
+            optimizer = read_optimizer(folder, parts.optimizer)
     else:
         optimizer = engine.read(folder, world)
     try:
@@ -332,9 +335,11 @@ def read_parts(folder: Path, parts: Parts) -> None:
     except ValueError as error:
         raise ValueError(f"{error}; {advice(['data'], folder)}") from None
     if engine is None or engine.stage < 3:
-        load_network(parts.model.network, folder)
+        with reading(folder, WEIGHTS):
+            load_network(parts.model.network, folder)
     elif is_converted(parts.model.network):
-        read_untrained(parts.model.network, folder / WEIGHTS, folder / LAYERS)
+        with reading(folder, WEIGHTS):
+            read_untrained(parts.model.network, folder / WEIGHTS, folder / LAYERS)
     if engine is None:
         parts.optimizer.load_state_dict(optimizer)
     else:

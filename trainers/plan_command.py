@@ -103,7 +103,11 @@ def run(options: argparse.Namespace) -> None:
             return
         _print([made.to_dict() for made in plans] if options.json else ranking(plans))
         return
-    made = plan(options.model, options.optimizer or "galore_adamw", **arguments)
+    made = plan(
+        options.model,
+        "galore_adamw" if options.optimizer is None else options.optimizer,
+        **arguments,
+    )
     if not options.measure:
         _print(made.to_dict() if options.json else table(made))
         return

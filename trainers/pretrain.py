@@ -28,7 +28,7 @@ from .preset import canonical, preset_layer, with_cycle
 from .recorder import Recorder
 from .report import write_report
 from .resume import check_unchanged, resumed_config
-from .run_folder import Place, absolute, find_place, hold, store_of
+from .run_folder import Place, absolute, find_place, hold, resolved, store_of
 from .state import TrainState, seed_everything
 from .strategies import ALONE, build_training, strategy_of
 from .strategies import replicate as replicate
@@ -180,7 +180,8 @@ def _joining(request: Request) -> tuple[str, float]:
     """
     folders = [request.output] if request.output is not None else []
     if request.resume not in (None, "auto"):
-        folders = [Path(request.resume or ""), Path(request.resume or "").resolve().parent.parent]
+        asked = Path(request.resume or "")
+        folders = [asked, resolved(asked).parent.parent]
     saved = [folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()]
     layer = read_layer(saved[0]) if request.resume is not None and saved else {}
     asked = _named(request.settings, "train", "", key="device")

@@ -141,16 +141,21 @@ def _explicit(asked: Path, output: Path | None, warn: Callable[[str], None]) -> 
     if not asked.is_dir():
         raise ValueError(f"--resume {asked} is not a folder; accepted: auto, a run or a checkpoint")
     single = asked.parent.name == _CHECKPOINTS or (asked / "manifest.json").is_file()
-    folder = asked.resolve().parent.parent if single else asked
-    if output is not None and output.resolve() != folder.resolve():
+    folder = resolved(asked).parent.parent if single else asked
+    if output is not None and resolved(output) != resolved(folder):
         raise ValueError(
             f"--output {output} is not the run to resume, {folder}; leave --output away"
         )
     _check_kinds(folder)
-    checkpoint = verify(asked.resolve()) if single else _newest(folder, warn)
+    checkpoint = verify(resolved(asked)) if single else _newest(folder, warn)
     if checkpoint is None:
         raise ValueError(f"--resume {asked}: there is no checkpoint to resume from")
     return Place(folder, checkpoint)
+
+
+def resolved(path: Path) -> Path:
+    """`Path.resolve`, which in some versions of Python raises for a link to itself."""
+    return Path(os.path.realpath(path))
 
 
 def _newest(folder: Path, warn: Callable[[str], None]) -> Manifest | None:

@@ -35,6 +35,8 @@ class ManagedOptimizer(Optimizer):
     the composition and makes the state.
     """
 
+    #: Whether groups that have a rank are projected.
+    projects: ClassVar[bool]
     #: Options that can't be changed after construction.
     fixed_options: ClassVar[tuple[str, ...]] = ("capturable",)
     #: Keywords of the constructor that are not group keys.
@@ -186,9 +188,9 @@ class ManagedOptimizer(Optimizer):
             for name, value in self.defaults.items():
                 if name not in self.ungrouped:
                     group.setdefault(name, value)
+            group.pop(METHOD, None)
             made_under = Snapshot(policy.options_of_state(group))
-            for mark in (policy.STATE_OPTIONS, METHOD):
-                group.pop(mark, None)
+            group.pop(policy.STATE_OPTIONS, None)
             self._snapshots[id(group)] = (group, made_under)
 
     def state_dict(self) -> dict[str, Any]:
@@ -230,8 +232,8 @@ class ManagedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a `state_dict()`; every tensor keeps the dtype it was saved with.
 
-        Options are as they were saved, with a warning where `rank`, `update_proj_gap` or others
-        about projection differ from those that the optimizer was made with.
+        Options are as they were saved, with a warning where any that changes updates, but the
+        learning rate, differs from what the optimizer was made with.
 
         Raises:
             ValueError: the state doesn't fit these parameters, or is another method's; nothing is
@@ -246,7 +248,11 @@ class ManagedOptimizer(Optimizer):
             loaded, pending = take_pending(self._in_backward, self.param_groups, loaded)
             saved_groups = policy.checked_groups(self.param_groups, loaded)
             check_method(type(self), self.param_groups, saved_groups, self.defaults)
-            changed.extend(changed_options(self.param_groups, saved_groups))
+            changed.extend(
+                changed_options(
+                    self.param_groups, saved_groups, self._known(), projects=self.projects
+                )
+            )
             loaded = policy.upgrade(self.param_groups, loaded, self._meaning)
             policy.check(self.param_groups, loaded, self._meaning)
             found.update(loaded)

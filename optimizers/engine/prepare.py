@@ -215,8 +215,10 @@ def _examine_group(
         core = maker.complete(completed, snapshot)
         if plan is not None and core == plan.core:
             core = plan.core  # the change does not affect the composition
-        before, snapshot = snapshot.options if changed and snapshot else None, Snapshot(completed)
-        if plan is not None and changed is not None and changed <= SCALARS and plan.settled(state):
+        before = snapshot.options if changed and snapshot else None
+        snapshot = Snapshot(completed)
+        affects = changed is None or not changed <= SCALARS or _switches_moment(before, completed)
+        if plan is not None and not affects and plan.settled(state):
             return _GroupChange(group, completed, core, snapshot, [], before)
     found = {  # by id: torch lets a parameter be in a group twice
         id(param): _examine(param, name, state.get(param), previous.get(id(param)), core, completed)
@@ -224,6 +226,11 @@ def _examine_group(
     }
     state_changes = [state_change for state_change in found.values() if state_change is not None]
     return _GroupChange(group, completed, core, snapshot, state_changes, before)
+
+
+def _switches_moment(before: Group | None, after: Group) -> bool:
+    """Whether a momentum was switched on or off; its entry of the state comes or goes."""
+    return before is not None and bool(before.get("momentum")) != bool(after.get("momentum"))
 
 
 def _examine(

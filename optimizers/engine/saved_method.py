@@ -7,11 +7,13 @@ record their optimizer's class under `METHOD`, which loading removes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from . import checks
-from .options import ProjectionOptions
+from .options import NO_OPTIONS, ProjectionOptions
 from .strategies import strategy_option_owners
 from .warn import warn_user
 
@@ -22,6 +24,10 @@ METHOD = "method"
 MAKING = ("projector", "residual")
 #: Further ones, by which a state without a record of its class is told from others.
 TELLING = (*MAKING, "schedule", "basis")
+#: Options of how a step is computed, which change nothing but its rounding.
+HOW = ("foreach", "fused", "capturable", "compile", "differentiable")
+#: Options that schedulers which cycle the momentum change, and the keys by which they are known.
+CYCLED, CYCLED_BY = frozenset(("betas", "momentum", "beta1")), ("base_momentum", "max_momentum")
 #: Keys by which a method sorts its groups: factors of replaced layers, matrices under Muon.
 SORTING = ("factors", "use_muon")
 
@@ -120,18 +126,43 @@ def _named(saved: Sequence[Group]) -> str | None:
     return min(found)[1] if found else None
 
 
-def changed_options(groups: Sequence[Group], saved: Sequence[Group]) -> list[str]:
-    """Options about projection that a saved state changes, as "rank: 8 (given 4)"."""
+def changed_options(
+    groups: Sequence[Group], saved: Sequence[Group], known: Collection[str], *, projects: bool
+) -> list[str]:
+    """Options that a saved state changes and that change updates, as "rank: 8 (given 4)".
+
+    Args:
+        groups: the optimizer's groups.
+        saved: the saved groups, as many.
+        known: names of the optimizer's options.
+        projects: whether the optimizer projects groups that have a rank.
+    """
     found: dict[str, None] = {}
     for group, other in zip(groups, saved, strict=True):
-        if not _is_projected(group):
-            continue
-        for name in (*ProjectionOptions.names(), *strategy_option_owners()):
-            if name not in group or name not in other or name in MAKING:
+        silent = {*MAKING, *SORTING, *HOW, *NO_OPTIONS}
+        if projects and not _is_projected(group):
+            silent |= {*ProjectionOptions.names(), *strategy_option_owners()} - {
+                "stochastic_rounding"
+            }
+        if any(name in other for name in CYCLED_BY):
+            silent |= CYCLED
+        for name in known:
+            if name in silent or name not in group or name not in other:
                 continue
-            if not checks.same(other[name], group[name]):
+            if not _equal(other[name], group[name]):
                 found[f"{name}={other[name]!r} (here {name}={group[name]!r})"] = None
-    return list(found)
+    return sorted(found)
+
+
+def _equal(value: Any, other: Any) -> bool:
+    """Whether an option means the same; a list is as good as a tuple, and 0 as 0.0."""
+    pair = [tuple(item) if isinstance(item, list) else item for item in (value, other)]
+    if any(isinstance(item, Tensor) for item in pair):
+        return checks.same(checks.plain(value), checks.plain(other))
+    try:
+        return bool(pair[0] == pair[1])
+    except (RuntimeError, ValueError):
+        return False
 
 
 def warn_of_changes(optimizer: str, changed: Sequence[str]) -> None:

@@ -65,6 +65,8 @@ class BlockPowerProjector(SingularProjector):
                 "'rotate'; the subspace moves at every refresh by a little"
             )
         betas = group.get("betas")
+        if betas is not None:
+            checks.betas(betas)
         return replace(self, beta1=float(betas[0]) if betas else 0.0)
 
     def fit(self, params: Sequence[ProjectedParam]) -> list[Bases | None]:

@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..engine import checks
 from ..engine.geometry import Geometry, Side
 from ..engine.processes import chunk_range
 from ..projectors import ProjectedParam, Projector, apply
@@ -51,6 +52,8 @@ class ErrorFeedback(Residual):
     def for_group(self, group: Mapping[str, Any]) -> ErrorFeedback:
         """With the group's decay of the first moment."""
         betas = group.get("betas")
+        if betas is not None:
+            checks.betas(betas)
         return replace(self, beta1=float(betas[0]) if betas else 0.0)
 
     def init(self, geometry: Geometry, like: Tensor) -> dict[str, Any]:

@@ -114,10 +114,11 @@ class FoldedAdam(TwoPassRule):
             return
         share = -(-part.shape[0] // part.processes.world)
         if share % self.width and part.processes.world > 1:
+            whole = (share & -share).bit_length() - 1
             raise ValueError(
                 f"{called} is spread by columns, {share} a process, which cuts blocks of "
-                f"{self.width} (fold_level={self.level}): accepted are parts of whole blocks, or "
-                "parameters spread by rows, Shard(0)"
+                f"{self.width} (fold_level={self.level}): accepted are fold_level of at most "
+                f"{whole}, or parameters spread by rows, Shard(0)"
             )
 
     def step_traffic(self, part: Part, itemsize: int) -> int:

@@ -131,6 +131,37 @@ def test_grad_scaler_skips_without_advancing(row: Row) -> None:
 
 
 @every
+def test_fp16_autocast_under_a_grad_scaler_skips_cleanly(row: Row) -> None:
+    """A scale that overflows is halved until it doesn't; what is skipped leaves no trace."""
+    model = tiny_model()
+    optimizer = row.build(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, growth_interval=100)
+    tokens = torch.arange(24).reshape(3, 8) % 32
+    before, taken = [value.clone() for value in model.state_dict().values()], 0
+    for _ in range(40):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            logits = model(tokens)
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+        scaler.scale(loss).backward()
+        scale = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        if scaler.get_scale() == scale:
+            taken += 1
+        elif not taken:
+            now = model.state_dict().values()
+            assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
+        assert all(int(state["step"]) == taken for state in optimizer.state.values())
+        if taken == 3:
+            break
+    assert taken == 3
+    assert 1 < scale < 2.0**30
+    assert optimizer.skipped == 0
+    assert all(value.isfinite().all() for value in trained(model))
+
+
+@every
 def test_updates_that_are_left_out_are_counted(row: Row) -> None:
     model = tiny_model()
     optimizer = row.build(model)

@@ -45,6 +45,8 @@ class Job:
             FULL_WEIGHTS and FULL_PARTITION (ZeRO's) stand for a full disk there.
         folders: the processes' working folders.
         copied: (from, to): a run's folder that is copied before.
+        faults: {rank: (step, name, number, kind)}: which call of that name fails, and how, while
+            that step's checkpoint is written; see `faults.Disk`.
     """
 
     arguments: Sequence[str]
@@ -52,6 +54,7 @@ class Job:
     stop: dict[str, tuple[int, int]] = field(default_factory=dict)
     folders: Sequence[str] = ()
     copied: tuple[str, str] | None = None
+    faults: dict[str, tuple[int, str, int, int | str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -219,6 +222,8 @@ def _become(job: Job, rank: int, port: int, folder: Path, zero: bool) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if str(rank) in job.stop:
             stop_itself(*job.stop[str(rank)])
+        if str(rank) in job.faults:
+            fail_in_writing(*job.faults[str(rank)])
         status = main(job.arguments)
     except BaseException:
         traceback.print_exc()
@@ -226,6 +231,24 @@ def _become(job: Job, rank: int, port: int, folder: Path, zero: bool) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def fail_in_writing(step: int, name: str, number: int, kind: int | str) -> None:
+    """Has a call of this process fail, see `Job.faults`."""
+    from faults import Disk
+
+    from lowrank.trainers import loop
+
+    save = loop.Loop._save
+
+    def failing(self: Any) -> Path:
+        if self._parts.state.step != step:
+            return save(self)
+        # Of rank 0 too: the others don't know the folder.
+        with Disk(Path("/"), number, kind, name=name, below="checkpoints").watched():
+            return save(self)
+
+    loop.Loop._save = failing  # type: ignore[method-assign]
 
 
 def _skip_report() -> None:

@@ -61,7 +61,7 @@ def decide(asked: Asked) -> Setting:
     """
     former = read_setting(asked.output)
     base = former or Setting(methods=("adamw",), seeds=(0, 1, 2))
-    model = asked.model or base.model
+    model = base.model if asked.model is None else asked.model
     preset = read_preset(model)
     steps = asked.steps if asked.steps is not None else None
     if steps is None:
@@ -72,7 +72,7 @@ def decide(asked: Asked) -> Setting:
     if asked.methods is not None:
         labels = tuple(entry.label for entry in parse_methods(asked.methods))
     settings = merge(base.settings, asked.settings)
-    data = asked.data or base.data
+    data = base.data if asked.data is None else asked.data
     _refuse_own(settings)
     _refuse_inside(asked.output, data)
     given = dict(settings.get("data") or {})

@@ -65,6 +65,10 @@ class Setting:
             raise ValueError(f"--steps is {self.steps}; accepted: {FEWEST_STEPS} or more")
         if self.equal not in EQUALS:
             raise ValueError(f"--equal is {self.equal!r}; accepted: {', '.join(EQUALS)}")
+        if not 0 <= self.tuning_seed < 2**32:
+            raise ValueError(
+                f"--tuning-seed is {self.tuning_seed}; accepted: a whole number from 0 to 2^32-1"
+            )
         if self.tune and self.tuning_seed in self.seeds:
             raise ValueError(
                 f"--seeds has {self.tuning_seed}, on which rates are tuned; accepted: others, or"

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from .records import TEXT_KEY
 
+#: Each is a process of its own.
+MOST_WORKERS = 256
 PACKINGS = ("pack", "pad")
 BAD_DOCUMENTS = ("skip", "error")
 
@@ -54,6 +56,10 @@ class DataConfig:
                 raise ValueError(
                     f"data.{name} must be an integer of at least {least}, got {value!r}"
                 )
+        if self.workers > MOST_WORKERS:
+            raise ValueError(
+                f"data.workers must be an integer up to {MOST_WORKERS}, got {self.workers}"
+            )
         for name, accepted in (("packing", PACKINGS), ("bad_documents", BAD_DOCUMENTS)):
             value = getattr(self, name)
             if value not in accepted:

@@ -20,6 +20,8 @@ from .result import Plan, Slack
 from .sharded import STRATEGIES
 
 DEVICES = ("cuda", "cpu")
+#: Beyond any machine's; products of larger ones overflow torch's sizes.
+LARGEST_SIZE = 2**24
 #: Most sequences of a micro-batch that are tried.
 LARGEST_BATCH = 1 << 20
 
@@ -154,6 +156,10 @@ def _memory(memory: str | int | None, card: str | None) -> int | None:
 def _check(setting: Setting) -> None:
     for name in ("sequence", "batch", "accumulation", "world"):
         checks.integer(name, getattr(setting, name), low=1)
+        if getattr(setting, name) > LARGEST_SIZE:
+            raise ValueError(
+                f"{name}={getattr(setting, name)}: accepted are at most {LARGEST_SIZE:,}"
+            )
     checks.choice("device", setting.device, DEVICES)
     if setting.strategy is not None:
         checks.choice("strategy", setting.strategy, STRATEGIES)
