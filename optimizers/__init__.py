@@ -22,6 +22,8 @@ from .memory import state_bytes as state_bytes
 from .memory import state_bytes_by_category as state_bytes_by_category
 from .methods.galore_plus import cross_head_groups as cross_head_groups
 from .methods.scale import scale_groups as scale_groups
+from .official_state import load_official_state as load_official_state
+from .official_state import read_official as read_official
 from .param_groups import param_groups as param_groups
 from .projectors import RefreshEvent as RefreshEvent
 from .registry import accepts as accepts
@@ -34,6 +36,7 @@ from .registry import expected_step_traffic as expected_step_traffic
 from .registry import expected_weight_bytes as expected_weight_bytes
 from .registry import method_table as method_table
 from .registry import option_aliases as option_aliases
+from .training_arguments import optimizer_from_arguments as optimizer_from_arguments
 from .weights import Int4Weight as Int4Weight
 from .weights import Int8Weight as Int8Weight
 from .weights import QuantizedWeight as QuantizedWeight

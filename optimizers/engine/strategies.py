@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -70,6 +71,44 @@ RESIDUALS: dict[str, type[Residual]] = {
     "scaled": ScaledGradient,
     "sign": SignResidual,
 }
+
+_Projector = TypeVar("_Projector", bound=type[Projector])
+
+
+def register_projector(name: str) -> Callable[[_Projector], _Projector]:
+    """Decorator: makes a projector available as `projector=name`, to every projecting method.
+
+    Its `OPTIONS` are keys of groups, and of `build`. A saved state that names it needs it to be
+    registered before it is loaded.
+
+    Args:
+        name: what groups call it.
+
+    Raises:
+        ValueError: the name is taken.
+        TypeError: the class is no `Projector`, or has abstract methods.
+    """
+
+    def enter(projector: _Projector) -> _Projector:
+        if name in PROJECTORS:
+            raise ValueError(
+                f"projector {name!r} is {PROJECTORS[name].__name__} already: accepted is another "
+                "name"
+            )
+        if not (isinstance(projector, type) and issubclass(projector, Projector)):
+            raise TypeError(f"{projector!r} is no Projector: accepted is a subclass of it")
+        if inspect.isabstract(projector):
+            raise TypeError(
+                f"{projector.__name__} lacks {sorted(projector.__abstractmethods__)}: accepted is "
+                "a class that has all methods"
+            )
+        PROJECTORS[name] = projector
+        strategy_option_owners.cache_clear()
+        strategy_defaults.cache_clear()
+        return projector
+
+    return enter
+
 
 _Strategy = type[Projector] | type[Schedule] | type[BasisStorage] | type[Residual]
 

@@ -98,6 +98,19 @@ def _copy(kind: type[QuantizedWeight], args: Sequence[Any], kwargs: dict[str, An
     return weight
 
 
+def _average(kind: type[QuantizedWeight], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """`torch._foreach_lerp_`: what the running averages of `torch.optim.swa_utils` do in place."""
+    averages, values, rates = args[0], args[1], args[2]
+    for index, (average, value) in enumerate(zip(averages, values, strict=True)):
+        rate = rates[index] if isinstance(rates, list | tuple) else rates
+        if isinstance(average, kind):
+            average.lerp_towards(value, rate)
+            torch.autograd.graph.increment_version(average.parts())
+        else:
+            average.lerp_(value.dequantize() if isinstance(value, kind) else value, rate)
+    return None
+
+
 _Handler = Callable[[Any, Sequence[Any], dict[str, Any]], Any]
 
 _HANDLERS: dict[Any, _Handler] = {
@@ -107,4 +120,7 @@ _HANDLERS: dict[Any, _Handler] = {
     aten._to_copy.default: _to,
     aten.empty_like.default: _empty_like,
     aten.copy_.default: _copy,
+    aten._foreach_lerp_.Scalar: _average,
+    aten._foreach_lerp_.ScalarList: _average,
+    aten._foreach_lerp_.List: _average,
 }

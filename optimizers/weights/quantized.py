@@ -126,6 +126,22 @@ class QuantizedWeight(Tensor):
         for start, stop, _ in groups.spans(self.numel(), self.group_size, self.device):
             self.entries(start, stop).replace(source[start:stop], self.dtype, nearest=nearest)
 
+    def lerp_towards(self, value: Tensor, rate: float | Tensor) -> None:
+        """In place: W <- W + rate (value - W), in fp32 at least, rounded as `assign` does.
+
+        Args:
+            value: same shape, quantised or dense.
+            rate: a number, or a tensor of one entry.
+        """
+        wide = torch.promote_types(self.dtype, torch.float32)
+        if isinstance(value, QuantizedWeight):
+            value = value.dequantize()
+        source = value.detach().to(self.device).reshape(-1)
+        for start, stop, _ in groups.spans(self.numel(), self.group_size, self.device):
+            chunk = self.entries(start, stop)
+            moved = chunk.load(wide).lerp_(source[start:stop].to(wide), rate)
+            chunk.replace(moved, wide, nearest=False)
+
     def entries(self, start: int, stop: int) -> Chunk:
         """The flattened entries [start, stop), which must be whole groups."""
         layout = self.storage_format()

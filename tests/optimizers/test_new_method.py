@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,13 @@ from lowrank.optimizers import (
 )
 from lowrank.optimizers.engine.method import TABLE, method, unregister
 from lowrank.optimizers.engine.rule_families import LION
+from lowrank.optimizers.engine.strategies import (
+    PROJECTORS,
+    register_projector,
+    strategy_defaults,
+    strategy_option_owners,
+)
+from lowrank.optimizers.projectors import Bases, DCTProjector, ProjectedParam, Projector
 
 
 def declare() -> type[LowRankOptimizer]:
@@ -121,6 +129,48 @@ def test_names_are_taken_once() -> None:
                 type("Unheard", (LowRankOptimizer,), {"rule": LION})
             )
     assert "other" not in available()
+
+
+def test_a_projector_is_registered_once_and_whole() -> None:
+    class Unfinished(Projector):
+        pass
+
+    with pytest.raises(ValueError, match="'dct' is DCTProjector already"):
+        register_projector("dct")(DCTProjector)
+    with pytest.raises(TypeError, match=r"Unfinished lacks \['fit'\]"):
+        register_projector("unfinished")(Unfinished)
+    with pytest.raises(TypeError, match="is no Projector"):
+        register_projector("other")(nn.Linear)  # type: ignore[type-var]
+    assert {"unfinished", "other"}.isdisjoint(PROJECTORS)
+
+
+def test_a_registered_projector_brings_its_options() -> None:
+    @register_projector("first_columns")
+    @dataclass(frozen=True)
+    class FirstColumns(Projector):
+        OPTIONS = ("offset",)
+        offset: int = 0
+
+        def fit(self, params: Sequence[ProjectedParam]) -> list[Bases | None]:
+            for param in params:
+                (shape,) = param.geometry.basis_shapes.values()
+                self.store(param, (torch.eye(*shape).roll(self.offset, 0),))
+            return [self.bases(param) for param in params]
+
+    try:
+        model = nn.ModuleDict({"attn": nn.Linear(12, 8, bias=False)})
+        before = model["attn"].weight.detach().clone()
+        optimizer = build("galore_adamw", model, rank=2, projector="first_columns", offset=3)
+        model["attn"].weight.grad = torch.ones(8, 12)
+        optimizer.step()
+        changed = (model["attn"].weight != before).any(1).nonzero().flatten()
+        assert changed.tolist() == [3, 4]
+        with pytest.raises(ValueError, match=r"offset=3: accepted with projector='first_columns'"):
+            build("galore_adamw", model, rank=2, offset=3)
+    finally:
+        del PROJECTORS["first_columns"]
+        strategy_option_owners.cache_clear()
+        strategy_defaults.cache_clear()
 
 
 def test_a_page_in_the_folder_is_all_it_takes(tmp_path: Path) -> None:

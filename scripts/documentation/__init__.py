@@ -1,0 +1,1 @@
+"""The documentation's site: what of it is made from the code."""
