@@ -6,6 +6,7 @@ spellings (`APOLLOAdamW`).
 
 from typing import TYPE_CHECKING
 
+from .blocks import block_groups as block_groups
 from .coverage import projection_summary as projection_summary
 from .engine.in_backward.handle import InBackward as InBackward
 from .engine.in_backward.update import update_in_backward as update_in_backward
@@ -52,6 +53,7 @@ if TYPE_CHECKING:  # at run time every class comes from `methods`
     from .methods.coap import CoapAdafactor8bit as CoapAdafactor8bit
     from .methods.coap import CoapAdamW as CoapAdamW
     from .methods.coap import CoapAdamW8bit as CoapAdamW8bit
+    from .methods.dlrt import DLRTAdamW as DLRTAdamW
     from .methods.fira import FiraAdamW as FiraAdamW
     from .methods.flora import FloraAdafactor as FloraAdafactor
     from .methods.foam import FoamAdamW as FoamAdamW
@@ -61,7 +63,9 @@ if TYPE_CHECKING:  # at run time every class comes from `methods`
     from .methods.galore import GaLoreAdamW8bit as GaLoreAdamW8bit
     from .methods.galore_muon import GaLoreMuon as GaLoreMuon
     from .methods.galore_plus import GaLorePlusAdamW as GaLorePlusAdamW
+    from .methods.gradnorm_lorp import GradNormLoRPAdamW as GradNormLoRPAdamW
     from .methods.ldadam import LDAdamW as LDAdamW
+    from .methods.lisa import LisaAdamW as LisaAdamW
     from .methods.loqt import LoQTAdamW as LoQTAdamW
     from .methods.lora_pre import LoRAPreAdamW as LoRAPreAdamW
     from .methods.low_rank import LowRankAdamW as LowRankAdamW

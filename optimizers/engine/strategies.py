@@ -30,6 +30,7 @@ from ..residuals import (
     RowNormalised,
     ScaledGradient,
     SignResidual,
+    WeightNormalised,
 )
 from ..schedules import EveryK, LazyLayerwise, Once, Schedule
 from ..storage import BasisStorage, DenseBasis, Int4Basis, Int8Basis
@@ -69,6 +70,7 @@ RESIDUALS: dict[str, type[Residual]] = {
     "row_normalised": RowNormalised,
     "scaled": ScaledGradient,
     "sign": SignResidual,
+    "weight_normalised": WeightNormalised,
 }
 
 _Strategy = type[Projector] | type[Schedule] | type[BasisStorage] | type[Residual]
