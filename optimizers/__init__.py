@@ -7,6 +7,9 @@ spellings (`APOLLOAdamW`).
 from typing import TYPE_CHECKING
 
 from .blocks import block_groups as block_groups
+from .compress import WeightCompression as WeightCompression
+from .compress import compress_weights as compress_weights
+from .compress import load_compressed as load_compressed
 from .coverage import projection_summary as projection_summary
 from .engine.in_backward.handle import InBackward as InBackward
 from .engine.in_backward.update import update_in_backward as update_in_backward
