@@ -26,6 +26,7 @@ from .memory import state_bytes as state_bytes
 from .memory import state_bytes_by_category as state_bytes_by_category
 from .methods.galore_plus import cross_head_groups as cross_head_groups
 from .methods.scale import scale_groups as scale_groups
+from .outer import SparseLoCo as SparseLoCo
 from .param_groups import param_groups as param_groups
 from .projectors import RefreshEvent as RefreshEvent
 from .registry import accepts as accepts
