@@ -182,14 +182,14 @@ def load_compressed(
     }
     if not ranks:
         raise ValueError("the state has no factors (lora_a): accepted is a compressed model's")
-    layers = {name: layer for layer, name in ((m, n) for n, m in named_layers(model))}
+    layers = {n: m for n, m in named_layers(model) if type(m) is nn.Linear}
     for name in ranks:
-        if type(layers.get(name)) is not nn.Linear:
+        if name not in layers:
             raise ValueError(
                 f"the state has factors of {name}, which is no linear layer of this "
                 f"{type(model).__name__}: accepted is a dense model of the compressed one's shape"
             )
-    _put(model, {layers[n]: _layer(layers[n], rank) for n, rank in ranks.items()})  # type: ignore[arg-type]
+    _put(model, {layers[n]: _layer(layers[n], rank) for n, rank in ranks.items()})
     model.load_state_dict(dict(state))
     if freeze:
         _freeze(model)
@@ -214,7 +214,7 @@ def _dense_layers(model: nn.Module, patterns: Patterns) -> dict[str, nn.Linear]:
 
 def _spectrum(name: str, weight: Tensor) -> Tensor:
     """Singular values, descending, on the CPU in fp64."""
-    values = torch.linalg.svdvals(weight.detach().to(wide_dtype(weight))).double().cpu()
+    values: Tensor = torch.linalg.svdvals(weight.detach().to(wide_dtype(weight))).double().cpu()
     if not bool(values.isfinite().all()) or not bool(values[0] > 0):
         raise ValueError(f"{name}.weight is zero or not finite: accepted are trained weights")
     return values
@@ -247,7 +247,7 @@ def _threshold(
             for name in layers
         )
 
-    candidates = shares.unique().tolist()
+    candidates = sorted({*shares.tolist()})
     if left(candidates[-1]) > entries * whole:
         raise ValueError(
             f"entries={entries!r}: accepted is at least {left(candidates[-1]) / whole:.4g}, which "
@@ -292,7 +292,7 @@ def _factored(linear: nn.Linear, rank: int) -> LowRankLinear:
 
 
 def _put(model: nn.Module, made: Mapping[nn.Linear, LowRankLinear]) -> None:
-    replace_modules(model, dict(made))
+    replace_modules(model, {layer: factored for layer, factored in made.items()})
     for layer in made.values():
         for factor in layer.FACTORS:
             vars(getattr(layer, factor))[FACTOR] = True

@@ -77,7 +77,7 @@ class Format:
 
     def decode(self, message: Tensor, dtype: torch.dtype) -> Tensor:
         """The tensor of a message, flat, zero where nothing was sent."""
-        positions, values, magnitudes = message.split(list(self._sizes))
+        positions, values, magnitudes = torch.split(message, list(self._sizes))
         shape = (self.chunks, self.kept)
         at = positions.clone().view(torch.int16).view(shape).long()
         if self.bits == 2:
