@@ -6,6 +6,10 @@ spellings (`APOLLOAdamW`).
 
 from typing import TYPE_CHECKING
 
+from .blocks import block_groups as block_groups
+from .compress import WeightCompression as WeightCompression
+from .compress import compress_weights as compress_weights
+from .compress import load_compressed as load_compressed
 from .coverage import projection_summary as projection_summary
 from .engine.in_backward.handle import InBackward as InBackward
 from .engine.in_backward.update import update_in_backward as update_in_backward
@@ -24,6 +28,7 @@ from .methods.galore_plus import cross_head_groups as cross_head_groups
 from .methods.scale import scale_groups as scale_groups
 from .official_state import load_official_state as load_official_state
 from .official_state import read_official as read_official
+from .outer import SparseLoCo as SparseLoCo
 from .param_groups import param_groups as param_groups
 from .projectors import RefreshEvent as RefreshEvent
 from .registry import accepts as accepts
@@ -55,6 +60,7 @@ if TYPE_CHECKING:  # at run time every class comes from `methods`
     from .methods.coap import CoapAdafactor8bit as CoapAdafactor8bit
     from .methods.coap import CoapAdamW as CoapAdamW
     from .methods.coap import CoapAdamW8bit as CoapAdamW8bit
+    from .methods.dlrt import DLRTAdamW as DLRTAdamW
     from .methods.fira import FiraAdamW as FiraAdamW
     from .methods.flora import FloraAdafactor as FloraAdafactor
     from .methods.foam import FoamAdamW as FoamAdamW
@@ -64,7 +70,9 @@ if TYPE_CHECKING:  # at run time every class comes from `methods`
     from .methods.galore import GaLoreAdamW8bit as GaLoreAdamW8bit
     from .methods.galore_muon import GaLoreMuon as GaLoreMuon
     from .methods.galore_plus import GaLorePlusAdamW as GaLorePlusAdamW
+    from .methods.gradnorm_lorp import GradNormLoRPAdamW as GradNormLoRPAdamW
     from .methods.ldadam import LDAdamW as LDAdamW
+    from .methods.lisa import LisaAdamW as LisaAdamW
     from .methods.loqt import LoQTAdamW as LoQTAdamW
     from .methods.lora_pre import LoRAPreAdamW as LoRAPreAdamW
     from .methods.low_rank import LowRankAdamW as LowRankAdamW

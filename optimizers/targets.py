@@ -162,6 +162,15 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, nn.Module]]:
             yield (f"{prefix}.{name}" if prefix else name), param, module
 
 
+def block_of(name: str) -> str | None:
+    """The element of a list of blocks ("model.layers.3") that holds a parameter, if one does."""
+    if not _in_block(name):
+        return None
+    parts = name.split(".")
+    first = next(i for i, part in enumerate(parts) if _NUMBER.fullmatch(part))
+    return ".".join(parts[: first + 1])
+
+
 def _in_block(name: str) -> bool:
     """Whether a parameter's module lies within an element of a list, and not in one of heads."""
     parts = name.split(".")[:-1]

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lowrank.optimizers import accepts, build
+from lowrank.optimizers import LowRankOptimizer, accepts, build
 from lowrank.optimizers.param_groups import split
 
 from .config import RunConfig
@@ -47,12 +47,12 @@ def build_named(
     if not is_official(name) and accepts(name, "total_steps"):
         options.setdefault("total_steps", total_steps)
     if rule == "own":
-        return _build(name, network, lr, options)
+        return _told(_build(name, network, lr, options), total_steps)
     _, matrices, vectors = split(network, options.get("patterns"))
     plain = [param for _, param in (*matrices, *vectors)]
     own = {key: value for key, value in options.items() if key != "plain_lr"}
     with _frozen(plain):
-        hidden = _build(name, network, lr, own)
+        hidden = _told(_build(name, network, lr, own), total_steps)
     numbers = {id(param) for param in plain}
     rest = [p for p in network.parameters() if p.requires_grad and id(p) not in numbers]
     shared = ("betas", "weight_decay") if rule == "adamw" else ("weight_decay",)
@@ -91,6 +91,13 @@ def _build(name: str, network: nn.Module, lr: float, options: Mapping[str, Any])
     if is_official(name):
         return build_official(name, network, lr, options)
     return build(name, network, lr=lr, **options)
+
+
+def _told(optimizer: Any, steps: int) -> Any:
+    """The optimizer, which warns of what can't happen in a run of so many steps."""
+    if isinstance(optimizer, LowRankOptimizer):
+        optimizer.warn_of_length(steps)
+    return optimizer
 
 
 @contextmanager

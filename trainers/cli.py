@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from . import plan_command
+from . import compress_command, plan_command
 from .termination import Terminated
 
 EXIT_FAILED = 1
@@ -101,6 +101,7 @@ def parser() -> argparse.ArgumentParser:
     )
 
     plan_command.add_parser(commands)
+    compress_command.add_parser(commands)
 
     from .compare.arguments import add_compare
 

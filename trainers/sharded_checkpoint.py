@@ -261,8 +261,11 @@ def _model(now: Any, param: Tensor | None) -> Callable[[torch.Size], DTensor | N
     """Which sharded tensor one of a shape is to be laid out like; None for a plain one."""
 
     def like(shape: torch.Size) -> DTensor | None:
-        if isinstance(now, Tensor):
-            return now if isinstance(now, DTensor) else None
+        # LISA's layers have empty moments, of plain tensors, while they rest.
+        if isinstance(now, DTensor):
+            return now if shape.numel() else None
+        if isinstance(now, Tensor) and now.numel():
+            return None
         if isinstance(param, DTensor) and param.shape == shape:
             return param
         return None

@@ -82,7 +82,11 @@ class DeclaredOptimizer(Optimizer):
             defaults = self.rule.complete(defaults)
         self._make_attributes()
         super().__init__(_own_groups(collected), defaults)
+        self._begin()
         self._warn_of_groups()
+
+    def _begin(self) -> None:
+        """Called once all groups of the constructor are there."""
 
     def _warn_of_groups(self) -> None:
         """Warns if no group is projected."""

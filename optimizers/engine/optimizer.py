@@ -302,6 +302,9 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
             self._in_backward.clear()
         super().zero_grad(set_to_none)
 
+    def warn_of_length(self, steps: int) -> None:
+        """Warns of what can't happen in a run of so many steps; trainers call it."""
+
     # Updates in the backward pass, see `in_backward`
 
     def _check_before_updates(self) -> None:

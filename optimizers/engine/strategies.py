@@ -31,6 +31,7 @@ from ..residuals import (
     RowNormalised,
     ScaledGradient,
     SignResidual,
+    WeightNormalised,
 )
 from ..schedules import EveryK, LazyLayerwise, Once, Schedule
 from ..storage import BasisStorage, DenseBasis, Int4Basis, Int8Basis
@@ -70,6 +71,7 @@ RESIDUALS: dict[str, type[Residual]] = {
     "row_normalised": RowNormalised,
     "scaled": ScaledGradient,
     "sign": SignResidual,
+    "weight_normalised": WeightNormalised,
 }
 
 _Projector = TypeVar("_Projector", bound=type[Projector])

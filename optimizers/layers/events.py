@@ -11,11 +11,12 @@ class LayerEvent:
     """An event of factored layers in one step.
 
     Attributes:
-        kind: "merge", "switch", "resample", "redecompose", "refactor" or "requantize".
+        kind: "merge", "switch", "resample", "redecompose", "refactor", "requantize" or
+            "truncate".
         step: optimizer steps done at the event.
         layers: number of layers.
         change: largest relative change of an effective weight, ||W' - W|| / ||W||, if the event
-            rounds it ("requantize"); None if W is unchanged.
+            rounds or truncates it ("requantize", "truncate"); None if W is unchanged.
     """
 
     kind: str

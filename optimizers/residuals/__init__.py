@@ -8,6 +8,7 @@ from .row_normalised import RowNormalised
 from .scaled_gradient import ScaledGradient
 from .sign import SignResidual
 from .signed_back import SignedBack
+from .weight_normalised import WeightNormalised
 
 __all__ = [
     "ColumnScaled",
@@ -21,5 +22,6 @@ __all__ = [
     "ScaledPart",
     "SignResidual",
     "SignedBack",
+    "WeightNormalised",
     "WeightUpdate",
 ]

@@ -11,6 +11,7 @@ from .lion import Lion
 from .momentum import Momentum
 from .muon import Muon
 from .normalised import NormalisedSGD
+from .resting import Resting
 from .row_column import RowColumnScaled
 from .vector_adam import VectorAdam
 
@@ -26,6 +27,7 @@ __all__ = [
     "Momentum",
     "Muon",
     "NormalisedSGD",
+    "Resting",
     "RowColumnScaled",
     "Update",
     "UpdateRule",

@@ -35,6 +35,8 @@ QUICK: list[Case] = [
     ("apollo_adamw", {}),
     ("frugal_adamw", {}),
     ("flora_adafactor", {}),
+    ("lisa_adamw", {}),
+    ("gradnorm_lorp_adamw", {}),
 ]
 
 

@@ -34,6 +34,8 @@ class Row:
             "never" (no basis is fitted to gradients).
         quiet: options under which parameters change by updates alone.
         rebases: a new optimizer's first step changes the parametrisation, at any learning rate.
+        turns: some layers have no state for a period, and are not updated.
+        still: names of a layer's factors that events alone change.
         factored: layers are replaced by factored ones, which a copied optimizer must be given.
     """
 
@@ -50,6 +52,13 @@ class Row:
     quiet: dict[str, Any] = field(default_factory=dict)
     factored: bool = False
     rebases: bool = False
+    turns: bool = False
+    still: tuple[str, ...] = ()
+
+    @property
+    def in_turn(self) -> dict[str, Any]:
+        """Options under which all layers are trained at once."""
+        return self.quiet if self.turns else {}
 
     @property
     def projects(self) -> bool:
@@ -68,6 +77,11 @@ class Row:
         """Gives a copied optimizer its layers, where it has any."""
         if isinstance(optimizer, FactoredAdamW):
             optimizer.attach(model)
+
+    def still_factors(self, model: nn.Module) -> set[nn.Parameter]:
+        """The factors that events alone change."""
+        named = model.named_parameters()
+        return {param for name, param in named if name.rpartition(".")[2] in self.still}
 
     @property
     def full_scale(self) -> dict[str, Any]:
@@ -135,6 +149,7 @@ TABLE = (
         capturable=True,
         left_only=True,
     ),
+    Row("gradnorm_lorp_adamw", optimizers.GradNormLoRPAdamW),
     Row("galore_muon", optimizers.GaLoreMuon),
     Row("muon", optimizers.Muon),
     Row(
@@ -181,9 +196,18 @@ TABLE = (
         int8=True,
     ),
     Row("ldadam_adamw", optimizers.LDAdamW, one_sided=True),
+    # Of three layers; all of them have had a turn after the second draw.
+    Row("lisa_adamw", optimizers.LisaAdamW, quiet={"active_layers": 3}, turns=True),
     Row("lora_pre_adamw", optimizers.LoRAPreAdamW),
     Row("racs_adamw", optimizers.RacsAdamW),
     Row("scale_sgd", optimizers.ScaleSGD, capturable=True),
+    Row(
+        "dlrt_adamw",
+        optimizers.DLRTAdamW,
+        quiet={"update_proj_gap": 100},
+        factored=True,
+        still=("left", "right"),
+    ),
     Row("low_rank_adamw", optimizers.LowRankAdamW, {"refactor_gap": 3}, factored=True),
     Row(
         "loqt_adamw",

@@ -63,7 +63,7 @@ def test_sparse_gradients_raise(row: Row) -> None:
 @every_with("bad", [math.nan, math.inf, -math.inf])
 def test_non_finite_gradients_leave_the_parameter_as_it_is(row: Row, bad: float) -> None:
     model = tiny_model()
-    optimizer = row.build(model)
+    optimizer = row.build(model, **row.in_turn)
     train(model, optimizer, range(3))  # the next step refreshes
     hit = (weight_of(model.self_attn["q_proj"]), model.norm.weight)
     set_gradients(model, 3)
@@ -75,6 +75,8 @@ def test_non_finite_gradients_leave_the_parameter_as_it_is(row: Row, bad: float)
     for param, state, old in zip(hit, *before, strict=True):
         assert torch.equal(param, old)
         for key, value in state.items():
+            if key == "calls":  # of `step`
+                continue
             now = optimizer.state[param][key]
             assert torch.equal(now, value) if isinstance(value, Tensor) else now == value
     with warnings.catch_warnings():
@@ -98,7 +100,7 @@ def test_zero_gradients_from_the_start(row: Row) -> None:
     train(model, optimizer, range(3))
     for old, param in zip(before, trained(model), strict=True):
         assert param.isfinite().all()
-        assert not torch.equal(old, param)
+        assert torch.equal(old, param) is (param in row.still_factors(model))
 
 
 @every
@@ -164,7 +166,7 @@ def test_fp16_autocast_under_a_grad_scaler_skips_cleanly(row: Row) -> None:
 @every
 def test_updates_that_are_left_out_are_counted(row: Row) -> None:
     model = tiny_model()
-    optimizer = row.build(model)
+    optimizer = row.build(model, **row.in_turn)
     assert optimizer.skipped == 0
     assert optimizer.skipped_by_name() == {}
     often, once = weight_of(model.self_attn["q_proj"]), model.norm.weight

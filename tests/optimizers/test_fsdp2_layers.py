@@ -46,6 +46,7 @@ EVERY: list[Case] = [
     ("switchlora_adamw", SWITCHES),
     ("sst_adamw", {"update_proj_gap": 5}),
     ("loqt_adamw", EXACT_BASIS),
+    ("dlrt_adamw", {"update_proj_gap": 5}),
     ("low_rank_adamw", {**UNIT, "refactor_gap": 7}),
     ("sltrain_adamw", {**UNIT, "refactor_gap": 7, "density": 0.1}),
     ("sltrain_adamw_8bit", {**UNIT, **SMALL_8BIT, "density": 0.1}),

@@ -151,8 +151,15 @@ def formula(name: str, c: Counts, s: int) -> int:
     }
     if name in ("relora_adamw", "low_rank_adamw"):  # two factors, each with a step count
         return c.total(lambda m, n: 2 * s * r * (m + n) + 4, plain)
+    h, inner = c.matrices[-1]
+    if name == "lisa_adamw":  # two layers with two norms, and all that is in none
+        layer = 4 * h * h + 3 * h * inner + 2 * h
+        return c.steps + 2 * s * (2 * layer + 2 * VOCABULARY * h + h)
+    if name == "gradnorm_lorp_adamw":  # and two numbers for each row
+        return c.total(galore, plain) + 8 * c.layers * (5 * h + 2 * inner)
+    if name == "dlrt_adamw":  # of S; three step counts a matrix
+        return c.total(lambda m, n: 2 * s * min(2 * r, m, n) ** 2 + 8, plain)
     if name == "foam_adamw":  # blocks of 4 lie in rows: of inner entries in the down projections
-        h, inner = c.matrices[-1]
         blocks = 4 * h * ceil(h / 4) + 2 * inner * ceil(h / 4) + h * ceil(inner / 4)
         return c.total(lambda m, n: 0, plain) + 2 * s * c.layers * blocks
     if name == "sltrain_adamw":  # and the values of the sparse part

@@ -24,7 +24,9 @@ def test_help_imports_nothing_heavy() -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["pretrain"], ["plan"], ["report"], ["methods"]])
+@pytest.mark.parametrize(
+    "command", [[], ["pretrain"], ["plan"], ["compress"], ["report"], ["methods"]]
+)
 def test_help_of_every_command(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([*command, "--help"])

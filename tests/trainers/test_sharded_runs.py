@@ -11,6 +11,7 @@ from processes import PRELOAD as PRELOAD
 from processes import Job, Outcome, run_jobs
 from tiny_runs import TINY, comparable_metrics, summary
 
+from lowrank.optimizers import build
 from lowrank.trainers.checkpoint import verify
 
 pytestmark = pytest.mark.slow
@@ -46,6 +47,11 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
         "train.clip=0.5",
         "model.activation_checkpointing=true",
     )
+    turns = (
+        *("distributed.strategy=fsdp2", "optimizer.name=lisa_adamw", "optimizer.active_layers=1"),
+        *("optimizer.update_proj_gap=2", "model.num_hidden_layers=3"),
+    )
+    half = ("checkpoints", "step-00000003")
     jobs = {
         "one": Job(arguments("one", shards, "train.clip=0.5")),
         "two": Job(arguments("two", *sharded), processes=2),
@@ -56,11 +62,17 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
             ["pretrain", f"--resume={base / 'resumed' / 'checkpoints' / 'step-00000003'}"],
             copied=(str(base / "two"), str(base / "resumed")),
         ),
+        "turns": Job(arguments("turns", *turns), processes=2),
+        "turns again": Job(
+            ["pretrain", f"--resume={base.joinpath('turns again', *half)}"],
+            processes=2,
+            copied=(str(base / "turns"), str(base / "turns again")),
+        ),
     }
     for name, (_, size, more) in WRONG.items():
         jobs[name] = Job(arguments("wrong", *more, "distributed.data_shards=1"), size)
     outcomes = dict(zip(jobs, run_jobs(list(jobs.values()), base / "jobs"), strict=True))
-    for name in ("one", "two", "backward", "resumed"):
+    for name in ("one", "two", "backward", "resumed", "turns", "turns again"):
         assert not any(outcomes[name].statuses), "\n".join(outcomes[name].errors)
     return base, outcomes
 
@@ -90,6 +102,18 @@ def test_losses_are_those_of_one_process(name: str, runs: tuple[Path, dict[str, 
     assert other["state_processes"] == (1 if name == "resumed" else 2)
     shares = [other[key] / one[key] for key in ("optimizer_state_bytes", "adamw_state_bytes")]
     assert all(0.4 < share < 0.7 for share in shares) == (name != "resumed")
+
+
+def test_layers_in_turns_go_on_in_the_middle_of_one(runs: tuple[Path, dict[str, Outcome]]) -> None:
+    base, _ = runs
+    assert losses(base / "turns again") == losses(base / "turns")
+    saved = base.joinpath("turns", "checkpoints", "step-00000003", "optimizer.pt")
+    groups = torch.load(saved, weights_only=True)["param_groups"]
+    active = {group["block"] for group in groups if group.get("active")}
+    model = torch.nn.ModuleList(torch.nn.ModuleDict({"mlp": torch.nn.Linear(8, 8)}) for _ in "abc")
+    first = build("lisa_adamw", torch.nn.ModuleDict({"layers": model}), active_layers=1)
+    assert len(active) == 1
+    assert active != set(first.active_blocks())  # a new optimizer has another layer's moments
 
 
 def test_one_process_speaks(runs: tuple[Path, dict[str, Outcome]]) -> None:

@@ -1,0 +1,5 @@
+"""Outer optimizers: what processes that train apart exchange, now and then."""
+
+from .sparse_loco import SparseLoCo
+
+__all__ = ["SparseLoCo"]
