@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..projectors import ProjectedParam
 from .chunks import SCRATCH_BYTES
+from .devices import on_gpu
 from .options import Group
 from .processes import Processes
 
@@ -57,7 +58,7 @@ def update_batches(
     pairs = list(zip(params, states, strict=True))
     for i in sorted(range(len(pairs)), key=lambda i: spread[i].alone):
         param, state = pairs[i]
-        cached = param.device.type == "cpu" and group["foreach"] is None and param.dim() > 1
+        cached = not on_gpu(param) and group["foreach"] is None and param.dim() > 1
         alone = i if single or cached else -1
         step = 0 if group["capturable"] else steps_done[i]
         since = state.get("refreshed_at") if renewed else None

@@ -8,6 +8,8 @@ from math import gcd
 import torch
 from torch import Tensor
 
+from .devices import on_gpu
+
 #: Entries of a chunk on a CPU: copies of it stay in the cache.
 CACHE_ELEMENTS = 1 << 18
 #: Entries of a chunk that enters a matrix product on a CPU: fewer would not fill a GEMM.
@@ -38,7 +40,7 @@ def row_chunks(tensor: Tensor, *, product: bool = False, block: int = 1) -> Iter
         Slices with explicit start and stop, in order. A chunk exceeds the bound on its entries only
         if a single row (or the fewest rows that end with a block) does.
     """
-    if tensor.device.type != "cpu":
+    if on_gpu(tensor) or tensor.is_meta:
         wanted = DEVICE_ELEMENTS
     else:
         wanted = PRODUCT_ELEMENTS if product else CACHE_ELEMENTS

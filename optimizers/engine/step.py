@@ -17,6 +17,7 @@ from ..weights import apply_rule
 from .adapt import PendingMoments
 from .batching import read_steps, update_batches
 from .composition import Projection
+from .devices import capturing
 from .experts import by_place, experts_of
 from .geometry import Side
 from .gradients import descent_gradient
@@ -33,11 +34,6 @@ from .write import apply_update
 Usable = Callable[
     [Sequence[Tensor], Sequence[Tensor], Sequence[str | None], Sequence[Processes]], Iterable[int]
 ]
-
-
-def capturing() -> bool:
-    """Whether a CUDA graph is being captured, during which nothing may be read back."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def step_plain(plan: Plan, usable: Usable, given: Given = EVERYTHING) -> None:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..engine.chunks import row_chunks
+from ..engine.devices import on_gpu
 from ..engine.geometry import Geometry, RowRange, Side
-from .operand import HALF, half_product, on_gpu
+from .operand import HALF, half_product
 
 
 def largest_entry(tensor: Tensor) -> Tensor:

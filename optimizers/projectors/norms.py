@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..engine.chunks import row_chunks, wide_dtype
+from ..engine.devices import on_gpu
 from ..engine.fp32 import exact_fp32
 from ..engine.geometry import Side
 from ..engine.processes import ALONE, Processes
@@ -21,7 +22,7 @@ def axis_norms(matrix: Tensor, axis: int) -> Tensor:
     if matrix.dtype == wide_dtype(matrix):
         norms: Tensor = torch.linalg.vector_norm(matrix, dim=axis, keepdim=True)
         return norms
-    if matrix.is_cuda:  # whose reductions upcast as they read
+    if on_gpu(matrix):  # whose reductions upcast as they read
         norms = torch.linalg.vector_norm(matrix, dim=axis, keepdim=True, dtype=torch.float32)
         return norms
     # A reduction of a half-precision tensor in fp32 would copy all of it.
@@ -108,7 +109,7 @@ def outside_norm(
     to the rounding error.
     """
     by_index = squares - 2 * beta * projected_squares + beta**2 * kept
-    if param.grad.device.type == "cpu":
+    if not on_gpu(param.grad):
         outside, total = param.across.sum(torch.stack([by_index.sum(), squares.sum()]))
         if bool(outside < 1e-3 * total):
             return _direct_norm(param, projected, projector, phi, beta)

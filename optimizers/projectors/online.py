@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..engine import checks
+from ..engine.devices import capturing
 from ..engine.fp32 import exact_fp32
 from ..engine.geometry import Geometry, RowRange, Side
 from ..rules import Adam, Adam8bit, Lion, Momentum, UpdateRule
@@ -201,9 +202,8 @@ class OnlineProjector(SingularProjector):
     @exact_fp32()
     def track(self, param: ProjectedParam, projected: Tensor) -> None:
         """One step of P's optimizer; none at the step that fitted it."""
-        captured = projected.is_cuda and torch.cuda.is_current_stream_capturing()
         refreshed = int(param.state["refreshed_at"])
-        if not param.fitted or (not captured and param.steps_done == refreshed):
+        if not param.fitted or (not capturing() and param.steps_done == refreshed):
             return
         count: Tensor = param.state["step"]
         moved_dr = self.bases(param)[0].clone()

@@ -23,6 +23,7 @@ from lowrank.cuda.adam import Number, adam_step
 from lowrank.cuda.native_update import knows_adam
 
 from ..engine.chunks import DEVICE_ELEMENTS, wide_dtype
+from ..engine.devices import on_gpu
 from ..engine.rotation import Rotation
 from .base import (
     MOMENT_TRANSPORTS,
@@ -37,9 +38,6 @@ from .base import (
 from .fused_adam import FUSED_DTYPES, bias_corrections, fused_step
 from .precision import moments_dtype, moments_itemsize
 from .transport import transported_moments
-
-#: Devices on which our kernel is used. On a CPU torch's fused kernel is as fast.
-KERNEL_DEVICES = ("cuda",)
 
 
 @cache
@@ -192,8 +190,8 @@ class Adam(ElementwiseRule):
         return [updates[i] for i in range(len(grads))]
 
     def _has_kernel(self, grads: list[Tensor], exp_avgs: list[Tensor]) -> bool:
-        kind = grads[0].device.type
-        return kind in KERNEL_DEVICES and not self.compiled and knows_adam(grads, exp_avgs)
+        # On a CPU torch's fused kernel is as fast.
+        return on_gpu(grads[0]) and not self.compiled and knows_adam(grads, exp_avgs)
 
     def _by_kernel(
         self,
@@ -314,7 +312,7 @@ class Adam(ElementwiseRule):
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
     ) -> None:
         """Small weights on a GPU in one list, to save launches; others in chunks of rows."""
-        listed = [self.compiled or (w.is_cuda and w.numel() <= DEVICE_ELEMENTS) for w in weights]
+        listed = [self.compiled or (on_gpu(w) and w.numel() <= DEVICE_ELEMENTS) for w in weights]
         rows = list(zip(listed, grads, states, weights, strict=True))
         picked = [own for own in rows if own[0]]
         if picked:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..engine.chunks import wide_dtype
+from ..engine.devices import on_gpu
 from ..engine.rotation import Rotation
 from ..engine.sharding import Part, part_of
 from .base import MOMENT_TRANSPORTS, State, Update, UpdateRule, numel, scalar
@@ -42,7 +43,7 @@ def orthogonalize(matrix_mn: Tensor, steps: int, part: Part | None = None) -> Te
     part = part or Part.whole(matrix_mn.shape)
     tall = matrix_mn.shape[0] > matrix_mn.shape[1] if part.spread.alone else part.axis == 0
     x = matrix_mn.mT if tall else matrix_mn
-    if x.device.type == "cuda":
+    if on_gpu(x):
         x = x.bfloat16()
     elif x.dtype != torch.float64:
         x = x.float()
