@@ -18,6 +18,8 @@ PRODUCT_ELEMENTS = 1 << 22
 DEVICE_ELEMENTS = 1 << 25
 #: Bound on the scratch of several matrices that are worked on together.
 SCRATCH_BYTES = 256 << 20
+#: The same for the projected gradients and directions of a step on a GPU.
+DEVICE_SCRATCH_BYTES = 1 << 30
 
 
 def wide_dtype(like: Tensor | torch.dtype) -> torch.dtype:

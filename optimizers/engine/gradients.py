@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -92,19 +93,93 @@ def _agreed(good: list[bool], tensors: Sequence[Tensor], spread: Sequence[Proces
     return agreed
 
 
+@dataclass
+class Unread:
+    """Skipped updates of a batch that were counted on a device.
+
+    Attributes:
+        params: the parameters.
+        called: their names.
+        counts: int32, one each.
+    """
+
+    params: list[Tensor]
+    called: list[str | None]
+    counts: Tensor
+
+
+#: Least number of steps between readings of counts on devices that nobody asked for.
+READ_AFTER = 100
+
+
 class SkippedUpdates:
     """Counts, by parameter, of updates skipped because the gradient was not finite."""
 
     def __init__(self) -> None:
         self._counts: dict[Tensor, int] = {}
+        #: Those that were counted on a device, by the parameters of a batch.
+        self._unread: dict[tuple[int, ...], Unread] = {}
+        self._steps = 0
 
     @property
     def total(self) -> int:
         """Number of skipped updates."""
+        self.read()
         return sum(self._counts.values())
+
+    def gate(
+        self, projected_b: Tensor, params: Sequence[Tensor], called: Sequence[str | None]
+    ) -> Tensor:
+        """Which of B tensors are finite, as flags on their device; the others become zero.
+
+        They are counted on the device, and warned of when the counts are read.
+
+        Args:
+            projected_b: B x ..., in place.
+            params: the parameters.
+            called: the parameters' names.
+        """
+        key = tuple(map(id, params))
+        if key not in self._unread:
+            counts = torch.zeros(len(params), dtype=torch.int32, device=projected_b.device)
+            self._unread[key] = Unread(list(params), list(called), counts)
+        # Unlike a sum, the largest entry of finite ones is finite.
+        largest_b = torch.linalg.vector_norm(projected_b.flatten(1), torch.inf, dim=1)
+        good_b: Tensor = largest_b < torch.inf
+        bad_b = good_b.logical_not()
+        projected_b.masked_fill_(bad_b.view(-1, *[1] * (projected_b.dim() - 1)), 0.0)
+        self._unread[key].counts.add_(bad_b)
+        return good_b
+
+    def read(self) -> None:
+        """Reads the counts on devices; warns at the first skipped update."""
+        self._steps = 0
+        for unread in self._unread.values():
+            counts = unread.counts.tolist()
+            if any(counts):
+                unread.counts.zero_()
+            for param, name, count in zip(unread.params, unread.called, counts, strict=True):
+                if count:
+                    self._count(param, name, count)
+
+    def after_step(self, *, waited: bool) -> None:
+        """Reads counts that nobody asked for now and then, after steps that waited anyway."""
+        self._steps += 1
+        if waited and self._steps >= READ_AFTER:
+            self.read()
+
+    def _count(self, param: Tensor, name: str | None, count: int) -> None:
+        if not self._counts:
+            warn_user(
+                f"non-finite gradient of {label(name, param)}: this step does not "
+                "update it (warned once; `skipped_by_name()` counts; skip_nonfinite=False "
+                "turns the check off)"
+            )
+        self._counts[param] = self._counts.get(param, 0) + count
 
     def by_name(self, groups: Sequence[Group]) -> dict[str, int]:
         """Skipped updates of each parameter that has any, most first."""
+        self.read()
         params = [param for group in groups for param in group["params"]]
         found = {
             name: self._counts[param]
@@ -130,13 +205,33 @@ class SkippedUpdates:
         """
 
         def count(position: int) -> None:
-            param = params[position]
-            if not self._counts:
-                warn_user(
-                    f"non-finite gradient of {label(called[position], param)}: this step does not "
-                    "update it (warned once; `skipped_by_name()` counts; skip_nonfinite=False "
-                    "turns the check off)"
-                )
-            self._counts[param] = self._counts.get(param, 0) + 1
+            self._count(params[position], called[position], 1)
 
         return [i for i, good in enumerate(finite(tensors, count, spread)) if good]
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What a step does about gradients that are not finite.
+
+    Attributes:
+        on: `skip_nonfinite`.
+        reads: flags may be read back: no graph is captured.
+        skipped: counts them.
+    """
+
+    on: bool
+    reads: bool
+    skipped: SkippedUpdates
+
+    def usable(
+        self,
+        tensors: Sequence[Tensor],
+        params: Sequence[Tensor],
+        called: Sequence[str | None],
+        spread: Sequence[Processes],
+    ) -> Sequence[int]:
+        """Positions of the tensors to use; see `SkippedUpdates.usable`."""
+        if not (self.on and self.reads):
+            return range(len(tensors))
+        return self.skipped.usable(tensors, params, called, spread)

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from . import checks
 from .composition import Composition
 from .declared import DeclaredOptimizer
-from .gradients import check_gradients
+from .gradients import Checks, check_gradients
 from .managed import ManagedOptimizer
 from .options import Group, ProjectionOptions, check_common, check_lr, make_plain
 from .parameters import check_names, check_param, name_alike, names
@@ -23,7 +23,7 @@ from .plan import EVERYTHING, Given, Plan, Snapshot, numbered
 from .refresh import RefreshHook
 from .replaced import InUse, Watch
 from .shared_refresh import SharedRefreshes
-from .step import Usable, step_plain, step_projected
+from .step import step_plain, step_projected
 from .strategies import (
     check_strategy_options,
     drop_left_over,
@@ -64,6 +64,9 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
         self._shared: SharedRefreshes | None = None
         self._origin: Watch | None = None
         self._in_use = InUse()
+
+    #: Whether any basis was refitted in this step.
+    _refitted: bool = False
 
     # Groups and state
 
@@ -264,20 +267,23 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
     def _advance(self, plans: Sequence[Plan]) -> None:
         """Takes the step of all groups in turn."""
         firsts, count = numbered(plans)
+        self._refitted = False
         if self._shared is not None:
             self._shared.count_step()
         for plan, first in zip(plans, firsts, strict=True):
             given = EVERYTHING if self._in_backward is None else self._in_backward.left_of(plan)
             self._advance_group(plan, first, count, given)
+        self._skipped.after_step(waited=self._refitted)
 
     def _advance_group(self, plan: Plan, first: int, count: int, given: Given) -> None:
         """Takes the step of some parameters of a group; arguments as of `step_projected`."""
-        usable = self._usable(plan.group)
+        checks = self._checks(plan.group)
         if plan.core.projection is None:
-            step_plain(plan, usable, given)
+            step_plain(plan, checks, given)
             return
         hooks, pending = tuple(self._refresh_hooks.values()), self._pending_moments
-        step_projected(plan, first, count, hooks, pending, usable, self._shared, given)
+        refits = step_projected(plan, first, count, hooks, pending, checks, self._shared, given)
+        self._refitted = self._refitted or refits
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears all gradients, and with `update_in_backward` the sums of an unfinished step.
@@ -307,10 +313,8 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
         known = self._in_backward
         return param.grad is not None or (known is not None and known.updated(param))
 
-    def _usable(self, group: Group) -> Usable:
-        if group["skip_nonfinite"] and not group["capturable"]:
-            return self._skipped.usable
-        return lambda tensors, params, called, spread: range(len(tensors))
+    def _checks(self, group: Group) -> Checks:
+        return Checks(group["skip_nonfinite"], not group["capturable"], self._skipped)
 
 
 @contextlib.contextmanager

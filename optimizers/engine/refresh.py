@@ -84,8 +84,12 @@ class Refresh:
                 hook(event)
 
 
-def refresh_due(params: Sequence[ProjectedParam], count: int, refresh: Refresh) -> None:
-    """Refits the bases of the matrices that are due; `count` is the number of all matrices."""
+def refresh_due(params: Sequence[ProjectedParam], count: int, refresh: Refresh) -> bool:
+    """Refits the bases of the matrices that are due; `count` is the number of all matrices.
+
+    Returns:
+        Whether any was.
+    """
     schedule = refresh.projection.schedule
     due = [p for p in params if schedule.due(p.state, p.steps_done, p.index, count)]
     for batch in refresh_batches(due):
@@ -98,6 +102,7 @@ def refresh_due(params: Sequence[ProjectedParam], count: int, refresh: Refresh) 
                 if bases is not None:
                     refresh.finish(param, old, bases, seconds)
         refresh.call_hooks()
+    return bool(due)
 
 
 def _event(

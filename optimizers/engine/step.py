@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,33 +20,28 @@ from .composition import Projection
 from .devices import capturing
 from .experts import by_place, experts_of
 from .geometry import Side
-from .gradients import descent_gradient
+from .gradients import Checks, descent_gradient
 from .moments import transport_moments
-from .parts import gather_update, project_part, whole_first_moment
+from .parts import gather_update, project_part, reads_projected, whole_first_moment
 from .plan import EVERYTHING, Given, Plan
 from .processes import ALONE, Processes
 from .refresh import Refresh, RefreshHook, refresh_due
 from .shared_refresh import SharedRefreshes
+from .together import may_join, update_together
 from .write import apply_update
 
-#: Positions of the tensors to use, given tensors, their parameters and names, and the processes
-#: that have other parts of them.
-Usable = Callable[
-    [Sequence[Tensor], Sequence[Tensor], Sequence[str | None], Sequence[Processes]], Iterable[int]
-]
 
-
-def step_plain(plan: Plan, usable: Usable, given: Given = EVERYTHING) -> None:
+def step_plain(plan: Plan, checks: Checks, given: Given = EVERYTHING) -> None:
     """Takes the step of a group without projection.
 
     Args:
         plan: the group.
-        usable: excludes gradients that are not finite.
+        checks: excludes gradients that are not finite.
         given: which parameters take it.
     """
     group = plan.group
     found = [part for i in given.chosen(plan) for part in _plain_parts(plan, i)]
-    kept = usable(
+    kept = checks.usable(
         [part.grad for part in found],
         [plan.params[part.position] for part in found],
         [part.name for part in found],
@@ -115,10 +110,10 @@ def step_projected(
     count: int,
     hooks: Sequence[RefreshHook],
     pending: MutableMapping[MatrixKey, PendingMoments],
-    usable: Usable,
+    checks: Checks,
     shared: SharedRefreshes | None,
     given: Given = EVERYTHING,
-) -> None:
+) -> bool:
     """Takes the step of a projected group, after the refreshes that are due.
 
     Args:
@@ -128,21 +123,26 @@ def step_projected(
         hooks: called after each refresh.
         pending: moments to transport after changed options; those of this group's matrices are
             removed.
-        usable: excludes gradients that are not finite.
+        checks: excludes gradients that are not finite.
         shared: refreshes that processes share, if they do.
         given: which parameters take it; none of them that has no gradient but its projection is due
             for a refresh.
+
+    Returns:
+        Whether any of them was due.
     """
-    params = projected_params(plan, first, given)
+    params, refitted = projected_params(plan, first, given), False
     if not capturing():
         refresh = Refresh(plan.composition, hooks, pending)
         if shared is not None and refresh.projection.projector.FITS_GRADIENT:
             shared.refresh_due(plan, params, count, refresh)
+            refitted = True
         else:
-            refresh_due(params, count, refresh)
+            refitted = refresh_due(params, count, refresh)
         if pending:
             _start_anew(plan, given.chosen(plan), params, pending)
-    _update(plan, params, usable)
+    _update(plan, params, checks)
+    return refitted
 
 
 def projected_params(plan: Plan, first: int, given: Given = EVERYTHING) -> list[ProjectedParam]:
@@ -219,7 +219,7 @@ def _start_anew(
             held.steps_done = 0
 
 
-def _update(plan: Plan, params: Sequence[ProjectedParam], usable: Usable) -> None:
+def _update(plan: Plan, params: Sequence[ProjectedParam], checks: Checks) -> None:
     """Updates moments and weights, in batches of bounded scratch."""
     projection, rule = plan.composition.projection, plan.composition.rule
     assert projection is not None
@@ -227,11 +227,15 @@ def _update(plan: Plan, params: Sequence[ProjectedParam], usable: Usable) -> Non
     steps = [param.steps_done for param in params]
     entries = [math.prod(param.geometry.projected_shape()) for param in params]
     spread = [param.rows.processes for param in params]
-    for indices in update_batches(weights, states, steps, entries, plan.group, spread):
+    shapes = [param.geometry for param in params]
+    for indices in update_batches(weights, states, steps, entries, plan.group, spread, shapes):
         batch = [params[i] for i in indices]
+        if may_join(batch[0]):
+            _update_joined(batch, projection, rule, checks)
+            continue
         gradients = [project_part(param, projection.projector) for param in batch]
         # A non-finite gradient always has a non-finite projection, which is cheaper to check.
-        kept = usable(
+        kept = checks.usable(
             gradients,
             [param.owner for param in batch],
             [param.name for param in batch],
@@ -240,6 +244,30 @@ def _update(plan: Plan, params: Sequence[ProjectedParam], usable: Usable) -> Non
         pairs = [(batch[i], gradients[i]) for i in kept]
         if pairs:
             _update_batch([p for p, _ in pairs], [g for _, g in pairs], projection, rule)
+
+
+def _update_joined(
+    batch: Sequence[ProjectedParam], projection: Projection, rule: UpdateRule, checks: Checks
+) -> None:
+    """Updates matrices of one geometry together, see `together`."""
+    projected_b = projection.projector.project_together(batch)
+    owners, called = [param.owner for param in batch], [param.name for param in batch]
+    good_b: Tensor | None = None
+    if checks.on and not reads_projected(projection):
+        good_b = checks.skipped.gate(projected_b, owners, called)
+    else:
+        spread = [param.rows.processes for param in batch]
+        kept = checks.usable(projected_b.unbind(0), owners, called, spread)
+        if not kept:
+            return
+        if len(kept) < len(batch):
+            batch = [batch[i] for i in kept]
+            projected_b = torch.stack([projected_b[i] for i in kept])
+    update_together(batch, projected_b, projection, rule, good_b)
+    for param, projected in zip(batch, projected_b.unbind(0), strict=True):
+        if projection.projector.TRACKS:
+            _track(param, projected, projection, rule)
+        param.read = None
 
 
 def _update_batch(

@@ -64,6 +64,16 @@ def project(
     return projected_rn if geometry.side is Side.LEFT else projected_rn @ own[1]
 
 
+def project_into(
+    out: Tensor, grad_kn: Tensor, basis: Tensor, geometry: Geometry, rows: RowRange
+) -> None:
+    """Writes `project` on one side, of rows that are all here, into a tensor."""
+    if geometry.side is Side.RIGHT:
+        torch.mm(grad_kn, basis, out=out)
+    else:
+        torch.mm(_left_rows(basis, rows).mT, grad_kn, out=out)
+
+
 def _project_chunks(
     grad_kn: Tensor,
     bases: Sequence[Tensor],

@@ -201,6 +201,31 @@ class Projector(ABC):
         """The projected gradient: r x n, k x r or r x r."""
         return apply.project(param.grad, self.bases(param), param.geometry, param.rows, self.dtype)
 
+    def project_together(self, params: Sequence[ProjectedParam]) -> Tensor:
+        """Projected gradients of B matrices of one geometry, as one new tensor (B x ...).
+
+        Each is one product with its gradient, which writes its result where it belongs.
+        """
+        first = params[0]
+        known = any(param.projected is not None for param in params)
+        other = self.dtype is not None and self.dtype != first.grad.dtype
+        own = type(self).project is not Projector.project
+        if known or other or own or first.geometry.side is Side.BOTH:
+            return torch.stack(
+                [p.projected if p.projected is not None else self.project(p) for p in params]
+            )
+        shape = first.geometry.projected_shape(first.grad.shape[0])
+        projected_b = first.grad.new_empty(len(params), *shape)
+        for param, basis, out in zip(
+            params, self.bases_together(params), projected_b.unbind(0), strict=True
+        ):
+            apply.project_into(out, param.grad, basis, param.geometry, param.rows)
+        return projected_b
+
+    def bases_together(self, params: Sequence[ProjectedParam]) -> list[Tensor]:
+        """The first basis of each of several matrices of one geometry, in its gradient's dtype."""
+        return [self.bases(param)[0].to(param.grad.dtype) for param in params]
+
     def write_back(
         self,
         param: ProjectedParam,

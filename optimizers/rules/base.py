@@ -151,6 +151,38 @@ class UpdateRule(ABC):
         """`update`, with `norms` along each gradient's axis (0 or 1) where they cost nothing."""
         return self.update(grads, states, weights)
 
+    def update_together(
+        self,
+        grads_b: Tensor,
+        states: Sequence[State],
+        weights: Sequence[Tensor],
+        axis: int | None = None,
+        good_b: Tensor | None = None,
+    ) -> Update:
+        """`update` of B gradients of one shape as one tensor, for GPUs.
+
+        Args:
+            grads_b: B x m x n; may be overwritten.
+            states: as in `update`, with equal step counts unless these are on the device.
+            weights: as in `update`.
+            axis: the axis of each gradient along which `norms` are wanted, 0 or 1; or None.
+            good_b: B flags on the device: directions of the others are zero, as their gradients
+                are; None for all.
+
+        Returns:
+            An update whose tensors have B as their first dimension (1 where it is the same for
+            all); `norms` only where they cost nothing.
+        """
+        grads = list(grads_b.unbind(0))
+        if axis is None:
+            updates = self.update(grads, states, weights)
+        else:
+            updates = self.update_with_norms(grads, states, weights, [axis] * len(grads))
+        update = together(updates)
+        if good_b is not None:
+            update.direction.mul_(good_b.view(-1, 1, 1))
+        return update
+
     def apply(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
     ) -> None:
@@ -240,6 +272,29 @@ class TwoPassRule(UpdateRule):
         """See `UpdateRule.update`."""
         whole = zip(grads, states, weights, strict=True)
         return [self.by_rows(*given)(slice(0, len(given[0]))) for given in whole]
+
+
+def together(updates: Sequence[Update]) -> Update:
+    """Updates of one shape as one, see `UpdateRule.update_together`."""
+    first = updates[0]
+
+    def joint(name: str) -> Any:
+        values = [getattr(update, name) for update in updates]
+        if not any(isinstance(value, Tensor) for value in values):
+            if any(value != values[0] for value in values):
+                raise ValueError(f"updates of one batch have several {name}: {values}")
+            return values[0]
+        return torch.stack([torch.as_tensor(value) for value in values]).view(-1, 1, 1)
+
+    norms = None
+    if first.norms is not None:
+        pairs = zip(*(update.norms for update in updates if update.norms), strict=True)
+        gradient, direction = (torch.stack(side) for side in pairs)
+        norms = gradient, direction
+    return Update(
+        torch.stack([update.direction for update in updates]),
+        *(joint("alpha"), joint("decay_factor"), joint("factor"), joint("rate"), norms),
+    )
 
 
 def add_update_(weight: Tensor, update: Update) -> None:

@@ -16,7 +16,6 @@ that every branch is the one that a GPU takes, and no GPU is needed. The rule of
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -94,13 +93,13 @@ class LaunchCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what operations on fake tensors of a GPU would launch; see the module.
 
     Args:
-        dense: entries of a gradient: tensors of so many are single matrices, or pieces of them.
+        shape: of the matrices: tensors of this shape are gradients, weights or copies of them.
     """
 
-    def __init__(self, dense: int) -> None:
+    def __init__(self, shape: tuple[int, int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.found = Launches()
-        self._dense = dense
+        self._shapes = {shape, shape[::-1]}
         self._read_of: object = None
         self._places: defaultdict[tuple[str, int], set[Any]] = defaultdict(set)
 
@@ -140,7 +139,7 @@ class LaunchCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             found.operations += launches
             return
         for tensor in given:
-            if _whole(tensor, self._dense):
+            if self._whole(tensor):
                 at = self._places[label, tensor.untyped_storage()._cdata]
                 at.add(tensor.storage_offset())
                 found.pieces = max(found.pieces, len(at))
@@ -156,12 +155,11 @@ class LaunchCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _is_dense(self, given: list[Tensor], made: list[Tensor]) -> bool:
         """Whether an operation is on a matrix of a weight's size, or on a piece of one."""
-        return any(_whole(tensor, self._dense) for tensor in (*given, *made))
+        return any(map(self._whole, (*given, *made)))
 
-
-def _whole(tensor: Tensor, dense: int) -> bool:
-    whole = tensor if tensor._base is None else tensor._base
-    return dense in (whole.numel(), tensor.numel())
+    def _whole(self, tensor: Tensor) -> bool:
+        whole = tensor if tensor._base is None else tensor._base
+        return not self._shapes.isdisjoint({tuple(tensor.shape), tuple(whole.shape)})
 
 
 def _launches(func: Any, name: str, args: Any, given: list[Tensor]) -> int:
@@ -224,9 +222,12 @@ def count_step(
             _settle(optimizer, ledger)
             for param in model.parameters():
                 param.grad = torch.empty(m, n, dtype=dtype, device="cuda")
-            with LaunchCounter(math.prod(shape)) as counter:
+            optimizer.step()  # makes what all later steps use
+            _settle(optimizer, ledger)
+            with LaunchCounter(shape) as counter:
                 optimizer.step()
-    return counter.found
+    found: Launches = counter.found
+    return found
 
 
 def _settle(optimizer: LowRankOptimizer, ledger: Ledger) -> None:
