@@ -64,7 +64,7 @@ def main() -> None:
     for method in given.methods.split(","):
         for model in given.models.split(","):
             for rank in map(int, given.ranks.split(",")):
-                if rank <= MODELS[model][0]:
+                if rank < MODELS[model][0]:
                     sys.stdout.write(row(method, model, rank, **options))
                     sys.stdout.flush()
 

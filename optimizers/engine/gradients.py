@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -93,6 +94,15 @@ def _agreed(good: list[bool], tensors: Sequence[Tensor], spread: Sequence[Proces
     return agreed
 
 
+def largest_entries(tensors_b: Tensor) -> Tensor:
+    """The largest absolute entry of each of B tensors; NaN where there is one.
+
+    Unlike their sum, it is finite if the entries are.
+    """
+    largest_b: Tensor = torch.linalg.vector_norm(tensors_b.flatten(1), torch.inf, dim=1)
+    return largest_b
+
+
 @dataclass
 class Unread:
     """Skipped updates of a batch that were counted on a device.
@@ -143,13 +153,21 @@ class SkippedUpdates:
         if key not in self._unread:
             counts = torch.zeros(len(params), dtype=torch.int32, device=projected_b.device)
             self._unread[key] = Unread(list(params), list(called), counts)
-        # Unlike a sum, the largest entry of finite ones is finite.
-        largest_b = torch.linalg.vector_norm(projected_b.flatten(1), torch.inf, dim=1)
-        good_b: Tensor = largest_b < torch.inf
+        good_b: Tensor = largest_entries(projected_b) < torch.inf
         bad_b = good_b.logical_not()
         projected_b.masked_fill_(bad_b.view(-1, *[1] * (projected_b.dim() - 1)), 0.0)
         self._unread[key].counts.add_(bad_b)
         return good_b
+
+    def usable_together(
+        self, projected_b: Tensor, params: Sequence[Tensor], called: Sequence[str | None]
+    ) -> list[int]:
+        """Positions of the finite ones of B tensors on a GPU; one synchronisation."""
+        good = [largest < math.inf for largest in largest_entries(projected_b).tolist()]
+        for param, name, sound in zip(params, called, good, strict=True):
+            if not sound:
+                self._count(param, name, 1)
+        return [i for i, sound in enumerate(good) if sound]
 
     def read(self) -> None:
         """Reads the counts on devices; warns at the first skipped update."""

@@ -22,7 +22,7 @@ from .experts import by_place, experts_of
 from .geometry import Side
 from .gradients import Checks, descent_gradient
 from .moments import transport_moments
-from .parts import gather_update, project_part, reads_projected, whole_first_moment
+from .parts import gather_update, project_part, whole_first_moment
 from .plan import EVERYTHING, Given, Plan
 from .processes import ALONE, Processes
 from .refresh import Refresh, RefreshHook, refresh_due
@@ -225,7 +225,10 @@ def _update(plan: Plan, params: Sequence[ProjectedParam], checks: Checks) -> Non
     assert projection is not None
     weights, states = [param.weight for param in params], [param.state for param in params]
     steps = [param.steps_done for param in params]
-    entries = [math.prod(param.geometry.projected_shape()) for param in params]
+    bases = projection.projector.scratch_entries
+    entries = [
+        math.prod(param.geometry.projected_shape()) + bases(param.geometry) for param in params
+    ]
     spread = [param.rows.processes for param in params]
     shapes = [param.geometry for param in params]
     for indices in update_batches(weights, states, steps, entries, plan.group, spread, shapes):
@@ -253,21 +256,30 @@ def _update_joined(
     projected_b = projection.projector.project_together(batch)
     owners, called = [param.owner for param in batch], [param.name for param in batch]
     good_b: Tensor | None = None
-    if checks.on and not reads_projected(projection):
+    if checks.on and _gates(projection):
         good_b = checks.skipped.gate(projected_b, owners, called)
-    else:
-        spread = [param.rows.processes for param in batch]
-        kept = checks.usable(projected_b.unbind(0), owners, called, spread)
+    elif checks.on and checks.reads:
+        kept = checks.skipped.usable_together(projected_b, owners, called)
         if not kept:
             return
         if len(kept) < len(batch):
             batch = [batch[i] for i in kept]
             projected_b = torch.stack([projected_b[i] for i in kept])
     update_together(batch, projected_b, projection, rule, good_b)
-    for param, projected in zip(batch, projected_b.unbind(0), strict=True):
-        if projection.projector.TRACKS:
+    if projection.options.moments == "keep":
+        projection.projector.track_together(batch, projected_b, good_b)
+    elif projection.projector.TRACKS:
+        for param, projected in zip(batch, projected_b.unbind(0), strict=True):
             _track(param, projected, projection, rule)
+    for param in batch:
         param.read = None
+
+
+def _gates(projection: Projection) -> bool:
+    """Whether all that follows a projection heeds flags on the device, so that none is read."""
+    projector = projection.projector
+    tracks = projector.TRACKS and projection.options.moments != "keep"
+    return projector.gates and not tracks and projection.residual.GATES
 
 
 def _update_batch(

@@ -8,12 +8,14 @@ launches doesn't depend on B; see `docs/gpu_steps.md`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..projectors import ProjectedParam
 from ..rules import UpdateRule
+from ..weights import QuantizedWeight
 from .composition import Projection
 from .devices import on_gpu
 from .geometry import Geometry, Side
@@ -37,7 +39,7 @@ def update_together(
 
     Args:
         params: the matrices, which `may_join`.
-        projected_b: their projected gradients, B x ...; may be overwritten.
+        projected_b: their projected gradients, B x ...
         projection: of their group.
         rule: of their group.
         good_b: see `UpdateRule.update_together`.
@@ -50,6 +52,9 @@ def update_together(
         axis = 0 if params[0].geometry.side is Side.LEFT else 1
     weights = [param.weight for param in params]
     update = rule.update_together(projected_b, states, weights, axis, good_b)
-    written = residual.compute_together(params, projected_b, update, projector)
+    if not projection.options.stochastic_rounding and not isinstance(weights[0], QuantizedWeight):
+        # In one launch what the products with single weights would do.
+        update = replace(update, direction=update.direction.to(weights[0].dtype))
+    written = residual.compute_together(params, projected_b, update, projector, good_b)
     for param, own in zip(params, written, strict=True):
         apply_update(own, param, projection)

@@ -224,7 +224,16 @@ class Projector(ABC):
 
     def bases_together(self, params: Sequence[ProjectedParam]) -> list[Tensor]:
         """The first basis of each of several matrices of one geometry, in its gradient's dtype."""
+        if type(self)._read is Projector._read and all(param.read is None for param in params):
+            (key,) = params[0].geometry.basis_shapes
+            read = self.storage.read_together([param.state for param in params], key)
+            for param, basis in zip(params, read, strict=True):
+                param.read = (basis,)
         return [self.bases(param)[0].to(param.grad.dtype) for param in params]
+
+    def scratch_entries(self, geometry: Geometry) -> int:
+        """Entries that bases take during a step besides those that are stored."""
+        return sum(map(self.storage.scratch_entries, geometry.basis_shapes.values()))
 
     def write_back(
         self,
@@ -296,6 +305,29 @@ class Projector(ABC):
         rows = param.rows.part(span)
         self.write_back(param, chunk, rows, projected, alpha=share, decay_factor=1.0)
         return chunk
+
+    @property
+    def gates(self) -> bool:
+        """Whether `track_together` heeds flags on the device, or there is nothing to track."""
+        return not self.TRACKS
+
+    def track_together(
+        self,
+        params: Sequence[ProjectedParam],
+        projected_b: Tensor,
+        good_b: Tensor | None = None,
+    ) -> None:
+        """`track` of B matrices of one geometry, for GPUs.
+
+        Args:
+            params: the matrices.
+            projected_b: their projected gradients.
+            good_b: flags on the device: other gradients count as zero; only given if it `gates`.
+        """
+        if self.TRACKS:
+            for param, projected in zip(params, projected_b.unbind(0), strict=True):
+                self.track(param, projected)
+                param.read = None
 
     def track(self, param: ProjectedParam, projected: Tensor) -> None:  # noqa: B027 (optional)
         """Called after the write-back; an online projector updates its bases here."""

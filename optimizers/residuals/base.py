@@ -70,6 +70,8 @@ class Residual(ABC):
     NORMS: ClassVar[bool] = False
     #: Whether it uses the gradient outside the subspace.
     READS_GRADIENT: ClassVar[bool] = True
+    #: Whether `compute_together` heeds flags on the device, or doesn't read the gradient.
+    GATES: ClassVar[bool] = False
     #: Numbers of dimensions of the parameters it accepts.
     DIMENSIONS: ClassVar[tuple[int, ...]] = (2,)
     #: Entries of its state that have the weight's shape, and are spread over processes as it is.
@@ -124,14 +126,16 @@ class Residual(ABC):
         projected_b: Tensor,
         update: Update,
         projector: Projector,
+        good_b: Tensor | None = None,
     ) -> list[WeightUpdate]:
         """`compute_update` of B matrices of one geometry, for GPUs.
 
         Args:
             params: the matrices.
-            projected_b: their projected gradients, B x ...; may be overwritten.
+            projected_b: their projected gradients, B x ..., read only.
             update: see `UpdateRule.update_together`; its direction may be overwritten.
             projector: their projector.
+            good_b: flags on the device: other gradients count as zero; only given if it `GATES`.
         """
         updates = apart(update, len(params))
         return [
@@ -168,6 +172,7 @@ class Dropped(Residual):
     """Nothing outside the subspace is used (GaLore)."""
 
     READS_GRADIENT: ClassVar[bool] = False
+    GATES: ClassVar[bool] = True
     DIMENSIONS: ClassVar[tuple[int, ...]] = (2, 4)
 
     def compute_update(
@@ -182,6 +187,7 @@ class Dropped(Residual):
         projected_b: Tensor,
         update: Update,
         projector: Projector,
+        good_b: Tensor | None = None,
     ) -> list[WeightUpdate]:
         """See `Residual.compute_together`."""
         alpha: float | Tensor = update.alpha * self.scale

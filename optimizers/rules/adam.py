@@ -30,7 +30,7 @@ from .base import (
     ElementwiseRule,
     State,
     Update,
-    add_update_,
+    add_updates_,
     numel,
     scalar,
     steps_done,
@@ -380,7 +380,6 @@ class Adam(ElementwiseRule):
         if picked:
             targets = [own[3] for own in picked]
             updates = self.update([own[1] for own in picked], [own[2] for own in picked], targets)
-            for weight, update in zip(targets, updates, strict=True):
-                add_update_(weight, update)
+            add_updates_(targets, updates)
         for _, grad, state, weight in (own for own in rows if not own[0]):
             super().apply([grad], [state], [weight])

@@ -162,7 +162,7 @@ class UpdateRule(ABC):
         """`update` of B gradients of one shape as one tensor, for GPUs.
 
         Args:
-            grads_b: B x m x n; may be overwritten.
+            grads_b: B x m x n, read only.
             states: as in `update`, with equal step counts unless these are on the device.
             weights: as in `update`.
             axis: the axis of each gradient along which `norms` are wanted, 0 or 1; or None.
@@ -306,6 +306,29 @@ def add_update_(weight: Tensor, update: Update) -> None:
         weight.sub_(direction * alpha)
     else:
         weight.add_(direction, alpha=-alpha)
+
+
+def add_updates_(weights: Sequence[Tensor], updates: Sequence[Update]) -> None:
+    """`add_update_` of each weight; by list operations where decay and step size are numbers."""
+    first, kinds = updates[0], {weight.dtype for weight in weights}
+    numbers = all(
+        not isinstance(value, Tensor)
+        for update in updates
+        for value in (update.alpha, update.decay_factor)
+    )
+    if not numbers or len(kinds) > 1:
+        for weight, update in zip(weights, updates, strict=True):
+            add_update_(weight, update)
+        return
+    if first.decay_factor != 1.0:
+        torch._foreach_mul_(list(weights), first.decay_factor)
+    directions = [update.direction for update in updates]
+    (kind,) = kinds
+    if directions[0].dtype != kind:
+        narrow = [torch.empty_like(weight) for weight in weights]
+        torch._foreach_copy_(narrow, directions)
+        directions = narrow
+    torch._foreach_add_(list(weights), directions, alpha=-first.alpha)
 
 
 def steps_done(state: State, restarts: bool) -> int:

@@ -64,8 +64,8 @@ def assert_close(
         assert difference <= limit * moved, (index, float(difference), float(moved))
 
 
-#: Muon's products are in bf16 on a GPU.
-ROUGH = {"muon": 0.05, "galore_muon": 0.05}
+#: Muon's products are in bf16 on a GPU; a sign may turn where the last bits differ.
+ROUGH = {"muon": 0.05, "galore_muon": 0.05, "online_subspace_lion": 0.05}
 
 
 @pytest.mark.parametrize("name", NAMES)

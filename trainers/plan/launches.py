@@ -4,8 +4,8 @@ A step of same-shaped matrices runs on fake tensors of a GPU, with all kernels t
 that every branch is the one that a GPU takes, and no GPU is needed. The rule of counting:
 
 - Views, metadata and uninitialised memory are free, and so is what runs on the host.
-- A matrix product with a gradient, or into a weight, is a *product*; any other operation on a
-  tensor of a gradient's size is a *pass*. Both are work on single matrices, which torch can't
+- A product of two single matrices is a *product*; any other operation on a tensor of a gradient's
+  size, or a piece of one, is a *pass*. Both are work on single matrices, which torch can't
   collect without copying the gradients into one tensor.
 - Everything else is an *operation*: of single numbers, of projected gradients, of lists.
 - A list operation counts the launches that torch makes of it (`list_launches`), or, where its
@@ -35,7 +35,7 @@ from .ledger import Ledger
 
 _aten = torch.ops.aten
 _READ = _aten._local_scalar_dense.default
-_PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"}
+_PRODUCTS = {"mm", "addmm", "addmm_"}
 _FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsafe_view", "alias"}
 _FREE |= {"detach_", "set_", "resize_", "_reshape_alias", "lift_fresh"}
 #: torch's multi_tensor_apply: tensors of one launch by the number of lists, blocks of one launch,
@@ -94,12 +94,13 @@ class LaunchCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         shape: of the matrices: tensors of this shape are gradients, weights or copies of them.
+        rank: tensors with one side of that shape and another above this are pieces of them.
     """
 
-    def __init__(self, shape: tuple[int, int]) -> None:
+    def __init__(self, shape: tuple[int, int], rank: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.found = Launches()
-        self._shapes = {shape, shape[::-1]}
+        self._shape, self._rank = shape, rank
         self._read_of: object = None
         self._places: defaultdict[tuple[str, int], set[Any]] = defaultdict(set)
 
@@ -135,7 +136,7 @@ class LaunchCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             found.sends += 1
         launches = _launches(func, name, args, given)
         found.by_name[label] += launches
-        if not self._is_dense(given, made):
+        if name not in _PRODUCTS and not self._is_dense(given, made):
             found.operations += launches
             return
         for tensor in given:
@@ -159,7 +160,15 @@ class LaunchCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _whole(self, tensor: Tensor) -> bool:
         whole = tensor if tensor._base is None else tensor._base
-        return not self._shapes.isdisjoint({tuple(tensor.shape), tuple(whole.shape)})
+        return self._large(tensor) or self._large(whole)
+
+    def _large(self, tensor: Tensor) -> bool:
+        if tensor.dim() != 2:
+            return False
+        rows, columns = tensor.shape
+        return (rows in self._shape and columns > self._rank) or (
+            columns in self._shape and rows > self._rank
+        )
 
 
 def _launches(func: Any, name: str, args: Any, given: list[Tensor]) -> int:
@@ -224,7 +233,7 @@ def count_step(
                 param.grad = torch.empty(m, n, dtype=dtype, device="cuda")
             optimizer.step()  # makes what all later steps use
             _settle(optimizer, ledger)
-            with LaunchCounter(shape) as counter:
+            with LaunchCounter(shape, options.get("rank", 0)) as counter:
                 optimizer.step()
     found: Launches = counter.found
     return found
