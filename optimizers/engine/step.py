@@ -227,7 +227,8 @@ def _update(plan: Plan, params: Sequence[ProjectedParam], checks: Checks) -> Non
     steps = [param.steps_done for param in params]
     bases = projection.projector.scratch_entries
     entries = [
-        math.prod(param.geometry.projected_shape()) + bases(param.geometry) for param in params
+        math.prod(param.geometry.projected_shape()) * rule.SCRATCH + bases(param.geometry)
+        for param in params
     ]
     spread = [param.rows.processes for param in params]
     shapes = [param.geometry for param in params]

@@ -50,8 +50,8 @@ class CoordinateProjector(Projector):
     def fit(self, params: Sequence[ProjectedParam]) -> list[Bases | None]:
         """Draws new indices; a matrix with a non-finite gradient keeps its previous ones."""
         fitted: list[Bases | None] = []
-        for param in params:
-            if not usable(param):
+        for param, sound in zip(params, usable(params), strict=True):
+            if not sound:
                 fitted.append(None)
                 continue
             for key, (size, rank) in param.geometry.basis_shapes.items():

@@ -16,6 +16,8 @@ Memory: min(m, n) r entries (std).
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -53,9 +55,17 @@ def gaussian(shape: tuple[int, int], seed: int | Tensor, like: Tensor) -> Tensor
     return drawn.mul_(shape[1] ** -0.5)
 
 
-def usable(param: ProjectedParam) -> bool:
-    """Whether the gradient is finite; reads one number back."""
-    return bool(param.largest_entry().isfinite())
+def usable(params: Sequence[ProjectedParam]) -> list[bool]:
+    """Whether each gradient is finite; reads one table back for each device."""
+    found = [False] * len(params)
+    by_device: dict[torch.device, list[int]] = defaultdict(list)
+    for i, param in enumerate(params):
+        by_device[param.grad.device].append(i)
+    for positions in by_device.values():
+        largest = torch.stack([params[i].largest_entry().double() for i in positions])
+        for i, entry in zip(positions, largest.tolist(), strict=True):
+            found[i] = math.isfinite(entry)
+    return found
 
 
 @dataclass(frozen=True)
@@ -120,8 +130,8 @@ class RandomProjector(Projector):
     def fit(self, params: Sequence[ProjectedParam]) -> list[Bases | None]:
         """Draws new bases; a matrix with a non-finite gradient keeps its previous ones."""
         fitted: list[Bases | None] = []
-        for param in params:
-            if not usable(param):
+        for param, sound in zip(params, usable(params), strict=True):
+            if not sound:
                 fitted.append(None)
                 continue
             seeds = self._seeds(param, param.steps_done)

@@ -50,6 +50,7 @@ class Adafactor(UpdateRule):
         restarts: the second moment's decay counts from the last refresh (moments="reset").
     """
 
+    SCRATCH: ClassVar[int] = 3
     #: LDAdam's rotation requires an unfactored second moment.
     transports: ClassVar[tuple[str, ...]] = ("keep", "reset", "restore")
 

@@ -58,6 +58,8 @@ class UpdateRule(ABC):
 
     #: Whether only matrices can be updated.
     matrices_only: ClassVar[bool] = False
+    #: Scratch of `update_together`, as a multiple of the gradients in fp32.
+    SCRATCH: ClassVar[int] = 1
     #: Which of `MOMENT_TRANSPORTS` it supports.
     transports: ClassVar[tuple[str, ...]] = ("keep",)
 

@@ -35,6 +35,7 @@ class Lion(ElementwiseRule):
         moments_dtype: precision of the momentum, None for the default (`moments_dtype`).
     """
 
+    SCRATCH: ClassVar[int] = 3
     transports: ClassVar[tuple[str, ...]] = MOMENT_TRANSPORTS
 
     lr: float | Tensor

@@ -91,6 +91,7 @@ class Muon(UpdateRule):
     """
 
     matrices_only: ClassVar[bool] = True
+    SCRATCH: ClassVar[int] = 3
     transports: ClassVar[tuple[str, ...]] = MOMENT_TRANSPORTS
 
     lr: float | Tensor

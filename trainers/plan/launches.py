@@ -10,7 +10,8 @@ that every branch is the one that a GPU takes, and no GPU is needed. The rule of
 - Everything else is an *operation*: of single numbers, of projected gradients, of lists.
 - A list operation counts the launches that torch makes of it (`list_launches`), or, where its
   tensors don't suit that, one for each tensor. Ours count those of `cuda/device`.
-- A *read* waits for the GPU: a number read back, or a copy to the host. A *send* is a copy from
+- A *read* waits for the GPU: a number read back, an allocation whose size depends on data, or a
+  copy to the host. A *send* is a copy from
   the host, which a captured graph would repeat.
 """
 
@@ -38,6 +39,8 @@ _READ = _aten._local_scalar_dense.default
 _PRODUCTS = {"mm", "addmm", "addmm_"}
 _FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsafe_view", "alias"}
 _FREE |= {"detach_", "set_", "resize_", "_reshape_alias", "lift_fresh"}
+#: Their results' sizes are read back.
+_SIZED_BY_DATA = {"nonzero", "masked_select", "_unique2", "unique_dim"}
 #: torch's multi_tensor_apply: tensors of one launch by the number of lists, blocks of one launch,
 #: entries of a block.
 _LIST_TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
@@ -129,10 +132,11 @@ class LaunchCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         self._read_of = None
         label = name if func.namespace == "aten" else f"{func.namespace}::{name}"
-        if name in ("_to_copy", "copy_") and not made[0].is_cuda:
+        masked = name.startswith("index") and any(t.dtype == torch.bool for t in given[1:])
+        if masked or name in _SIZED_BY_DATA or (_copies(name) and not _lands(given, made)):
             self.read(label)
             return
-        if name in ("_to_copy", "copy_") and not all(t.is_cuda for t in given if t.dim()):
+        if _copies(name) and not all(t.is_cuda for t in given if t.dim()):
             found.sends += 1
         launches = _launches(func, name, args, given)
         found.by_name[label] += launches
@@ -169,6 +173,15 @@ class LaunchCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return (rows in self._shape and columns > self._rank) or (
             columns in self._shape and rows > self._rank
         )
+
+
+def _lands(given: list[Tensor], made: list[Tensor]) -> bool:
+    """Whether a copy's result is on a GPU; a list copy returns nothing."""
+    return (made or given)[0].is_cuda
+
+
+def _copies(name: str) -> bool:
+    return name in ("_to_copy", "copy_", "_foreach_copy_")
 
 
 def _launches(func: Any, name: str, args: Any, given: list[Tensor]) -> int:
