@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .devices import on_gpu
 from .options import Group
 from .parameters import label, names, unique_names
 from .processes import Processes
@@ -64,6 +65,12 @@ def finite(
     for position, tensor in enumerate(tensors):
         by_device.setdefault(tensor.device, []).append(position)
     for positions in by_device.values():
+        if on_gpu(tensors[positions[0]]):
+            for position, largest in zip(
+                positions, _largest_of([tensors[i] for i in positions]), strict=True
+            ):
+                good[position] = math.isfinite(largest)
+            continue
         # A sum in another dtype would copy the tensor; bfloat16 has fp32's range, float16 has not.
         sums = [
             tensors[i].sum(dtype=torch.float32 if tensors[i].dtype == torch.float16 else None)
@@ -92,6 +99,18 @@ def _agreed(good: list[bool], tensors: Sequence[Tensor], spread: Sequence[Proces
         for position, flag in zip(positions, flags, strict=True):
             agreed[position] = flag
     return agreed
+
+
+def _largest_of(tensors: Sequence[Tensor]) -> list[float]:
+    """The largest absolute entry of each tensor on a GPU; 0 of an empty one."""
+    full = [i for i, tensor in enumerate(tensors) if tensor.numel()]
+    norms = list(torch._foreach_norm([tensors[i] for i in full], torch.inf)) if full else []
+    if len({norm.dtype for norm in norms}) > 1:
+        norms = [norm.double() for norm in norms]
+    found = [0.0] * len(tensors)
+    for i, largest in zip(full, torch.stack(norms).tolist() if norms else [], strict=True):
+        found[i] = largest
+    return found
 
 
 def largest_entries(tensors_b: Tensor) -> Tensor:

@@ -61,7 +61,8 @@ def safe_norms(norms_b: Tensor) -> Tensor:
     if norms_b.dtype == torch.float64:
         return torch.stack([safe_norm(norms) for norms in norms_b.unbind(0)]).view(-1, 1, 1)
     wide_b = torch.linalg.vector_norm(norms_b, dim=(1, 2), keepdim=True, dtype=torch.float64)
-    return wide_b.to(norms_b.dtype)
+    norm_b: Tensor = wide_b.to(norms_b.dtype)
+    return norm_b
 
 
 def safe_norm(norms: Tensor, processes: Processes = ALONE) -> Tensor:

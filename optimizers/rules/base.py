@@ -312,25 +312,26 @@ def add_update_(weight: Tensor, update: Update) -> None:
 
 def add_updates_(weights: Sequence[Tensor], updates: Sequence[Update]) -> None:
     """`add_update_` of each weight; by list operations where decay and step size are numbers."""
-    first, kinds = updates[0], {weight.dtype for weight in weights}
-    numbers = all(
-        not isinstance(value, Tensor)
-        for update in updates
-        for value in (update.alpha, update.decay_factor)
+    alpha, decay_factor = updates[0].alpha, updates[0].decay_factor
+    kind = weights[0].dtype
+    alike = all(weight.dtype == kind for weight in weights) and all(
+        not isinstance(own.alpha, Tensor)
+        and not isinstance(own.decay_factor, Tensor)
+        and (own.alpha, own.decay_factor) == (alpha, decay_factor)
+        for own in updates
     )
-    if not numbers or len(kinds) > 1:
+    if not alike or isinstance(alpha, Tensor):
         for weight, update in zip(weights, updates, strict=True):
             add_update_(weight, update)
         return
-    if first.decay_factor != 1.0:
-        torch._foreach_mul_(list(weights), first.decay_factor)
+    if decay_factor != 1.0:
+        torch._foreach_mul_(list(weights), decay_factor)
     directions = [update.direction for update in updates]
-    (kind,) = kinds
     if directions[0].dtype != kind:
         narrow = [torch.empty_like(weight) for weight in weights]
         torch._foreach_copy_(narrow, directions)
         directions = narrow
-    torch._foreach_add_(list(weights), directions, alpha=-first.alpha)
+    torch._foreach_add_(list(weights), directions, alpha=-alpha)
 
 
 def steps_done(state: State, restarts: bool) -> int:
