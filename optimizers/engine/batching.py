@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..projectors import ProjectedParam
-from .chunks import SCRATCH_BYTES
+from .chunks import DEVICE_SCRATCH_BYTES, SCRATCH_BYTES
+from .devices import on_gpu
 from .options import Group
 from .processes import Processes
 
@@ -36,12 +37,13 @@ def update_batches(
     entries: Sequence[int],
     group: Group,
     spread: Sequence[Processes],
+    shapes: Sequence[Hashable] = (),
 ) -> Iterator[list[int]]:
     """Positions of parameters to update together: same device, dtype and step count.
 
-    On a CPU one matrix at a time keeps its scratch in the cache; on GPUs lists save launches. What
-    other processes have parts of comes first, in the same batches on all processes, and shares
-    collectives on CPUs as well.
+    On a CPU one matrix at a time keeps its scratch in the cache; on GPUs lists save launches, and
+    matrices of one shape are worked on as one tensor. What other processes have parts of comes
+    first, in the same batches on all processes, and shares collectives on CPUs as well.
 
     Args:
         params: the parameters.
@@ -50,26 +52,31 @@ def update_batches(
         entries: number of entries of each (projected) gradient, which bounds the scratch.
         group: their options.
         spread: the processes that have the other parts of each.
+        shapes: what batches of projected matrices on a GPU have in common besides.
     """
     single = group["foreach"] is False
-    kinds: dict[Hashable, list[int]] = defaultdict(list)
+    kinds: dict[tuple[int, Hashable], list[int]] = defaultdict(list)
     # With bias corrections that restart at a refresh, staggered matrices have different ones.
     renewed = group.get("moments") == "reset" or group.get("factors")
     pairs = list(zip(params, states, strict=True))
     for i in sorted(range(len(pairs)), key=lambda i: spread[i].alone):
         param, state = pairs[i]
-        cached = spread[i].alone and param.device.type == "cpu" and param.dim() > 1
+        cached = spread[i].alone and not on_gpu(param) and param.dim() > 1
         cached = cached and group["foreach"] is None
         alone = i if single or cached else -1
         step = 0 if group["capturable"] else steps_done[i]
         since = state.get("refreshed_at") if renewed else None
-        kinds[(param.device, param.dtype, step, since, alone, spread[i].alone)].append(i)
-    for indices in kinds.values():
+        gpu = on_gpu(param)
+        shape = shapes[i] if shapes and gpu else None
+        bound = DEVICE_SCRATCH_BYTES if shapes and gpu else SCRATCH_BYTES
+        key = (param.device, param.dtype, step, since, alone, spread[i].alone, shape)
+        kinds[(bound, key)].append(i)
+    for (bound, _), indices in kinds.items():
         batch: list[int] = []
         used = 0
         for i in indices:
             size = entries[i] * max(4, params[i].element_size())
-            if batch and used + size > SCRATCH_BYTES:
+            if batch and used + size > bound:
                 yield batch
                 batch, used = [], 0
             batch.append(i)

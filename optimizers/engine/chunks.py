@@ -8,6 +8,8 @@ from math import gcd
 import torch
 from torch import Tensor
 
+from .devices import on_gpu
+
 #: Entries of a chunk on a CPU: copies of it stay in the cache.
 CACHE_ELEMENTS = 1 << 18
 #: Entries of a chunk that enters a matrix product on a CPU: fewer would not fill a GEMM.
@@ -16,6 +18,8 @@ PRODUCT_ELEMENTS = 1 << 22
 DEVICE_ELEMENTS = 1 << 25
 #: Bound on the scratch of several matrices that are worked on together.
 SCRATCH_BYTES = 256 << 20
+#: The same for the projected gradients and directions of a step on a GPU.
+DEVICE_SCRATCH_BYTES = 1 << 30
 
 
 def wide_dtype(like: Tensor | torch.dtype) -> torch.dtype:
@@ -38,7 +42,7 @@ def row_chunks(tensor: Tensor, *, product: bool = False, block: int = 1) -> Iter
         Slices with explicit start and stop, in order. A chunk exceeds the bound on its entries only
         if a single row (or the fewest rows that end with a block) does.
     """
-    if tensor.device.type != "cpu":
+    if on_gpu(tensor) or tensor.is_meta:
         wanted = DEVICE_ELEMENTS
     else:
         wanted = PRODUCT_ELEMENTS if product else CACHE_ELEMENTS

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from .devices import on_gpu
 from .options import Group
 from .parameters import label, names, unique_names
 from .processes import Processes
@@ -62,6 +65,12 @@ def finite(
     for position, tensor in enumerate(tensors):
         by_device.setdefault(tensor.device, []).append(position)
     for positions in by_device.values():
+        if on_gpu(tensors[positions[0]]):
+            for position, largest in zip(
+                positions, _largest_of([tensors[i] for i in positions]), strict=True
+            ):
+                good[position] = math.isfinite(largest)
+            continue
         # A sum in another dtype would copy the tensor; bfloat16 has fp32's range, float16 has not.
         sums = [
             tensors[i].sum(dtype=torch.float32 if tensors[i].dtype == torch.float16 else None)
@@ -95,19 +104,122 @@ def _agreed(good: list[bool], tensors: Sequence[Tensor], spread: Sequence[Proces
 _NOTHING: Mapping[int, bool] = {}
 
 
+def _largest_of(tensors: Sequence[Tensor]) -> list[float]:
+    """The largest absolute entry of each tensor on a GPU; 0 of an empty one."""
+    full = [i for i, tensor in enumerate(tensors) if tensor.numel()]
+    norms = list(torch._foreach_norm([tensors[i] for i in full], torch.inf)) if full else []
+    if len({norm.dtype for norm in norms}) > 1:
+        norms = [norm.double() for norm in norms]
+    found = [0.0] * len(tensors)
+    for i, largest in zip(full, torch.stack(norms).tolist() if norms else [], strict=True):
+        found[i] = largest
+    return found
+
+
+def largest_entries(tensors_b: Tensor) -> Tensor:
+    """The largest absolute entry of each of B tensors; NaN where there is one.
+
+    Unlike their sum, it is finite if the entries are.
+    """
+    largest_b: Tensor = torch.linalg.vector_norm(tensors_b.flatten(1), torch.inf, dim=1)
+    return largest_b
+
+
+@dataclass
+class Unread:
+    """Skipped updates of a batch that were counted on a device.
+
+    Attributes:
+        params: the parameters.
+        called: their names.
+        counts: int32, one each.
+    """
+
+    params: list[Tensor]
+    called: list[str | None]
+    counts: Tensor
+
+
+#: Least number of steps between readings of counts on devices that nobody asked for.
+READ_AFTER = 100
+
+
 class SkippedUpdates:
     """Counts, by parameter, of updates skipped because the gradient was not finite."""
 
     def __init__(self) -> None:
         self._counts: dict[Tensor, int] = {}
+        #: Those that were counted on a device, by the parameters of a batch.
+        self._unread: dict[tuple[int, ...], Unread] = {}
+        self._steps = 0
 
     @property
     def total(self) -> int:
         """Number of skipped updates."""
+        self.read()
         return sum(self._counts.values())
+
+    def gate(
+        self, projected_b: Tensor, params: Sequence[Tensor], called: Sequence[str | None]
+    ) -> Tensor:
+        """Which of B tensors are finite, as flags on their device; the others become zero.
+
+        They are counted on the device, and warned of when the counts are read.
+
+        Args:
+            projected_b: B x ..., in place.
+            params: the parameters.
+            called: the parameters' names.
+        """
+        key = tuple(map(id, params))
+        if key not in self._unread:
+            counts = torch.zeros(len(params), dtype=torch.int32, device=projected_b.device)
+            self._unread[key] = Unread(list(params), list(called), counts)
+        good_b: Tensor = largest_entries(projected_b) < torch.inf
+        bad_b = good_b.logical_not()
+        projected_b.masked_fill_(bad_b.view(-1, *[1] * (projected_b.dim() - 1)), 0.0)
+        self._unread[key].counts.add_(bad_b)
+        return good_b
+
+    def usable_together(
+        self, projected_b: Tensor, params: Sequence[Tensor], called: Sequence[str | None]
+    ) -> list[int]:
+        """Positions of the finite ones of B tensors on a GPU; one synchronisation."""
+        good = [largest < math.inf for largest in largest_entries(projected_b).tolist()]
+        for param, name, sound in zip(params, called, good, strict=True):
+            if not sound:
+                self._count(param, name, 1)
+        return [i for i, sound in enumerate(good) if sound]
+
+    def read(self) -> None:
+        """Reads the counts on devices; warns at the first skipped update."""
+        self._steps = 0
+        for unread in self._unread.values():
+            counts = unread.counts.tolist()
+            if any(counts):
+                unread.counts.zero_()
+            for param, name, count in zip(unread.params, unread.called, counts, strict=True):
+                if count:
+                    self._count(param, name, count)
+
+    def after_step(self, *, waited: bool) -> None:
+        """Reads counts that nobody asked for now and then, after steps that waited anyway."""
+        self._steps += 1
+        if waited and self._steps >= READ_AFTER:
+            self.read()
+
+    def _count(self, param: Tensor, name: str | None, count: int) -> None:
+        if not self._counts:
+            warn_user(
+                f"non-finite gradient of {label(name, param)}: this step does not "
+                "update it (warned once; `skipped_by_name()` counts; skip_nonfinite=False "
+                "turns the check off)"
+            )
+        self._counts[param] = self._counts.get(param, 0) + count
 
     def by_name(self, groups: Sequence[Group]) -> dict[str, int]:
         """Skipped updates of each parameter that has any, most first."""
+        self.read()
         params = [param for group in groups for param in group["params"]]
         found = {
             name: self._counts[param]
@@ -135,14 +247,7 @@ class SkippedUpdates:
         """
 
         def count(position: int) -> None:
-            param = params[position]
-            if not self._counts:
-                warn_user(
-                    f"non-finite gradient of {label(called[position], param)}: this step does not "
-                    "update it (warned once; `skipped_by_name()` counts; skip_nonfinite=False "
-                    "turns the check off)"
-                )
-            self._counts[param] = self._counts.get(param, 0) + 1
+            self._count(params[position], called[position], 1)
 
         known = [decided.get(id(param)) for param in params]
         rest = [i for i, good in enumerate(known) if good is None]
@@ -158,3 +263,32 @@ class SkippedUpdates:
 
 def _ignore(position: int) -> None:
     """Counts nothing."""
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What a step does about gradients that are not finite.
+
+    Attributes:
+        on: `skip_nonfinite`.
+        reads: flags may be read back: no graph is captured.
+        skipped: counts them.
+        decided: by parameter id what is known already, see `decision`.
+    """
+
+    on: bool
+    reads: bool
+    skipped: SkippedUpdates
+    decided: Mapping[int, bool] = field(default_factory=dict)
+
+    def usable(
+        self,
+        tensors: Sequence[Tensor],
+        params: Sequence[Tensor],
+        called: Sequence[str | None],
+        spread: Sequence[Processes],
+    ) -> Sequence[int]:
+        """Positions of the tensors to use; see `SkippedUpdates.usable`."""
+        if not (self.on and self.reads):
+            return range(len(tensors))
+        return self.skipped.usable(tensors, params, called, spread, self.decided)

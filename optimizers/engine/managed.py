@@ -14,6 +14,7 @@ from ..projectors import MatrixKey
 from . import state_dict as policy
 from .adapt import PendingMoments
 from .composition import Composition
+from .devices import capturing
 from .gradients import SkippedUpdates
 from .in_backward.state import Pending, save_pending, take_pending
 from .options import Group, make_plain
@@ -21,7 +22,6 @@ from .plan import Plan, Snapshot
 from .prepare import MadeBy, Maker, drop_unused, follow, revise
 from .saved_method import METHOD, changed_options, check_method, warn_of_changes
 from .seeds import seed_names
-from .step import capturing
 from .zero import Partitions, show
 
 if TYPE_CHECKING:

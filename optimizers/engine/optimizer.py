@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence, Set
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import torch
@@ -17,8 +16,9 @@ from . import checks
 from .composition import Composition
 from .decision import decide
 from .declared import DeclaredOptimizer
+from .devices import capturing
 from .equal_options import EqualOptions
-from .gradients import check_gradients
+from .gradients import Checks, check_gradients
 from .managed import ManagedOptimizer
 from .options import Group, ProjectionOptions, check_common, check_lr, make_plain
 from .parameters import check_names, check_param, name_alike, names
@@ -26,7 +26,7 @@ from .plan import EVERYTHING, Given, Plan, Snapshot, numbered
 from .refresh import RefreshHook
 from .replaced import InUse, Watch
 from .shared_refresh import SharedRefreshes
-from .step import Usable, capturing, step_plain, step_projected
+from .step import step_plain, step_projected
 from .strategies import (
     check_strategy_options,
     drop_left_over,
@@ -69,6 +69,9 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
         self._in_use = InUse()
         self._equal = EqualOptions()
         self._sound: dict[int, bool] = {}
+
+    #: Whether any basis was refitted in this step.
+    _refitted: bool = False
 
     # Groups and state
 
@@ -278,19 +281,22 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
     def _advance(self, plans: Sequence[Plan]) -> None:
         """Takes the step of all groups in turn."""
         firsts, count = numbered(plans)
+        self._refitted = False
         if self._shared is not None:
             self._shared.count_step()
         for plan, first in zip(plans, firsts, strict=True):
             self._advance_group(plan, first, count, self._given(plan))
+        self._skipped.after_step(waited=self._refitted)
 
     def _advance_group(self, plan: Plan, first: int, count: int, given: Given) -> None:
         """Takes the step of some parameters of a group; arguments as of `step_projected`."""
-        usable = self._usable(plan.group)
+        checks = self._checks(plan.group)
         if plan.core.projection is None:
-            step_plain(plan, usable, given)
+            step_plain(plan, checks, given)
             return
         hooks, pending = tuple(self._refresh_hooks.values()), self._pending_moments
-        step_projected(plan, first, count, hooks, pending, usable, self._shared, given)
+        refits = step_projected(plan, first, count, hooks, pending, checks, self._shared, given)
+        self._refitted = self._refitted or refits
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears all gradients, and with `update_in_backward` the sums of an unfinished step.
@@ -323,10 +329,8 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
         known = self._in_backward
         return param.grad is not None or (known is not None and known.updated(param))
 
-    def _usable(self, group: Group) -> Usable:
-        if group["skip_nonfinite"] and not group["capturable"]:
-            return partial(self._skipped.usable, decided=self._sound)
-        return lambda tensors, params, called, spread: range(len(tensors))
+    def _checks(self, group: Group) -> Checks:
+        return Checks(group["skip_nonfinite"], not group["capturable"], self._skipped, self._sound)
 
 
 @contextlib.contextmanager

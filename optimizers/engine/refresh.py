@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class Refresh:
     hooks: Sequence[RefreshHook]
     pending: MutableMapping[MatrixKey, PendingMoments]
     _events: list[RefreshEvent] = field(default_factory=list)
+    _unread: list[tuple[dict[str, Any], Tensor]] = field(default_factory=list)
 
     @property
     def projection(self) -> Projection:
@@ -66,7 +68,9 @@ class Refresh:
             bases: the new ones before storage rounded them, as far as the schedule reads them.
             seconds: time that the refit took.
         """
-        self.projection.schedule.refreshed(param.state, param.steps_done, bases)
+        number = self.projection.schedule.record(param.state, param.steps_done, bases)
+        if number is not None:
+            self._unread.append((param.state, number))
         param.read = None
         if self._transports and previous:
             transport_moments(param, previous, self.projection, self.composition.rule)
@@ -76,16 +80,25 @@ class Refresh:
         if self.hooks:
             self._events.append(_event(param, self.projection, previous, seconds))
 
-    def call_hooks(self) -> None:
-        """Tells the hooks what was finished since the last call."""
+    def conclude(self) -> None:
+        """Tells schedule and hooks what was finished since the last call."""
+        unread, self._unread = self._unread, []
+        if unread:
+            numbers = torch.stack([number for _, number in unread]).tolist()
+            for (state, _), number in zip(unread, numbers, strict=True):
+                self.projection.schedule.decide(state, number)
         events, self._events = self._events, []
         for event in events:
             for hook in self.hooks:
                 hook(event)
 
 
-def refresh_due(params: Sequence[ProjectedParam], count: int, refresh: Refresh) -> None:
-    """Refits the bases of the matrices that are due; `count` is the number of all matrices."""
+def refresh_due(params: Sequence[ProjectedParam], count: int, refresh: Refresh) -> bool:
+    """Refits the bases of the matrices that are due; `count` is the number of all matrices.
+
+    Returns:
+        Whether any was.
+    """
     schedule = refresh.projection.schedule
     due = [p for p in params if schedule.due(p.state, p.steps_done, p.index, count)]
     for batch in refresh_batches(due):
@@ -97,7 +110,8 @@ def refresh_due(params: Sequence[ProjectedParam], count: int, refresh: Refresh) 
             for param, old, bases in zip(batch, previous, fits, strict=True):
                 if bases is not None:
                     refresh.finish(param, old, bases, seconds)
-        refresh.call_hooks()
+        refresh.conclude()
+    return bool(due)
 
 
 def _event(

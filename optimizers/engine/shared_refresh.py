@@ -177,7 +177,7 @@ class SharedRefreshes:
                     if owner != self.rank:
                         refresh.projection.projector.received(param)
                     refresh.finish(param, previous.pop(id(param)), columns, seconds)
-        refresh.call_hooks()
+        refresh.conclude()
         return self._smallest([quiet_steps()], params[0].weight)[0]
 
     def _send(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,40 +17,31 @@ from ..weights import apply_rule
 from .adapt import PendingMoments
 from .batching import read_steps, update_batches
 from .composition import Projection
+from .devices import capturing
 from .experts import by_place, experts_of
 from .geometry import Side
-from .gradients import descent_gradient
+from .gradients import Checks, descent_gradient
 from .moments import transport_moments
 from .parts import gather_updates, project_parts, whole_first_moment
 from .plan import EVERYTHING, Given, Plan
 from .processes import ALONE, Processes
 from .refresh import Refresh, RefreshHook, refresh_due
 from .shared_refresh import SharedRefreshes
+from .together import may_join, update_together
 from .write import apply_update
 
-#: Positions of the tensors to use, given tensors, their parameters and names, and the processes
-#: that have other parts of them.
-Usable = Callable[
-    [Sequence[Tensor], Sequence[Tensor], Sequence[str | None], Sequence[Processes]], Iterable[int]
-]
 
-
-def capturing() -> bool:
-    """Whether a CUDA graph is being captured, during which nothing may be read back."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def step_plain(plan: Plan, usable: Usable, given: Given = EVERYTHING) -> None:
+def step_plain(plan: Plan, checks: Checks, given: Given = EVERYTHING) -> None:
     """Takes the step of a group without projection.
 
     Args:
         plan: the group.
-        usable: excludes gradients that are not finite.
+        checks: excludes gradients that are not finite.
         given: which parameters take it.
     """
     group = plan.group
     found = [part for i in given.chosen(plan) for part in _plain_parts(plan, i)]
-    kept = usable(
+    kept = checks.usable(
         [part.grad for part in found],
         [plan.params[part.position] for part in found],
         [part.name for part in found],
@@ -119,10 +110,10 @@ def step_projected(
     count: int,
     hooks: Sequence[RefreshHook],
     pending: MutableMapping[MatrixKey, PendingMoments],
-    usable: Usable,
+    checks: Checks,
     shared: SharedRefreshes | None,
     given: Given = EVERYTHING,
-) -> None:
+) -> bool:
     """Takes the step of a projected group, after the refreshes that are due.
 
     Args:
@@ -132,21 +123,26 @@ def step_projected(
         hooks: called after each refresh.
         pending: moments to transport after changed options; those of this group's matrices are
             removed.
-        usable: excludes gradients that are not finite.
+        checks: excludes gradients that are not finite.
         shared: refreshes that processes share, if they do.
         given: which parameters take it; none of them that has no gradient but its projection is due
             for a refresh.
+
+    Returns:
+        Whether any of them was due.
     """
-    params = projected_params(plan, first, given)
+    params, refitted = projected_params(plan, first, given), False
     if not capturing():
         refresh = Refresh(plan.composition, hooks, pending)
         if shared is not None and refresh.projection.projector.FITS_GRADIENT:
             shared.refresh_due(plan, params, count, refresh)
+            refitted = True
         else:
-            refresh_due(params, count, refresh)
+            refitted = refresh_due(params, count, refresh)
         if pending:
             _start_anew(plan, given.chosen(plan), params, pending)
-    _update(plan, params, usable)
+    _update(plan, params, checks)
+    return refitted
 
 
 def projected_params(plan: Plan, first: int, given: Given = EVERYTHING) -> list[ProjectedParam]:
@@ -223,19 +219,27 @@ def _start_anew(
             held.steps_done = 0
 
 
-def _update(plan: Plan, params: Sequence[ProjectedParam], usable: Usable) -> None:
+def _update(plan: Plan, params: Sequence[ProjectedParam], checks: Checks) -> None:
     """Updates moments and weights, in batches of bounded scratch."""
     projection, rule = plan.composition.projection, plan.composition.rule
     assert projection is not None
     weights, states = [param.weight for param in params], [param.state for param in params]
     steps = [param.steps_done for param in params]
-    entries = [math.prod(param.geometry.projected_shape()) for param in params]
+    bases = projection.projector.scratch_entries
+    entries = [
+        math.prod(param.geometry.projected_shape()) * rule.SCRATCH + bases(param.geometry)
+        for param in params
+    ]
     spread = [param.rows.processes for param in params]
-    for indices in update_batches(weights, states, steps, entries, plan.group, spread):
+    shapes = [param.geometry for param in params]
+    for indices in update_batches(weights, states, steps, entries, plan.group, spread, shapes):
         batch = [params[i] for i in indices]
+        if may_join(batch[0]):
+            _update_joined(batch, projection, rule, checks)
+            continue
         gradients = project_parts(batch, projection.projector)
         # A non-finite gradient always has a non-finite projection, which is cheaper to check.
-        kept = usable(
+        kept = checks.usable(
             gradients,
             [param.owner for param in batch],
             [param.name for param in batch],
@@ -244,6 +248,39 @@ def _update(plan: Plan, params: Sequence[ProjectedParam], usable: Usable) -> Non
         pairs = [(batch[i], gradients[i]) for i in kept]
         if pairs:
             _update_batch([p for p, _ in pairs], [g for _, g in pairs], projection, rule)
+
+
+def _update_joined(
+    batch: Sequence[ProjectedParam], projection: Projection, rule: UpdateRule, checks: Checks
+) -> None:
+    """Updates matrices of one geometry together, see `together`."""
+    projected_b = projection.projector.project_together(batch)
+    owners, called = [param.owner for param in batch], [param.name for param in batch]
+    good_b: Tensor | None = None
+    if checks.on and _gates(projection):
+        good_b = checks.skipped.gate(projected_b, owners, called)
+    elif checks.on and checks.reads:
+        kept = checks.skipped.usable_together(projected_b, owners, called)
+        if not kept:
+            return
+        if len(kept) < len(batch):
+            batch = [batch[i] for i in kept]
+            projected_b = torch.stack([projected_b[i] for i in kept])
+    update_together(batch, projected_b, projection, rule, good_b)
+    if projection.options.moments == "keep":
+        projection.projector.track_together(batch, projected_b, good_b)
+    elif projection.projector.TRACKS:
+        for param, projected in zip(batch, projected_b.unbind(0), strict=True):
+            _track(param, projected, projection, rule)
+    for param in batch:
+        param.read = None
+
+
+def _gates(projection: Projection) -> bool:
+    """Whether all that follows a projection heeds flags on the device, so that none is read."""
+    projector = projection.projector
+    tracks = projector.TRACKS and projection.options.moments != "keep"
+    return projector.gates and not tracks and projection.residual.GATES
 
 
 def _update_batch(

@@ -75,7 +75,8 @@ def _fused(
     grad, factors, direction = None, None, update.direction
     if update.scaled is not None:
         grad = param.grad
-        factors = (update.scaled.factors * update.scaled.alpha).float()
+        factors, size = update.scaled.factors, update.scaled.alpha
+        factors = (factors if size == 1.0 else factors * size).float()
     chunks = fused_rows(param.weight, grad, seed, stochastic=stochastic, first_row=param.rows.start)
     if chunks is None:
         return False

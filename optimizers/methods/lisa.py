@@ -143,13 +143,11 @@ class LisaAdamW(LowRankOptimizer):
         if not _rests(plan.group):
             super()._advance_group(plan, first, count, given)
 
-    def _adopt(self) -> None:
-        super()._adopt()
-        if self._partitions is not None:
-            raise ValueError(
-                f"{type(self).__name__} in DeepSpeed's ZeRO, whose partitions step one after "
-                "another: accepted are DistributedDataParallel, fully_shard and ZeRO stage 0"
-            )
+    def _adopted(self) -> None:
+        raise ValueError(
+            f"{type(self).__name__} in DeepSpeed's ZeRO, whose partitions step one after "
+            "another: accepted are DistributedDataParallel, fully_shard and ZeRO stage 0"
+        )
 
     # The draw
 

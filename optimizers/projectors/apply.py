@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..engine.chunks import row_chunks
+from ..engine.devices import on_gpu
 from ..engine.geometry import Geometry, RowRange, Side
-from .operand import HALF, half_product, on_gpu
+from .operand import HALF, half_product
 
 
 def largest_entry(tensor: Tensor) -> Tensor:
@@ -61,6 +62,16 @@ def project(
         return grad_kn @ own[0]
     projected_rn = rows.processes.sum(_left_rows(own[0], rows).mT @ grad_kn)
     return projected_rn if geometry.side is Side.LEFT else projected_rn @ own[1]
+
+
+def project_into(
+    out: Tensor, grad_kn: Tensor, basis: Tensor, geometry: Geometry, rows: RowRange
+) -> None:
+    """Writes `project` on one side, of rows that are all here, into a tensor."""
+    if geometry.side is Side.RIGHT:
+        torch.mm(grad_kn, basis, out=out)
+    else:
+        torch.mm(_left_rows(basis, rows).mT, grad_kn, out=out)
 
 
 def _project_chunks(

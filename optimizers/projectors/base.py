@@ -201,6 +201,40 @@ class Projector(ABC):
         """The projected gradient: r x n, k x r or r x r."""
         return apply.project(param.grad, self.bases(param), param.geometry, param.rows, self.dtype)
 
+    def project_together(self, params: Sequence[ProjectedParam]) -> Tensor:
+        """Projected gradients of B matrices of one geometry, as one new tensor (B x ...).
+
+        Each is one product with its gradient, which writes its result where it belongs.
+        """
+        first = params[0]
+        known = any(param.projected is not None for param in params)
+        other = self.dtype is not None and self.dtype != first.grad.dtype
+        own = type(self).project is not Projector.project
+        if known or other or own or first.geometry.side is Side.BOTH:
+            return torch.stack(
+                [p.projected if p.projected is not None else self.project(p) for p in params]
+            )
+        shape = first.geometry.projected_shape(first.grad.shape[0])
+        projected_b = first.grad.new_empty(len(params), *shape)
+        for param, basis, out in zip(
+            params, self.bases_together(params), projected_b.unbind(0), strict=True
+        ):
+            apply.project_into(out, param.grad, basis, param.geometry, param.rows)
+        return projected_b
+
+    def bases_together(self, params: Sequence[ProjectedParam]) -> list[Tensor]:
+        """The first basis of each of several matrices of one geometry, in its gradient's dtype."""
+        if type(self)._read is Projector._read and all(param.read is None for param in params):
+            (key,) = params[0].geometry.basis_shapes
+            read = self.storage.read_together([param.state for param in params], key)
+            for param, basis in zip(params, read, strict=True):
+                param.read = (basis,)
+        return [self.bases(param)[0].to(param.grad.dtype) for param in params]
+
+    def scratch_entries(self, geometry: Geometry) -> int:
+        """Entries that bases take during a step besides those that are stored."""
+        return sum(map(self.storage.scratch_entries, geometry.basis_shapes.values()))
+
     def write_back(
         self,
         param: ProjectedParam,
@@ -271,6 +305,29 @@ class Projector(ABC):
         rows = param.rows.part(span)
         self.write_back(param, chunk, rows, projected, alpha=share, decay_factor=1.0)
         return chunk
+
+    @property
+    def gates(self) -> bool:
+        """Whether `track_together` heeds flags on the device, or there is nothing to track."""
+        return not self.TRACKS
+
+    def track_together(
+        self,
+        params: Sequence[ProjectedParam],
+        projected_b: Tensor,
+        good_b: Tensor | None = None,
+    ) -> None:
+        """`track` of B matrices of one geometry, for GPUs.
+
+        Args:
+            params: the matrices.
+            projected_b: their projected gradients.
+            good_b: flags on the device: other gradients count as zero; only given if it `gates`.
+        """
+        if self.TRACKS:
+            for param, projected in zip(params, projected_b.unbind(0), strict=True):
+                self.track(param, projected)
+                param.read = None
 
     def track(self, param: ProjectedParam, projected: Tensor) -> None:  # noqa: B027 (optional)
         """Called after the write-back; an online projector updates its bases here."""

@@ -50,8 +50,8 @@ class CoordinateProjector(Projector):
     def fit(self, params: Sequence[ProjectedParam]) -> list[Bases | None]:
         """Draws new indices; a matrix with a non-finite gradient keeps its previous ones."""
         fitted: list[Bases | None] = []
-        for param in params:
-            if not usable(param):
+        for param, sound in zip(params, usable(params), strict=True):
+            if not sound:
                 fitted.append(None)
                 continue
             for key, (size, rank) in param.geometry.basis_shapes.items():
@@ -84,7 +84,9 @@ class CoordinateProjector(Projector):
         """The gradient's rows and columns; NaN throughout if any other entry is not finite."""
         rows, columns = self._indices(param)
         projected = param.grad
-        if rows is not None:
+        if rows is not None and _all_rows(param.rows, param):
+            projected = projected.index_select(0, rows)
+        elif rows is not None:
             local, inside = _local(rows, param.rows.start, param.rows.stop)
             if not len(projected):
                 projected = projected.new_zeros(1, projected.shape[1])
@@ -94,6 +96,23 @@ class CoordinateProjector(Projector):
             projected = projected.index_select(1, columns)
         # Entries that are not selected must be checked too: adds 0 if all are finite, else NaN.
         return projected.add_(largest_entry(param.grad) * 0.0)
+
+    def project_together(self, params: Sequence[ProjectedParam]) -> Tensor:
+        """See `Projector.project_together`: gathers into one tensor."""
+        first = params[0]
+        known = any(param.projected is not None for param in params)
+        if known or first.geometry.side is Side.BOTH or not _all_rows(first.rows, first):
+            return super().project_together(params)
+        projected_b = first.grad.new_empty(len(params), *first.geometry.projected_shape())
+        largest_b = first.grad.new_empty(len(params))
+        dim = 1 if first.geometry.side is Side.RIGHT else 0
+        for param, out, largest in zip(
+            params, projected_b.unbind(0), largest_b.unbind(0), strict=True
+        ):
+            (index,) = (param.state[key + INDEX] for key in param.geometry.basis_shapes)
+            torch.index_select(param.grad, dim, index, out=out)
+            torch.linalg.vector_norm(param.grad, torch.inf, out=largest)
+        return projected_b.add_(largest_b.mul_(0.0).view(-1, 1, 1))
 
     def write_back(
         self,
@@ -116,13 +135,15 @@ class CoordinateProjector(Projector):
             part = direction[start : start + rows.stop - rows.start]
             weight_kn.index_add_(1, columns, part, alpha=-alpha)
             return
-        local, inside = _local(picked, rows.start, rows.stop)
-        direction = direction.masked_fill(~inside[:, None], 0.0)
+        local = picked
+        if not _all_rows(rows, param):
+            local, inside = _local(picked, rows.start, rows.stop)
+            direction = direction.masked_fill(~inside[:, None], 0.0)
         if columns is None:
             weight_kn.index_add_(0, local, direction, alpha=-alpha)
         else:
             where = (local.long()[:, None], columns.long()[None])
-            weight_kn.index_put_(where, direction.mul_(-alpha), accumulate=True)
+            weight_kn.index_put_(where, direction * -alpha, accumulate=True)
 
     def outside(
         self, param: ProjectedParam, projected: Tensor, span: slice, share: float = 1.0
@@ -135,7 +156,9 @@ class CoordinateProjector(Projector):
         start = param.rows.start + (span.start or 0)
         if rows is None:
             assert columns is not None
-            return chunk.index_fill_(1, columns.long(), 0.0)
+            return chunk.index_add_(1, columns, projected[span].to(chunk.dtype), alpha=-1.0)
+        if columns is None and _all_rows(param.rows.part(span), param):
+            return chunk.index_add_(0, rows, projected.to(chunk.dtype), alpha=-1.0)
         local, inside = _local(rows, start, start + len(chunk))
         mask_k = torch.ones(len(chunk), dtype=chunk.dtype, device=chunk.device)
         mask_k.index_add_(0, local, inside.to(chunk.dtype), alpha=-1.0)
@@ -144,6 +167,11 @@ class CoordinateProjector(Projector):
         selected_n = torch.zeros(chunk.shape[1], dtype=chunk.dtype, device=chunk.device)
         selected_n.index_fill_(0, columns.long(), 1.0)
         return chunk.mul_(1.0 - (1.0 - mask_k)[:, None] * selected_n)
+
+
+def _all_rows(rows: RowRange, param: ProjectedParam) -> bool:
+    """Whether a range has all rows of a matrix."""
+    return rows.start == 0 and rows.stop == param.geometry.shape[0]
 
 
 def _local(index: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:

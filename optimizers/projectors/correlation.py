@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -30,15 +31,16 @@ from torch import Tensor
 
 from ..engine import checks
 from ..engine.chunks import wide_dtype
+from ..engine.devices import on_gpu
 from ..engine.geometry import Geometry, RowRange, Side
 from ..engine.rotation import Rotation
 from ..engine.seeds import draw_seed
 from ..schedules.base import passed
-from . import apply, decompositions, subspace, tucker
+from . import apply, subspace, tucker
 from .base import Bases, ProjectedParam, Projector
 from .norms import axis_norms
-from .operand import cast_product
 from .random import gaussian
+from .reprojection import reprojected
 from .singular import align_signs
 
 #: Seed of the first sketch in the released code, which `refresh="svd"` reproduces.
@@ -155,42 +157,16 @@ def descend(basis_dr: Tensor, grad_dr: Tensor, lr: float) -> Tensor:
     return moved
 
 
-def reprojected(
-    grad_mn: Tensor,
-    sketch_dr: Tensor,
-    side: Side,
-    mode: str,
-    rows: RowRange | None = None,
-) -> Tensor:
-    """Singular vectors of the gradient restricted to the range found by a sketch, d x r.
+def _called(param: ProjectedParam) -> object:
+    return param.name or param.geometry.shape
 
-    Args:
-        grad_mn: the gradient.
-        sketch_dr: Gaussian or the previous basis, n x r on the right, m x r on the left.
-        side: the projected axis.
-        mode: "svd" decomposes with `torch.linalg.svd`, signs untouched; anything else by `eigh`.
-        rows: the rows of the gradient that are here, if others are on other processes.
 
-    Raises:
-        NotConverged: the solver doesn't converge.
-    """
-    left = side is Side.LEFT
-    sketch_dr = sketch_dr.to(wide_dtype(grad_mn))
-    held = RowRange.whole(len(grad_mn)) if rows is None else rows
-
-    def product(factor: Tensor, transposed: bool) -> Tensor:
-        if transposed:
-            part = cast_product(grad_mn, factor[held.start : held.stop], transposed)
-            return held.processes.sum(part)
-        return held.assemble(cast_product(grad_mn, factor, transposed))
-
-    range_lr = torch.linalg.qr(product(sketch_dr, left)).Q
-    small_rd = product(range_lr, not left).mT
-    scale = float(torch.linalg.vector_norm(small_rd, torch.inf))
-    solver = "svd" if mode == "svd" else "eigh"
-    rank = sketch_dr.shape[1]
-    ((basis,),) = decompositions.bases([small_rd], [scale], rank, Side.RIGHT, solver, [None], 0)
-    return basis
+def _warn(failed: str, param: ProjectedParam) -> None:
+    warnings.warn(
+        f"{failed} at step {param.steps_done}; its previous basis is kept and the refresh "
+        "is tried again",
+        stacklevel=2,
+    )
 
 
 @dataclass(frozen=True)
@@ -253,47 +229,81 @@ class CorrelationProjector(Projector):
 
     def fit(self, params: Sequence[ProjectedParam]) -> list[Bases | None]:
         """A P step or a re-projection; a zero or non-finite gradient keeps its basis."""
-        return [self._fit(param) for param in params]
+        largest = torch.stack([param.largest_entry().double() for param in params]).tolist()
+        usable = [i for i, scale in enumerate(largest) if 0.0 < scale < math.inf]
+        again = [i for i in usable if self._reprojects(params[i])]
+        plain = [i for i in again if not isinstance(params[i].geometry, tucker.TuckerGeometry)]
+        made = self._reprojected([params[i] for i in plain])
+        found: dict[int, Bases | None] = dict(zip(plain, made, strict=True))
+        for i in usable:
+            if i not in found:
+                found[i] = self._moved(params[i], i in again)
+        # Squares of finite gradients may overflow; all later bases would be non-finite too.
+        kept = [i for i in usable if found[i] is not None]
+        flags = [
+            torch.stack([basis.isfinite().all() for basis in found[i] or ()]).all() for i in kept
+        ]
+        fitted: list[Bases | None] = [None] * len(params)
+        for i, finite in zip(kept, torch.stack(flags).tolist() if flags else [], strict=True):
+            bases = found[i]
+            assert bases is not None
+            if finite:
+                self.store(params[i], bases)
+                fitted[i] = bases
+            else:
+                _warn(f"the step of the basis of {_called(params[i])} overflowed", params[i])
+        return fitted
 
-    def _fit(self, param: ProjectedParam) -> Bases | None:
-        scale = float(param.largest_entry())
-        if not 0.0 < scale < math.inf:
-            return None
+    def _reprojects(self, param: ProjectedParam) -> bool:
         last = int(param.state["refreshed_at"])
-        again = passed(self.interval * self.reproject_factor, last, param.steps_done)
-        called, failed = param.name or param.geometry.shape, None
+        return passed(self.interval * self.reproject_factor, last, param.steps_done)
+
+    def _moved(self, param: ProjectedParam, again: bool) -> Bases | None:
+        """The next bases; those of a matrix take a P step."""
         try:
             if isinstance(param.geometry, tucker.TuckerGeometry):
-                bases = self._fit_tucker(param, again)
-            elif again:
-                bases = (self._reproject(param),)
-            else:
-                bases = (self._move(param),)
-            # Squares of finite gradients may overflow; all later bases would be non-finite too.
-            if not all(bool(basis.isfinite().all()) for basis in bases):
-                failed = f"the step of the basis of {called} overflowed"
+                return self._fit_tucker(param, again)
+            return (self._move(param),)
         except subspace.NotConverged:
-            failed = f"no decomposition of the gradient of {called} converged"
-        if failed is not None:
-            warnings.warn(
-                f"{failed} at step {param.steps_done}; its previous basis is kept and the refresh "
-                "is tried again",
-                stacklevel=2,
-            )
+            _warn(f"no decomposition of the gradient of {_called(param)} converged", param)
             return None
-        self.store(param, bases)
-        return bases
 
-    def _reproject(self, param: ProjectedParam) -> Tensor:
-        previous = self.bases(param)[0] if param.fitted else None
-        sketch = previous
-        if sketch is None:
-            sketch = self._sketch(param)
-        side = param.geometry.side
-        basis = reprojected(param.grad, sketch, side, self.refresh, param.rows)
-        if previous is not None and self.refresh != "svd":
-            basis = align_signs(basis, previous)
-        return basis
+    def _reprojected(self, params: Sequence[ProjectedParam]) -> list[Bases | None]:
+        """Re-projections: on a GPU of matrices of one shape together."""
+        found: list[Bases | None] = [None] * len(params)
+        kinds: dict[Hashable, list[int]] = defaultdict(list)
+        for i, param in enumerate(params):
+            alone = None if on_gpu(param.grad) else i
+            kinds[(param.geometry, param.grad.dtype, param.rows, alone)].append(i)
+        for positions in kinds.values():
+            try:
+                made = self._reproject([params[i] for i in positions])
+            except subspace.NotConverged:
+                made = [one for i in positions for one in self._reprojected_alone(params[i])]
+            for i, basis in zip(positions, made, strict=True):
+                found[i] = None if basis is None else (basis,)
+        return found
+
+    def _reprojected_alone(self, param: ProjectedParam) -> list[Tensor | None]:
+        try:
+            return list(self._reproject([param]))
+        except subspace.NotConverged:
+            _warn(f"no decomposition of the gradient of {_called(param)} converged", param)
+            return [None]
+
+    def _reproject(self, params: Sequence[ProjectedParam]) -> list[Tensor | None]:
+        previous = [self.bases(param)[0] if param.fitted else None for param in params]
+        sketches = [
+            self._sketch(param) if old is None else old
+            for param, old in zip(params, previous, strict=True)
+        ]
+        side, rows = params[0].geometry.side, params[0].rows
+        grads = [param.grad for param in params]
+        bases = reprojected(grads, sketches, side, self.refresh, rows)
+        return [
+            basis if old is None or self.refresh == "svd" else align_signs(basis, old)
+            for basis, old in zip(bases, previous, strict=True)
+        ]
 
     def _sketch(self, param: ProjectedParam) -> Tensor:
         ((d, r),) = param.geometry.basis_shapes.values()

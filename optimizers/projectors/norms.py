@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..engine.chunks import row_chunks, wide_dtype
+from ..engine.devices import on_gpu
 from ..engine.fp32 import exact_fp32
 from ..engine.geometry import Side
 from ..engine.processes import ALONE, Processes
@@ -21,7 +24,7 @@ def axis_norms(matrix: Tensor, axis: int) -> Tensor:
     if matrix.dtype == wide_dtype(matrix):
         norms: Tensor = torch.linalg.vector_norm(matrix, dim=axis, keepdim=True)
         return norms
-    if matrix.is_cuda:  # whose reductions upcast as they read
+    if on_gpu(matrix):  # whose reductions upcast as they read
         norms = torch.linalg.vector_norm(matrix, dim=axis, keepdim=True, dtype=torch.float32)
         return norms
     # A reduction of a half-precision tensor in fp32 would copy all of it.
@@ -40,6 +43,26 @@ def gradient_norms(param: ProjectedParam, axis: int) -> Tensor:
     if axis == 1 or processes.alone:
         return norms
     return processes.sum(norms.double().square()).sqrt_().to(norms.dtype)
+
+
+def gradient_norms_together(params: Sequence[ProjectedParam], axis: int) -> Tensor:
+    """`gradient_norms` of B matrices of one shape, whole here: B x 1 x n or B x m x 1 in fp32."""
+    grad = params[0].grad
+    size = [len(params), *grad.shape]
+    size[1 + axis] = 1
+    norms_b = grad.new_empty(size, dtype=wide_dtype(grad))
+    for param, out in zip(params, norms_b.unbind(0), strict=True):
+        torch.linalg.vector_norm(param.grad, dim=axis, keepdim=True, dtype=out.dtype, out=out)
+    return norms_b
+
+
+def safe_norms(norms_b: Tensor) -> Tensor:
+    """`safe_norm` of each of B tensors, B x 1 x 1; fp64 holds the squares of fp32."""
+    if norms_b.dtype == torch.float64:
+        return torch.stack([safe_norm(norms) for norms in norms_b.unbind(0)]).view(-1, 1, 1)
+    wide_b = torch.linalg.vector_norm(norms_b, dim=(1, 2), keepdim=True, dtype=torch.float64)
+    norm_b: Tensor = wide_b.to(norms_b.dtype)
+    return norm_b
 
 
 def safe_norm(norms: Tensor, processes: Processes = ALONE) -> Tensor:
@@ -63,6 +86,13 @@ def weighted_norm(norms: Tensor, factors: Tensor, processes: Processes = ALONE) 
     return safe_norm(torch.where(factors == 0, 0.0, norms * factors), processes)
 
 
+def keeps_norms(basis: Tensor, projector: Projector, beta: float) -> bool:
+    """Whether back-projection keeps norms, as nearly as a residual with factor `beta` asks for."""
+    small = abs(beta) <= ROUGH_SHARE
+    exact = projector.orthonormal and projector.storage.exact
+    return exact and (small or basis.dtype == wide_dtype(basis))
+
+
 def reconstructed_squares(
     param: ProjectedParam,
     projected: Tensor,
@@ -77,12 +107,7 @@ def reconstructed_squares(
     below the other rounding errors.
     """
     (basis,) = projector.bases(param)
-    small = abs(beta) <= ROUGH_SHARE
-    if (
-        projector.orthonormal
-        and projector.storage.exact
-        and (small or basis.dtype == wide_dtype(basis))
-    ):
+    if keeps_norms(basis, projector, beta):
         return projected_squares
     wide = projected.to(projected_squares.dtype)
     with exact_fp32():
@@ -108,7 +133,7 @@ def outside_norm(
     to the rounding error.
     """
     by_index = squares - 2 * beta * projected_squares + beta**2 * kept
-    if param.grad.device.type == "cpu":
+    if not on_gpu(param.grad):
         outside, total = param.across.sum(torch.stack([by_index.sum(), squares.sum()]))
         if bool(outside < 1e-3 * total):
             return _direct_norm(param, projected, projector, phi, beta)

@@ -21,6 +21,7 @@ none for SGD.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -29,13 +30,15 @@ import torch
 from torch import Tensor
 
 from ..engine import checks
+from ..engine.devices import capturing, on_gpu
 from ..engine.fp32 import exact_fp32
 from ..engine.geometry import Geometry, RowRange, Side
 from ..rules import Adam, Adam8bit, Lion, Momentum, UpdateRule
 from ..rules.precision import MOMENT_DTYPES
+from ..storage.base import DenseBasis
 from . import apply
 from .base import Bases, ProjectedParam
-from .norms import NORM_BYTES, axis_norms, safe_norm
+from .norms import NORM_BYTES, axis_norms, gradient_norms_together, safe_norm, safe_norms
 from .singular import SingularProjector
 
 PREFIX = "basis_"
@@ -201,9 +204,8 @@ class OnlineProjector(SingularProjector):
     @exact_fp32()
     def track(self, param: ProjectedParam, projected: Tensor) -> None:
         """One step of P's optimizer; none at the step that fitted it."""
-        captured = projected.is_cuda and torch.cuda.is_current_stream_capturing()
         refreshed = int(param.state["refreshed_at"])
-        if not param.fitted or (not captured and param.steps_done == refreshed):
+        if not param.fitted or (not capturing() and param.steps_done == refreshed):
             return
         count: Tensor = param.state["step"]
         moved_dr = self.bases(param)[0].clone()
@@ -213,3 +215,86 @@ class OnlineProjector(SingularProjector):
         state = {**self._moments(param), "step": count - (1 + refreshed)}
         rule.apply([grad_dr], [state], [moved_dr])
         self.store(param, (moved_dr,))
+
+    def _gradients_together(
+        self, params: Sequence[ProjectedParam], projected_b: Tensor, basis_b: Tensor
+    ) -> Tensor:
+        """`gradient` of B matrices, B x d x r: one product with each G, all else batched."""
+        left, precision = params[0].geometry.side is Side.LEFT, projected_b.dtype
+        norms_b = safe_norms(gradient_norms_together(params, 1)).to(precision)
+        norms_b.clamp_(min=torch.finfo(precision).tiny)
+        hat_b = projected_b / norms_b
+        product_b = torch.empty_like(basis_b, dtype=precision)
+        basis_b = basis_b.to(precision)
+        if left:
+            square_b = hat_b @ hat_b.mT
+            for param, hat, out in zip(params, hat_b.unbind(0), product_b.unbind(0), strict=True):
+                torch.mm(param.grad, hat.mT, out=out)
+        else:
+            square_b = hat_b.mT @ hat_b
+            for param, hat, out in zip(params, hat_b.unbind(0), product_b.unbind(0), strict=True):
+                torch.mm(param.grad.mT, hat, out=out)
+        product_b.div_(norms_b)
+        gram_b = basis_b.mT @ basis_b
+        result_b = torch.baddbmm(product_b, basis_b, square_b, beta=-2.0)
+        result_b.baddbmm_(product_b, gram_b).mul_(2.0)
+        if self.orthogonality:
+            gram_b.diagonal(dim1=1, dim2=2).sub_(1.0)
+            result_b.baddbmm_(basis_b, gram_b, alpha=4.0 * self.orthogonality)
+        return result_b
+
+    @property
+    def gates(self) -> bool:
+        """See `Projector.gates`."""
+        return self.dtype is None and self.storage == DenseBasis()
+
+    @exact_fp32()
+    def track_together(
+        self,
+        params: Sequence[ProjectedParam],
+        projected_b: Tensor,
+        good_b: Tensor | None = None,
+    ) -> None:
+        """See `Projector.track_together`."""
+        if not self.gates:
+            super().track_together(params, projected_b, good_b)
+            return
+        groups: dict[int, list[int]] = defaultdict(list)
+        for i, param in enumerate(params):
+            refreshed = int(param.state["refreshed_at"])
+            if param.fitted and (capturing() or param.steps_done != refreshed):
+                groups[refreshed].append(i)
+        for refreshed, picked in groups.items():
+            if len(picked) < len(params):
+                own = [params[i] for i in picked]
+                flags = None if good_b is None else torch.stack([good_b[i] for i in picked])
+                self._move(own, torch.stack([projected_b[i] for i in picked]), flags, refreshed)
+            else:
+                self._move(params, projected_b, good_b, refreshed)
+
+    def _move(
+        self,
+        params: Sequence[ProjectedParam],
+        projected_b: Tensor,
+        good_b: Tensor | None,
+        refreshed: int,
+    ) -> None:
+        """One step of the optimizer of bases that were fitted after as many steps."""
+        ((key, _),) = params[0].geometry.basis_shapes.items()
+        stored: list[Tensor] = [param.state[key] for param in params]
+        moved_b = torch.stack(stored)
+        grads_b = self._gradients_together(params, projected_b, moved_b)
+        if good_b is not None:
+            grads_b.masked_fill_(good_b.logical_not().view(-1, 1, 1), 0.0)
+        rule = self._rule(capturable=on_gpu(params[0].state["step"]), fused=True)
+        # The numbers of tracking steps of these bases, including this one.
+        counts = torch.stack([param.state["step"] for param in params]).sub_(1 + refreshed)
+        states = [
+            {**self._moments(param), "step": count}
+            for param, count in zip(params, counts.unbind(0), strict=True)
+        ]
+        moved = list(moved_b.unbind(0))
+        rule.apply(list(grads_b.unbind(0)), states, moved)
+        torch._foreach_copy_(stored, moved)
+        for param in params:
+            param.read = None

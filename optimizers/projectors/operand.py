@@ -8,21 +8,14 @@ import torch
 from torch import Tensor
 
 from ..engine.chunks import row_chunks, wide_dtype
+from ..engine.devices import on_gpu
 from ..engine.geometry import RowRange, Side
 
 #: A product with a fixed matrix.
 Product = Callable[[Tensor], Tensor]
 HALF = (torch.bfloat16, torch.float16)
-#: Devices on which half-precision products, Cholesky QR and batching are faster.
-GPUS = ("cuda",)
-
 # Entries in this range have squares that fp32 can sum; others are rescaled first.
 SAFE_SCALE = (1e-12, 1e12)
-
-
-def on_gpu(tensor: Tensor) -> bool:
-    """Whether a tensor is on one of `GPUS`."""
-    return tensor.device.type in GPUS
 
 
 class Operand:

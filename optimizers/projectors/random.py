@@ -16,6 +16,8 @@ Memory: min(m, n) r entries (std).
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -53,9 +55,17 @@ def gaussian(shape: tuple[int, int], seed: int | Tensor, like: Tensor) -> Tensor
     return drawn.mul_(shape[1] ** -0.5)
 
 
-def usable(param: ProjectedParam) -> bool:
-    """Whether the gradient is finite; reads one number back."""
-    return bool(param.largest_entry().isfinite())
+def usable(params: Sequence[ProjectedParam]) -> list[bool]:
+    """Whether each gradient is finite; reads one table back for each device."""
+    found = [False] * len(params)
+    by_device: dict[torch.device, list[int]] = defaultdict(list)
+    for i, param in enumerate(params):
+        by_device[param.grad.device].append(i)
+    for positions in by_device.values():
+        largest = torch.stack([params[i].largest_entry().double() for i in positions])
+        for i, entry in zip(positions, largest.tolist(), strict=True):
+            found[i] = math.isfinite(entry)
+    return found
 
 
 @dataclass(frozen=True)
@@ -120,8 +130,8 @@ class RandomProjector(Projector):
     def fit(self, params: Sequence[ProjectedParam]) -> list[Bases | None]:
         """Draws new bases; a matrix with a non-finite gradient keeps its previous ones."""
         fitted: list[Bases | None] = []
-        for param in params:
-            if not usable(param):
+        for param, sound in zip(params, usable(params), strict=True):
+            if not sound:
                 fitted.append(None)
                 continue
             seeds = self._seeds(param, param.steps_done)
@@ -134,6 +144,27 @@ class RandomProjector(Projector):
                     param.state[key + SEED].fill_(signed_seed(seed))
             fitted.append(bases)
         return fitted
+
+    def bases_together(self, params: Sequence[ProjectedParam]) -> list[Tensor]:
+        """See `Projector.bases_together`: all but the drawing itself is for all at once."""
+        first = params[0]
+        if not self._drawn or first.read is not None:
+            return super().bases_together(params)
+        ((key, shape),) = first.geometry.basis_shapes.items()
+        drawn_b = first.grad.new_empty(len(params), *shape, dtype=wide_dtype(first.weight))
+        for param, out in zip(params, drawn_b.unbind(0), strict=True):
+            if self.capturable:
+                torch.ops.lowrank.gaussian(out.view(-1), 0, param.state[key + SEED], 0)
+            else:
+                (seed,) = self._seeds(param, int(param.state["refreshed_at"]))
+                torch.ops.lowrank.gaussian(out.view(-1), signed_seed(seed), None, 0)
+        return list(drawn_b.mul_(shape[1] ** -0.5).to(first.grad.dtype).unbind(0))
+
+    def scratch_entries(self, geometry: Geometry) -> int:
+        """See `Projector.scratch_entries`: all that are drawn, and their copies."""
+        if not self._drawn:
+            return super().scratch_entries(geometry)
+        return 2 * sum(size * rank for size, rank in geometry.basis_shapes.values())
 
     def _read(self, param: ProjectedParam) -> Bases:
         if not self._drawn:

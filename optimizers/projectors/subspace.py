@@ -18,7 +18,8 @@ from torch import Tensor
 from lowrank.cuda import rademacher
 
 from ..engine.chunks import SCRATCH_BYTES
-from .operand import Operand, on_gpu
+from ..engine.devices import on_gpu
+from .operand import Operand
 from .orthonormal import householder, shifted_cholesky
 
 OVERSAMPLING = 16
@@ -177,7 +178,7 @@ def _energies(images: Sequence[Tensor]) -> list[float]:
 
 
 def _energy(image: Tensor) -> Tensor:
-    if image.is_cuda:
+    if on_gpu(image):
         norm: Tensor = torch.linalg.vector_norm(image).double()
     else:  # whose sums of many entries are less accurate
         norm = torch.linalg.vector_norm(image, dim=1).double().square().sum().sqrt()

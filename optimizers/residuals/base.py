@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -70,6 +70,8 @@ class Residual(ABC):
     NORMS: ClassVar[bool] = False
     #: Whether it uses the gradient outside the subspace.
     READS_GRADIENT: ClassVar[bool] = True
+    #: Whether `compute_together` heeds flags on the device, or doesn't read the gradient.
+    GATES: ClassVar[bool] = False
     #: Numbers of dimensions of the parameters it accepts.
     DIMENSIONS: ClassVar[tuple[int, ...]] = (2,)
     #: Entries of its state that have the weight's shape, and are spread over processes as it is.
@@ -118,12 +120,59 @@ class Residual(ABC):
             projector: the projector, for norms and bases of the subspace.
         """
 
+    def compute_together(
+        self,
+        params: Sequence[ProjectedParam],
+        projected_b: Tensor,
+        update: Update,
+        projector: Projector,
+        good_b: Tensor | None = None,
+    ) -> list[WeightUpdate]:
+        """`compute_update` of B matrices of one geometry, for GPUs.
+
+        Args:
+            params: the matrices.
+            projected_b: their projected gradients, B x ..., read only.
+            update: see `UpdateRule.update_together`; its direction may be overwritten.
+            projector: their projector.
+            good_b: flags on the device: other gradients count as zero; only given if it `GATES`.
+        """
+        updates = apart(update, len(params))
+        return [
+            self.compute_update(param, projected, own, projector)
+            for param, projected, own in zip(params, projected_b.unbind(0), updates, strict=True)
+        ]
+
+
+def apart(update: Update, count: int) -> list[Update]:
+    """The updates of single matrices, views of one of several."""
+
+    def single(value: Any, place: int) -> Any:
+        if not isinstance(value, Tensor) or value.dim() < 3:
+            return value
+        own = value[place if len(value) > 1 else 0]
+        return own.view(()) if own.numel() == 1 else own
+
+    return [
+        replace(
+            update,
+            direction=update.direction[i],
+            alpha=single(update.alpha, i),
+            decay_factor=single(update.decay_factor, i),
+            factor=single(update.factor, i),
+            rate=single(update.rate, i),
+            norms=None if update.norms is None else (update.norms[0][i], update.norms[1][i]),
+        )
+        for i in range(count)
+    ]
+
 
 @dataclass(frozen=True)
 class Dropped(Residual):
     """Nothing outside the subspace is used (GaLore)."""
 
     READS_GRADIENT: ClassVar[bool] = False
+    GATES: ClassVar[bool] = True
     DIMENSIONS: ClassVar[tuple[int, ...]] = (2, 4)
 
     def compute_update(
@@ -131,3 +180,20 @@ class Dropped(Residual):
     ) -> WeightUpdate:
         """The back-projected update alone."""
         return WeightUpdate(update.direction, update.alpha * self.scale, update.decay_factor)
+
+    def compute_together(
+        self,
+        params: Sequence[ProjectedParam],
+        projected_b: Tensor,
+        update: Update,
+        projector: Projector,
+        good_b: Tensor | None = None,
+    ) -> list[WeightUpdate]:
+        """See `Residual.compute_together`."""
+        alpha: float | Tensor = update.alpha * self.scale
+        if isinstance(alpha, Tensor):
+            update, alpha = replace(update, direction=update.direction.mul_(alpha)), 1.0
+        return [
+            WeightUpdate(own.direction, alpha, own.decay_factor)
+            for own in apart(update, len(params))
+        ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +11,27 @@ import torch
 from torch import Tensor
 
 from ..engine import checks
+from ..engine.chunks import wide_dtype
 from ..engine.geometry import Geometry
 from ..projectors import ProjectedParam
 from ..projectors.norms import axis_norms
 from ..rules import Update
 from ..rules.growth import limit_growth as limit_growth
+from ..rules.growth import limit_growth_together
 from .base import Residual
 
 STATE_KEY = "residual_norm"
+
+
+def norms_together(projected_b: Tensor, update: Update, axis: int) -> tuple[Tensor, Tensor]:
+    """`update_norms` of B matrices, in fp32 (fp64 for fp64)."""
+    if update.norms is not None:
+        return update.norms
+    gradients, directions = (
+        torch.linalg.vector_norm(t, dim=1 + axis, keepdim=True, dtype=wide_dtype(t))
+        for t in (projected_b, update.direction)
+    )
+    return gradients, directions
 
 
 def update_norms(projected: Tensor, update: Update, axis: int) -> tuple[Tensor, Tensor]:
@@ -51,6 +64,27 @@ class LimitedResidual(Residual, ABC):
     def state_bytes(self, geometry: Geometry, itemsize: int, world: int = 1) -> int:
         """One fp32 number with a limiter."""
         return 0 if self.limiter is None else 4
+
+    def limited_together(
+        self, params: Sequence[ProjectedParam], ratios_b: Tensor, update: Update, norms_b: Tensor
+    ) -> Tensor:
+        """`limited` of B matrices.
+
+        Args:
+            params: the matrices.
+            ratios_b: B x 1 x n, B x m x 1 or B x 1 x 1, overwritten.
+            update: of all.
+            norms_b: the residual's norms with these ratios, B x 1 x 1.
+        """
+        if self.limiter is None:
+            return ratios_b
+        factor = update.factor
+        if isinstance(factor, Tensor):
+            norms_b = norms_b / factor
+        elif factor != 1.0:
+            norms_b = norms_b / factor if factor else torch.zeros_like(norms_b)
+        stored = [param.state[STATE_KEY] for param in params]
+        return ratios_b.mul_(limit_growth_together(stored, norms_b, self.limiter))
 
     def limited(
         self,

@@ -15,7 +15,8 @@ the norms of G's and R's columns. Memory: one fp32 number a matrix, s.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -24,10 +25,18 @@ from torch import Tensor
 from ..engine import checks
 from ..engine.geometry import Geometry, Side
 from ..projectors import ProjectedParam, Projector
-from ..projectors.norms import NORM_BYTES, gradient_norms, outside_norm, reconstructed_squares
+from ..projectors.norms import (
+    NORM_BYTES,
+    gradient_norms,
+    gradient_norms_together,
+    keeps_norms,
+    outside_norm,
+    reconstructed_squares,
+    safe_norms,
+)
 from ..rules import Update
-from .base import ScaledPart, WeightUpdate
-from .limiter import LimitedResidual, update_norms
+from .base import ScaledPart, WeightUpdate, apart
+from .limiter import LimitedResidual, norms_together, update_norms
 
 
 @dataclass(frozen=True)
@@ -101,3 +110,39 @@ class NormScaled(LimitedResidual):
         return WeightUpdate(
             direction, alpha, update.decay_factor, ScaledPart(factors, float(alpha))
         )
+
+    def compute_together(
+        self,
+        params: Sequence[ProjectedParam],
+        projected_b: Tensor,
+        update: Update,
+        projector: Projector,
+        good_b: Tensor | None = None,
+    ) -> list[WeightUpdate]:
+        """See `Residual.compute_together`: vectors of all matrices in one tensor."""
+        beta = self.scale if self.residual_scale is None else self.residual_scale
+        bases = projector.bases(params[0])
+        half = projected_b.dtype == torch.float16
+        if half or not self.scale or not keeps_norms(bases[0], projector, beta):
+            return super().compute_together(params, projected_b, update, projector)
+        axis = 0 if params[0].geometry.side is Side.LEFT else 1
+        norms_b, step_norms_b = norms_together(projected_b, update, axis)
+        ratios_b = step_norms_b / (norms_b + 1e-8)  # phi, times update.factor
+        if self.limiter is not None:
+            squares_b = gradient_norms_together(params, axis).square_()
+            # As ||P R_j|| = ||R_j||; never below the rounding error, see `outside_norm`.
+            outside_b = torch.add(squares_b, norms_b.square(), alpha=beta * (beta - 2))
+            floor_b = squares_b.mul_(torch.finfo(squares_b.dtype).eps)
+            outside_b = torch.maximum(outside_b, floor_b).sqrt_().mul_(ratios_b)
+            # A factor 0 leaves nothing of an infinite norm.
+            outside_b.nan_to_num_(nan=0.0, posinf=torch.inf)
+            ratios_b = self.limited_together(params, ratios_b, update, safe_norms(outside_b))
+        direction_b = update.direction.addcmul_(projected_b, ratios_b, value=-beta / self.scale)
+        factors_b, alpha = ratios_b.mul_(update.alpha), update.alpha * self.scale
+        if isinstance(alpha, Tensor):
+            direction_b, alpha = direction_b.mul_(alpha), 1.0
+        updates = apart(replace(update, direction=direction_b), len(params))
+        return [
+            WeightUpdate(own.direction, alpha, own.decay_factor, ScaledPart(factors, 1.0))
+            for own, factors in zip(updates, factors_b.unbind(0), strict=True)
+        ]

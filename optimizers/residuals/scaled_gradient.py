@@ -13,6 +13,8 @@ Memory: one fp32 number a matrix, the limiter's norm.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,10 +24,17 @@ from ..engine import checks
 from ..engine.geometry import Geometry, Side
 from ..engine.processes import ALONE
 from ..projectors import ProjectedParam, Projector
-from ..projectors.norms import NORM_BYTES, gradient_norms, safe_norm, weighted_norm
+from ..projectors.norms import (
+    NORM_BYTES,
+    gradient_norms,
+    gradient_norms_together,
+    safe_norm,
+    safe_norms,
+    weighted_norm,
+)
 from ..rules import Update
-from .base import ScaledPart, WeightUpdate
-from .limiter import LimitedResidual, update_norms
+from .base import ScaledPart, WeightUpdate, apart
+from .limiter import LimitedResidual, norms_together, update_norms
 
 SCALE_TYPES = ("channel", "tensor")
 
@@ -92,3 +101,32 @@ class ScaledGradient(LimitedResidual):
         if isinstance(alpha, Tensor):
             ratios, alpha = ratios * alpha, 1.0
         return WeightUpdate(None, alpha, update.decay_factor, ScaledPart(ratios, float(alpha)))
+
+    def compute_together(
+        self,
+        params: Sequence[ProjectedParam],
+        projected_b: Tensor,
+        update: Update,
+        projector: Projector,
+        good_b: Tensor | None = None,
+    ) -> list[WeightUpdate]:
+        """See `Residual.compute_together`: vectors of all matrices in one tensor."""
+        axis = 0 if params[0].geometry.side is Side.LEFT else 1
+        norms_b, step_norms_b = norms_together(projected_b, update, axis)
+        if self.scale_type == "tensor":
+            norms_b, step_norms_b = safe_norms(norms_b), safe_norms(step_norms_b)
+        ratios_b = step_norms_b / (norms_b + 1e-8)  # phi, times update.factor
+        if self.scale_front:
+            ratios_b.mul_(self.scale**0.5)
+        if self.limiter is not None:
+            whole_b = gradient_norms_together(params, axis).mul_(ratios_b)
+            # A factor 0 leaves nothing of an infinite norm.
+            whole_b.nan_to_num_(nan=0.0, posinf=math.inf)
+            ratios_b = self.limited_together(params, ratios_b, update, safe_norms(whole_b))
+        if not self.scale_front:
+            ratios_b.mul_(self.scale**0.5)
+        factors_b = ratios_b.mul_(update.alpha)
+        return [
+            WeightUpdate(None, 1.0, own.decay_factor, ScaledPart(factors, 1.0))
+            for own, factors in zip(apart(update, len(params)), factors_b.unbind(0), strict=True)
+        ]

@@ -10,7 +10,8 @@ Training" (arXiv 2411.07837). With R the projected gradient and lr without any b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -20,7 +21,7 @@ from ..engine.chunks import row_chunks
 from ..engine.geometry import Geometry, RowRange, Side
 from ..projectors import ProjectedParam, Projector
 from ..rules import Update
-from .base import Residual, RowEdit, WeightUpdate
+from .base import Residual, RowEdit, WeightUpdate, apart
 
 INACTIVE_UPDATES = ("sign", "sgd")
 
@@ -45,6 +46,8 @@ class SignResidual(Residual):
 
     OPTIONS: ClassVar[tuple[str, ...]] = ("inactive_lr_scale", "inactive_update")
 
+    GATES: ClassVar[bool] = True
+
     inactive_lr_scale: float = 1.0
     inactive_update: str = "sign"
 
@@ -58,14 +61,42 @@ class SignResidual(Residual):
         """See the module; without host synchronisation on CUDA."""
         rate = update.alpha if update.rate is None else update.rate
         size = rate * self.scale * self.inactive_lr_scale
-        edit = None if complete(param.geometry) else self._edit(param, projected, size, projector)
+        edit = self._edit(param, projected, size, projector)
         return WeightUpdate(
             update.direction, update.alpha * self.scale, update.decay_factor, edit=edit
         )
 
+    def compute_together(
+        self,
+        params: Sequence[ProjectedParam],
+        projected_b: Tensor,
+        update: Update,
+        projector: Projector,
+        good_b: Tensor | None = None,
+    ) -> list[WeightUpdate]:
+        """See `Residual.compute_together`."""
+        made = super().compute_together(params, projected_b, update, projector)
+        if good_b is None:
+            return made
+        rates = [own.alpha if own.rate is None else own.rate for own in apart(update, len(params))]
+        factor, bad_b = self.scale * self.inactive_lr_scale, good_b.logical_not()
+        whole = zip(params, projected_b.unbind(0), rates, bad_b.unbind(0), made, strict=True)
+        return [
+            replace(own, edit=self._edit(param, projected, rate * factor, projector, bad))
+            for param, projected, rate, bad, own in whole
+        ]
+
     def _edit(
-        self, param: ProjectedParam, projected: Tensor, size: float | Tensor, projector: Projector
-    ) -> RowEdit:
+        self,
+        param: ProjectedParam,
+        projected: Tensor,
+        size: float | Tensor,
+        projector: Projector,
+        bad: Tensor | None = None,
+    ) -> RowEdit | None:
+        if complete(param.geometry):
+            return None
+
         def edit(weight_kn: Tensor, rows: RowRange) -> None:
             first = param.rows.start
             for span in row_chunks(weight_kn):
@@ -74,6 +105,8 @@ class SignResidual(Residual):
                 outside = projector.outside(param, projected, held)
                 if self.inactive_update == "sign":
                     outside.sign_()
+                if bad is not None:
+                    outside.masked_fill_(bad, 0.0)
                 if isinstance(size, Tensor):
                     weight_kn[span].sub_(outside.mul_(size))
                 else:

@@ -13,6 +13,7 @@ plus a b with `beta1`; half-precision gradients keep fp32 state, as in the offic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -49,6 +50,7 @@ class Adafactor(UpdateRule):
         restarts: the second moment's decay counts from the last refresh (moments="reset").
     """
 
+    SCRATCH: ClassVar[int] = 3
     #: LDAdam's rotation requires an unfactored second moment.
     transports: ClassVar[tuple[str, ...]] = ("keep", "reset", "restore")
 
@@ -203,6 +205,39 @@ class Adafactor(UpdateRule):
             direction = self._normalise(wide, state, self._decay(state)).mul_(rate)
             updates.append(self._finished(state, direction, rate))
         return updates
+
+    def update_together(
+        self,
+        grads_b: Tensor,
+        states: Sequence[State],
+        weights: Sequence[Tensor],
+        axis: int | None = None,
+        good_b: Tensor | None = None,
+    ) -> Update:
+        """See `UpdateRule.update_together`."""
+        plain = type(self) is Adafactor and self.beta1 is None and not self.scale_parameter
+        if not plain or grads_b.dim() != 3:
+            return super().update_together(grads_b, states, weights, axis, good_b)
+        rate, weight = self._rate(states[0], weights[0]), 1 - self._decay(states[0])
+        grads_b = grads_b.to(states[0]["exp_avg_sq_row"].dtype)
+        square_b = grads_b.square()
+        factors: list[Tensor] = []
+        for key, dim in (("exp_avg_sq_row", 2), ("exp_avg_sq_col", 1)):
+            stored: list[Tensor] = [state[key] for state in states]
+            means_b = square_b.mean(dim).add_(self.eps[0])
+            torch._foreach_lerp_(stored, list(means_b.unbind(0)), weight)
+            factors.append(torch.stack(stored))
+        row_b, col_b = factors
+        by_row_b = row_b.div_(row_b.mean(1, keepdim=True)).rsqrt_().unsqueeze(2)
+        direction_b = torch.mul(grads_b, by_row_b, out=square_b)
+        direction_b.mul_(col_b.rsqrt_().unsqueeze(1))
+        sizes_b = torch.linalg.vector_norm(direction_b, dim=(1, 2), keepdim=True)
+        most = self.clip_threshold * math.prod(direction_b.shape[1:]) ** 0.5
+        # Divides by max(1, RMS / threshold), and times the rate.
+        scales_b = sizes_b.div_(most).clamp_(min=1.0).reciprocal_().mul_(rate)
+        if good_b is not None:
+            scales_b.mul_(good_b.view(-1, 1, 1))
+        return self._finished(states[0], direction_b.mul_(scales_b), rate)
 
     def _finished(self, state: State, direction: Tensor, rate: float | Tensor) -> Update:
         if self.beta1 is not None:

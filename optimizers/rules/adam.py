@@ -23,13 +23,14 @@ from lowrank.cuda.adam import Number, adam_step
 from lowrank.cuda.native_update import knows_adam
 
 from ..engine.chunks import DEVICE_ELEMENTS, wide_dtype
+from ..engine.devices import on_gpu
 from ..engine.rotation import Rotation
 from .base import (
     MOMENT_TRANSPORTS,
     ElementwiseRule,
     State,
     Update,
-    add_update_,
+    add_updates_,
     numel,
     scalar,
     steps_done,
@@ -37,9 +38,6 @@ from .base import (
 from .fused_adam import FUSED_DTYPES, bias_corrections, fused_step
 from .precision import moments_dtype, moments_itemsize
 from .transport import transported_moments
-
-#: Devices on which our kernel is used. On a CPU torch's fused kernel is as fast.
-KERNEL_DEVICES = ("cuda",)
 
 
 @cache
@@ -191,9 +189,71 @@ class Adam(ElementwiseRule):
             updates.update(zip(picked, made, strict=True))
         return [updates[i] for i in range(len(grads))]
 
+    def update_together(
+        self,
+        grads_b: Tensor,
+        states: Sequence[State],
+        weights: Sequence[Tensor],
+        axis: int | None = None,
+        good_b: Tensor | None = None,
+    ) -> Update:
+        """See `UpdateRule.update_together`: one launch, directions in the gradients' precision."""
+        grads = list(grads_b.unbind(0))
+        exp_avgs, exp_avg_sqs = (list(t) for t in zip(*map(self._moments, states), strict=True))
+        if not self._has_kernel(grads, exp_avgs):
+            return super().update_together(grads_b, states, weights, axis, good_b)
+        numbers, sizes, factor, lr = self._sizes_together(states, good_b)
+        directions_b = torch.empty_like(grads_b)
+        norms: tuple[Tensor, Tensor] | None = None
+        if axis is not None:
+            shape = list(grads_b.shape)
+            shape[1 + axis] = 1
+            made = [grads_b.new_empty(shape, dtype=torch.float32) for _ in range(2)]
+            norms = made[0], made[1]
+        torch.ops.lowrank.adam(
+            *(grads, exp_avgs, exp_avg_sqs, list(directions_b.unbind(0))),
+            *([list(side.unbind(0)) for side in norms] if norms else [[], []]),
+            *(-1 if axis is None else axis, *self.betas, *numbers, sizes),
+        )
+        decay_factor, alpha = self._decay_and_alpha(lr)
+        return Update(directions_b, alpha, decay_factor, factor, norms=norms)
+
+    def _sizes_together(
+        self, states: Sequence[State], good_b: Tensor | None
+    ) -> tuple[tuple[float, float], Tensor | None, Number, Number]:
+        """(eps, size) as numbers or as a tensor for all states; the size, B x 1 x 1; lr."""
+        if not self.capturable:
+            size, eps, lr = self._sizes(states[0])
+            assert isinstance(eps, float)
+            assert isinstance(size, float)
+            if good_b is None:
+                return (eps, size), None, size, lr
+            gated = torch.full((len(states), 2), eps, dtype=torch.float32, device=good_b.device)
+            torch.mul(good_b, size, out=gated[:, 1])
+            return (0.0, 0.0), gated, size, lr
+        steps_b = torch.stack([state["step"] for state in states])
+        corrections = torch.empty(2, len(states), dtype=torch.float32, device=steps_b.device)
+        for beta, power_b in zip(self.betas, corrections.unbind(0), strict=True):
+            torch.pow(beta, steps_b, out=power_b)
+        first_b, second_b = torch.rsub(corrections, 1.0).unbind(0)
+        second_b.sqrt_()
+        # Filled on the device: a copy from the host can't be captured in a graph.
+        sizes = torch.empty(len(states), 2, dtype=torch.float32, device=steps_b.device)
+        if self.eps_corrected:
+            torch.mul(second_b, self.eps, out=sizes[:, 0])
+        else:
+            sizes[:, 0].fill_(self.eps)
+        if self.correct_bias:
+            torch.div(second_b, first_b, out=sizes[:, 1])
+        else:
+            sizes[:, 1].fill_(1.0)
+        if good_b is not None:
+            sizes[:, 1].mul_(good_b)
+        return (0.0, 0.0), sizes, sizes[:, 1].view(-1, 1, 1), self.lr
+
     def _has_kernel(self, grads: list[Tensor], exp_avgs: list[Tensor]) -> bool:
-        kind = grads[0].device.type
-        return kind in KERNEL_DEVICES and not self.compiled and knows_adam(grads, exp_avgs)
+        # On a CPU torch's fused kernel is as fast.
+        return on_gpu(grads[0]) and not self.compiled and knows_adam(grads, exp_avgs)
 
     def _by_kernel(
         self,
@@ -342,13 +402,12 @@ class Adam(ElementwiseRule):
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
     ) -> None:
         """Small weights on a GPU in one list, to save launches; others in chunks of rows."""
-        listed = [self.compiled or (w.is_cuda and w.numel() <= DEVICE_ELEMENTS) for w in weights]
+        listed = [self.compiled or (on_gpu(w) and w.numel() <= DEVICE_ELEMENTS) for w in weights]
         rows = list(zip(listed, grads, states, weights, strict=True))
         picked = [own for own in rows if own[0]]
         if picked:
             targets = [own[3] for own in picked]
             updates = self.update([own[1] for own in picked], [own[2] for own in picked], targets)
-            for weight, update in zip(targets, updates, strict=True):
-                add_update_(weight, update)
+            add_updates_(targets, updates)
         for _, grad, state, weight in (own for own in rows if not own[0]):
             super().apply([grad], [state], [weight])

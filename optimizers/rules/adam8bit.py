@@ -116,6 +116,24 @@ class Adam8bit(Adam):
         """`update`: the 8-bit kernel works by blocks, so it can't sum by row or column."""
         return self.update(grads, states, weights)
 
+    def update_together(
+        self,
+        grads_b: Tensor,
+        states: Sequence[State],
+        weights: Sequence[Tensor],
+        axis: int | None = None,
+        good_b: Tensor | None = None,
+    ) -> Update:
+        """See `UpdateRule.update_together`: one launch, without norms."""
+        grads = list(grads_b.unbind(0))
+        if not all(map(self._fuses, grads, states)):
+            return ElementwiseRule.update_together(self, grads_b, states, weights, axis, good_b)
+        numbers, sizes, factor, lr = self._sizes_together(states, good_b)
+        directions_b = torch.empty_like(grads_b)
+        self._call(grads, states, list(directions_b.unbind(0)), numbers, sizes)
+        decay_factor, alpha = self._decay_and_alpha(lr)
+        return Update(directions_b, alpha, decay_factor, factor)
+
     def _fuses(self, grad: Tensor, state: State) -> bool:
         """Whether one kernel can dequantise, advance and quantise the moments."""
         return (
@@ -129,14 +147,24 @@ class Adam8bit(Adam):
     def _fused(self, grads: list[Tensor], states: list[State]) -> list[Update]:
         numbers, sizes, factors, lr = self._kernel_sizes(states)
         directions = [torch.empty_like(grad) for grad in grads]
-        keys = ("exp_avg", "exp_avg_absmax", "exp_avg_sq", "exp_avg_sq_absmax")
-        stored = [[state[key] for state in states] for key in keys]
-        torch.ops.lowrank.adam_8bit(grads, *stored, directions, *self.betas, *numbers, sizes)
+        self._call(grads, states, directions, numbers, sizes)
         decay_factor, alpha = self._decay_and_alpha(lr)
         return [
             Update(direction, alpha, decay_factor, factor)
             for direction, factor in zip(directions, factors, strict=True)
         ]
+
+    def _call(
+        self,
+        grads: list[Tensor],
+        states: Sequence[State],
+        directions: list[Tensor],
+        numbers: tuple[float, float],
+        sizes: Tensor | None,
+    ) -> None:
+        keys = ("exp_avg", "exp_avg_absmax", "exp_avg_sq", "exp_avg_sq_absmax")
+        stored = [[state[key] for state in states] for key in keys]
+        torch.ops.lowrank.adam_8bit(grads, *stored, directions, *self.betas, *numbers, sizes)
 
     def apply(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]

@@ -58,6 +58,8 @@ class UpdateRule(ABC):
 
     #: Whether only matrices can be updated.
     matrices_only: ClassVar[bool] = False
+    #: Scratch of `update_together`, as a multiple of the gradients in fp32.
+    SCRATCH: ClassVar[int] = 1
     #: Which of `MOMENT_TRANSPORTS` it supports.
     transports: ClassVar[tuple[str, ...]] = ("keep",)
 
@@ -151,6 +153,38 @@ class UpdateRule(ABC):
         """`update`, with `norms` along each gradient's axis (0 or 1) where they cost nothing."""
         return self.update(grads, states, weights)
 
+    def update_together(
+        self,
+        grads_b: Tensor,
+        states: Sequence[State],
+        weights: Sequence[Tensor],
+        axis: int | None = None,
+        good_b: Tensor | None = None,
+    ) -> Update:
+        """`update` of B gradients of one shape as one tensor, for GPUs.
+
+        Args:
+            grads_b: B x m x n, read only.
+            states: as in `update`, with equal step counts unless these are on the device.
+            weights: as in `update`.
+            axis: the axis of each gradient along which `norms` are wanted, 0 or 1; or None.
+            good_b: B flags on the device: directions of the others are zero, as their gradients
+                are; None for all.
+
+        Returns:
+            An update whose tensors have B as their first dimension (1 where it is the same for
+            all); `norms` only where they cost nothing.
+        """
+        grads = list(grads_b.unbind(0))
+        if axis is None:
+            updates = self.update(grads, states, weights)
+        else:
+            updates = self.update_with_norms(grads, states, weights, [axis] * len(grads))
+        update = together(updates)
+        if good_b is not None:
+            update.direction.mul_(good_b.view(-1, 1, 1))
+        return update
+
     def apply(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
     ) -> None:
@@ -242,6 +276,29 @@ class TwoPassRule(UpdateRule):
         return [self.by_rows(*given)(slice(0, len(given[0]))) for given in whole]
 
 
+def together(updates: Sequence[Update]) -> Update:
+    """Updates of one shape as one, see `UpdateRule.update_together`."""
+    first = updates[0]
+
+    def joint(name: str) -> Any:
+        values = [getattr(update, name) for update in updates]
+        if not any(isinstance(value, Tensor) for value in values):
+            if any(value != values[0] for value in values):
+                raise ValueError(f"updates of one batch have several {name}: {values}")
+            return values[0]
+        return torch.stack([torch.as_tensor(value) for value in values]).view(-1, 1, 1)
+
+    norms = None
+    if first.norms is not None:
+        pairs = zip(*(update.norms for update in updates if update.norms), strict=True)
+        gradient, direction = (torch.stack(side) for side in pairs)
+        norms = gradient, direction
+    return Update(
+        torch.stack([update.direction for update in updates]),
+        *(joint("alpha"), joint("decay_factor"), joint("factor"), joint("rate"), norms),
+    )
+
+
 def add_update_(weight: Tensor, update: Update) -> None:
     """In place: weight <- decay_factor weight - alpha direction."""
     if isinstance(update.decay_factor, Tensor) or update.decay_factor != 1.0:
@@ -251,6 +308,30 @@ def add_update_(weight: Tensor, update: Update) -> None:
         weight.sub_(direction * alpha)
     else:
         weight.add_(direction, alpha=-alpha)
+
+
+def add_updates_(weights: Sequence[Tensor], updates: Sequence[Update]) -> None:
+    """`add_update_` of each weight; by list operations where decay and step size are numbers."""
+    alpha, decay_factor = updates[0].alpha, updates[0].decay_factor
+    kind = weights[0].dtype
+    alike = all(weight.dtype == kind for weight in weights) and all(
+        not isinstance(own.alpha, Tensor)
+        and not isinstance(own.decay_factor, Tensor)
+        and (own.alpha, own.decay_factor) == (alpha, decay_factor)
+        for own in updates
+    )
+    if not alike or isinstance(alpha, Tensor):
+        for weight, update in zip(weights, updates, strict=True):
+            add_update_(weight, update)
+        return
+    if decay_factor != 1.0:
+        torch._foreach_mul_(list(weights), decay_factor)
+    directions = [update.direction for update in updates]
+    if directions[0].dtype != kind:
+        narrow = [torch.empty_like(weight) for weight in weights]
+        torch._foreach_copy_(narrow, directions)
+        directions = narrow
+    torch._foreach_add_(list(weights), directions, alpha=-alpha)
 
 
 def steps_done(state: State, restarts: bool) -> int:

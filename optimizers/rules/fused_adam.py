@@ -45,7 +45,7 @@ def fused_step(
     # The kernel takes lr / correction1 * M / (sqrt(V) / correction2 + eps'): solve for lr and eps'.
     lr = size * correction1 / correction2
     device = grads[0].device
-    steps = [torch.full((), float(steps_done), device=device) for _ in grads]
+    steps = list(torch.full((len(grads),), float(steps_done), device=device).unbind(0))
     torch_adam(
         weights,
         grads,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,3 +24,14 @@ def limit_growth(stored: Tensor, norm: Tensor, limit: float) -> Tensor:
     # Not the product, which is no number for a norm that overflowed.
     stored.copy_(torch.where(stored > 0, torch.minimum(norm, largest), norm))
     return factor
+
+
+def limit_growth_together(stored: Sequence[Tensor], norms_b: Tensor, limit: float) -> Tensor:
+    """`limit_growth` of B matrices: factors B x 1 x 1 for norms of that shape."""
+    stored_b = torch.stack(list(stored)).view(-1, 1, 1)
+    new_b = stored_b <= 0
+    largest_b = (stored_b + 1e-8).mul_(limit).masked_fill_(new_b, torch.inf)
+    factors_b = (largest_b / norms_b).clamp_(max=1.0).masked_fill_(new_b, 1.0)
+    kept_b = torch.minimum(norms_b, largest_b).to(stored_b.dtype)
+    torch._foreach_copy_(list(stored), list(kept_b.view(-1).unbind(0)))
+    return factors_b

@@ -35,6 +35,7 @@ class Lion(ElementwiseRule):
         moments_dtype: precision of the momentum, None for the default (`moments_dtype`).
     """
 
+    SCRATCH: ClassVar[int] = 3
     transports: ClassVar[tuple[str, ...]] = MOMENT_TRANSPORTS
 
     lr: float | Tensor
@@ -76,6 +77,32 @@ class Lion(ElementwiseRule):
                 stored.copy_(moment)
             updates.append(Update(direction, alpha, decay_factor))
         return updates
+
+    def update_together(
+        self,
+        grads_b: Tensor,
+        states: Sequence[State],
+        weights: Sequence[Tensor],
+        axis: int | None = None,
+        good_b: Tensor | None = None,
+    ) -> Update:
+        """See `UpdateRule.update_together`."""
+        lr: Any = self.lr if self.capturable else scalar(self.lr)
+        stored: list[Tensor] = [state["exp_avg"] for state in states]
+        wide = grads_b.dtype if stored[0].dtype == grads_b.dtype else wide_dtype(grads_b)
+        moments = stored if stored[0].dtype == wide else [moment.to(wide) for moment in stored]
+        grads_b = grads_b.to(wide)
+        direction_b = grads_b.clone()
+        torch._foreach_lerp_(list(direction_b.unbind(0)), moments, self.betas[0])
+        torch._foreach_lerp_(moments, list(grads_b.unbind(0)), 1 - self.betas[1])
+        if moments is not stored:
+            torch._foreach_copy_(stored, moments)
+        if self.signed:
+            direction_b.sign_()
+        if good_b is not None:
+            direction_b.mul_(good_b.view(-1, 1, 1))
+        decay_factor = 1.0 - lr * self.weight_decay if self.weight_decay else 1.0
+        return Update(direction_b, lr if self.decay_first else lr * decay_factor, decay_factor)
 
     def transport_moments(
         self, state: State, how: str, rotation: Rotation, into: State | None = None

@@ -11,14 +11,16 @@ Memory: m n entries of `moments_dtype`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..engine.chunks import wide_dtype
+from ..engine.chunks import DEVICE_SCRATCH_BYTES, wide_dtype
+from ..engine.devices import on_gpu
 from ..engine.rotation import Rotation
 from ..engine.sharding import Part, part_of
 from .base import MOMENT_TRANSPORTS, State, Update, UpdateRule, numel, scalar
@@ -42,7 +44,7 @@ def orthogonalize(matrix_mn: Tensor, steps: int, part: Part | None = None) -> Te
     part = part or Part.whole(matrix_mn.shape)
     tall = matrix_mn.shape[0] > matrix_mn.shape[1] if part.spread.alone else part.axis == 0
     x = matrix_mn.mT if tall else matrix_mn
-    if x.device.type == "cuda":
+    if on_gpu(x):
         x = x.bfloat16()
     elif x.dtype != torch.float64:
         x = x.float()
@@ -54,6 +56,23 @@ def orthogonalize(matrix_mn: Tensor, steps: int, part: Part | None = None) -> Te
         gram = part.spread.sum(x @ x.mT)
         polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.addmm(x, polynomial, x, beta=a)
+    return x.mT if tall else x
+
+
+def orthogonalize_together(matrices_b: Tensor, steps: int, good_b: Tensor | None = None) -> Tensor:
+    """`orthogonalize` of B x m x n in bf16, in batched products; zero where `good_b` is false."""
+    a, b, c = COEFFICIENTS
+    tall = matrices_b.shape[1] > matrices_b.shape[2]
+    x = matrices_b.mT if tall else matrices_b
+    if x.dtype != torch.float64:
+        x = x.bfloat16()
+    norms_b = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+    norms_b.clamp_(min=1e-7)
+    x = x / norms_b if good_b is None else x * (good_b.view(-1, 1, 1) / norms_b)
+    for _ in range(steps):
+        gram_b = x @ x.mT
+        polynomial_b = torch.baddbmm(gram_b, gram_b, gram_b, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial_b, x, beta=a)
     return x.mT if tall else x
 
 
@@ -72,6 +91,7 @@ class Muon(UpdateRule):
     """
 
     matrices_only: ClassVar[bool] = True
+    SCRATCH: ClassVar[int] = 3
     transports: ClassVar[tuple[str, ...]] = MOMENT_TRANSPORTS
 
     lr: float | Tensor
@@ -127,6 +147,59 @@ class Muon(UpdateRule):
             )
         return updates
 
+    def update_together(
+        self,
+        grads_b: Tensor,
+        states: Sequence[State],
+        weights: Sequence[Tensor],
+        axis: int | None = None,
+        good_b: Tensor | None = None,
+    ) -> Update:
+        """See `UpdateRule.update_together`."""
+        ahead_b = self._ahead_together(grads_b, states)
+        direction_b = orthogonalize_together(ahead_b, self.ns_steps, good_b)
+        lr, (m, n) = scalar(self.lr), grads_b.shape[1:]
+        return Update(direction_b, lr * self._size(m, n), 1.0 - lr * self.weight_decay, rate=lr)
+
+    def _ahead_together(self, grads: Tensor | Sequence[Tensor], states: Sequence[State]) -> Tensor:
+        """Advances the momenta; what is orthogonalised, in one new tensor."""
+        stored: list[Tensor] = [state["momentum_buffer"] for state in states]
+        wide = grads[0].dtype if stored[0].dtype == grads[0].dtype else wide_dtype(grads[0])
+        if isinstance(grads, Tensor):
+            ahead_b = grads.to(wide, copy=True)
+            ahead = list(ahead_b.unbind(0))
+        else:
+            ahead_b = grads[0].new_empty(len(grads), *grads[0].shape, dtype=wide)
+            ahead = list(ahead_b.unbind(0))
+            torch._foreach_copy_(ahead, list(grads))
+        moments = stored if stored[0].dtype == wide else [moment.to(wide) for moment in stored]
+        torch._foreach_lerp_(moments, ahead, 1 - self.momentum)
+        if moments is not stored:
+            torch._foreach_copy_(stored, moments)
+        if self.nesterov:
+            torch._foreach_lerp_(ahead, moments, self.momentum)
+        else:
+            torch._foreach_copy_(ahead, moments)
+        return ahead_b
+
+    def apply(
+        self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
+    ) -> None:
+        """Updates plain weights in place; on a GPU those of one shape together."""
+        if not on_gpu(weights[0]) or any(part_of(state) is not None for state in states):
+            super().apply(grads, states, weights)
+            return
+        for batch in _batches(weights):
+            own = [weights[i] for i in batch]
+            chosen = [states[i] for i in batch]
+            ahead_b = self._ahead_together([grads[i] for i in batch], chosen)
+            direction_b = orthogonalize_together(ahead_b, self.ns_steps)
+            directions = direction_b.to(own[0].dtype).contiguous().unbind(0)
+            lr = scalar(self.lr)
+            if self.weight_decay:
+                torch._foreach_mul_(own, 1.0 - lr * self.weight_decay)
+            torch._foreach_add_(own, list(directions), alpha=-lr * self._size(*own[0].shape))
+
     def first_moment(self, state: State) -> Tensor:
         """The momentum."""
         moment: Tensor = state["momentum_buffer"]
@@ -139,3 +212,15 @@ class Muon(UpdateRule):
         moment: Tensor = state["momentum_buffer"]
         moved = torch.zeros_like(moment) if how == "reset" else rotation(moment)
         (into or state)["momentum_buffer"].copy_(moved)
+
+
+def _batches(weights: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Positions of weights of one shape, whose scratch is bounded."""
+    kinds: dict[Hashable, list[int]] = defaultdict(list)
+    for i, weight in enumerate(weights):
+        kinds[(weight.shape, weight.dtype, weight.device)].append(i)
+    for positions in kinds.values():
+        # The momentum in fp32 and four forms of it in bf16.
+        together = max(1, DEVICE_SCRATCH_BYTES // (12 * weights[positions[0]].numel()))
+        for start in range(0, len(positions), together):
+            yield positions[start : start + together]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .adam import Adam
-from .base import State, Update, scalar
+from .base import State, Update, UpdateRule, scalar
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,17 @@ class VectorAdam(Adam):
             Update(self._direction(grad, state), alpha, decay_factor)
             for grad, state in zip(grads, states, strict=True)
         ]
+
+    def update_together(
+        self,
+        grads_b: Tensor,
+        states: Sequence[State],
+        weights: Sequence[Tensor],
+        axis: int | None = None,
+        good_b: Tensor | None = None,
+    ) -> Update:
+        """See `UpdateRule.update_together`: one by one."""
+        return UpdateRule.update_together(self, grads_b, states, weights, axis, good_b)
 
     def apply(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]

@@ -60,7 +60,19 @@ class Schedule(ABC):
         self, state: MutableMapping[str, Any], steps_done: int, bases: Sequence[Tensor]
     ) -> None:
         """Records a successful refresh and its bases."""
+        number = self.record(state, steps_done, bases)
+        if number is not None:
+            self.decide(state, float(number))
+
+    def record(
+        self, state: MutableMapping[str, Any], steps_done: int, bases: Sequence[Tensor]
+    ) -> Tensor | None:
+        """`refreshed`, up to a number (0-d), if any, that must be read back for `decide`."""
         state["refreshed_at"] = steps_done
+        return None
+
+    def decide(self, state: MutableMapping[str, Any], number: float) -> None:  # noqa: B027
+        """Takes in what `record` returned."""
 
 
 def passed(gap: int, last: int, steps_done: int, phase: int = 0) -> bool:

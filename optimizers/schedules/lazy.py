@@ -80,21 +80,27 @@ class LazyLayerwise(Schedule):
         phase = (index * self.gap // count) if self.stagger else 0
         return passed(int(state["gap"]), int(state["refreshed_at"]), steps_done, phase)
 
-    def refreshed(
+    def record(
         self, state: MutableMapping[str, Any], steps_done: int, bases: Sequence[Tensor]
-    ) -> None:
-        """Compares the leading vectors, and lengthens the gap if their mean similarity is high."""
+    ) -> Tensor | None:
+        """Compares the leading vectors; their mean similarity, once the queue is full."""
+        mean: Tensor | None = None
         leading = bases[0][:, 0].to(torch.float32)
         if state["refreshed_at"] != NEVER:
             previous, queue = state["leading"], state["similarities"]
             cosine = torch.nn.functional.cosine_similarity(previous, leading, dim=0)
             queue.copy_(torch.cat((queue[1:], cosine.view(1))))
             state["similarity_count"] = min(state["similarity_count"] + 1, self.queue_size)
-            full = state["similarity_count"] == self.queue_size
-            if full and float(queue.mean()) >= self.cos_threshold:
-                state["gap"] = int(state["gap"] * self.gamma_proj)
+            if state["similarity_count"] == self.queue_size:
+                mean = queue.mean()
         state["leading"].copy_(leading)
-        super().refreshed(state, steps_done, bases)
+        super().record(state, steps_done, bases)
+        return mean
+
+    def decide(self, state: MutableMapping[str, Any], number: float) -> None:
+        """Lengthens the gap if the mean similarity is high."""
+        if number >= self.cos_threshold:
+            state["gap"] = int(state["gap"] * self.gamma_proj)
 
 
 def _length(geometry: Geometry) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -34,6 +34,14 @@ class BasisStorage(ABC):
     @abstractmethod
     def read(self, state: Mapping[str, Any], key: str) -> Tensor:
         """The stored basis, d x r; a view where the storage allows it."""
+
+    def read_together(self, states: Sequence[Mapping[str, Any]], key: str) -> list[Tensor]:
+        """The stored bases of B matrices of one geometry."""
+        return [self.read(state, key) for state in states]
+
+    def scratch_entries(self, shape: tuple[int, int]) -> int:
+        """Entries of the copy that `read` makes of a basis, if it does."""
+        return 0
 
     @abstractmethod
     def tensors(self, state: Mapping[str, Any], key: str) -> list[Tensor]:

@@ -10,8 +10,9 @@ the codes (5 % in four bits); as there, both projection and back-projection use 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import lcm
 from typing import Any, ClassVar
 
 import torch
@@ -60,6 +61,23 @@ class QuantizedBasis(BasisStorage):
         if _by_vector(state, key):
             return flat.view(columns, rows).mT
         return flat.view(rows, columns)
+
+    def read_together(self, states: Sequence[Mapping[str, Any]], key: str) -> list[Tensor]:
+        """As one basis, where none ends within a group or a byte."""
+        rows, columns = states[0][f"{key}_rows"], states[0][f"{key}_columns"]
+        numel = rows * columns
+        if len(states) == 1 or numel % lcm(2, self.quant_group_size):
+            return super().read_together(states, key)
+        names = [name for name in (key, f"{key}_scales", f"{key}_zeros") if name in states[0]]
+        joined = {name: torch.cat([state[name] for state in states]) for name in names}
+        flat_b = self._dequantize(joined, key, numel * len(states)).view(len(states), numel)
+        if _by_vector(states[0], key):
+            return [flat.view(columns, rows).mT for flat in flat_b.unbind(0)]
+        return [flat.view(rows, columns) for flat in flat_b.unbind(0)]
+
+    def scratch_entries(self, shape: tuple[int, int]) -> int:
+        """All of them."""
+        return shape[0] * shape[1]
 
     def tensors(self, state: Mapping[str, Any], key: str) -> list[Tensor]:
         """Codes, scales and (asymmetric) zero points."""

@@ -11,12 +11,10 @@ from torch import Tensor
 from lowrank.cuda.arguments import usable
 from lowrank.cuda.noise import signed_seed
 
+from ..engine.devices import on_gpu
 from .int8 import Int8Weight
 from .quantized import QuantizedWeight
 from .rows import check_capture, weight_chunks
-
-#: Devices on which a plain weight with a residual is updated in one pass too.
-DENSE_DEVICES = ("cuda",)
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def fused_rows(
     rounds = int8 or (stochastic and weight.dtype == torch.bfloat16)
     # The GEMM itself updates a plain weight without a residual; on a CPU also one with a residual,
     # where the second pass costs less than a product in scratch.
-    if not rounds and (grad is None or weight.device.type not in DENSE_DEVICES):
+    if not rounds and (grad is None or not on_gpu(weight)):
         return None
     parts = weight.parts() if isinstance(weight, Int8Weight) else (weight,)
     if usable(*(part.detach() for part in parts), grad) is None:

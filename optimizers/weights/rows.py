@@ -11,6 +11,7 @@ from torch import Tensor
 from lowrank.cuda.noise import stochastic_bfloat16
 
 from ..engine.chunks import row_chunks, wide_dtype
+from ..engine.devices import capturing
 from ..engine.geometry import RowRange
 from ..engine.seeds import draw_seed
 from ..rules.rows import BLOCK
@@ -101,7 +102,7 @@ def weight_chunks(weight: Tensor) -> Iterator[slice]:
 
 def check_capture(what: str) -> None:
     """Raises `ValueError` while a CUDA graph is captured."""
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if capturing():
         raise ValueError(
             f"{what} while a CUDA graph is captured: accepted is a step outside of one, or dense "
             "weights (weight_bits=None, stochastic_rounding=False)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowrank.optimizers.engine import chunks
+from lowrank.optimizers.engine import chunks, devices
 from lowrank.optimizers.engine.geometry import Side
 from lowrank.optimizers.projectors import decompositions, orthonormal, subspace
 from lowrank.optimizers.projectors import operand as operand_module
@@ -86,9 +87,10 @@ def test_captured_energy_and_orthonormality(
 
 
 @pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def as_on_a_gpu() -> Iterator[None]:
     """CPU tensors take the ways of CUDA tensors: half-precision products, Cholesky QR, batches."""
-    monkeypatch.setattr(operand_module, "GPUS", ("cpu", "cuda"))
+    with devices.as_on_gpu():
+        yield
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")

@@ -1,5 +1,6 @@
 """Optimizers with compiled kernels agree with pure torch, and the switch between them works."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -8,8 +9,8 @@ from native_training import METHODS, Layers, trained
 from support import matrix
 
 from lowrank.cuda import kernels, library, set_kernels, status, using_kernels
+from lowrank.optimizers.engine import devices
 from lowrank.optimizers.rules import adam as adam_rule
-from lowrank.optimizers.weights import fused
 
 needs_library = pytest.mark.skipif(
     status("host").library is None, reason="the host's library is not compiled"
@@ -17,10 +18,10 @@ needs_library = pytest.mark.skipif(
 
 
 @pytest.fixture
-def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU uses the kernels that are meant for GPUs, too."""
-    monkeypatch.setattr(adam_rule, "KERNEL_DEVICES", ("cpu", "cuda"))
-    monkeypatch.setattr(fused, "DENSE_DEVICES", ("cpu", "cuda"))
+def everywhere() -> Iterator[None]:
+    """The CPU takes the way of GPUs, with the kernels that are meant for them."""
+    with devices.as_on_gpu():
+        yield
 
 
 @needs_library

@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowrank.cuda.library import assuming_libraries
 from lowrank.optimizers import LowRankOptimizer, build, state_bytes_by_category
-from lowrank.optimizers.engine.chunks import SCRATCH_BYTES
+from lowrank.optimizers.engine.chunks import DEVICE_SCRATCH_BYTES, SCRATCH_BYTES
+from lowrank.optimizers.engine.devices import on_gpu
 
 from ..memory import held_bytes
 from ..models import checkpoint_activations
@@ -118,15 +119,18 @@ def steps_grow(fake: Fake, depth: int) -> bool | None:
     so that nothing grows, True if not even then, so that it grows with each block, else None.
     """
     inside = {id(param) for param in fake.blocks.items[0].parameters()}
-    block = sum(
-        _entries(tuple(param.shape), group.get("rank")) * 4
-        for group in fake.optimizer.param_groups
-        for param in group["params"]
-        if id(param) in inside
-    )
-    if block * DEPTHS[1] >= 2 * SCRATCH_BYTES:
+    shapes: Counter[Any] = Counter()
+    gpu = on_gpu(next(fake.model.parameters()))
+    for group in fake.optimizer.param_groups:
+        for param in group["params"]:
+            if id(param) in inside:
+                kind = param.shape if gpu else None  # those of one shape are worked on together
+                shapes[kind] += _entries(tuple(param.shape), group.get("rank")) * 4
+    block = max(shapes.values(), default=0)
+    bound = DEVICE_SCRATCH_BYTES if gpu else SCRATCH_BYTES
+    if block * DEPTHS[1] >= 2 * bound:
         return False
-    return True if block * depth <= SCRATCH_BYTES else None
+    return True if block * depth <= bound else None
 
 
 def _entries(shape: tuple[int, ...], rank: Any) -> int:

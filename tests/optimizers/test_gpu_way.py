@@ -1,0 +1,112 @@
+"""The way that steps take on a GPU gives what the ordinary one gives, on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import matrix
+from torch import Tensor, nn
+
+from lowrank.cuda import status
+from lowrank.optimizers import LowRankOptimizer, available, build
+from lowrank.optimizers.engine import devices
+
+pytestmark = pytest.mark.skipif(
+    status("host").library is None, reason="the host's library is not compiled"
+)
+
+#: Those that change the layers have steps of their own.
+LAYERS = {"relora_adamw", "switchlora_adamw", "sltrain_adamw", "sltrain_adamw_8bit", "sst_adamw"}
+LAYERS |= {"loqt_adamw", "low_rank_adamw", "dlrt_adamw", "lisa_adamw", "sparse_loco"}
+NAMES = [name for name in available() if name not in LAYERS]
+
+
+class Layers(nn.Module):
+    """Matrices of three shapes, three of each, and a plain one."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        shapes = ((96, 64), (64, 96), (64, 64))
+        for number in range(3):
+            for place, (m, n) in enumerate(shapes):
+                layer = nn.Linear(n, m, bias=False, dtype=dtype)
+                setattr(self, f"mlp_{number}_{place}", layer)
+        self.head = nn.Linear(64, 32, bias=False, dtype=dtype)
+        for index, weight in enumerate(self.parameters()):
+            weight.data.copy_(matrix(*weight.shape, index) * 0.05)
+
+
+def give_gradients(model: nn.Module, step: int) -> None:
+    for index, weight in enumerate(model.parameters()):
+        weight.grad = matrix(*weight.shape, 100 * step + index).to(weight.dtype)
+
+
+def trained(
+    name: str, dtype: torch.dtype, steps: int = 5, **options: Any
+) -> tuple[list[Tensor], LowRankOptimizer]:
+    model = Layers(dtype)
+    optimizer = build(name, model, **{"lr": 1e-2, "rank": 8, "update_proj_gap": 3, **options})
+    for step in range(steps):
+        give_gradients(model, step)
+        optimizer.step()
+    return [weight.detach().float() for weight in model.parameters()], optimizer
+
+
+def assert_close(
+    ours: list[Tensor], theirs: list[Tensor], dtype: torch.dtype, limit: float
+) -> None:
+    start = [weight.detach().float() for weight in Layers(dtype).parameters()]
+    for index, (a, b, before) in enumerate(zip(ours, theirs, start, strict=True)):
+        moved = torch.linalg.vector_norm(b - before)
+        difference = torch.linalg.vector_norm(a - b)
+        assert difference <= limit * moved, (index, float(difference), float(moved))
+
+
+#: Muon's products are in bf16 on a GPU; a sign may turn where the last bits differ.
+ROUGH = {"muon": 0.05, "galore_muon": 0.05, "online_subspace_lion": 0.05}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_goes_where_the_ordinary_one_goes(name: str) -> None:
+    options: dict[str, Any] = {"heads": 2} if name == "galore_plus_adamw" else {}
+    plain, _ = trained(name, torch.float32, weight_decay=0.1, **options)
+    with devices.as_on_gpu():
+        ours, _ = trained(name, torch.float32, weight_decay=0.1, **options)
+    assert_close(ours, plain, torch.float32, ROUGH.get(name, 1e-4))
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("name", ["galore_adamw", "galore_adamw_8bit"])
+def test_a_matrix_without_a_finite_gradient_stays(name: str, capturable: bool) -> None:
+    """Nothing is read back; its moments take in a zero, and counts are read when asked for."""
+    options: dict[str, Any] = {"capturable": capturable}
+    if "8bit" in name:
+        options["min_8bit_size"] = 256
+    results = []
+    for bad in (float("nan"), float("inf"), 0.0):
+        model = Layers(torch.float32)
+        with devices.as_on_gpu():
+            optimizer = build(name, model, lr=1e-2, rank=8, weight_decay=0.0, **options)
+            for step in range(3):
+                give_gradients(model, step)
+                before = model.mlp_1_0.weight.detach().clone()
+                if step == 1:
+                    model.mlp_1_0.weight.grad.mul_(0.0)[5, 6] = bad
+                optimizer.step()
+                if step == 1 and bad != 0.0:
+                    torch.testing.assert_close(model.mlp_1_0.weight, before, rtol=0, atol=0)
+        state = optimizer.state[model.mlp_1_0.weight]
+        results.append([value for value in state.values() if isinstance(value, Tensor)])
+        others = [w.detach() for n, w in model.named_parameters() if n != "mlp_1_0.weight"]
+        results[-1] += others
+        if bad != 0.0:
+            with pytest.warns(UserWarning, match=r"non-finite gradient of mlp_1_0.weight"):
+                assert optimizer.skipped == 1
+            assert optimizer.skipped_by_name() == {"mlp_1_0.weight": 1}
+        else:
+            assert optimizer.skipped == 0
+    for nan, infinite, zero in zip(*results, strict=True):
+        torch.testing.assert_close(nan, zero, rtol=0, atol=0)
+        torch.testing.assert_close(infinite, zero, rtol=0, atol=0)

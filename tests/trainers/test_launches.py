@@ -1,0 +1,89 @@
+"""What steps ask of a GPU: few launches, whatever the number of matrices, and no number back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from lowrank.optimizers import available
+from lowrank.optimizers.engine.method import TABLE
+from lowrank.trainers.plan.launches import count_step, list_launches
+
+LLAMA_60M = (1376, 512)
+LLAMA_7B = (11008, 4096)
+#: Launches of a step of one shape that are no products with, or passes over, single matrices.
+BOUNDS = {
+    **{"galore_adamw": 12, "galore_adamw_8bit": 12, "qgalore_adamw_8bit": 13, "coap_adamw": 12},
+    **{"frugal_adamw": 30, "online_subspace_adamw": 30, "galore_muon": 30, "galore_adafactor": 30},
+    **{"fira_adamw": 30},
+}
+#: Those that read flags: a gradient is used after them, which no kernel leaves out.
+READERS = {"fira_adamw": 1, "apollo_adamw": 1}
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_launches_do_not_grow_with_the_matrices(name: str) -> None:
+    few, many = (count_step(name, LLAMA_60M, count, rank=128) for count in (2, 16))
+    assert few.operations == many.operations <= BOUNDS[name], many.by_name
+    assert few.products / 2 == many.products / 16
+    assert few.passes / 2 == many.passes / 16
+    assert many.reads == READERS.get(name, 0)
+    assert not many.sends
+
+
+def test_apollo_draws_bases_one_by_one() -> None:
+    few, many = (count_step("apollo_adamw", LLAMA_60M, count, rank=128) for count in (2, 16))
+    assert many.by_name["lowrank::gaussian"] == 16
+    assert many.operations - 16 == few.operations - 2 <= 30
+    assert many.reads == READERS["apollo_adamw"]
+
+
+@pytest.mark.parametrize("name", ["galore_adamw", "fira_adamw", "online_subspace_lion"])
+def test_a_matrix_of_7b_is_cut_into_few_pieces(name: str) -> None:
+    assert 1 <= count_step(name, LLAMA_7B, 2, rank=1024).pieces <= 3
+
+
+def test_launches_of_list_operations() -> None:
+    assert list_launches([], 1) == 0
+    assert list_launches([5] * 110, 1) == 1
+    assert list_launches([5] * 111, 1) == 2
+    assert list_launches([5] * 64, 2) == 1
+    assert list_launches([0, 5], 2) == 1
+    assert list_launches([(1 << 16) * 321], 3) == 2
+
+
+def test_the_counter_counts() -> None:
+    found = count_step("adamw", LLAMA_60M, 2)
+    assert found.reads == 1  # whether all gradients are finite
+    assert sum(found.by_name.values()) == found.operations + found.products + found.passes + 1
+
+
+@contextmanager
+def capturing() -> Iterator[None]:
+    """A graph is captured, as far as the optimizer finds out."""
+    with (
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True),
+    ):
+        yield
+
+
+CAPTURABLE = [name for name in available() if TABLE[name].optimizer.supports_capturable]
+
+
+@pytest.mark.parametrize("name", CAPTURABLE)
+def test_steps_between_refreshes_can_be_captured(name: str) -> None:
+    """No number is read, nothing is copied from the host, and no size depends on data."""
+    options: dict[str, Any] = {"heads": 2} if name == "galore_plus_adamw" else {}
+    if name == "frugal_adamw":
+        options["moments"] = "keep"
+    if name == "qgalore_adamw_8bit":
+        options["weight_bits"] = None
+    with capturing():
+        found = count_step(name, (512, 384), 2, rank=16, capturable=True, **options)
+    assert (found.reads, found.sends) == (0, 0), found.by_name
