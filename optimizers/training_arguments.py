@@ -97,8 +97,10 @@ def _method(arguments: Any, name: str | None) -> str:
     return name
 
 
-def _parsed(text: str | None) -> dict[str, Any]:
+def _parsed(text: Any) -> dict[str, Any]:
     """Options of `optim_args`: numbers, True, False and None by their values, else strings."""
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"optim_args={text!r}: accepted is a string like 'rank=128, scale=0.25'")
     made: dict[str, Any] = {}
     for part in (text or "").split(","):
         if not part.strip():

@@ -72,7 +72,9 @@ def run() -> Iterator[Run]:
     def ask(path: Path, count: int) -> tuple[int, str]:
         server.stdin.write(json.dumps([str(path), count]) + "\n")
         server.stdin.flush()
-        status, output = json.loads(server.stdout.readline())
+        answer = server.stdout.readline()
+        assert answer, f"the server of examples has ended with {server.wait()}"
+        status, output = json.loads(answer)
         return status, output
 
     yield ask

@@ -24,7 +24,9 @@ STYLE = """
 .wy-table-responsive table td, .wy-table-responsive table th {white-space: normal}
 .rst-content table.docutils td, .rst-content table.docutils th {vertical-align: top}
 .rst-content pre {overflow-x: auto; padding: 12px; line-height: 1.4; font-size: 13px}
-.rst-content .codehilite {border: 1px solid #e1e4e5; margin: 1px 0 24px; overflow-x: auto}
+.rst-content .codehilite, .rst-content .codehilite pre {background: #f8f8f8}
+.rst-content div.codehilite {border: 1px solid #e1e4e5; margin: 1px 0 24px; padding: 0}
+.rst-content div.codehilite pre {border: 0; margin: 0}
 summary {cursor: pointer; margin-bottom: 12px}
 """
 
@@ -43,7 +45,7 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Any, *, config: Any) -> Any:
-    """Adds the first page, and pages of methods that have no notes; leaves examples' code out."""
+    """Adds the first page, the style, and pages of methods that have no notes."""
     readme = (ROOT / "README.md").read_text("utf-8")
     inside = {f"docs/{file.src_uri}": file.src_uri for file in files}
     files.append(File.generated(config, "index.md", content=pages.front_page(readme, inside)))
@@ -52,9 +54,6 @@ def on_files(files: Any, *, config: Any) -> Any:
     for name in pages.method_modules():
         if files.get_file_from_path(_path(name)) is None:
             files.append(File.generated(config, _path(name), content=""))
-    for file in list(files):
-        if file.src_uri.startswith("examples/"):
-            files.remove(file)
     return files
 
 

@@ -115,6 +115,7 @@ def test_the_run_s_length_reaches_methods_that_need_it() -> None:
         ({"optim": "galore_adamw"}, "coap_adamw", "accepted is one of them"),
         ({"optim_args": "rank"}, "galore_adamw", "optim_args has 'rank'"),
         ({"optim_args": "rank=4, rank=8"}, "galore_adamw", "each option once"),
+        ({"optim_args": {"rank": 4}}, "galore_adamw", "accepted is a string like"),
         ({"optim_args": "rank="}, "galore_adamw", "accepted are pairs"),
         ({"optim_args": "ranks=4"}, "galore_adamw", "rank"),
         ({"adam_epsilon": 1e-7}, "galore_adafactor", "adam_epsilon=1e-07 with galore_adafactor"),
