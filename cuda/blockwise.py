@@ -69,9 +69,10 @@ def quantize_blockwise(
     """Quantises a tensor to 8 bits per element.
 
     Every element becomes the code nearest to `x * (1 / absmax)` (computed in fp32); a tie goes to
-    the code of smaller magnitude. With `signed=False` negative elements become 0. Blocks of zeros
-    come back as exact zeros. A NaN or an infinity makes `absmax` and, when dequantised, every
-    element of its block non-finite: callers that want to survive such values skip them before.
+    the code of smaller magnitude. With `signed=False` negative elements become 0. Blocks of zeros,
+    and of numbers below 2^-126, come back as exact zeros. A NaN or an infinity makes `absmax` and,
+    when dequantised, every element of its block non-finite: callers that want to survive such
+    values skip them before.
 
     Args:
         x: Tensor of any shape and floating dtype, contiguous or not (a non-contiguous one is
