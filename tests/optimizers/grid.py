@@ -118,10 +118,9 @@ def trained(cell: Cell, rank: int) -> Weights:
     return partitioned(name, int(strategy.split()[1]), rank, world)
 
 
-def fill(
-    rank: int, world: int, folder: Path, cells: list[Cell], wanted: dict[str, Weights], log: Path
-) -> None:
+def fill(rank: int, world: int, folder: Path, cells: list[Cell], alone_at: Path, log: Path) -> None:
     """Trains cells in turn; rank 0 appends a line to `log` for each."""
+    wanted: dict[str, Weights] = torch.load(alone_at, weights_only=True)
     warnings.simplefilter("ignore")
     gc.collect()
     gc.freeze()  # what libraries have made need not be looked at again
@@ -197,14 +196,12 @@ def main(arguments: Iterable[str] | None = None) -> None:
     }
     needed = sorted({name for cells in left.values() for name, _, _ in cells})
     path = folder / "alone.pt"
-    wanted = torch.load(path, weights_only=True) if path.exists() else {}
-    if not set(needed) <= wanted.keys():
+    if not (path.exists() and set(needed) <= torch.load(path, weights_only=True).keys()):
         start(singles, (needed, str(path)), 1)
-        wanted = torch.load(path, weights_only=True)
     for world, cells in left.items():
         if cells:
             with TemporaryDirectory() as place:
-                run(fill, world, Path(place), cells, wanted, log)
+                run(fill, world, Path(place), cells, path, log)
     made = table(read(log), sorted({world for _, _, world in read(log)}))
     (folder / "table.md").write_text(made)
     if chosen.docs is not None:

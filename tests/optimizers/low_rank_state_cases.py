@@ -58,12 +58,22 @@ def check_loading(rank: int, world: int) -> None:
 
 
 def check_different_options(rank: int, world: int) -> None:
-    model, made = make("galore_adamw", seed=rank, projector="random", distribution="orthonormal")
+    """In the first step of copies, and by the hook before projections travel."""
+    options = {"projector": "random", "distribution": "orthonormal"}
+    said = r"seed of group 0 \(.*\): 0 on process 0 and 1 on process 1"
+    model, made = make("galore_adamw", seed=rank, **options)
+    wrapped = DistributedDataParallel(model)
+    register_low_rank_hook(wrapped, made)
+    backward(wrapped, 0, rank, world, 1)
+    with pytest.raises(ValueError, match=said):
+        made.step()
+    model, made = make("galore_adamw", **options)
     wrapped = DistributedDataParallel(model)
     register_low_rank_hook(wrapped, made)
     backward(wrapped, 0, rank, world, 1)
     made.step()
-    with pytest.raises(ValueError, match="different options or parameters"):
+    made.param_groups[0]["seed"] = rank
+    with pytest.raises(ValueError, match=f"different options or parameters, {said}"):
         backward(wrapped, 1, rank, world, 1)
 
 
@@ -82,7 +92,10 @@ def check_lone_changes(rank: int, world: int) -> None:
             made.param_groups[0]["rank"] = 5
         elif rank == 1:
             made.step()
-        with pytest.raises(ValueError, match="or a change on some of them only"):
+        said = (
+            "or a change on some of them only" if kind != "option" else "rank of group 0 .*: 4 on"
+        )
+        with pytest.raises(ValueError, match=said):
             backward(wrapped, 3, rank, world, 1)
 
 

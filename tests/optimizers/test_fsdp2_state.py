@@ -135,11 +135,19 @@ def checkpoints(rank: int, world: int, folder: Path, names: list[str]) -> dict[s
     return far
 
 
-@pytest.mark.slow
-def test_checkpoints_go_on_with_other_numbers_of_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(SAVED[1:3], marks=pytest.mark.slow, id="some"),
+        pytest.param(SAVED, marks=pytest.mark.exhaustive, id="all"),
+    ],
+)
+def test_checkpoints_go_on_with_other_numbers_of_ranks(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
     """0 stands for a model that is not sharded."""
-    far = run(checkpoints, 4, tmp_path, list(SAVED))[0]
-    assert len(far) == 5 * len(SAVED)
+    far = run(checkpoints, 4, tmp_path, list(names))[0]
+    assert len(far) == 5 * len(names)
     assert not {called: gap for called, gap in far.items() if not gap <= limit(called)}
 
 

@@ -33,7 +33,8 @@ def torchrun(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(__file__).parent),  # a safe path has not the script's folder
+            # A safe path has not the script's folder.
+            "PYTHONPATH": os.pathsep.join(str(Path(__file__).parents[up]) for up in (0, 1)),
         },
         capture_output=True,
         text=True,
