@@ -23,7 +23,10 @@ Deviations, chosen here: the paper takes two gradients of one batch in each step
 and one for S in the new ones; here a step has one, and bases take those of the step before. Tensors
 keep 2 r columns whatever the rank: `layer.kept` has it, a `LayerEvent` ("truncate") the error. New
 directions are normalised gradients and fill all columns. The published tolerance and rates weren't
-at hand: defaults are ours. A layer begins with the r leading singular triples of the dense weight.
+at hand: defaults are ours. On a LLaMA of 1M parameters (r = 32, gap 10, 200 steps of the standard
+library's text, one seed) perplexity was 101.0 at a rate of 0.001, where AdamW has 103.3; 102.2 at
+0.003 (102.6 with a gap of 20), and 236 at 0.01, which was too high. A layer begins with the r
+leading singular triples of the dense weight.
 
 Under FSDP2 and ZeRO a basis update gathers U, V and their gradients of one layer at a time, m x 2 r
 numbers each, and every process decomposes alike.

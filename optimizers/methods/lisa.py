@@ -21,6 +21,10 @@ equal on all processes and in a resumed run; a layer that is drawn twice in a ro
 which makes `active_layers=N` AdamW. `requires_grad` is left as it is: a backward pass makes resting
 layers' gradients too, a clipped norm includes them, and `update_in_backward` frees each at once.
 
+On a LLaMA of 1M parameters (2 of 4 layers, periods of 10, 200 steps of the standard library's text,
+one seed) perplexity was 102.5 at a rate of 0.001, where AdamW has 103.3; 110.3 at 0.003, and 109.4
+by norm; 389 at 0.01.
+
 A layer is an element of the model's list of layers, norms and biases included (`blocks_of`). Under
 DistributedDataParallel and FSDP2 all processes draw alike; "norm" adds one all-reduce of N numbers
 a draw under FSDP2. DeepSpeed's ZeRO, whose partitions step one after another, is refused.

@@ -52,7 +52,7 @@ class WeightNormalised(Residual):
 
     OPTIONS: ClassVar[tuple[str, ...]] = ("magnitude_scale",)
 
-    magnitude_scale: float = 1.0
+    magnitude_scale: float = 0.1
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-6
 

@@ -96,7 +96,9 @@ def test_lengths_stay_without_their_updates() -> None:
 def test_lengths_alone_without_a_scale() -> None:
     weight, grads = start((14, 9)), gradients((14, 9))
     before = weight.detach().clone()
-    made = GradNormLoRPAdamW([{"params": [weight], **OPTIONS, "scale": 0.0}], lr=0.02)
+    made = GradNormLoRPAdamW(
+        [{"params": [weight], **OPTIONS, "scale": 0.0, "magnitude_scale": 1.0}], lr=0.02
+    )
     after = train(made, weight, grads)
     torch.testing.assert_close(after / lengths(after), before / lengths(before))
     assert ((lengths(after) / lengths(before) - 1).abs() > 0.2).all()
@@ -144,5 +146,5 @@ def test_what_it_goes_with() -> None:
         GaLoreAdamW([group], capturable=True)
     with pytest.raises(ValueError, match="magnitude_scale=-1"):
         GradNormLoRPAdamW([{**group, "magnitude_scale": -1.0}])
-    with pytest.raises(ValueError, match=r"magnitude_scale=1\.0: accepted with residual="):
-        GaLoreAdamW([{"params": [start((14, 9))], **OPTIONS, "magnitude_scale": 1.0}])
+    with pytest.raises(ValueError, match=r"magnitude_scale=0\.5: accepted with residual="):
+        GaLoreAdamW([{"params": [start((14, 9))], **OPTIONS, "magnitude_scale": 0.5}])
