@@ -180,8 +180,8 @@ def _joining(request: Request) -> tuple[str, float]:
     """
     folders = [request.output] if request.output is not None else []
     if request.resume not in (None, "auto"):
-        asked = Path(request.resume or "")
-        folders = [asked, resolved(asked).parent.parent]
+        resumed = Path(request.resume or "")
+        folders = [resumed, resolved(resumed).parent.parent]
     saved = [folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()]
     layer = read_layer(saved[0]) if request.resume is not None and saved else {}
     asked = _named(request.settings, "train", "", key="device")
