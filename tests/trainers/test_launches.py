@@ -73,7 +73,13 @@ def capturing() -> Iterator[None]:
         yield
 
 
-CAPTURABLE = [name for name in available() if TABLE[name].optimizer.supports_capturable]
+#: One of each kind; the others are slow tests.
+QUICK = {"adamw", "fira_adamw", "frugal_adamw", "galore_adamw", "online_subspace_adamw_8bit"}
+CAPTURABLE = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name in available()
+    if TABLE[name].optimizer.supports_capturable
+]
 
 
 @pytest.mark.parametrize("name", CAPTURABLE)
