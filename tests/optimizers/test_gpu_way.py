@@ -123,7 +123,9 @@ def test_options_and_experts(
                 optimizer.step()
         results.append([param.detach() for param in params])
     for plain, ours in zip(*results, strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+        # Each of five steps moves an entry by about 1e-2; a direction is rounded to bf16 in one.
+        limit = 1e-4 if options.get("projection_dtype") else 1e-5
+        torch.testing.assert_close(ours, plain, rtol=0, atol=limit)
 
 
 @pytest.mark.parametrize("capturable", [False, True])

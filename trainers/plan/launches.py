@@ -144,7 +144,7 @@ class LaunchCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             found.operations += launches
             return
         for tensor in given:
-            if self._whole(tensor):
+            if tensor._base is not None and self._large(tensor._base):
                 at = self._places[label, tensor.untyped_storage()._cdata]
                 at.add(tensor.storage_offset())
                 found.pieces = max(found.pieces, len(at))
