@@ -194,13 +194,18 @@ class SkippedUpdates:
     def read(self) -> None:
         """Reads the counts on devices; warns at the first skipped update."""
         self._steps = 0
+        by_device: dict[torch.device, list[Unread]] = {}
         for unread in self._unread.values():
-            counts = unread.counts.tolist()
-            if any(counts):
-                unread.counts.zero_()
-            for param, name, count in zip(unread.params, unread.called, counts, strict=True):
-                if count:
-                    self._count(param, name, count)
+            by_device.setdefault(unread.counts.device, []).append(unread)
+        for batches in by_device.values():
+            counts = iter(torch.cat([unread.counts for unread in batches]).tolist())
+            for unread in batches:
+                own = [next(counts) for _ in unread.params]
+                if any(own):
+                    unread.counts.zero_()
+                for param, name, count in zip(unread.params, unread.called, own, strict=True):
+                    if count:
+                        self._count(param, name, count)
 
     def after_step(self, *, waited: bool) -> None:
         """Reads counts that nobody asked for now and then, after steps that waited anyway."""

@@ -186,7 +186,7 @@ DOCS: Mapping[str, str] = {
     "fused": "False avoids torch's fused Adam kernel, None and True use it where it applies.",
     "compile": "`torch.compile` the update of the moments (Adam-based rules).",
     "skip_nonfinite": "leave a parameter as it is for a step in which its gradient holds NaN or "
-    "infinity; off under `capturable`.",
+    "infinity; on a GPU, and under `capturable`, see docs/gpu_steps.md.",
     "moments_dtype": "precision of the moments, 'float32' or 'bfloat16'; None is fp32 under "
     "16-bit weights, else the weight's own. Moments in 8 bits accept None.",
     "projector": f"the subspace: {_one_of(PROJECTORS)}.",

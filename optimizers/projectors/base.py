@@ -214,6 +214,10 @@ class Projector(ABC):
             return torch.stack(
                 [p.projected if p.projected is not None else self.project(p) for p in params]
             )
+        return self._products(params)
+
+    def _products(self, params: Sequence[ProjectedParam]) -> Tensor:
+        first = params[0]
         shape = first.geometry.projected_shape(first.grad.shape[0])
         projected_b = first.grad.new_empty(len(params), *shape)
         for param, basis, out in zip(

@@ -342,6 +342,13 @@ class CorrelationProjector(Projector):
             return tucker.down(param.grad, self.bases(param))
         return super().project(param)
 
+    def project_together(self, params: Sequence[ProjectedParam]) -> Tensor:
+        """See `Projector.project_together`."""
+        dtype, known = params[0].grad.dtype, any(p.projected is not None for p in params)
+        if known or self.dtype not in (None, dtype):
+            return super().project_together(params)
+        return self._products(params)
+
     def write_back(
         self,
         param: ProjectedParam,

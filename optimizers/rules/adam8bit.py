@@ -20,10 +20,20 @@ from torch import Tensor
 from lowrank.cuda import blockwise
 from lowrank.cuda.native_update import knows_adam
 
+from ..engine.chunks import DEVICE_ELEMENTS
+from ..engine.devices import on_gpu
 from ..engine.rotation import Rotation
 from ..engine.sharding import Part
 from .adam import Adam
-from .base import ElementwiseRule, RowUpdates, State, Update, UpdateRule, numel
+from .base import (
+    ElementwiseRule,
+    RowUpdates,
+    State,
+    Update,
+    UpdateRule,
+    add_updates_,
+    numel,
+)
 from .quantizers import NATIVE, Native, Quantizer
 from .spread_blocks import cut_part, dequantize, quantize, scale_bytes, scale_traffic
 from .transport import transported_moments
@@ -169,8 +179,23 @@ class Adam8bit(Adam):
     def apply(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
     ) -> None:
-        """Updates plain weights in place, in chunks of rows that bound the fp32 copies."""
-        ElementwiseRule.apply(self, grads, states, weights)
+        """Updates plain weights in place, in chunks of rows that bound the fp32 copies.
+
+        Small ones on a GPU in one list, to save launches.
+        """
+        rows = list(zip(grads, states, weights, strict=True))
+        listed = [
+            on_gpu(weight) and weight.numel() <= DEVICE_ELEMENTS and self._fuses(grad, state)
+            for grad, state, weight in rows
+        ]
+        picked = [own for own, small in zip(rows, listed, strict=True) if small]
+        if picked:
+            targets = [weight for _, _, weight in picked]
+            updates = self._fused([own[0] for own in picked], [own[1] for own in picked])
+            add_updates_(targets, updates)
+        for (grad, state, weight), small in zip(rows, listed, strict=True):
+            if not small:
+                ElementwiseRule.apply(self, [grad], [state], [weight])
 
     def first_moment(self, state: State) -> Tensor:
         """The first moment, dequantised to fp32."""

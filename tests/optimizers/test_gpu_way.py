@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from math import prod
 from typing import Any
 
 import pytest
@@ -10,7 +12,14 @@ from support import matrix
 from torch import Tensor, nn
 
 from lowrank.cuda import status
-from lowrank.optimizers import LowRankOptimizer, available, build
+from lowrank.optimizers import (
+    FiraAdamW,
+    GaLoreAdamW,
+    LowRankOptimizer,
+    OnlineSubspaceAdamW,
+    available,
+    build,
+)
 from lowrank.optimizers.engine import devices
 
 pytestmark = pytest.mark.skipif(
@@ -20,7 +29,15 @@ pytestmark = pytest.mark.skipif(
 #: Those that change the layers have steps of their own.
 LAYERS = {"relora_adamw", "switchlora_adamw", "sltrain_adamw", "sltrain_adamw_8bit", "sst_adamw"}
 LAYERS |= {"loqt_adamw", "low_rank_adamw", "dlrt_adamw", "lisa_adamw", "sparse_loco"}
-NAMES = [name for name in available() if name not in LAYERS]
+#: Methods whose parts are batched; the others go through the general form of the same step.
+BATCHED = {"galore_adamw", "galore_adamw_8bit", "qgalore_adamw_8bit", "fira_adamw", "apollo_adamw"}
+BATCHED |= {"frugal_adamw", "online_subspace_adamw", "online_subspace_lion", "galore_muon", "muon"}
+BATCHED |= {"galore_adafactor", "coap_adamw", "adamw_8bit"}
+NAMES = [
+    pytest.param(name, marks=() if name in BATCHED else pytest.mark.slow)
+    for name in available()
+    if name not in LAYERS
+]
 
 
 class Layers(nn.Module):
@@ -75,6 +92,40 @@ def test_it_goes_where_the_ordinary_one_goes(name: str) -> None:
     with devices.as_on_gpu():
         ours, _ = trained(name, torch.float32, weight_decay=0.1, **options)
     assert_close(ours, plain, torch.float32, ROUGH.get(name, 1e-4))
+
+
+@pytest.mark.parametrize("name", ["galore_adamw", "fira_adamw", "online_subspace_adamw"])
+def test_half_precision(name: str) -> None:
+    plain, _ = trained(name, torch.bfloat16)
+    with devices.as_on_gpu():
+        ours, _ = trained(name, torch.bfloat16)
+    assert_close(ours, plain, torch.bfloat16, 0.05)
+
+
+@pytest.mark.parametrize("shape", [(24, 16), (3, 24, 16)], ids=["matrices", "experts"])
+@pytest.mark.parametrize("options", [{}, {"moments": "rotate"}, {"projection_dtype": "bfloat16"}])
+@pytest.mark.parametrize("cls", [GaLoreAdamW, FiraAdamW, OnlineSubspaceAdamW])
+def test_options_and_experts(
+    cls: type[LowRankOptimizer], options: dict[str, Any], shape: tuple[int, ...]
+) -> None:
+    results = []
+    for way in (nullcontext, devices.as_on_gpu):
+        starts = [matrix(36, 32, i).float().reshape(-1)[: prod(shape)] for i in (0, 1)]
+        params = [nn.Parameter(start.view(shape).clone()) for start in starts]
+        with way():
+            optimizer = cls(
+                [{"params": params, "rank": 4, "update_proj_gap": 3, **options}], lr=0.1
+            )
+            for step in range(5):
+                for i, param in enumerate(params):
+                    grad = matrix(36, 32, 10 * step + i).float().reshape(-1)
+                    param.grad = grad[: param.numel()].view(shape).clone()
+                optimizer.step()
+        results.append([param.detach() for param in params])
+    for plain, ours in zip(*results, strict=True):
+        # Each of five steps moves an entry by about 1e-2; a direction is rounded to bf16 in one.
+        limit = 1e-4 if options.get("projection_dtype") else 1e-5
+        torch.testing.assert_close(ours, plain, rtol=0, atol=limit)
 
 
 @pytest.mark.parametrize("capturable", [False, True])

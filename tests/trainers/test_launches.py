@@ -73,7 +73,13 @@ def capturing() -> Iterator[None]:
         yield
 
 
-CAPTURABLE = [name for name in available() if TABLE[name].optimizer.supports_capturable]
+#: One of each kind; the others are slow tests.
+QUICK = {"adamw", "fira_adamw", "frugal_adamw", "galore_adamw", "online_subspace_adamw_8bit"}
+CAPTURABLE = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name in available()
+    if TABLE[name].optimizer.supports_capturable
+]
 
 
 @pytest.mark.parametrize("name", CAPTURABLE)
@@ -87,3 +93,14 @@ def test_steps_between_refreshes_can_be_captured(name: str) -> None:
     with capturing():
         found = count_step(name, (512, 384), 2, rank=16, capturable=True, **options)
     assert (found.reads, found.sends) == (0, 0), found.by_name
+
+
+@pytest.mark.parametrize(
+    "name", ["galore_adamw", "apollo_adamw", "frugal_adamw", "coap_adamw", "qgalore_adamw_8bit"]
+)
+def test_reads_of_a_refresh_do_not_grow_with_the_matrices(name: str) -> None:
+    few, many = (
+        count_step(name, (512, 384), count, rank=16, update_proj_gap=50, refreshing=True)
+        for count in (2, 4)
+    )
+    assert 0 < few.reads == many.reads, many.by_name

@@ -144,7 +144,7 @@ class LaunchCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             found.operations += launches
             return
         for tensor in given:
-            if self._whole(tensor):
+            if tensor._base is not None and self._large(tensor._base):
                 at = self._places[label, tensor.untyped_storage()._cdata]
                 at.add(tensor.storage_offset())
                 found.pieces = max(found.pieces, len(at))
@@ -221,15 +221,18 @@ def count_step(
     shape: tuple[int, int],
     matrices: int,
     dtype: torch.dtype = torch.bfloat16,
+    *,
+    refreshing: bool = False,
     **options: Any,
 ) -> Launches:
-    """What a step between refreshes asks of a GPU for matrices of one shape, finite gradients.
+    """What a step asks of a GPU for matrices of one shape with finite gradients.
 
     Args:
         method: a name that `build` accepts.
         shape: of the matrices.
         matrices: how many.
         dtype: of weights and gradients.
+        refreshing: all bases are refitted in it; between refreshes none is.
         options: of `build`.
     """
     m, n = shape
@@ -245,16 +248,19 @@ def count_step(
             for param in model.parameters():
                 param.grad = torch.empty(m, n, dtype=dtype, device="cuda")
             optimizer.step()  # makes what all later steps use
-            _settle(optimizer, ledger)
+            _settle(optimizer, ledger, refreshing=refreshing)
             with LaunchCounter(shape, options.get("rank", 0)) as counter:
                 optimizer.step()
     found: Launches = counter.found
     return found
 
 
-def _settle(optimizer: LowRankOptimizer, ledger: Ledger) -> None:
-    """As after a first step, which fitted all bases."""
-    for state in optimizer.state.values():
-        ledger.know(state["step"], 1.0)
-        if "refreshed_at" in state:
-            state["refreshed_at"] = 0
+def _settle(optimizer: LowRankOptimizer, ledger: Ledger, *, refreshing: bool = False) -> None:
+    """As after a first step, which fitted all bases, or before the next one that does."""
+    for group in optimizer.param_groups:
+        steps = float(group.get("update_proj_gap", 1)) if refreshing else 1.0
+        for param in group["params"]:
+            state = optimizer.state[param]
+            ledger.know(state["step"], steps)
+            if "refreshed_at" in state:
+                state["refreshed_at"] = 0
