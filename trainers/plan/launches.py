@@ -46,7 +46,7 @@ _SIZED_BY_DATA = {"nonzero", "masked_select", "_unique2", "unique_dim"}
 _LIST_TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 _LIST_BLOCKS, _BLOCK_ENTRIES = 320, 1 << 16
 #: Tensors of one launch of our kernels (cuda/device/adam.cu).
-_OWN_LISTS = {"adam": 24, "adam_8bit": 24}
+_OWN_LISTS = {"adam": 472, "adam_8bit": 472, "adam_weights": 472}
 #: Tensors that one launch concatenates.
 _CONCATENATED = 128
 
