@@ -17,6 +17,7 @@ from lowrank.optimizers.engine.parameters import unique_names
 from ..loss import chunk_tokens
 from .driverless import driverless
 from .fakes import DEPTHS, Fake, blocks_of, faking, grown, made, steps_grow
+from .ledger import Ledger
 from .network import Blocks, Network, Source, new_network
 from .result import CATEGORIES
 from .sharded import Parts, check_divisible, divided, wire_bytes
@@ -130,14 +131,20 @@ class Estimate:
             found = found.grown(small, *DEPTHS, self._depth)
         if not self.setting.update_in_backward:
             return found, None
-        with update_in_backward(self._fake.optimizer) as handle:  # raises where it can't be
+        ledger = Ledger()  # answers what is read back
+        for entries in self._fake.optimizer.state.values():
+            ledger.know(entries["step"], 0.0)
+        with ledger, update_in_backward(self._fake.optimizer) as handle:  # raises where it can't be
             left = handle.whole()
         kept = [param for name, param in _trained(fake) if name in left]
         added: dict[object, int] = {}
         for name, param in _trained(fake):
             kind = _kind(fake, param)
             if name not in left and kind not in added:
-                added[kind] = self._simulated(fake, [param]).refresh
+                one = self._simulated(fake, [param])
+                added[kind] = (
+                    one.step if layers else one.refresh
+                )  # events of layers wait for step()
         scratch = {
             id(param): added[_kind(self._fake, param)]
             for name, param in _trained(self._fake)
