@@ -53,11 +53,11 @@ def test_round_robin_calls_everyone_once_a_round_in_changing_order(
         return lambda number: calls.append((number, name)) or float(number)
 
     samples, canaries = part("timing").round_robin(
-        {name: contestant(name) for name in "abcd"}, rounds=8
+        {name: contestant(name) for name in "abcd"}, rounds=3
     )
-    assert samples == {name: [float(number) for number in range(8)] for name in "abcd"}
-    assert len(canaries) == 9
-    orders = {tuple(calls[4 * number : 4 * number + 4]) for number in range(8)}
+    assert samples == {name: [float(number) for number in range(3)] for name in "abcd"}
+    assert len(canaries) == 4
+    orders = {tuple(calls[4 * number : 4 * number + 4]) for number in range(3)}
     assert all(len({name for _, name in order}) == 4 for order in orders)
     assert len({tuple(name for _, name in order) for order in orders}) > 1
     with pytest.raises(ValueError, match="rounds is 0"):

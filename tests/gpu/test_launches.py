@@ -21,6 +21,7 @@ def counting(seen: list[Any]) -> Any:
     return count
 
 
+@pytest.mark.slow
 def test_launches_are_measured_beside_those_that_are_counted(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

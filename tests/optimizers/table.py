@@ -256,6 +256,12 @@ KINDS = (
 REPRESENTATIVE = tuple(row for row in TABLE if identifier(row) in KINDS)
 
 every = pytest.mark.parametrize("row", TABLE, ids=identifier)
+#: Every row, of which all but the representative ones are slow.
+every_slowly = pytest.mark.parametrize(
+    "row",
+    [pytest.param(row, marks=() if row in REPRESENTATIVE else pytest.mark.slow) for row in TABLE],
+    ids=identifier,
+)
 representative = pytest.mark.parametrize("row", REPRESENTATIVE, ids=identifier)
 projecting = pytest.mark.parametrize("row", PROJECTING, ids=identifier)
 representative_projecting = pytest.mark.parametrize(
@@ -263,13 +269,13 @@ representative_projecting = pytest.mark.parametrize(
 )
 
 
-#: The smallest and the largest of the papers' sizes; the others are slow tests.
-EXTREMES = ("60m", "7b")
+#: The papers' size whose tests are quick; the others' are slow.
+SMALLEST = "60m"
 
 
 def each_size(sizes: Iterable[str]) -> pytest.MarkDecorator:
-    """Model sizes, of which those in the middle are slow tests."""
-    marks = {size: () if size in EXTREMES else (pytest.mark.slow,) for size in sizes}
+    """Model sizes, of which all but the smallest are slow tests."""
+    marks = {size: () if size == SMALLEST else (pytest.mark.slow,) for size in sizes}
     return pytest.mark.parametrize(
         "size", [pytest.param(size, marks=mark) for size, mark in marks.items()]
     )

@@ -14,6 +14,7 @@ from table import (
     assert_close,
     assert_same,
     every,
+    every_slowly,
     every_with,
     representative,
     train,
@@ -37,7 +38,7 @@ def test_every_parameter_moves_and_stays_finite(row: Row) -> None:
         assert not torch.equal(old, param)
 
 
-@every
+@every_slowly
 def test_learns_a_task(row: Row) -> None:
     model = tiny_model()
     optimizer = row.build(model, **row.full_scale)

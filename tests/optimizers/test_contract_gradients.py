@@ -136,7 +136,7 @@ def test_grad_scaler_skips_without_advancing(row: Row) -> None:
 def test_fp16_autocast_under_a_grad_scaler_skips_cleanly(row: Row) -> None:
     """A scale that overflows is halved until it doesn't; what is skipped leaves no trace."""
     model = tiny_model()
-    optimizer = row.build(model)
+    optimizer = row.build(model, **row.in_turn)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, growth_interval=100)
     tokens = torch.arange(24).reshape(3, 8) % 32
     before, taken = [value.clone() for value in model.state_dict().values()], 0

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from forked import start
 from support import set_gradients, tiny_model, weights
-from table import TABLE, Row, identifier, train
+from table import TABLE, Row, every_with, identifier, train
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -26,8 +26,7 @@ from lowrank.optimizers import build
 every = pytest.mark.parametrize("row", TABLE, ids=identifier)
 
 
-@every
-@pytest.mark.parametrize("flatten", [False, True])
+@every_with("flatten", [True, False])
 def test_distributed_checkpoint_state_round_trips(row: Row, flatten: bool) -> None:
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
     model = tiny_model()

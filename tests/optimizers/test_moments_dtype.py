@@ -37,7 +37,11 @@ def constant_gradients(model: nn.Module, value: float) -> None:
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("adamw", torch.bfloat16), ("adamw", torch.float16), ("galore_adamw", torch.bfloat16)],
+    [
+        ("adamw", torch.bfloat16),
+        pytest.param("adamw", torch.float16, marks=pytest.mark.slow),
+        ("galore_adamw", torch.bfloat16),
+    ],
     ids=str,
 )
 def test_the_second_moment_decays(name: str, dtype: torch.dtype) -> None:

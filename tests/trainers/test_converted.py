@@ -36,6 +36,15 @@ OWN: dict[str, dict[str, Any]] = {
     "sst_adamw": {},
     "switchlora_adamw": {},
 }
+
+
+def slowly(*quick: str, more: tuple[str, ...] = ()) -> list[Any]:
+    """Slow parameters for the methods but these."""
+    return [
+        pytest.param(name, *more, marks=pytest.mark.slow) for name in METHODS if name not in quick
+    ]
+
+
 methods = pytest.mark.parametrize("name", METHODS)
 
 
@@ -45,11 +54,7 @@ methods = pytest.mark.parametrize("name", METHODS)
         ("relora_adamw", "float32"),
         ("sltrain_adamw", "bfloat16"),
         ("switchlora_adamw", "float32"),
-        *(
-            pytest.param(name, "float32", marks=pytest.mark.slow)
-            for name in METHODS
-            if name not in ("relora_adamw", "switchlora_adamw")
-        ),
+        *slowly("relora_adamw", "switchlora_adamw", more=("float32",)),
     ],
 )
 def test_a_run_resumes_exactly_within_a_cycle(
@@ -87,7 +92,7 @@ def test_a_checkpoint_is_a_plain_model_with_the_same_logits(
     assert expected.std() > 0
 
 
-@methods
+@pytest.mark.parametrize("name", ["relora_adamw", *slowly("relora_adamw")])
 def test_events_are_in_the_metrics_and_the_report(
     name: str, tiny: Tiny, run: Run, tmp_path: Path
 ) -> None:

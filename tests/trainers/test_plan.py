@@ -57,6 +57,7 @@ def test_weights_gradients_and_state_are_exact(tiny: str) -> None:
     assert step["moments"] + step["bases"] + step["other state"] == state
 
 
+@pytest.mark.slow
 def test_measured_steps_take_what_was_planned(tiny: str) -> None:
     options = {"rank": 4, "update_proj_gap": 2, "lr": 1e-3}
     made = planned(tiny, options=options)
@@ -130,6 +131,7 @@ def test_a_gpu_has_slack_and_its_allocator_rounds_up(tiny: str) -> None:
     assert made.peak >= planned(tiny).peak
 
 
+@pytest.mark.slow
 def test_gradients_are_freed_in_the_backward_pass(tiny: str) -> None:
     options = {"rank": 4, "update_proj_gap": 2, "lr": 1e-3}
     ordinary = planned(tiny, options=options)

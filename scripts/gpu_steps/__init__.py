@@ -1,0 +1,1 @@
+"""What steps ask of a GPU, counted without one."""
