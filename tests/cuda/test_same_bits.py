@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from lowrank.cuda import blockwise, build, gaussian, groups, library, ops, using_kernels
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("case", cases.EXACT, ids=lambda case: case.__name__)
 def test_references_on_a_gpu_equal_the_kernels(case: Callable[[cases.Draw], None]) -> None:

@@ -110,6 +110,7 @@ def test_plain_groups_are_adafactor() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*grows without bound")
+@pytest.mark.slow
 def test_the_moment_is_an_unbiased_sketch() -> None:
     """Averaged over seeds the compressed momentum is the momentum."""
     grads, total = gradients((9, 14), 4), torch.zeros(9, 14, dtype=torch.float64)

@@ -63,6 +63,7 @@ BEST = {
 }
 
 
+@pytest.mark.slow
 def test_the_search_finds_each_best_point() -> None:
     trainer = Trainer(BEST)
     entries = parse_methods(",".join(BEST))

