@@ -36,6 +36,7 @@ from .base import (
     steps_done,
 )
 from .fused_adam import FUSED_DTYPES, bias_corrections, fused_step
+from .kernel_sizes import joined_sizes, listed_sizes, with_rates
 from .precision import moments_dtype, moments_itemsize
 from .transport import transported_moments
 
@@ -95,7 +96,7 @@ class Adam(ElementwiseRule):
         """Two moments."""
         return 2 * numel(shape) * moments_itemsize(self.moments_dtype, itemsize)
 
-    def _sizes(self, state: State) -> tuple[Number, Number, Number]:
+    def sizes(self, state: State) -> tuple[Number, Number, Number]:
         """(step size without lr, eps for the uncorrected sqrt(V), lr); tensors when capturable."""
         beta1, beta2 = self.betas
         if self.capturable:
@@ -111,26 +112,6 @@ class Adam(ElementwiseRule):
             size = correction2 / correction1
         eps = self.eps * correction2 if self.eps_corrected else self.eps
         return (size if self.correct_bias else 1.0), eps, lr
-
-    def _kernel_sizes(
-        self, states: Sequence[State]
-    ) -> tuple[tuple[float, float], Tensor | None, list[Number], Number]:
-        """(eps, size) as numbers or as a tensor for all states; the size of each; lr."""
-        if not self.capturable:
-            size, eps, lr = self._sizes(states[0])
-            assert isinstance(eps, float)
-            assert isinstance(size, float)
-            return (eps, size), None, [size] * len(states), lr
-        steps = torch.stack([state["step"] for state in states])
-        size, eps, lr = self._sizes({"step": steps})
-        # Filled on the device: a copy from the host can't be captured in a graph.
-        sizes = torch.empty(len(states), 2, dtype=torch.float32, device=steps.device)
-        for column, value in enumerate((eps, size)):
-            if isinstance(value, Tensor):
-                sizes[:, column].copy_(value)
-            else:
-                sizes[:, column].fill_(value)
-        return (0.0, 0.0), sizes, list(sizes[:, 1].unbind()), lr
 
     def _decay_and_alpha(self, lr: Any) -> tuple[Any, Any]:
         decay_factor = 1.0 - lr * self.weight_decay if self.weight_decay else 1.0
@@ -202,7 +183,7 @@ class Adam(ElementwiseRule):
         exp_avgs, exp_avg_sqs = (list(t) for t in zip(*map(self._moments, states), strict=True))
         if not self._has_kernel(grads, exp_avgs):
             return super().update_together(grads_b, states, weights, axis, good_b)
-        numbers, sizes, factor, lr = self._sizes_together(states, good_b)
+        numbers, sizes, factor, lr = joined_sizes(self, states, good_b)
         directions_b = torch.empty_like(grads_b)
         norms: tuple[Tensor, Tensor] | None = None
         if axis is not None:
@@ -218,39 +199,6 @@ class Adam(ElementwiseRule):
         decay_factor, alpha = self._decay_and_alpha(lr)
         return Update(directions_b, alpha, decay_factor, factor, norms=norms)
 
-    def _sizes_together(
-        self, states: Sequence[State], good_b: Tensor | None
-    ) -> tuple[tuple[float, float], Tensor | None, Number, Number]:
-        """(eps, size) as numbers or as a tensor for all states; the size, B x 1 x 1; lr."""
-        if not self.capturable:
-            size, eps, lr = self._sizes(states[0])
-            assert isinstance(eps, float)
-            assert isinstance(size, float)
-            if good_b is None:
-                return (eps, size), None, size, lr
-            gated = torch.full((len(states), 2), eps, dtype=torch.float32, device=good_b.device)
-            torch.mul(good_b, size, out=gated[:, 1])
-            return (0.0, 0.0), gated, size, lr
-        steps_b = torch.stack([state["step"] for state in states])
-        corrections = torch.empty(2, len(states), dtype=torch.float32, device=steps_b.device)
-        for beta, power_b in zip(self.betas, corrections.unbind(0), strict=True):
-            torch.pow(beta, steps_b, out=power_b)
-        first_b, second_b = torch.rsub(corrections, 1.0).unbind(0)
-        second_b.sqrt_()
-        # Filled on the device: a copy from the host can't be captured in a graph.
-        sizes = torch.empty(len(states), 2, dtype=torch.float32, device=steps_b.device)
-        if self.eps_corrected:
-            torch.mul(second_b, self.eps, out=sizes[:, 0])
-        else:
-            sizes[:, 0].fill_(self.eps)
-        if self.correct_bias:
-            torch.div(second_b, first_b, out=sizes[:, 1])
-        else:
-            sizes[:, 1].fill_(1.0)
-        if good_b is not None:
-            sizes[:, 1].mul_(good_b)
-        return (0.0, 0.0), sizes, sizes[:, 1].view(-1, 1, 1), self.lr
-
     def _has_kernel(self, grads: list[Tensor], exp_avgs: list[Tensor]) -> bool:
         # On a CPU torch's fused kernel is as fast.
         return on_gpu(grads[0]) and not self.compiled and knows_adam(grads, exp_avgs)
@@ -264,7 +212,7 @@ class Adam(ElementwiseRule):
         axis: int = -1,
     ) -> list[Update]:
         """One launch for many tensors."""
-        numbers, sizes, factors, lr = self._kernel_sizes(states)
+        numbers, sizes, factors, lr = listed_sizes(self, states)
         directions = [torch.empty_like(m) for m in exp_avgs]
         norms: list[list[Tensor]] = [[], []]
         if axis >= 0:
@@ -294,7 +242,7 @@ class Adam(ElementwiseRule):
     ) -> list[Update]:
         if any(m.dtype != grad.dtype for m, grad in zip(exp_avgs, grads, strict=True)):
             return self._advance_wide(grads, exp_avgs, exp_avg_sqs, state)
-        size, eps, lr = self._sizes(state)
+        size, eps, lr = self.sizes(state)
         if self._can_fuse([*grads, *exp_avgs]):
             assert isinstance(size, float)
             assert isinstance(eps, float)
@@ -357,7 +305,7 @@ class Adam(ElementwiseRule):
             else:
                 self._apply_unfused(grads, states, weights)
             return
-        size, eps, lr = self._sizes(states[0])
+        size, eps, lr = self.sizes(states[0])
         assert isinstance(size, float)
         assert isinstance(eps, float)
         decay_factor, alpha = self._decay_and_alpha(lr)
@@ -383,19 +331,13 @@ class Adam(ElementwiseRule):
         states: Sequence[State],
     ) -> None:
         """One launch for many weights, and one pass over each, in which nothing else is stored."""
-        numbers, sizes, _, lr = self._kernel_sizes(states)
+        numbers, sizes, _, lr = listed_sizes(self, states)
         rates = self._decay_and_alpha(lr)
         lists = weights, grads, exp_avgs, exp_avg_sqs
         if sizes is None:
             torch.ops.lowrank.adam_weights(*lists, *self.betas, *numbers, *rates, None)
             return
-        own = torch.empty(len(weights), 4, dtype=torch.float32, device=sizes.device)
-        own[:, :2].copy_(sizes)
-        for column, value in enumerate(rates, 2):
-            if isinstance(value, Tensor) and value.device == own.device:
-                own[:, column].copy_(value)
-            else:
-                own[:, column].fill_(float(value))
+        own = with_rates(sizes, rates)
         torch.ops.lowrank.adam_weights(*lists, *self.betas, *numbers, 1.0, 1.0, own)
 
     def _apply_unfused(

@@ -34,6 +34,7 @@ from .base import (
     add_updates_,
     numel,
 )
+from .kernel_sizes import joined_sizes, listed_sizes
 from .quantizers import NATIVE, Native, Quantizer
 from .spread_blocks import cut_part, dequantize, quantize, scale_bytes, scale_traffic
 from .transport import transported_moments
@@ -138,7 +139,7 @@ class Adam8bit(Adam):
         grads = list(grads_b.unbind(0))
         if not all(map(self._fuses, grads, states)):
             return ElementwiseRule.update_together(self, grads_b, states, weights, axis, good_b)
-        numbers, sizes, factor, lr = self._sizes_together(states, good_b)
+        numbers, sizes, factor, lr = joined_sizes(self, states, good_b)
         directions_b = torch.empty_like(grads_b)
         self._call(grads, states, list(directions_b.unbind(0)), numbers, sizes)
         decay_factor, alpha = self._decay_and_alpha(lr)
@@ -155,7 +156,7 @@ class Adam8bit(Adam):
         )
 
     def _fused(self, grads: list[Tensor], states: list[State]) -> list[Update]:
-        numbers, sizes, factors, lr = self._kernel_sizes(states)
+        numbers, sizes, factors, lr = listed_sizes(self, states)
         directions = [torch.empty_like(grad) for grad in grads]
         self._call(grads, states, directions, numbers, sizes)
         decay_factor, alpha = self._decay_and_alpha(lr)
