@@ -220,7 +220,7 @@ def test_all_sections_run_on_a_cpu(tmp_path: Path) -> None:
         TMPDIR=str(tmp_path),
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    names = ("rates", "build", "kernels", "steps", "refresh", "memory")
+    names = ("rates", "build", "kernels", "steps", "launches", "refresh", "memory")
     for name in names:
         found = json.loads((tmp_path / "out" / f"gpu-check-cpu-{name}.json").read_text())
         assert (found["state"], found["errors"], found["skipped"]) == ("complete", [], [])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from in_backward_runs import unexamined
+from representative import with_representative
 from sharded import block, distance, run, shard, tokens, whole
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -137,7 +138,6 @@ def test_two_ranks(tmp_path: Path) -> None:
     check(run(follow, 2, tmp_path, QUICK)[0])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", with_representative((2, 3), (3,)))
 def test_weights_of_the_ordinary_loop(world: int, tmp_path: Path) -> None:
     check(run(follow, world, tmp_path, ALL)[0])

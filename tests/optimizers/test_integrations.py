@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from forked import start
+from representative import with_representative
 from support import set_gradients, tiny_model, weights
 from table import TABLE, Row, every_with, identifier, train
 from torch import nn
@@ -55,8 +56,9 @@ def test_asking_for_the_state_dict_first_changes_nothing(row: Row) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["adamw", "galore_adamw", "galore_adamw_8bit"])
+@pytest.mark.parametrize(
+    "name", with_representative(("adamw", "galore_adamw", "galore_adamw_8bit"), ("galore_adamw",))
+)
 def test_compiled_update_equals_eager_and_ignores_lr_changes(name: str) -> None:
     row = next(row for row in TABLE if row.name == name)
     eager, compiled = tiny_model(), tiny_model()

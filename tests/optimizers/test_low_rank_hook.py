@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from forked import run
 from low_rank_runs import backward, make
+from representative import with_representative
 from support import tiny_model
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,8 +29,7 @@ def each(rank: int, world: int, folder: Path, checks: list[Callable[[int, int], 
         dist.barrier()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.exhaustive), 4])
+@pytest.mark.parametrize("world", with_representative((2, 3, 4), (2,)))
 def test_several_processes(world: int, tmp_path: Path) -> None:
     """States and changes don't depend on the number of processes: not again on four."""
     checks = cases.MORE.get(world, cases.ALL)

@@ -27,8 +27,8 @@ REPRESENTATIVE = tuple(
     for name in NAMES
     if name
     in (
-        *("adafactor", "adamw_8bit", "muon", "galore_adamw", "coap_adamw"),
-        *("qgalore_adamw_8bit", "relora_adamw"),
+        *("adafactor", "muon", "galore_adamw", "coap_adamw", "qgalore_adamw_8bit"),
+        "relora_adamw",
     )
 )
 OTHERS = tuple(name for name in NAMES if name not in REPRESENTATIVE)
@@ -74,9 +74,7 @@ def test_groups_stay_those_that_were_given(row: Row, how: str) -> None:
     type(optimizer)([{**group} for group in optimizer.param_groups])
 
 
-@pytest.mark.parametrize(
-    "name", [*REPRESENTATIVE, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
-)
+@pytest.mark.parametrize("name", with_representative(NAMES, REPRESENTATIVE, marks=()))
 def test_common_changes(name: str) -> None:
     names = REPRESENTATIVE if name in REPRESENTATIVE else OTHERS
     assert_right(verdicts("quick", names)[name], least=3)

@@ -78,6 +78,7 @@ def on_three_ranks(rank: int, world: int, folder: Path) -> Any:
     return follow(rank, world, THREE, [3, 3, 3, 1, 2])
 
 
+@pytest.mark.exhaustive
 def test_three_ranks_follow_one_process(tmp_path: Path) -> None:
     """Some have nothing of some factors, and frozen weights are cut elsewhere than factors."""
     assert not far(run(on_three_ranks, 3, tmp_path)[0], THREE)

@@ -33,6 +33,7 @@ from faults import Disk
 from tiny_runs import TINY, comparable_metrics, summary, write_corpus
 
 from lowrank.trainers import pretrain
+from lowrank.trainers.checkpoint import verify
 from lowrank.trainers.cli import main
 
 KILL, TERM, FULL = "SIGKILL", "SIGTERM", "disk full"
@@ -149,11 +150,17 @@ def compare(straight: Path, disturbed: Path) -> None:
     differing = [key for key in one | other if one.get(key) != other.get(key)]
     assert set(differing) <= {*TIMED}, differing
     assert comparable_metrics(straight) == comparable_metrics(disturbed)
-    names = [
-        sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-        for folder in (straight, disturbed)
-    ]
-    assert names[0] == names[1], set(names[0]) ^ set(names[1])
+    last = f"step-{one['steps']:08d}"
+    left = [files_of(folder, last) for folder in (straight, disturbed)]
+    assert left[0] == left[1], left[0] ^ left[1]
+    for folder in (disturbed / "checkpoints").iterdir():
+        verify(folder)
+
+
+def files_of(folder: Path, last: str) -> set[str]:
+    """Names of a run's files; which checkpoints but the last it keeps depends on how it went."""
+    paths = [path.relative_to(folder) for path in folder.rglob("*")]
+    return {str(p) for p in paths if p.parts[0] != "checkpoints" or last in p.parts}
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from representative import with_representative
 
 from lowrank.optimizers import available, build, expected_state_bytes, state_bytes
 from lowrank.trainers.cli import main
@@ -78,8 +79,9 @@ def test_passes_take_what_was_planned(tiny: str, accumulation: int, *, checkpoin
         assert made.peaks[name] == pytest.approx(peak, rel=0.05), name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["galore_adamw", "relora_adamw", "adamw"])
+@pytest.mark.parametrize(
+    "optimizer", with_representative(("galore_adamw", "relora_adamw", "adamw"), ("relora_adamw",))
+)
 def test_few_blocks_stand_for_many(
     tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

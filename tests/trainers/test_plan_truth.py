@@ -32,7 +32,7 @@ def compare(model: str, optimizer: str, rank: int | None = None, **setting: Any)
 REPRESENTATIVE = ("galore_adamw", "qgalore_adamw_8bit", "sltrain_adamw")
 
 
-@pytest.mark.parametrize("optimizer", with_representative(available(), REPRESENTATIVE))
+@pytest.mark.parametrize("optimizer", with_representative(available(), REPRESENTATIVE[1:]))
 def test_predicted_is_measured(optimizer: str) -> None:
     compare("llama_9m", optimizer, sequence=64)
 
@@ -53,7 +53,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
 PLANNED = [name for name in available() if name != "loqt_adamw"]
 
 
-@pytest.mark.parametrize("optimizer", with_representative(PLANNED, REPRESENTATIVE))
+@pytest.mark.parametrize("optimizer", with_representative(PLANNED, REPRESENTATIVE[:1]))
 def test_predicted_is_measured_with_updates_in_backward(small: str, optimizer: str) -> None:
     rank = None if optimizer == "apollo_mini_adamw" else 24
     compare(small, optimizer, rank, sequence=32, update_in_backward=True)

@@ -19,10 +19,10 @@ pytestmark = pytest.mark.slow
 STEPS = 6
 #: By name: what is told, the number of processes, and the settings.
 WRONG = {
-    "layers": (
-        "optimizer.name='relora_adamw', which changes the model's layers; accepted: ddp",
+    "codes": (
+        "whose codes can't be divided among processes; accepted: ddp",
         2,
-        ("distributed.strategy=fsdp2", "optimizer.name=relora_adamw"),
+        ("distributed.strategy=fsdp2", "model.weight_bits=8", "model.dtype=bfloat16"),
     ),
     "division": (
         "3 processes can't share a step's 2 sequences evenly",

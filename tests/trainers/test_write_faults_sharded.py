@@ -12,7 +12,7 @@ from tiny_runs import TINY, comparable_metrics, summary
 
 from lowrank.trainers.checkpoint import CheckpointStore, verify
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.exhaustive
 
 STEPS, BEFORE, DISTURBED = 6, 2, 4
 #: By name: the rank, and the call of it that fails while the second checkpoint is written.
