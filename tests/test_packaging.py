@@ -259,7 +259,7 @@ def test_wheel_installs_and_runs(wheel: Path, tmp_path: Path) -> None:
     assert "kernels" in system.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_type_checker_sees_across_packages(tmp_path: Path) -> None:
     copy = tmp_path / "copy with spaces"
     (copy / "scripts").mkdir(parents=True)

@@ -4,6 +4,7 @@ Each test runs on the host's library and on the device's kernels in a simulator;
 `test_device.py` repeats them with the device's own library.
 """
 
+import os
 from collections.abc import Callable
 
 import exact_cases
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("native")
 
 # A simulated launch takes milliseconds; the fixture may be shared between examples.
 examples = settings(
-    max_examples=8,
+    max_examples=int(os.environ.get("LOWRANK_TEST_EXAMPLES", "8")),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -39,6 +39,7 @@ def test_kernels_under_address_and_undefined_behaviour_sanitizers() -> None:
         "LD_PRELOAD": preload,
         "ASAN_OPTIONS": "detect_leaks=0",
         "OMP_NUM_THREADS": "1",
+        "LOWRANK_TEST_EXAMPLES": "4",
     }
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     command += ["-m", "slow or not slow", "tests/cuda/test_native.py"]

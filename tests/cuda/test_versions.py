@@ -83,7 +83,7 @@ def test_inference_tensors_have_none(name: str) -> None:
         call(name, tuple(map(cloned, samples()[name])))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_in_a_compiled_function() -> None:
     def step(x: Tensor, out: Tensor) -> Tensor:
         torch.ops.lowrank.stochastic_bfloat16(x, out, 3, 0)

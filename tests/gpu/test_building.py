@@ -212,7 +212,8 @@ def test_the_probe_tells_builds_apart_without_importing(tmp_path: Path) -> None:
         assert found.stdout.strip() == kind
 
 
-@pytest.mark.slow
+#: Each section by itself is a slow test of test_sections.py.
+@pytest.mark.exhaustive
 def test_all_sections_run_on_a_cpu(tmp_path: Path) -> None:
     done = script(
         *("--device", "cpu", "--size", "tiny", "--output", str(tmp_path / "out")),

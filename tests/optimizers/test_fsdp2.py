@@ -31,6 +31,6 @@ COLUMNS: list[Case] = [
 
 @pytest.mark.slow
 def test_columns_may_be_spread(tmp_path: Path) -> None:
-    made = run(follow, 3, tmp_path, COLUMNS, [2, 3], 10, True)
-    far = {k: gap for k, gap in check(made, COLUMNS, [2, 3]).items() if not gap <= limit(k)}
+    made = run(follow, 3, tmp_path, COLUMNS, [3], 10, True)
+    far = {k: gap for k, gap in check(made, COLUMNS, [3]).items() if not gap <= limit(k)}
     assert not far

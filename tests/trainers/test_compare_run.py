@@ -122,7 +122,7 @@ def finished(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/summary.json")}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_killed_at_any_moment_a_comparison_goes_on(
     corpus: Path,
     tmp_path: Path,

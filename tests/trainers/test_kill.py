@@ -123,6 +123,7 @@ def test_killed_while_a_checkpoint_is_written(
     assert not writing(folder)
 
 
+@pytest.mark.exhaustive
 def test_terminated_run_saves_itself_and_says_how_to_go_on(
     tiny: Callable[..., list[str]], tmp_path: Path, straight: dict[str, Path]
 ) -> None:
