@@ -9,17 +9,19 @@ from pathlib import Path
 
 #: The environment variable with the folder of the session's objects; see conftest.py.
 OBJECTS = "LOWRANK_TEST_OBJECTS"
+#: For libraries that are made and looked at, and hardly run: takes half the time.
+UNOPTIMISED = "-O0"
 
 
-def caching_compiler(compiler: str) -> str:
-    """A program that takes the compiler's place; see cached_compiler.py."""
+def caching_compiler(compiler: str, *more: str) -> str:
+    """A program that takes the compiler's place, with more options; see cached_compiler.py."""
     folder = Path(os.environ[OBJECTS])
-    script = folder / Path(compiler).name
+    script = folder / "".join([Path(compiler).name, *more])
     if not script.exists():
         wrapper = Path(__file__).with_name("cached_compiler.py")
         command = shlex.join([sys.executable, "-S", "-P", str(wrapper), str(folder), compiler])
         partial = folder / f"{script.name}.{os.getpid()}"
-        partial.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+        partial.write_text(f'#!/bin/sh\nexec {command} "$@" {shlex.join(more)}\n')
         partial.chmod(0o755)
         os.replace(partial, script)
     return str(script)

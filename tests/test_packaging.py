@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from compiling import caching_compiler
+from compiling import UNOPTIMISED, caching_compiler
 from support import ROOT
 
 from lowrank.cuda import build
@@ -163,9 +163,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def compilers() -> dict[str, str]:
     """Compilers that share objects with other builds of this session; CUDA for one target."""
-    found = {"CXX": build.find_compiler(), "CUDACXX": build.find_nvcc()}
-    chosen = {name: caching_compiler(path) for name, path in found.items() if path}
-    return chosen | {"LOWRANK_CUDA_ARCHS": "90a"}
+    chosen = {"LOWRANK_CUDA_ARCHS": "90a"}
+    if compiler := build.find_compiler():
+        chosen["CXX"] = caching_compiler(compiler, UNOPTIMISED)
+    if nvcc := build.find_nvcc():
+        chosen["CUDACXX"] = caching_compiler(nvcc)
+    return chosen
 
 
 def copy_sources(target: Path) -> None:

@@ -13,7 +13,7 @@ from compiling import caching_compiler
 from lowrank.cuda import build, library
 from lowrank.cuda.library import Library
 
-SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1", "-O1")
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1", "-O0")
 STRICT = ("-Wall", "-Wextra", "-Werror")
 HERE = Path(__file__).resolve().parent
 #: Of a CUDA source as host code.
@@ -41,7 +41,7 @@ def compile_simulated(target: Path, *flags: str) -> None:
     kernels = sorted((build.SOURCES / "device").glob("*.cu"))
     sources = [path for path in kernels if path.stem != "library"]
     sources.append(build.SOURCES / "host/library.cpp")
-    options = [*build.HOST_FLAGS, "-O1", "-Wall", *flags]
+    options = [*build.HOST_FLAGS, "-O0", "-Wall", *flags]
     build.compile_library(compiler(), [*options, *SIMULATED], sources, target, link=options)
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from compiling import caching_compiler
+from compiling import UNOPTIMISED, caching_compiler
 
 from lowrank.cuda import build, status
 from lowrank.cuda.library import Library
@@ -32,7 +32,7 @@ def test_without_cuda_the_host_library_is_made_once(
     compiler = build.find_compiler()
     assert compiler is not None
     monkeypatch.setenv("LOWRANK_CUDA", "0")
-    monkeypatch.setenv("CXX", caching_compiler(compiler))
+    monkeypatch.setenv("CXX", caching_compiler(compiler, UNOPTIMISED))
     report = build.build(tmp_path)
     assert report["host"]["built"]
     assert report["cuda"] == {"built": False, "reason": "LOWRANK_CUDA=0 when it was installed"}

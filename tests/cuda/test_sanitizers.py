@@ -116,7 +116,7 @@ def test_no_kernel_has_a_race(tmp_path: Path, broken: bool) -> None:
         sources[sources.index(device / "adam8bit.cu")] = changed
     sources += [HERE / "races.cpp", build.SOURCES / "host/library.cpp"]
     flags = [
-        *("-std=c++20", "-O1", "-g1", "-fsanitize=thread", "-pthread", "-Wno-unknown-pragmas"),
+        *("-std=c++20", "-O0", "-g1", "-fsanitize=thread", "-pthread", "-Wno-unknown-pragmas"),
         *("-DLOWRANK_SIMULATOR", "-DSIMULATOR_THREADS", f"-I{HERE}", f"-I{device}", "-x", "c++"),
     ]
     objects = build.compile_objects(caching_compiler(compiler), flags, sources, tmp_path)

@@ -25,11 +25,7 @@ NAMES = [identifier(row) for row in TABLE]
 REPRESENTATIVE = tuple(
     name
     for name in NAMES
-    if name
-    in (
-        *("adafactor", "muon", "galore_adamw", "coap_adamw", "qgalore_adamw_8bit"),
-        "relora_adamw",
-    )
+    if name in (*("adafactor", "galore_adamw", "qgalore_adamw_8bit", "relora_adamw"),)
 )
 OTHERS = tuple(name for name in NAMES if name not in REPRESENTATIVE)
 

@@ -71,6 +71,9 @@ def far(made: list[Any], cases: list[Case]) -> dict[str, Any]:
     return found
 
 
+#: One of each kind, on two processes; the others are tried exhaustively.
+KINDS: list[Case] = [EVERY[1], EVERY[2], EVERY[3], EVERY[7]]
+REST: list[Case] = [case for case in EVERY if case not in KINDS]
 THREE: list[Case] = [EVERY[0], EVERY[1], EVERY[2], OTHERS[0], OTHERS[3]]
 
 
@@ -94,7 +97,7 @@ def stages_of(cases: list[Case]) -> list[int]:
 def on_two_ranks(rank: int, world: int, folder: Path) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     return {
-        "followed": follow(rank, world, EVERY, stages_of(EVERY)),
+        "followed": follow(rank, world, KINDS, stages_of(KINDS)),
         "resumed": resumed(rank, world, folder),
         "split": split_factors(rank, world),
         "halves": half_precision(rank, world),
@@ -111,8 +114,17 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_two_ranks_follow_one_process(two_ranks: dict[str, Any]) -> None:
-    """Every method, at one of the stages."""
-    assert not far(two_ranks["followed"], EVERY)
+    """At one of the stages."""
+    assert not far(two_ranks["followed"], KINDS)
+
+
+def on_two_ranks_too(rank: int, world: int, folder: Path) -> Any:
+    return follow(rank, world, REST, stages_of(REST))
+
+
+@pytest.mark.exhaustive
+def test_the_rest_follows_one_process(tmp_path: Path) -> None:
+    assert not far(run(on_two_ranks_too, 2, tmp_path)[0], REST)
 
 
 def resumed(rank: int, world: int, folder: Path) -> dict[str, float]:
