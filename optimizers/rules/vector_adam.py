@@ -76,11 +76,11 @@ class VectorAdam(Adam):
         grad = grad.to(wide) * (state["held"] == 0).unsqueeze(1)
         state["row_steps"].add_(1)
         steps = state["row_steps"].to(wide).unsqueeze(1)
-        m, v = (state[key].to(wide) for key in ("exp_avg", "exp_avg_sq"))
-        m = m.lerp(grad, 1 - beta1)
-        v = (v * beta2).addcmul_(grad, grad, value=1 - beta2)
-        state["exp_avg"].copy_(m)
-        state["exp_avg_sq"].copy_(v)
-        denominator = v.sqrt_().div_((1 - beta2**steps).sqrt_()).add_(self.eps)
-        direction: Tensor = m.div_(denominator).div_(1 - beta1**steps)
-        return direction
+        m, v = (state[key].to(wide) for key in ("exp_avg", "exp_avg_sq"))  # themselves in fp32
+        m.lerp_(grad, 1 - beta1)
+        v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        for key, new in (("exp_avg", m), ("exp_avg_sq", v)):
+            if state[key] is not new:
+                state[key].copy_(new)
+        denominator = v.sqrt().div_((1 - beta2**steps).sqrt_()).add_(self.eps)
+        return torch.div(m, denominator, out=denominator).div_(1 - beta1**steps)

@@ -160,5 +160,5 @@ def _step(label: str, model: nn.ModuleDict, optimizer: torch.optim.Optimizer) ->
 
     call()
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    gradients = sum(t.nbytes for t in model.parameters())
+    gradients = sum(t.nbytes for t in model.parameters() if t.requires_grad)
     return Step(label, call, (weights + gradients + state_bytes(optimizer)) / 1024)
