@@ -99,9 +99,21 @@ def accepts(name: str, option: str) -> bool:
 
 
 def _method(name: str) -> Method:
+    if not isinstance(name, str):
+        raise ValueError(
+            f"name is a {type(name).__name__}: accepted is a name such as 'galore_adamw' (available() lists them)"
+        )
     if name not in TABLE:
         raise checks.unknown_name("optimizer", name, TABLE)
     return TABLE[name]
+
+
+def _check_model(model: Any, method: Method) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model is a {type(model).__name__}: accepted is an nn.Module; {method.optimizer.__name__}(...) takes "
+            "parameters or groups"
+        )
 
 
 def _sort_options(method: Method, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -172,6 +184,7 @@ def convert(name: str, model: nn.Module, **options: Any) -> nn.Module:
             is converted already with another rank or the like.
     """
     method = _method(name)
+    _check_model(model, method)
     make_plain(options)
     _sort_options(method, options)
     for called, param in model.named_parameters():
@@ -209,6 +222,7 @@ def build(
         ValueError: the name or an option is unknown (the nearest one is named) or out of range.
     """
     method = _method(name)
+    _check_model(model, method)
     make_plain(options)
     group_options, keywords = _sort_options(method, options)
     if lr is not None:
@@ -231,7 +245,7 @@ def build(
     optimizer = method.optimizer(groups, **keywords)
     if isinstance(optimizer, FactoredAdamW):
         optimizer.attach(model)
-    optimizer._origin = Watch(model)
+    optimizer._origin = Watch(model, optimizer.param_groups)
     return optimizer
 
 
@@ -330,6 +344,7 @@ def _compositions(
 ) -> Iterator[tuple[Composition, dict[str, Any], list[Tensor]]]:
     """The composition, completed options and parameters of each group that `build` would make."""
     method = _method(name)
+    _check_model(model, method)
     make_plain(options)
     group_options, keywords = _sort_options(method, options)
     if method.conversion.replaces_layers:

@@ -65,16 +65,18 @@ def number(
 ) -> None:
     """Raises `ValueError` unless `value` is a finite number in the given range."""
     value = plain(value)
-    opening, closing = "(" if low_open else "[", ")" if high_open else "]"
     valid = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if valid:
         valid = (value > low if low_open else value >= low) and (
             value < high if high_open else value <= high
         )
     if not valid:
-        raise ValueError(
-            f"{name}={value!r}: accepted is a number in {opening}{low}, {high}{closing}"
-        )
+        opening, closing = "(" if low_open else "[", ")" if high_open else "]"
+        within = f"a number in {opening}{low}, {high}{closing}"
+        if math.isinf(high):
+            bound = f" {'above' if low_open else 'of at least'} {low}"
+            within = f"a finite number{'' if math.isinf(low) else bound}"
+        raise ValueError(f"{name}={value!r}: accepted is {within}")
 
 
 def integer(name: str, value: Any, *, low: int) -> None:

@@ -26,7 +26,7 @@ from ..layers.convert import to_factored
 from ..param_groups import factored_groups, param_groups, plain_groups
 from ..weights.convert import OPTIONS, to_quantized
 from .optimizer import LowRankOptimizer
-from .options import Group
+from .options import OF_SOME_METHOD, Group
 
 GroupMaker = Callable[..., list[Group]]
 _Optimizer = TypeVar("_Optimizer", bound=LowRankOptimizer)
@@ -164,7 +164,7 @@ def method(
                     f"names, or unregister({other.name!r}) first"
                 )
         family = getattr(optimizer, "rule", None)
-        TABLE[name] = Method(
+        row = TABLE[name] = Method(
             name,
             optimizer,
             summary,
@@ -176,6 +176,8 @@ def method(
             conversion or Conversion.to_quantized(),
             spellings,
         )
+        own = (row.constructor_options(), row.group_options(), row.conversion.options)
+        OF_SOME_METHOD.update(*own)
         if optimizer.__doc__ is not None:
             body = inspect.cleandoc(optimizer.__doc__)
             optimizer.__doc__ = f"{body}\n\n{optimizer.constructor.args_section()}"

@@ -20,7 +20,14 @@ from .devices import capturing
 from .equal_options import EqualOptions
 from .gradients import Checks, check_gradients
 from .managed import ManagedOptimizer
-from .options import Group, ProjectionOptions, check_common, check_lr, make_plain
+from .options import (
+    OF_SOME_METHOD,
+    Group,
+    ProjectionOptions,
+    check_common,
+    check_lr,
+    make_plain,
+)
 from .parameters import check_names, check_param, name_alike, names
 from .plan import EVERYTHING, Given, Plan, Snapshot, numbered
 from .refresh import RefreshHook
@@ -161,8 +168,15 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
         known = self._known()
         make_plain(group, known)
         for name in group.keys() - known - (before.options.keys() if before else set()):
-            if before is not None and checks.nearest(name, known, cutoff=0.85) is not None:
+            if before is None:
+                continue
+            if checks.nearest(name, known, cutoff=0.85) is not None:
                 raise checks.unknown_name("group key", name, known)
+            if name in OF_SOME_METHOD:
+                raise ValueError(
+                    f"{name}={group[name]!r} in a group after construction has no effect: accepted "
+                    f"are {', '.join(sorted(known - {'params', 'param_names'}))}"
+                )
         if before is not None and self.projects and ProjectionOptions.of(group) is not None:
             drop_left_over(group, before.options, self.defaults)
         return self._checked(group, group.keys() - {"params"})

@@ -143,6 +143,10 @@ class ProjectionOptions:
         return PROJECTION_DTYPES[self.projection_dtype] if self.projection_dtype else None
 
 
+#: Names of options of any method or of `build`, which registration fills: in a group of a method
+#: without it, such a name is a mistake, where others are the user's own.
+OF_SOME_METHOD: set[str] = set()
+
 #: Keys of a group that are not options: parameters, and rates that a scheduler may change.
 NO_OPTIONS = ("params", "param_names", "lr", "initial_lr")
 

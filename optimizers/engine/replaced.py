@@ -68,19 +68,29 @@ def _has_owner(param: Tensor) -> bool:
 class Watch:
     """The model that an optimizer was built for, which it doesn't keep alive."""
 
-    def __init__(self, model: nn.Module) -> None:
-        """Remembers a model."""
+    def __init__(self, model: nn.Module, groups: Sequence[Group]) -> None:
+        """Remembers a model, and what of it is frozen and in no group."""
         self._model = weakref.ref(model)
+        grouped = {id(param) for group in groups for param in group["params"]}
+        # Modules, since a tensor with a weak reference can't be exchanged by `module.to`.
+        self._frozen = [
+            (weakref.ref(module), key, f"{called}.{key}" if called else key)
+            for called, module in model.named_modules()
+            for key, param in module.named_parameters(recurse=False)
+            if not param.requires_grad and id(param) not in grouped
+        ]
         self._idle: frozenset[int] = frozenset()
         self._first = {id(param) for param in model.parameters()}
         self._warned = False
 
     def check(self, groups: Sequence[Group]) -> None:
-        """Looks at the model where parameters have begun to be without gradients.
+        """Looks at the model where parameters have begun to be without gradients, or with them.
 
         Raises:
             ValueError: the model has another parameter in the place of one of them.
         """
+        if self._frozen:
+            self._look_for_unfrozen(groups)
         idle = frozenset(
             id(param) for group in groups for param in group["params"] if param.grad is None
         )
@@ -102,6 +112,29 @@ class Watch:
                         "built, so that it gets no gradient: accepted is to build the optimizer "
                         "after fully_shard(model)"
                     )
+
+    def _look_for_unfrozen(self, groups: Sequence[Group]) -> None:
+        """Warns once of parameters that have gradients now, and are in no group."""
+        found = [
+            called
+            for module, key, called in self._frozen
+            if getattr(getattr(module(), key, None), "grad", None) is not None
+        ]
+        if not found:
+            return
+        model = self._model()
+        grouped = {id(param) for group in groups for param in group["params"]}
+        present = dict(model.named_parameters()) if model is not None else {}
+        missed = [
+            called for called in found if called in present and id(present[called]) not in grouped
+        ]
+        self._frozen = []
+        if missed:
+            warn_user(
+                f"{len(missed)} parameters, such as {missed[0]}, have gradients, but were frozen "
+                "when this optimizer was built, so that they are not trained: build it while they "
+                "require gradients (they may be frozen afterwards), or add_param_group"
+            )
 
     def _look_for_lost(
         self, groups: Sequence[Group], idle: frozenset[int], present: set[int]

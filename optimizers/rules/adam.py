@@ -110,7 +110,7 @@ class Adam(ElementwiseRule):
                 beta1, beta2, steps_done(state, self.restarts)
             )
             size = correction2 / correction1
-        eps = self.eps * correction2 if self.eps_corrected else self.eps
+        eps = self.eps * correction2 if self.eps_corrected else float(self.eps)
         return (size if self.correct_bias else 1.0), eps, lr
 
     def _decay_and_alpha(self, lr: Any) -> tuple[Any, Any]:

@@ -26,6 +26,7 @@ from lowrank.cuda import groups
 from .formats import FORMATS, GROUP_SIZES, Chunk, Format, Parts
 from .linear import quantized_embedding, quantized_linear
 from .operations import run
+from .read_entries import entries_of, lost_write
 
 #: What `Module.to` and the like call.
 _MOVES = (Tensor.to, Tensor.cuda, Tensor.float, Tensor.half, Tensor.bfloat16)
@@ -212,10 +213,13 @@ class QuantizedWeight(Tensor):
                 f"{func.__name__} of a weight in {cls.BITS} bits, which has no dense memory: "
                 f"accepted is {_NO_MEMORY[func]}"
             )
+        if func is Tensor.__setitem__:
+            raise lost_write(args[0])
         with torch._C.DisableTorchFunctionSubclass():
             if func == _SET_DATA:
                 return _set_data(*args)
-            return func(*args, **kwargs)
+            made = func(*args, **kwargs)
+        return entries_of(args[0], made) if func is Tensor.__getitem__ else made
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

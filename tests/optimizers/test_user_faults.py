@@ -117,3 +117,85 @@ def test_patterns_of_another_type() -> None:
 def test_betas_of_another_type(value: Any) -> None:
     with pytest.raises(ValueError, match=r"betas=.*: accepted are 2 numbers in \[0, 1\)"):
         build("galore_adamw", tiny_model(), betas=value)
+
+
+def train_a_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(torch.arange(8).view(1, 8)).square().mean().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_entries_of_quantised_weights_are_written_by_a_copy_of_all(bits: int) -> None:
+    model = tiny_model()
+    build("galore_adamw", model, rank=4, weight_bits=bits)
+    weight = next(param for param in model.parameters() if isinstance(param, QuantizedWeight))
+
+    def by_index() -> None:
+        with torch.no_grad():
+            weight[0] = 0.0
+
+    def in_place() -> None:
+        with torch.no_grad():
+            weight[:2] += 1.0
+
+    for write in (by_index, in_place, lambda: weight.data[0].fill_(0.0)):
+        with pytest.raises(ValueError, match="writing into entries of a"):
+            write()
+    read = weight.data[0] * 2.0
+    assert type(read) is torch.Tensor
+    read.zero_()
+    before = float(weight.data[0].norm())
+    dense = weight.dequantize()
+    dense[0] = 0.0
+    weight.data.copy_(dense)
+    # In four bits a group has other entries, too, and may have no code for zero.
+    assert float(weight.data[0].norm()) < before / 4
+
+
+@pytest.mark.parametrize("name", ["adamw", "galore_adamw", "sltrain_adamw"])
+@pytest.mark.parametrize("option", [{"plain_lr": 1.0}, {"weight_bits": 8}, {"patterns": "up"}])
+def test_other_methods_options_in_a_group_raise(name: str, option: dict[str, Any]) -> None:
+    model = tiny_model()
+    optimizer = build(name, model, lr=1e-2)
+    train_a_step(model, optimizer)
+    before = [param.detach().clone() for param in model.parameters()]
+    optimizer.param_groups[0].update(option)
+    with pytest.raises(ValueError, match=f"{next(iter(option))}=.* has no effect"):
+        train_a_step(model, optimizer)
+    assert all(map(torch.equal, before, model.parameters()))
+    del optimizer.param_groups[0][next(iter(option))]
+    optimizer.param_groups[0]["a_note_of_the_users"] = 3
+    train_a_step(model, optimizer)
+
+
+def test_a_layer_that_was_frozen_at_first_and_is_trained_later_is_named() -> None:
+    model = tiny_model()
+    name, frozen = next((n, p) for n, p in model.named_parameters() if "proj" in n)
+    frozen.requires_grad_(False)
+    optimizer = build("galore_adamw", model, lr=1e-2, rank=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_a_step(model, optimizer)
+        frozen.requires_grad_(True)
+        added = build("galore_adamw", model, lr=1e-2, rank=4)
+        train_a_step(model, added)
+    with pytest.warns(UserWarning, match=f"such as {name}, have gradients, but were frozen"):
+        train_a_step(model, optimizer)
+
+
+def test_eps_may_be_zero() -> None:
+    for name in ("galore_adamw", "adamw", "fira_adamw", "galore_adamw_8bit", "relora_adamw"):
+        model = tiny_model()
+        optimizer = build(name, model, lr=1e-2, rank=4, eps=0)
+        for param in model.parameters():
+            param.grad = torch.ones_like(param) if param.requires_grad else None
+        optimizer.step()
+
+
+def test_what_is_no_name_or_no_model_is_said() -> None:
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"name is a type: accepted is a name such as"):
+        build(type(model), model)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"model is a generator: accepted is an nn\.Module; Ga"):
+        build("galore_adamw", model.parameters())  # type: ignore[arg-type]
