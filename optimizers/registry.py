@@ -101,7 +101,8 @@ def accepts(name: str, option: str) -> bool:
 def _method(name: str) -> Method:
     if not isinstance(name, str):
         raise ValueError(
-            f"name is a {type(name).__name__}: accepted is a name such as 'galore_adamw' (available() lists them)"
+            f"name is a {type(name).__name__}: accepted is a name such as 'galore_adamw' "
+            "(available() lists them)"
         )
     if name not in TABLE:
         raise checks.unknown_name("optimizer", name, TABLE)
@@ -111,8 +112,8 @@ def _method(name: str) -> Method:
 def _check_model(model: Any, method: Method) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"model is a {type(model).__name__}: accepted is an nn.Module; {method.optimizer.__name__}(...) takes "
-            "parameters or groups"
+            f"model is a {type(model).__name__}: accepted is an nn.Module; "
+            f"{method.optimizer.__name__}(...) takes parameters or groups"
         )
 
 
