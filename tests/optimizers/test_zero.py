@@ -213,7 +213,7 @@ def test_several_groups_and_sub_groups_and_what_is_refused(tmp_path: Path) -> No
     assert "accepted is round_robin_gradients=false" in found["said"][1]
     assert "a weight of shape (64, 256) in 8 bits: accepted are dense weights" in found["said"][2]
     assert len(found["said"]) == 5
-    assert other["said"] == found["said"]
+    assert other["said"][3:] == found["said"][3:]
     for unequal in found["said"][3:]:
         assert "lr of group 0" in unequal
         assert "0.01 on process 0 and 0.02 on process 1 differ" in unequal
