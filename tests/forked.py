@@ -20,6 +20,7 @@ Work = Callable[..., Any]
 _loaded = [
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint.state_dict",
+    "torch._dynamo",  # which a first step imports
     "lowrank.optimizers",
     "pytest",
 ]

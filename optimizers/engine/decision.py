@@ -42,9 +42,7 @@ def decide(
     if not (distributed.is_available() and distributed.is_initialized()):
         return {}
     due = options.count_step()
-    if due:
-        for copies in options.copies(plans):
-            options.compare(options.number(plans), groups, copies)
+    options.compare_copies(plans, groups, due=due)
     decided: dict[int, bool] = {}
     for processes, shared in _shared(plans, givens).items():
         if not (shared or due):

@@ -3,24 +3,25 @@
 Unequal ones raise nothing by themselves: weights drift apart, or processes wait for each other for
 ever once only some of them are due for a refresh. So each step with parameters that are spread over
 processes (`fully_shard`, ZeRO) compares a checksum, 8 bytes in the reduction by which the processes
-decide that gradients are finite, before anything is changed. Copies (DDP, the replicas of HSDP)
-have no reduction in a step: they compare in the first step and in every 64th, and so do sharded
-ones where no gradient is checked.
+decide that gradients are finite, before anything is changed. Copies (DDP, ZeRO stage 0, the
+replicas of HSDP) have no reduction in a step: they compare in the first step and in every 64th, and
+so do sharded ones where no gradient is checked. Optimizers of a part of a module in copies compare
+as often, and tell one step later (`equal_parts`).
 """
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 import torch
-from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import distributed
 
-from .options import NO_OPTIONS, Group
-from .parameters import label, names, whole_shape
+from .copies import Copies, find_copies
+from .described import described, first_difference, options_of, params_of, rate_of
+from .equal_parts import PartComparison
+from .options import Group
 from .sharding import is_dtensor
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 STAMP_BYTES = 8
 #: Steps between comparisons that need a reduction of their own.
 PERIOD = 64
-#: Options of these types are compared: the text of others may hold an address.
-_PLAIN = (bool, int, float, str, tuple, list, type(None))
 
 
 class EqualOptions:
@@ -42,7 +41,8 @@ class EqualOptions:
     def __init__(self) -> None:
         """Nothing was compared yet."""
         self._steps = 0
-        self._copies: list[ProcessGroup] | None = None
+        self._copies: Copies | None = None
+        self._parts: list[PartComparison] = []
         self._known: dict[int, tuple[Plan, int]] = {}
 
     def count_step(self) -> bool:
@@ -56,28 +56,36 @@ class EqualOptions:
         for plan in plans:
             known, fixed = self._known.get(id(plan), (None, 0))
             if known is not plan:
-                fixed = crc32(repr((sorted(_options(plan.group)), _params(plan.group))).encode())
+                fixed = crc32(
+                    repr((sorted(options_of(plan.group)), params_of(plan.group))).encode()
+                )
                 self._known = {id(p): self._known[id(p)] for p in plans if id(p) in self._known}
                 self._known[id(plan)] = plan, fixed
             total = crc32(repr(rate_of(plan.group)).encode(), total ^ fixed)
         return total & 0x7FFFFFFF
 
-    def copies(self, plans: Sequence[Plan]) -> list[ProcessGroup]:
-        """Groups of processes that hold copies of the parameters, found in the first step.
+    def compare_copies(self, plans: Sequence[Plan], groups: Sequence[Group], *, due: bool) -> None:
+        """Compares with the processes that hold copies of the parameters, found in the first step.
 
-        Those of `DistributedDataParallel` modules of which the optimizer has all parameters (where
-        it has some, processes may update others each), and of the dimensions of a DTensor's mesh
-        that it isn't spread over.
+        Args:
+            plans: the optimizer's groups.
+            groups: the same groups, of the optimizer.
+            due: the answer of `count_step`.
+
+        Raises:
+            ValueError: on all of them, if any two differ.
         """
-        if self._copies is None:
-            known = [
-                param
-                for plan in plans
-                for param, shard in zip(plan.params, plan.shards, strict=True)
-                if is_dtensor(param) or shard.plain
-            ]
-            self._copies = _copies(known)
-        return self._copies
+        if due:
+            if self._copies is None:
+                self._copies = _copies(plans, groups)
+                self._parts = [PartComparison(part, groups) for part in self._copies.parts]
+            for copies in self._copies.groups:
+                self.compare(self.number(plans), groups, copies)
+            for part in self._parts:
+                part.write(groups)
+        elif self._steps % PERIOD == 2:
+            for part in self._parts:
+                part.read()
 
     def compare(self, number: int, groups: Sequence[Group], copies: ProcessGroup) -> None:
         """Compares a checksum among copies; all of them call this.
@@ -110,102 +118,23 @@ def difference(groups: Sequence[Group], processes: ProcessGroup | None) -> str |
     Args:
         groups: the optimizer's.
         processes: whose options are compared; None is all of them.
-
-    Returns:
-        For example "lr of group 0 (attn.q.weight, ...): 0.01 on process 0 and 0.02 on process 1".
     """
-    own = [{**dict(_options(group)), "lr": rate_of(group), **_params(group)} for group in groups]
+    own = described(groups)
     everyone: list[Any] = [None] * distributed.get_world_size(processes)
     distributed.all_gather_object(everyone, own, group=processes)
-    first = everyone[0]
     for rank, other in enumerate(everyone):
-        if len(other) != len(first):
-            return f"numbers of groups: {len(first)} on process 0 and {len(other)} on {rank}"
-        for position, (here, there) in enumerate(zip(first, other, strict=True)):
-            for key in sorted(here.keys() | there.keys()):
-                left, right = here.get(key, "none"), there.get(key, "none")
-                if left != right:
-                    return (
-                        f"{key} of group {position} ({_called(groups[position])}): {left} on "
-                        f"process 0 and {right} on process {rank}"
-                    )
+        found = first_difference((0, everyone[0]), (rank, other), groups)
+        if found is not None:
+            return found
     return None
 
 
-def _called(group: Group) -> str:
-    params = group["params"]
-    if not params:
-        return "empty"
-    return label(names(group)[0], params[0]) + (", ..." if len(params) > 1 else "")
-
-
-def _options(group: Group) -> list[tuple[str, str]]:
-    return [
-        (key, repr(value))
-        for key, value in group.items()
-        if key not in NO_OPTIONS and isinstance(value, _PLAIN)
+def _copies(plans: Sequence[Plan], groups: Sequence[Group]) -> Copies:
+    """Copies of parameters that are whole here, or spread over other processes as DTensors."""
+    known = [
+        param
+        for plan in plans
+        for param, shard in zip(plan.params, plan.shards, strict=True)
+        if is_dtensor(param) or shard.plain
     ]
-
-
-def _params(group: Group) -> dict[str, str]:
-    shapes = [tuple(whole_shape(param)) for param in group["params"]]
-    return {
-        "number of parameters": str(len(shapes)),
-        "shapes of parameters (a checksum)": f"{crc32(repr(shapes).encode()):08x}",
-    }
-
-
-def rate_of(group: Group) -> str:
-    """A group's learning rate as text."""
-    lr = group["lr"]
-    return repr(lr if lr is None else float(lr))
-
-
-def _copies(params: Sequence[Tensor]) -> list[ProcessGroup]:
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return []
-    if distributed.get_world_size() == 1:
-        return []
-    found: dict[ProcessGroup, None] = {}
-    for param in params:
-        if is_dtensor(param):
-            mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
-            for dim, placement in enumerate(placements):
-                if placement.is_replicate() and mesh.size(dim) > 1:
-                    found[mesh.get_group(dim)] = None
-    plain = [param for param in params if not is_dtensor(param)]
-    held = {id(param) for param in plain}
-    for parallel in _wrappers(plain):
-        trained = [param for param in parallel.module.parameters() if param.requires_grad]
-        several = parallel.process_group.size() > 1 and not parallel._join_config.enable
-        if several and all(id(param) in held for param in trained):
-            found[parallel.process_group] = None
-    return list(found)
-
-
-def in_copies(params: Iterable[Tensor]) -> bool:
-    """Whether parameters are in a module that `DistributedDataParallel` has wrapped."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return False
-    return bool(_wrappers(params))
-
-
-def _wrappers(params: Iterable[Tensor]) -> list[DistributedDataParallel]:
-    """The DDP modules with any of these parameters; they may be younger than the optimizer."""
-    wanted = {id(param) for param in params}
-    alive = distributed.distributed_c10d._world.pg_map
-    return [
-        held
-        for kind in (_with_subclasses(DistributedDataParallel) if wanted else ())
-        for held in gc.get_referrers(kind)  # objects refer to their class
-        if type(held) is kind
-        and isinstance(held, DistributedDataParallel)
-        and getattr(held, "process_group", None) in alive
-        and any(id(param) in wanted for param in held.module.parameters())
-    ]
-
-
-def _with_subclasses(kind: type[nn.Module]) -> Iterator[type[nn.Module]]:
-    yield kind
-    for own in kind.__subclasses__():
-        yield from _with_subclasses(own)
+    return find_copies(known, groups)

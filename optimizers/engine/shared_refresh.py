@@ -27,7 +27,8 @@ from torch import Tensor, distributed
 from ..projectors import Bases, ProjectedParam
 from .batching import refresh_batches
 from .chunks import wide_dtype
-from .equal_options import difference, rate_of, unequal
+from .described import rate_of
+from .equal_options import difference, unequal
 from .fp32 import exact_fp32
 from .options import NO_OPTIONS
 from .parameters import label

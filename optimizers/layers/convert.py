@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..coverage import warn_of_left_out
 from ..engine import checks
-from ..engine.equal_options import in_copies
+from ..engine.copies import in_copies
 from ..engine.parameters import is_cut
 from ..engine.sharding import is_dtensor
 from ..engine.zero import partitioned

@@ -89,6 +89,13 @@ def cases(rank: int, world: int, folder: Path) -> dict[str, Any]:
         optimizer = GaLoreAdamW(groups[rank : rank + 1] if parts else groups, lr=0.01)
         return told(DistributedDataParallel(model), optimizer, change(weight_decay=0.5), 0, 2)
 
+    def second(changed: Callable[[dict[str, Any]], None]) -> Told:
+        """One of two optimizers of a model, both on all processes."""
+        model = block()
+        vectors = [param for param in model.parameters() if param.dim() == 1]
+        optimizer = GaLoreAdamW([{"params": vectors}], lr=0.01)
+        return told(DistributedDataParallel(model), optimizer, changed, 0, 3)
+
     def pair_of_copies() -> Told:
         model = block()
         fully_shard(model, mesh=pairs)
@@ -123,6 +130,8 @@ def cases(rank: int, world: int, folder: Path) -> dict[str, Any]:
         "ddp equal": replicated(0, lambda group: group.update(lr=0.02)),
         "ddp groups": by_groups(),
         "ddp parts": by_groups(parts=True),
+        "ddp second": second(change(weight_decay=0.5)),
+        "ddp second again": second(lambda group: group.update(weight_decay=0.25)),
         "hook": hooked(),
         "shared": shared(),
         "sent": sent(mesh),
@@ -166,6 +175,7 @@ EXPECTED = {
     "ddp wrapped before": ("scale of group 0", "0.25 on process 0 and 0.5 on process 1", 0),
     "ddp later": ("lr of group 0", "0.01 on process 0 and 0.02 on process 1", PERIOD),
     "ddp groups": ("weight_decay of group 0", "on process 0 and 0.5 on process 1", 0),
+    "ddp second": ("weight_decay of group 0", "0.5 on process 1 differ", 1),
     "hook": ("lr of group 0", "0.01 on process 0 and 0.02 on process 1", 2),
     "shared": ("lr of group 0", "0.01 on process 0 and 0.02 on process 1", 5),
 }
@@ -186,6 +196,7 @@ def test_equal_options_are_no_reason_to_complain(found: list[dict[str, Any]]) ->
         assert each["fsdp equal"] == ("nothing", 4)
         assert each["ddp equal"] == ("nothing", PERIOD + 2)
         assert each["ddp parts"] == ("nothing", 2)
+        assert each["ddp second again"] == ("nothing", 3)
 
 
 def test_a_step_has_no_collective_more(found: list[dict[str, Any]]) -> None:

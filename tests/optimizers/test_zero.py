@@ -192,15 +192,28 @@ def groups_and_refusals(rank: int, world: int, folder: Path) -> dict[str, Any]:
         engine_of(model, build("galore_adamw", model, rank=4, weight_bits=8), 1, world)
     except ValueError as error:
         said.append(str(error))
+    for options in ({}, {"bf16": {"enabled": True}}):
+        model = block()
+        optimizer = build("galore_adamw", model, **options_of(("galore_adamw", {})))
+        optimizer.param_groups[0]["lr"] *= 1 + rank
+        try:
+            go_on(engine_of(model, optimizer, 0, world, **options), range(1), rank, world)
+        except ValueError as error:
+            said.append(str(error))
     found["said"] = said
     return found
 
 
 @pytest.mark.slow
 def test_several_groups_and_sub_groups_and_what_is_refused(tmp_path: Path) -> None:
-    found = run(groups_and_refusals, 2, tmp_path)[0]
+    found, other = run(groups_and_refusals, 2, tmp_path)
     assert found["stage 1"] <= 1e-5
     assert found["stage 3"] <= 1e-5
     assert "taken a step before deepspeed.initialize" in found["said"][0]
     assert "accepted is round_robin_gradients=false" in found["said"][1]
     assert "a weight of shape (64, 256) in 8 bits: accepted are dense weights" in found["said"][2]
+    assert len(found["said"]) == 5
+    assert other["said"][3:] == found["said"][3:]
+    for unequal in found["said"][3:]:
+        assert "lr of group 0" in unequal
+        assert "0.01 on process 0 and 0.02 on process 1 differ" in unequal

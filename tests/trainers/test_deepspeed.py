@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import processes
@@ -10,6 +11,7 @@ import pytest
 import torch
 from processes import FULL_PARTITION, NOT_FINITE, SPIKE, Job, Outcome, run_jobs
 from safetensors.torch import load_file
+from test_lost import own_lines
 from test_sharded_runs import losses
 from tiny_runs import TINY, comparable_metrics, summary
 
@@ -55,11 +57,18 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     jobs["other strategy"] = again("other strategy", "one", 2, "--set", ZERO)
     full = {"1": (-SAVED, FULL_PARTITION)}
     jobs["full"] = Job(arguments("full", ZERO), 2, stop=full)
+    settings = (ZERO, "distributed.zero_stage=2", "distributed.timeout=30")
+    jobs["killed"] = Job(
+        arguments("killed", *settings), 2, stop={"1": (SAVED + 1, int(signal.SIGKILL))}
+    )
+    for name, size in (("killed, again", 2), ("killed, on four", 4)):
+        auto = ["pretrain", "--resume=auto", *arguments(name, *settings)[1:]]
+        jobs[name] = Job(auto, size, copied=(str(base / "killed"), str(base / name)))
     quantised = ("optimizer.name=qgalore_adamw_8bit", "model.weight_bits=8")
     jobs["quantised"] = Job(arguments("quantised", ZERO, *quantised), 2)
     outcomes = dict(zip(jobs, run_jobs(list(jobs.values()), base / "jobs"), strict=True))
     for name in jobs:
-        if name not in REFUSED and name != "full":
+        if name not in (*REFUSED, "full", "killed"):
             assert not any(outcomes[name].statuses), (name, "\n".join(outcomes[name].errors))
     return base, outcomes
 
@@ -73,6 +82,7 @@ REFUSED = {
     "alone": "and the run goes on with 1 process without DeepSpeed; accepted: 2 processes with",
     "other stage": "with 2 processes with distributed.strategy=deepspeed and distributed.zero_st",
     "other strategy": "was written by 1 process without DeepSpeed, and the run goes on with 2",
+    "killed, on four": "and the run goes on with 4 processes with distributed.strategy=deepspeed",
     "quantised": "distributed.strategy='deepspeed' with optimizer.name='qgalore_adamw_8bit' and",
 }
 
@@ -165,6 +175,21 @@ def test_a_full_disk_on_one_process_ends_all_without_a_checkpoint(
     assert len(told) == 1, told
     assert "zero-00001-of-00002.pt: No space left on device on rank 1" in told[0]
     assert not list((base / "full").glob("checkpoints/*"))
+
+
+def test_a_killed_process_is_told_and_the_run_goes_on(
+    runs: tuple[Path, dict[str, Outcome]],
+) -> None:
+    base, outcomes = runs
+    killed, again = outcomes["killed"], outcomes["killed, again"]
+    assert killed.statuses == [1, -signal.SIGKILL]
+    assert killed.seconds < 15
+    (told,) = own_lines(killed)
+    assert told.startswith("lowrank: rank 1 (")
+    assert f"resuming at step {SAVED} of {STEPS}" in again.outputs[0]
+    assert losses(base / "killed, again") == losses(base / "stage 2")
+    found, expected = (summary(base / name) for name in ("killed, again", "stage 2"))
+    assert found["weights_sha256"] == expected["weights_sha256"]
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -1,6 +1,7 @@
 """Two processes train as one does with the same sequences in a step."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,8 @@ import pytest
 import torch
 from forked import run as run_together
 from processes import PRELOAD as PRELOAD
-from processes import Job, succeed
+from processes import Job, run_jobs
+from test_lost import own_lines
 from tiny_runs import comparable_metrics, summary
 
 from lowrank.trainers.config import ModelConfig
@@ -85,14 +87,22 @@ def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
 
 def test_a_run_of_two_processes_resumes_exactly(tiny: Tiny, tmp_path: Path) -> None:
     whole, broken, alone = tmp_path / "whole", tmp_path / "broken", tmp_path / "alone"
-    again = ["pretrain", f"--resume={broken / 'checkpoints' / 'step-00000003'}"]
+    again = tiny(broken, 8, "--resume=auto", "distributed.timeout=30")
     jobs = [
-        Job(tiny(whole, 8, "checkpoint.keep=9"), 2),
-        Job(again, 2, copied=(str(whole), str(broken))),
+        Job(tiny(whole, 8), 2),
+        Job(again, 2, {"1": (5, int(signal.SIGKILL))}),
+        Job(again, 2),
         Job(tiny(alone, 1)),
     ]
-    first_run = succeed(jobs, tmp_path / "jobs")[0]
+    first_run, killed, resumed, last = run_jobs(jobs, tmp_path / "jobs")
+    for outcome in (first_run, resumed, last):
+        assert not any(outcome.statuses), outcome.errors
     assert "".join(first_run.outputs).count("training for") == 1
+    assert killed.statuses == [1, -signal.SIGKILL]
+    assert killed.seconds < 15
+    (told,) = own_lines(killed)
+    assert told.startswith("lowrank: rank 1 (")
+    assert "resuming at step 4 of 8" in resumed.outputs[0]
     assert comparable_metrics(broken) == comparable_metrics(whole)
     assert summary(broken)["weights_sha256"] == summary(whole)["weights_sha256"]
     assert summary(whole)["processes"] == 2

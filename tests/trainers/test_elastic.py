@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from processes import FULL_SHARDS, FULL_WEIGHTS, Job, Outcome, run_jobs
 from processes import PRELOAD as PRELOAD
+from test_lost import own_lines
 from test_sharded_runs import losses
 from tiny_runs import TINY, comparable_metrics, summary, write_corpus
 
@@ -59,6 +60,9 @@ def test_losses_are_those_of_an_uninterrupted_run(
     at = 1 + 2 * list(CHANGES).index(name)
     size = CHANGES[name][0][0]
     assert outcomes[at].statuses == [1] * (size - 1) + [-signal.SIGKILL]
+    assert outcomes[at].seconds < 15
+    told = own_lines(outcomes[at])
+    assert [line[: len("lowrank: rank")] for line in told] == ["lowrank: rank"] * (size > 1), told
     assert not any(outcomes[at + 1].statuses), outcomes[at + 1].errors
     assert outcomes[at + 1].outputs[0].count("resuming at step 4 of 8") == 1
     found, expected = losses(base / name), losses(base / "whole")
