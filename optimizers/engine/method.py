@@ -177,8 +177,8 @@ def method(
             spellings,
         )
         if optimizer.__doc__ is not None:
-            body = inspect.cleandoc(optimizer.__doc__)
-            optimizer.__doc__ = f"{body}\n\n{optimizer.constructor.args_section()}"
+            optimizer.described = inspect.cleandoc(optimizer.__doc__)
+            optimizer._derive()
         return optimizer
 
     return enter
