@@ -102,6 +102,8 @@ def accepts(name: str, option: str) -> bool:
 def without_effect(name: str, options: Mapping[str, Any]) -> list[str]:
     """Which of the options of `build` have no effect on a method, such as a baseline's `rank`.
 
+    A seed is not told: nothing of a method without random numbers is other than was asked for.
+
     Args:
         name: one of `available()`.
         options: as for `build`.
@@ -110,7 +112,7 @@ def without_effect(name: str, options: Mapping[str, Any]) -> list[str]:
         ValueError: the name or an option is unknown or out of range.
     """
     ignored = _sort_options(_method(name), dict(options)).ignored
-    return [option for option, value in ignored.items() if value is not None]
+    return [option for option, value in ignored.items() if value is not None and option != "seed"]
 
 
 def _method(name: str) -> Method:

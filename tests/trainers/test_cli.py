@@ -161,7 +161,10 @@ def test_unforeseen_failures_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 CUDA = "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 23.64 GiB"
-HOST = "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8589934592 bytes. Error code 12"
+HOST = (
+    "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to"
+    " allocate 8589934592 bytes. Error code 12 (Cannot allocate memory)"
+)
 
 
 @pytest.mark.parametrize(
