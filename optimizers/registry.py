@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -19,6 +19,7 @@ from .engine.options import ProjectionOptions, make_plain
 from .engine.parameters import check_placement, whole_shape
 from .engine.replaced import Watch
 from .engine.strategies import PROJECTORS, RESIDUALS, SCHEDULES, STORAGES
+from .engine.warn import warn_user
 from .layers.convert import check_converted, factored_layers, meta_copy
 from .layers.optimizer import FactoredAdamW
 from .pretrained import save_dense_weights
@@ -98,6 +99,22 @@ def accepts(name: str, option: str) -> bool:
     return option in _method(name).constructor_options()
 
 
+def without_effect(name: str, options: Mapping[str, Any]) -> list[str]:
+    """Which of the options of `build` have no effect on a method, such as a baseline's `rank`.
+
+    A seed is not told: nothing of a method without random numbers is other than was asked for.
+
+    Args:
+        name: one of `available()`.
+        options: as for `build`.
+
+    Raises:
+        ValueError: the name or an option is unknown or out of range.
+    """
+    ignored = _sort_options(_method(name), dict(options)).ignored
+    return [option for option, value in ignored.items() if value is not None and option != "seed"]
+
+
 def _method(name: str) -> Method:
     if not isinstance(name, str):
         raise ValueError(
@@ -117,8 +134,16 @@ def _check_model(model: Any, method: Method) -> None:
         )
 
 
-def _sort_options(method: Method, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Splits options into the groups' and the constructor's; omits those of a conversion.
+class _Sorted(NamedTuple):
+    """Options of `build`: the groups', the constructor's, and those without effect."""
+
+    groups: dict[str, Any]
+    keywords: dict[str, Any]
+    ignored: dict[str, Any]
+
+
+def _sort_options(method: Method, options: dict[str, Any]) -> _Sorted:
+    """Sorts options by where they go; omits those of a conversion.
 
     Raises:
         ValueError: an option is unknown, or one of a projection is out of range, even where it has
@@ -152,7 +177,7 @@ def _sort_options(method: Method, options: dict[str, Any]) -> tuple[dict[str, An
     ProjectionOptions(
         **{name: ignored[name] for name in ProjectionOptions.names() if name in ignored}
     )
-    return group_options, keywords
+    return _Sorted(group_options, keywords, ignored)
 
 
 def convert(name: str, model: nn.Module, **options: Any) -> nn.Module:
@@ -213,8 +238,9 @@ def build(
         model: the model whose parameters are trained.
         lr: learning rate; the class's default when None.
         **options: group options (`rank`, `update_proj_gap`, `scale`, `proj_type`, `refresh`,
-            `patterns`, `plain_lr`, ...) and constructor keywords of the class. Baselines ignore
-            projection options.
+            `patterns`, `plain_lr`, ...) and constructor keywords of the class. Projection options
+            of a method that has no projection are checked, and a warning says that they have no
+            effect.
 
     Returns:
         A `torch.optim.Optimizer`.
@@ -225,7 +251,10 @@ def build(
     method = _method(name)
     _check_model(model, method)
     make_plain(options)
-    group_options, keywords = _sort_options(method, options)
+    group_options, keywords, _ = _sort_options(method, options)
+    idle = [f"{option}={options[option]!r}" for option in without_effect(name, options)]
+    if idle:
+        warn_user(f"{name}: {', '.join(idle)} has no effect on this method")
     if lr is not None:
         keywords["lr"] = lr
     if options.get("weight_bits", method.conversion.weight_bits) is not None:
@@ -347,7 +376,7 @@ def _compositions(
     method = _method(name)
     _check_model(model, method)
     make_plain(options)
-    group_options, keywords = _sort_options(method, options)
+    group_options, keywords, _ = _sort_options(method, options)
     if method.conversion.replaces_layers:
         model = convert(name, meta_copy(model), **options)
     groups = method.groups(model, **group_options)

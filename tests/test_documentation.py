@@ -16,14 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from representative import with_representative
 from support import ROOT, tiny_model
 
 from lowrank.optimizers.engine.method import TABLE
+from lowrank.trainers.config import RunConfig
 
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 PAGES = [README, *sorted(DOCS.rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+#: Of `docs/recipes.md`.
+SIZES = tuple(f"llama_{size}" for size in ("60m", "130m", "350m", "1b", "7b"))
 SHELL = ("&", "&&", "|", ";", ">")
 LINK = re.compile(r"(?<!!)\[[^\]]+\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)")
 named = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -69,6 +73,45 @@ def test_commands_are_accepted(page: Path) -> None:
             resolve(_settings(options))
         if options.command == "compare" and options.methods is not None:
             parse_methods(asked_for(options).methods)
+
+
+RECIPES = DOCS / "recipes.md"
+
+
+def recipe(size: str) -> tuple[RunConfig, list[str]]:
+    """The run of a size's command, and the cells of its row."""
+    from lowrank.trainers.cli import _settings, parser
+    from lowrank.trainers.pretrain import resolve
+
+    (words,) = [words for words in commands(RECIPES) if size in words]
+    (row,) = re.findall(rf"^\| `{size}` \| (.*) \|$", text(RECIPES), re.MULTILINE)
+    return resolve(_settings(parser().parse_args(words))), row.split(" | ")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_recipes_are_what_their_table_says(size: str) -> None:
+    config, (_, steps, tokens, batch, rank, _) = recipe(size)
+    train = config.train
+    assert batch == f"{train.batch_size} x {train.accumulation}"
+    assert train.batch_size * train.accumulation * config.data.sequence_length == 131_072
+    assert steps == f"{train.steps:,}"
+    assert tokens == f"{train.steps * 131_072 / 1e9:.1f}B"
+    assert rank == str(config.optimizer.options["rank"])
+
+
+@pytest.mark.parametrize("size", with_representative(SIZES, ("llama_130m", "llama_7b")))
+def test_recipes_are_planned_as_their_table_says(size: str) -> None:
+    from lowrank.trainers.plan.planner import plan_run
+
+    config, cells = recipe(size)
+    assert cells[-1] == f"{plan_run(config, 1, 'cuda').peak / 1e9:.1f}"
+
+
+def test_recipes_name_methods_that_exist() -> None:
+    rows = re.findall(r"^\| `(\w+)`", text(RECIPES), re.MULTILINE)
+    methods = [name for name in rows if not name.startswith("llama_")]
+    assert len(methods) > 20
+    assert set(methods) <= set(TABLE)
 
 
 @named

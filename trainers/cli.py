@@ -51,7 +51,11 @@ examples:
 
 
 class _Parser(argparse.ArgumentParser):
-    """One that says what is wrong in one line."""
+    """One that says what is wrong in one line, and takes flags by their whole names alone."""
+
+    def __init__(self, **options: Any) -> None:
+        # An abbreviation would mean something else once a flag with the same beginning is added.
+        super().__init__(**{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
         """Ends the process with the message, and where the usage is to be had."""
@@ -196,8 +200,6 @@ def _report(options: argparse.Namespace) -> None:
         written = str(report(options.folder))
         Console().print(written, highlight=False, markup=False, soft_wrap=True)
         return
-    if not (options.folder / "metrics.jsonl").is_file():
-        raise ValueError(f"{options.folder} is not a run's folder: it has no metrics.jsonl")
     Console().print(
         str(write_report(options.folder)), highlight=False, markup=False, soft_wrap=True
     )
@@ -230,8 +232,8 @@ def _fail_at_work(error: RuntimeError | MemoryError) -> int:
 
 def _asked(error: BaseException) -> str:
     """How much memory was asked for, in a library's words."""
-    found = re.search(r"tried to allocate [\d.,]+ \w+", str(error), re.IGNORECASE)
-    return found[0].lower() if found else type(error).__name__
+    found = re.search(r"tried to allocate ([\d.,]+ \w+)", str(error), re.IGNORECASE)
+    return f"tried to allocate {found[1]}" if found else type(error).__name__
 
 
 def _system_text(error: OSError) -> str:

@@ -77,6 +77,15 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+def real_name(folder: Path) -> str:
+    """A folder's own name, whatever link or `..` leads to it.
+
+    `Path.resolve` raises `RuntimeError` for links that lead to themselves; of these this is the
+    link's name.
+    """
+    return Path(os.path.realpath(folder)).name
+
+
 def sync(path: Path) -> None:
     """Flushes a file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

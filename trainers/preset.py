@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
-from lowrank.optimizers import option_aliases
+from lowrank.optimizers import available, option_aliases
+from lowrank.optimizers.registry import without_effect
 
 from .config import ScheduleConfig
 from .config_io import Layer, merge, nearest, parse_yaml
@@ -41,7 +42,18 @@ def preset_layer(model: str, optimizer: str) -> dict[str, Any]:
     common = {key: value for key, value in preset.items() if key not in ("source", "methods")}
     own = {key: value for key, value in method.items() if key != "source"}
     named = {"model": {"name": model}, "optimizer": {"name": optimizer}}
-    return with_cycle(merge(named, common, own), {})
+    return with_cycle(merge(named, _effective(common, optimizer), own), {})
+
+
+def _effective(common: Layer, optimizer: str) -> Layer:
+    """The settings of all methods, but for options that have no effect on this one."""
+    section = dict(common.get("optimizer", {}))
+    if optimizer not in available() or not section:
+        return common
+    options = {key: value for key, value in section.items() if key != "lr"}
+    for option in without_effect(optimizer, options):
+        del section[option]
+    return {**common, "optimizer": section}
 
 
 def canonical(layer: Layer, optimizer: str) -> dict[str, Any]:

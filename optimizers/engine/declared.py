@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from . import checks
 from .keywords import Constructor, Keyword, documented, ordered
 from .options import COMMON_DEFAULTS, PROJECTION_DEFAULTS, Group, ProjectionOptions, make_plain
 from .rule_families import RuleFamily
-from .strategies import check_strategy_options, strategy_option_owners, strategy_options
+from .strategies import ON_CHANGE, check_strategy_options, strategy_option_owners, strategy_options
 
 
 class DeclaredOptimizer(Optimizer):
@@ -44,6 +45,8 @@ class DeclaredOptimizer(Optimizer):
     #: The constructor's signature, generated from the above.
     constructor: ClassVar[Constructor] = Constructor()
     __signature__: ClassVar[inspect.Signature | None]
+    #: The docstring without the arguments, once the class is in the table.
+    described: ClassVar[str | None] = None
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         """Makes the class's constructor and its signature."""
@@ -51,11 +54,18 @@ class DeclaredOptimizer(Optimizer):
         family = vars(cls).get("rule")
         if family is not None and "supports_capturable" not in vars(cls):
             cls.supports_capturable = family.capturable
+        cls._derive()
+
+    @classmethod
+    def _derive(cls) -> None:
+        """Makes constructor, signature and documentation from the declarations."""
         cls.constructor = _constructor_of(cls)
         # A class that defines `__init__` keeps that signature.
         owner = next(base for base in cls.__mro__ if "__init__" in vars(base))
         generic = owner is DeclaredOptimizer
         cls.__signature__ = cls.constructor.signature() if generic else None
+        if vars(cls).get("described") is not None:
+            cls.__doc__ = f"{cls.described}\n\n{cls.constructor.args_section()}"
 
     def __init__(self, params: ParamsT | None = None, *args: Any, **options: Any) -> None:
         """Checks the groups and makes their state; the class's docstring lists the arguments.
@@ -159,7 +169,7 @@ class DeclaredOptimizer(Optimizer):
         if name in cls.hidden_keys:
             return f"it belongs in groups of hidden matrices, as build makes them with {shown}"
         if not cls.projects:
-            return "it does not project (build accepts the option and ignores it)"
+            return "it does not project (build accepts the option, and warns that it has no effect)"
         return f"it belongs in parameter groups, as param_groups(model, {shown}) makes them"
 
     @classmethod
@@ -216,3 +226,16 @@ def _constructor_of(cls: type[DeclaredOptimizer]) -> Constructor:
     named = positional | {keyword.name for keyword in by_name}
     others = {name: where for name, where in others.items() if name not in named}
     return Constructor(by_position, tuple(by_name), others, cls.needs_params)
+
+
+def _derive_again() -> None:
+    """After a change of the strategies; a class whose projector is gone says so when it is used."""
+    below: list[type[DeclaredOptimizer]] = DeclaredOptimizer.__subclasses__()
+    while below:
+        cls = below.pop()
+        with suppress(ValueError):
+            cls._derive()
+        below += cls.__subclasses__()
+
+
+ON_CHANGE.append(_derive_again)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -130,14 +131,18 @@ class Unread:
     """Skipped updates of a batch that were counted on a device.
 
     Attributes:
-        params: the parameters.
-        called: their names.
+        params: the parameters, which aren't kept alive.
+        called: what messages call them.
         counts: int32, one each.
     """
 
-    params: list[Tensor]
-    called: list[str | None]
+    params: list[ReferenceType[Tensor]]
+    called: list[str]
     counts: Tensor
+
+    def is_of(self, params: Sequence[Tensor]) -> bool:
+        """Whether these are the parameters; ids are given anew once a tensor is gone."""
+        return all(own() is param for own, param in zip(self.params, params, strict=True))
 
 
 #: Least number of steps between readings of counts on devices that nobody asked for.
@@ -145,10 +150,15 @@ READ_AFTER = 100
 
 
 class SkippedUpdates:
-    """Counts, by parameter, of updates skipped because the gradient was not finite."""
+    """Counts, by parameter, of updates skipped because the gradient was not finite.
+
+    Parameters that have left the optimizer are not kept alive; their updates stay in the total.
+    """
 
     def __init__(self) -> None:
-        self._counts: dict[Tensor, int] = {}
+        self._total = 0
+        #: By parameter id. An entry of a parameter that is gone may be another's by then.
+        self._counts: dict[int, tuple[ReferenceType[Tensor], int]] = {}
         #: Those that were counted on a device, by the parameters of a batch.
         self._unread: dict[tuple[int, ...], Unread] = {}
         self._steps = 0
@@ -157,7 +167,7 @@ class SkippedUpdates:
     def total(self) -> int:
         """Number of skipped updates."""
         self.read()
-        return sum(self._counts.values())
+        return self._total
 
     def gate(
         self, projected_b: Tensor, params: Sequence[Tensor], called: Sequence[str | None]
@@ -172,13 +182,18 @@ class SkippedUpdates:
             called: the parameters' names.
         """
         key = tuple(map(id, params))
-        if key not in self._unread:
+        found = self._unread.get(key)
+        if found is not None and not found.is_of(params):
+            self.read()
+            found = None
+        if found is None:
             counts = torch.zeros(len(params), dtype=torch.int32, device=projected_b.device)
-            self._unread[key] = Unread(list(params), list(called), counts)
+            shown = [label(name, param) for name, param in zip(called, params, strict=True)]
+            found = self._unread[key] = Unread([ref(param) for param in params], shown, counts)
         good_b: Tensor = largest_entries(projected_b) < torch.inf
         bad_b = good_b.logical_not()
         projected_b.masked_fill_(bad_b.view(-1, *[1] * (projected_b.dim() - 1)), 0.0)
-        self._unread[key].counts.add_(bad_b)
+        found.counts.add_(bad_b)
         return good_b
 
     def usable_together(
@@ -188,7 +203,7 @@ class SkippedUpdates:
         good = [largest < math.inf for largest in largest_entries(projected_b).tolist()]
         for param, name, sound in zip(params, called, good, strict=True):
             if not sound:
-                self._count(param, name, 1)
+                self._count(param, label(name, param), 1)
         return [i for i, sound in enumerate(good) if sound]
 
     def read(self) -> None:
@@ -203,9 +218,14 @@ class SkippedUpdates:
                 own = [next(counts) for _ in unread.params]
                 if any(own):
                     unread.counts.zero_()
-                for param, name, count in zip(unread.params, unread.called, own, strict=True):
+                for param, shown, count in zip(unread.params, unread.called, own, strict=True):
                     if count:
-                        self._count(param, name, count)
+                        self._count(param(), shown, count)
+        self._unread = {
+            key: unread
+            for key, unread in self._unread.items()
+            if all(param() is not None for param in unread.params)
+        }
 
     def after_step(self, *, waited: bool) -> None:
         """Reads counts that nobody asked for now and then, after steps that waited anyway."""
@@ -213,25 +233,30 @@ class SkippedUpdates:
         if waited and self._steps >= READ_AFTER:
             self.read()
 
-    def _count(self, param: Tensor, name: str | None, count: int) -> None:
-        if not self._counts:
+    def _count(self, param: Tensor | None, shown: str, count: int) -> None:
+        if not self._total:
             warn_user(
-                f"non-finite gradient of {label(name, param)}: this step does not "
-                "update it (warned once; `skipped_by_name()` counts; skip_nonfinite=False "
-                "turns the check off)"
+                f"non-finite gradient of {shown}: this step does not update it (warned once; "
+                "`skipped_by_name()` counts; skip_nonfinite=False turns the check off)"
             )
-        self._counts[param] = self._counts.get(param, 0) + count
+        self._total += count
+        if param is not None:
+            self._counts[id(param)] = (ref(param), self._count_of(param) + count)
+
+    def _count_of(self, param: Tensor) -> int:
+        known, count = self._counts.get(id(param), (None, 0))
+        return count if known is not None and known() is param else 0
 
     def by_name(self, groups: Sequence[Group]) -> dict[str, int]:
         """Skipped updates of each parameter that has any, most first."""
         self.read()
         params = [param for group in groups for param in group["params"]]
         found = {
-            name: self._counts[param]
+            name: self._count_of(param)
             for name, param in zip(unique_names(groups), params, strict=True)
-            if param in self._counts
         }
-        return dict(sorted(found.items(), key=lambda entry: -entry[1]))
+        skipped = {name: count for name, count in found.items() if count}
+        return dict(sorted(skipped.items(), key=lambda entry: -entry[1]))
 
     def usable(
         self,
@@ -252,7 +277,8 @@ class SkippedUpdates:
         """
 
         def count(position: int) -> None:
-            self._count(params[position], called[position], 1)
+            param = params[position]
+            self._count(param, label(called[position], param), 1)
 
         known = [decided.get(id(param)) for param in params]
         rest = [i for i, good in enumerate(known) if good is None]

@@ -170,6 +170,7 @@ def documented(
     """
     docs = {name: f"an option of {where}." for name, where in (belonging or {}).items()}
     docs.update(DOCS)
+    docs["projector"] = f"the subspace: {_one_of(PROJECTORS)}."  # some may be registered later
     return tuple(Keyword(name, value, docs.get(name, "")) for name, value in defaults.items())
 
 
@@ -189,7 +190,6 @@ DOCS: Mapping[str, str] = {
     "infinity; on a GPU, and under `capturable`, see docs/gpu_steps.md.",
     "moments_dtype": "precision of the moments, 'float32' or 'bfloat16'; None is fp32 under "
     "16-bit weights, else the weight's own. Moments in 8 bits accept None.",
-    "projector": f"the subspace: {_one_of(PROJECTORS)}.",
     "refresh": f"how singular vectors are computed: {_one_of(REFRESH_MODES)}.",
     "schedule": f"when a matrix is refitted: {_one_of(SCHEDULES)}.",
     "stagger": "spread the matrices' refreshes over the steps of a gap.",

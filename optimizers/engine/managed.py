@@ -134,6 +134,8 @@ class ManagedOptimizer(Optimizer):
         plans = [self._plan_of(group) for group in self.param_groups]
         ready = [p for p in plans if p is not None and p.current() and p.settled(self.state)]
         if len(ready) == len(plans):
+            if len(self._plans) > len(plans):  # a removed group's would keep its parameters alive
+                self._plans = {id(plan.group): plan for plan in ready}
             for ready_plan in ready:
                 ready_plan.read_rate()
             return ready

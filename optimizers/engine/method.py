@@ -179,8 +179,8 @@ def method(
         own = (row.constructor_options(), row.group_options(), row.conversion.options)
         OF_SOME_METHOD.update(*own)
         if optimizer.__doc__ is not None:
-            body = inspect.cleandoc(optimizer.__doc__)
-            optimizer.__doc__ = f"{body}\n\n{optimizer.constructor.args_section()}"
+            optimizer.described = inspect.cleandoc(optimizer.__doc__)
+            optimizer._derive()
         return optimizer
 
     return enter

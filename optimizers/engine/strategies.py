@@ -74,14 +74,17 @@ RESIDUALS: dict[str, type[Residual]] = {
     "weight_normalised": WeightNormalised,
 }
 
+#: Called after the tables above have changed.
+ON_CHANGE: list[Callable[[], None]] = []
+
 _Projector = TypeVar("_Projector", bound=type[Projector])
 
 
 def register_projector(name: str) -> Callable[[_Projector], _Projector]:
     """Decorator: makes a projector available as `projector=name`, to every projecting method.
 
-    Its `OPTIONS` are keys of groups, and of `build`. A saved state that names it needs it to be
-    registered before it is loaded.
+    Its `OPTIONS` are keys of groups, of `build` and of constructors, and `help` lists them. A saved
+    state that names it needs it to be registered before it is loaded.
 
     Args:
         name: what groups call it.
@@ -105,11 +108,27 @@ def register_projector(name: str) -> Callable[[_Projector], _Projector]:
                 "a class that has all methods"
             )
         PROJECTORS[name] = projector
-        strategy_option_owners.cache_clear()
-        strategy_defaults.cache_clear()
+        _changed()
         return projector
 
     return enter
+
+
+def unregister_projector(name: str) -> None:
+    """Removes a projector from the table.
+
+    Raises:
+        KeyError: the name is unknown.
+    """
+    del PROJECTORS[name]
+    _changed()
+
+
+def _changed() -> None:
+    strategy_option_owners.cache_clear()
+    strategy_defaults.cache_clear()
+    for listener in ON_CHANGE:
+        listener()
 
 
 _Strategy = type[Projector] | type[Schedule] | type[BasisStorage] | type[Residual]

@@ -23,6 +23,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="./scripts/benchmark",
         description="Times the optimizers' own work on the projected matrices of llama_60m.",
+        allow_abbrev=False,
     )
     made.add_argument("what", choices=[*BENCHMARKS, "all"], help="which benchmark")
     made.add_argument("--rounds", type=int, metavar="N", help=f"rounds; default {ROUNDS}")

@@ -38,7 +38,7 @@ COLD = 60.0
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     about = "Builds, compares and times everything on one GPU."
-    parser = argparse.ArgumentParser(prog="gpu-check", description=about)
+    parser = argparse.ArgumentParser(prog="gpu-check", description=about, allow_abbrev=False)
     parser.add_argument("--root", type=Path, required=True, help=argparse.SUPPRESS)
     parser.add_argument("--links", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=Path("gpu-check"), help="folder for JSON")

@@ -77,7 +77,7 @@ class Context:
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="gpu_check.section")
+    parser = argparse.ArgumentParser(prog="gpu_check.section", allow_abbrev=False)
     parser.add_argument("section", choices=MODULES)
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--file", type=Path, required=True)

@@ -53,7 +53,7 @@ _DENSE = ("products", "passes")
 
 def main() -> None:
     """Writes the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--ranks", default=",".join(map(str, RANKS)))

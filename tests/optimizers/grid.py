@@ -176,7 +176,7 @@ def put(made: str, page: str) -> str:
 
 def main(arguments: Iterable[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--methods", default=",".join(available()))
     parser.add_argument("--strategies", default=",".join(STRATEGIES))

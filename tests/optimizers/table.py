@@ -14,6 +14,7 @@ from torch import nn
 from lowrank import optimizers
 from lowrank.optimizers import LowRankOptimizer, build, convert
 from lowrank.optimizers.layers.optimizer import FactoredAdamW
+from lowrank.optimizers.registry import without_effect
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,11 @@ class Row:
         return {} if self.factored else {"scale": 1.0}
 
     def build(self, model: nn.Module, **options: Any) -> LowRankOptimizer:
-        """For a tiny model: rank 4, a refresh every 3 steps."""
-        defaults = {"lr": 1e-2, "rank": 4, "update_proj_gap": 3}
-        return build(self.name, model, **{**defaults, **self.options, **options})
+        """For a tiny model: rank 4, a refresh every 3 steps, as far as the method has these."""
+        usual = {"rank": 4, "update_proj_gap": 3}
+        for idle in without_effect(self.name, usual):
+            del usual[idle]
+        return build(self.name, model, **{"lr": 1e-2, **usual, **self.options, **options})
 
 
 SMALL_8BIT = {"min_8bit_size": 0}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 from lowrank.optimizers import AdamW, build
 from lowrank.optimizers.engine import step as stepping
 from lowrank.optimizers.engine.batching import read_steps
+from lowrank.optimizers.engine.gradients import SkippedUpdates
+from lowrank.optimizers.engine.processes import ALONE
 
 
 @representative
@@ -198,6 +202,43 @@ def test_unnamed_parameters_are_counted_by_place() -> None:
     with pytest.warns(UserWarning, match=r"non-finite gradient of the parameter of shape \(3,\)"):
         optimizer.step()
     assert optimizer.skipped_by_name() == {"group1.1": 1}
+
+
+def test_counts_keep_no_parameter_alive() -> None:
+    """Neither those read in each step nor those that wait on a device."""
+    kept, gone = (nn.Parameter(torch.zeros(3)) for _ in range(2))
+    groups = [{"params": [kept, gone], "param_names": ["kept", "gone"]}]
+    skipped, bad = SkippedUpdates(), torch.full((2, 3), math.nan)
+    skipped.gate(bad.clone(), [kept, gone], ["kept", "gone"])
+    with pytest.warns(UserWarning, match="non-finite gradient of kept"):
+        assert skipped.by_name(groups) == {"kept": 1, "gone": 1}
+    skipped.gate(bad.clone(), [gone, kept], ["gone", "kept"])
+    skipped.gate(bad.clone(), [kept, gone], ["kept", "gone"])
+    assert skipped.usable([bad[0]], [gone], ["gone"], [ALONE]) == []
+    alive = weakref.ref(gone)
+    groups[0] = {"params": [kept], "param_names": ["kept"]}
+    del gone
+    gc.collect()
+    assert alive() is None
+    assert skipped.total == 7
+    assert skipped.by_name(groups) == {"kept": 3}
+    assert skipped._unread == {}
+
+
+def test_a_parameter_that_left_is_freed() -> None:
+    weights = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = AdamW([{"params": weights[:1]}, {"params": weights[1:]}])
+    for weight in weights:
+        weight.grad = torch.full((3,), math.nan)
+    with pytest.warns(UserWarning, match="non-finite gradient"):
+        optimizer.step()
+    alive = weakref.ref(weights[1])
+    del optimizer.param_groups[1], weight
+    optimizer.state.pop(weights.pop())
+    optimizer.step()
+    gc.collect()
+    assert alive() is None
+    assert (optimizer.skipped, optimizer.skipped_by_name()) == (3, {"group0.0": 2})
 
 
 @pytest.mark.parametrize("capturable", [False, True])

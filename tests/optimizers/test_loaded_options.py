@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import replace
 from types import SimpleNamespace
@@ -154,6 +155,31 @@ def test_options_without_effect_are_checked_all_the_same(
 ) -> None:
     with pytest.raises(ValueError, match=f"{option}={value!r}: accepted"):
         build(name, tiny_model(), **{option: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "idle"),
+    [
+        ("adamw", {"rank": 4, "scale": 0.5}),
+        ("foam_adamw", {"update_proj_gap": 7}),
+        ("muon", {"projector": "random"}),
+        ("racs_adamw", {"proj_type": "left"}),
+        ("sltrain_adamw", {"update_proj_gap": 7}),
+    ],
+)
+def test_options_without_effect_are_named(name: str, idle: dict[str, Any]) -> None:
+    said = f"{name}: {', '.join(f'{key}={value!r}' for key, value in idle.items())} has no effect"
+    with pytest.warns(UserWarning, match=re.escape(said)) as seen:
+        build(name, tiny_model(), **idle)
+    assert len(seen) == 1
+    assert seen[0].filename == __file__
+
+
+@pytest.mark.parametrize("row", TABLE, ids=identifier)
+def test_options_with_effect_are_not(row: Row) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        row.build(tiny_model(), plain_lr=1e-3, seed=1)
 
 
 def test_parts_that_cut_blocks_say_which_level_fits() -> None:

@@ -16,12 +16,15 @@ from table import assert_same, train
 from torch import nn
 
 from lowrank.optimizers import (
+    CoapAdamW,
+    GaLoreAdamW,
     LowRankOptimizer,
     available,
     build,
     describe,
     expected_state_bytes,
     method_table,
+    param_groups,
     state_bytes,
 )
 from lowrank.optimizers.engine.method import TABLE, method, unregister
@@ -29,8 +32,7 @@ from lowrank.optimizers.engine.rule_families import LION
 from lowrank.optimizers.engine.strategies import (
     PROJECTORS,
     register_projector,
-    strategy_defaults,
-    strategy_option_owners,
+    unregister_projector,
 )
 from lowrank.optimizers.projectors import Bases, DCTProjector, ProjectedParam, Projector
 
@@ -167,10 +169,21 @@ def test_a_registered_projector_brings_its_options() -> None:
         assert changed.tolist() == [3, 4]
         with pytest.raises(ValueError, match=r"offset=3: accepted with projector='first_columns'"):
             build("galore_adamw", model, rank=2, offset=3)
+        groups = param_groups(model, rank=2)
+        made = GaLoreAdamW(groups, projector="first_columns", offset=1)
+        assert made.param_groups[0]["offset"] == 1
+        with pytest.raises(ValueError, match=r"offset=1: accepted with projector='first_columns'"):
+            GaLoreAdamW(groups, offset=1)
+        own = type("Own", (GaLoreAdamW,), {"projection_defaults": {"projector": "first_columns"}})
+        assert inspect.signature(own).parameters["offset"].default == 0
+        for shown in (GaLoreAdamW.__doc__, CoapAdamW.__doc__):
+            assert "offset (projector='first_columns')" in " ".join((shown or "").split())
+            assert "'first_columns'" in (shown or "").partition("refresh:")[0]
     finally:
-        del PROJECTORS["first_columns"]
-        strategy_option_owners.cache_clear()
-        strategy_defaults.cache_clear()
+        unregister_projector("first_columns")
+    assert "first_columns" not in (GaLoreAdamW.__doc__ or "")
+    with pytest.raises(ValueError, match="offset"):
+        GaLoreAdamW(param_groups(model, rank=2), offset=1)
 
 
 def test_a_page_in_the_folder_is_all_it_takes(tmp_path: Path) -> None:

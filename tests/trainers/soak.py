@@ -164,7 +164,7 @@ def files_of(folder: Path, last: str) -> set[str]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--faults", type=int, default=20)
     parser.add_argument("--seed", type=int, default=20261127)

@@ -1,14 +1,20 @@
+import argparse
+import ast
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
+import torch
+from support import ROOT
 
 from lowrank.optimizers import available
+from lowrank.trainers import loop
 from lowrank.trainers import pretrain as pretrain_module
-from lowrank.trainers.cli import main
+from lowrank.trainers.cli import main, parser
 from lowrank.trainers.distributed import choose_device
 
 Run = Callable[[list[str]], tuple[int, str, str]]
@@ -68,6 +74,52 @@ def test_what_is_wrong_is_one_line_and_status_two(
     assert not list((tmp_path / "runs").glob("*"))
 
 
+def parsers() -> Iterator[argparse.ArgumentParser]:
+    """The command line's and those of its subcommands."""
+    waiting: list[argparse.ArgumentParser] = [parser()]
+    while waiting:
+        found = waiting.pop()
+        yield found
+        for action in found._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                waiting += action.choices.values()
+
+
+def test_flags_are_written_out() -> None:
+    found = list(parsers())
+    assert len(found) == 7
+    assert [one.prog for one in found if one.allow_abbrev] == []
+    scanned = 0
+    for path in (
+        p for folder in ("scripts", "tests", "docs") for p in (ROOT / folder).rglob("*.py")
+    ):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("ArgumentParser"):
+                scanned += 1
+                assert "allow_abbrev=False" in ast.unparse(node), path
+    assert scanned >= 6
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["pretrain", "--opt", "adamw"],
+        ["plan", "--opt=adamw"],
+        ["compare", "--method", "adamw,fira_adamw", "--dry-run"],
+        ["compress", "somewhere", "--out", "there", "--reduction=0.5"],
+        ["methods", "--mark"],
+    ],
+)
+def test_abbreviated_flags_are_refused(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    errors = capsys.readouterr().err
+    assert (end.value.code, errors.count("\n")) == (2, 1)
+    assert "usage" in errors
+
+
 def test_layers_of_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
 ) -> None:
@@ -106,6 +158,62 @@ def test_unforeseen_failures_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(pretrain_module, "pretrain", fail)
     with pytest.raises(RuntimeError, match="a defect"):
         main(["pretrain"])
+
+
+CUDA = "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 23.64 GiB"
+HOST = (
+    "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to"
+    " allocate 8589934592 bytes. Error code 12 (Cannot allocate memory)"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "asked"),
+    [
+        (torch.OutOfMemoryError(CUDA), "(tried to allocate 1.50 GiB)"),
+        (RuntimeError(HOST), "(tried to allocate 8589934592 bytes)"),
+        (MemoryError(), "(MemoryError)"),
+    ],
+    ids=["device", "host", "Python"],
+)
+@pytest.mark.parametrize("command", ["pretrain", "plan"])
+def test_out_of_memory_is_one_line(
+    command: str, error: Exception, asked: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lowrank.trainers import plan
+    from lowrank.trainers.plan import truth
+
+    def fail(*_: Any) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(pretrain_module, "pretrain", fail)
+    monkeypatch.setattr(plan, "plan", lambda *_, **__: None)
+    monkeypatch.setattr(truth, "measured", fail)
+    status, output, errors = run([command, *(["--measure"] if command == "plan" else [])])
+    assert (status, output, errors.count("\n")) == (1, "", 1)
+    assert errors.startswith("lowrank: there is not enough memory; `lowrank plan` says what fits")
+    assert errors.endswith(f"{asked}\n")
+
+
+def test_a_run_out_of_memory_can_be_resumed(
+    tiny: Callable[..., list[str]], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute, calls = loop.compute_gradient, []
+
+    def short(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError(CUDA)
+        return compute(*arguments, **options)
+
+    monkeypatch.setattr(loop, "compute_gradient", short)
+    arguments = tiny(tmp_path / "run", 5, "--resume=auto", "checkpoint.every=2")
+    status, _, errors = run(arguments)
+    assert (status, errors.count("\n")) == (1, 1)
+    assert "tried to allocate 1.50 GiB" in errors
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert run(arguments)[0] == 0
+    assert len(calls) == 4 + 3  # from step 2 on
 
 
 def test_methods_lists_every_optimizer(run: Run) -> None:

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from synthetic_runs import MIB, RunPlan, write_run
 
+from lowrank.trainers.cli import main
+from lowrank.trainers.files import real_name
 from lowrank.trainers.report import RunFolderError, read_run, write_comparison, write_report
 from lowrank.trainers.report.drawing import DARK, LIGHT, POINT_LIMIT
 from lowrank.trainers.report.headline import headline
@@ -257,6 +259,33 @@ def test_unreadable_files_are_named(tmp_path: Path, name: str, content: str, mes
     (folder / name).write_text(content, encoding="utf-8")
     with pytest.raises(RunFolderError, match=message):
         write_report(folder)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "summary.json", "."])
+def test_links_that_lead_nowhere_are_one_line(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_run(tmp_path / "run", RunPlan(steps=2))
+    loop = tmp_path / "again" if name == "." else folder / name
+    loop.unlink(missing_ok=True)
+    loop.symlink_to(loop.name)
+    status = main(["report", str(loop if name == "." else folder)])
+    errors = capsys.readouterr().err
+    assert (status, errors.count("\n")) == (2, 1)
+    assert str(loop) in errors
+    assert not (folder / "report.html").exists()
+
+
+def test_a_report_in_place_of_a_link_to_itself(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", RunPlan(steps=2))
+    (folder / "report.html").symlink_to("report.html")
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    assert write_report(link).is_file()
+    assert read_run(link).name == real_name(tmp_path / "link" / ".") == "run"
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    assert real_name(loop) == "loop"
 
 
 def test_folder_of_no_run_is_named(tmp_path: Path) -> None:

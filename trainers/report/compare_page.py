@@ -11,7 +11,7 @@ from typing import Any
 from ..compare.memory import CATEGORIES
 from ..compare.results import Results, Row
 from ..compare.tables import CSV, JSON, TIMES, front, write_spread
-from ..files import write_text
+from ..files import real_name, write_text
 from ..units import MISSING, format_bytes, format_count, format_seconds
 from .compare_figures import course_figures, difference_figure, memory_figure, plane_figure
 from .html import details, figures, notice, page, section, table
@@ -29,7 +29,7 @@ def write_compare_report(results: Results, folder: Path) -> Path:
         MissingExtraError: matplotlib is not installed.
     """
     file = folder / REPORT_NAME
-    write_text(file, render_compare(results, folder.resolve().name))
+    write_text(file, render_compare(results, real_name(folder)))
     return file
 
 

@@ -251,7 +251,7 @@ def environment(run: Run) -> str:
 def footer(run: Run) -> str:
     """Where the page comes from."""
     return (
-        f"<footer>Made from {escape(run.folder.resolve().name)}/metrics.jsonl, config.yaml and "
+        f"<footer>Made from {escape(run.name)}/metrics.jsonl, config.yaml and "
         "summary.json by lowrank. The page is one file and fetches nothing.</footer>"
     )
 

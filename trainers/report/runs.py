@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from ..files import real_name
 from ..missing import require
 from .series import Series
 
@@ -105,6 +106,9 @@ def read_run(folder: Path) -> Run:
         MissingExtraError: PyYAML is not installed.
     """
     metrics = folder / "metrics.jsonl"
+    for file in (metrics, folder / "config.yaml", folder / "summary.json"):
+        if file.is_symlink() and not file.exists():  # `exists` is False of a loop, too
+            raise RunFolderError(f"{file} is a symbolic link that leads to no file")
     if not metrics.is_file():
         raise RunFolderError(f"{folder} is not a run's folder: it holds no metrics.jsonl")
     records, damaged = _read_lines(metrics)
@@ -116,7 +120,7 @@ def read_run(folder: Path) -> Run:
     config_file = folder / "config.yaml"
     return Run(
         folder=folder,
-        name=folder.resolve().name,
+        name=real_name(folder),
         config=_read_config(config_file),
         summary=_read_summary(folder / "summary.json"),
         started=_modified(config_file) if config_file.exists() else None,
