@@ -195,7 +195,7 @@ int lowrank_adam(int count, const void* const* grads, void* const* exp_avgs,
           return launch(kernel, blocks, kThreads, stream, tensors, step,
                         sizes_from(device_sizes, begin));
         };
-        return in_batches(count, fill, start);
+        return in_batches<Tensors>(count, fill, start);
       });
 }
 
@@ -219,6 +219,6 @@ int lowrank_adam_weights(int count, void* const* weights, const void* const* gra
       return launch(weights_kernel<W, S, kMost>, blocks, kThreads, stream, tensors, step,
                     WriteBack{keep, alpha}, sizes);
     };
-    return in_batches(count, fill, start);
+    return in_batches<Tensors>(count, fill, start);
   });
 }

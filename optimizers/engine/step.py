@@ -191,8 +191,7 @@ def projected_params(plan: Plan, first: int, given: Given = EVERYTHING) -> list[
         for held, steps in zip(params, read_steps([p.state for p in params]), strict=True):
             held.steps_done = steps
     assert plan.composition.projection is not None
-    for held in params:
-        plan.composition.projection.residual.prepare(held)
+    plan.composition.projection.residual.prepare(params)
     return params
 
 
@@ -259,6 +258,8 @@ def _update_joined(
     good_b: Tensor | None = None
     if checks.on and _gates(projection):
         good_b = checks.skipped.gate(projected_b, owners, called)
+        for param, good in zip(batch, good_b.unbind(0), strict=True):
+            param.good = good
     elif checks.on and checks.reads:
         kept = checks.skipped.usable_together(projected_b, owners, called)
         if not kept:
@@ -278,9 +279,7 @@ def _update_joined(
 
 def _gates(projection: Projection) -> bool:
     """Whether all that follows a projection heeds flags on the device, so that none is read."""
-    projector = projection.projector
-    tracks = projector.TRACKS and projection.options.moments != "keep"
-    return projector.gates and not tracks and projection.residual.GATES
+    return projection.projector.gates and projection.residual.GATES
 
 
 def _update_batch(

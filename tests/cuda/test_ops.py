@@ -40,6 +40,12 @@ def test_opcheck(name: str, kernels: str) -> None:
         ("write_back", 1, torch.zeros(20, 29), "direction has 580"),
         ("write_back", 3, torch.zeros(3, 30), r"factors are \(3, 30\)"),
         ("write_back", 3, None, "grad without factors"),
+        ("dequantize_groups_list", 0, [torch.zeros(9, dtype=torch.uint8)] * 2, "codes has 9"),
+        ("dequantize_int4_list", 1, [torch.ones(2)] * 2, "scales has 2"),
+        ("gaussian_list", 1, [5], "2 tensors have 1 seeds"),
+        ("gaussian_list", 2, [torch.zeros(2, dtype=torch.int64)] * 2, "device_seeds has 2"),
+        ("write_back_list", 2, [torch.ones(3, 30)], r"factors are \(3, 30\)"),
+        ("write_back_list", 1, [torch.zeros(20, 29)], "grad has 580"),
         ("write_back_int8", 1, torch.zeros(2), "scales has 2"),
     ],
 )
