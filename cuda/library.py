@@ -70,6 +70,7 @@ SIGNATURES: dict[str, list[type]] = {
         *[_INT, *[_POINTER] * 5, _INT, _INT, _DOUBLE, _DOUBLE],
         *[*[_FLOAT] * 4, _POINTER],
     ],
+    "limit_growth": [_INT, *[_POINTER] * 4, _FLOAT],
     "write_back": [_POINTER, _INT, *_UPDATE, _FLOAT, _FLOAT, _INT, _SEED, _SEED],
     "write_back_list": [_INT, *[_POINTER] * 3, _INT, *[_LONG] * 4, _FLOAT],
     "write_back_int8": [

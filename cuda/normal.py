@@ -155,7 +155,8 @@ def fill_list(
         device_seeds: int64 of one entry for each, in place of `seeds`; or none.
         scale: factor on all.
     """
-    keys = [(0, seed) for seed in device_seeds] or [(seed, None) for seed in seeds]
+    keys: list[tuple[int, Tensor | None]] = [(0, seed) for seed in device_seeds]
+    keys = keys or [(seed, None) for seed in seeds]
     for out, (number, given) in zip(outs, keys, strict=True):
         wide = torch.promote_types(out.dtype, torch.float32)
         drawn = out if out.dtype == wide else torch.empty_like(out, dtype=wide)

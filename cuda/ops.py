@@ -17,6 +17,7 @@ from . import (
     adam,
     blockwise,
     groups,
+    growth,
     int4,
     library,
     native_quantize,
@@ -114,6 +115,11 @@ OPERATIONS: dict[str, tuple[str, Implementation, Implementation]] = {
         + _SIZES,
         adam.adam_8bit,
         native_update.adam_8bit,
+    ),
+    "limit_growth": (
+        "Tensor(a!)[] stored, Tensor norms, Tensor? good, Tensor(b!) factors, float limit",
+        growth.limit_flat,
+        growth.limit_growth,
     ),
     "write_back": (
         f"Tensor(a!) weight, {_UPDATE}, float decay_factor, float alpha, int? seed, int first",

@@ -114,6 +114,12 @@ LOWRANK_API int lowrank_adam_weights(int count, void* const* weights, const void
                                      double beta1, double beta2, float eps, float size, float keep,
                                      float alpha, const float* device_sizes, void* stream);
 
+// Fira's limiter on `count` norms: writes a factor for each and advances what stored[i] points to.
+// Those without a flag in `good`, if that is not null, keep it and have a factor of 1.
+LOWRANK_API int lowrank_limit_growth(int count, float* const* stored, const float* norms,
+                                     const std::uint8_t* good, float* factors, float limit,
+                                     void* stream);
+
 // weight = keep * weight - alpha * delta - factor * grad on contiguous rows. `delta` or `grad` may
 // be null. The factor of entry (i, j) is factors[i * row_stride + j * column_stride]; where it is 0
 // nothing is taken of `grad`, not even NaN. bf16 weights are rounded stochastically where

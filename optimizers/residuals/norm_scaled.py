@@ -131,7 +131,7 @@ class NormScaled(LimitedResidual):
         if self.limiter is not None:
             squares_b = gradient_norms_together(params, axis).square_()
             # As ||P R_j|| = ||R_j||; never below the rounding error, see `outside_norm`.
-            outside_b = torch.add(squares_b, norms_b.square(), alpha=beta * (beta - 2))
+            outside_b = torch.addcmul(squares_b, norms_b, norms_b, value=beta * (beta - 2))
             floor_b = squares_b.mul_(torch.finfo(squares_b.dtype).eps)
             outside_b = torch.maximum(outside_b, floor_b).sqrt_().mul_(ratios_b)
             # A factor 0 leaves nothing of a norm that isn't finite.

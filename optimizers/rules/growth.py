@@ -37,12 +37,8 @@ def limit_growth_together(
         limit: of all.
         good_b: B flags on the device; the stored norms of the others stay, with a factor of 1.
     """
-    stored_b = torch.stack(list(stored)).view(-1, 1, 1)
-    if good_b is not None:
-        norms_b = torch.where(good_b.view(-1, 1, 1), norms_b, stored_b)
-    new_b = stored_b <= 0
-    largest_b = (stored_b + 1e-8).mul_(limit).masked_fill_(new_b, torch.inf)
-    factors_b = (largest_b / norms_b).clamp_(max=1.0).masked_fill_(new_b, 1.0)
-    kept_b = torch.minimum(norms_b, largest_b).to(stored_b.dtype)
-    torch._foreach_copy_(list(stored), list(kept_b.view(-1).unbind(0)))
+    factors_b = torch.empty_like(norms_b)
+    torch.ops.lowrank.limit_growth(
+        list(stored), norms_b.view(-1), good_b, factors_b.view(-1), limit
+    )
     return factors_b

@@ -332,6 +332,21 @@ def adam_8bit(d: Draw) -> None:
             _close([(ours, theirs)])
 
 
+def limit_growth(d: Draw) -> None:
+    """Factors and norms are the same to the bit, whatever the norms are."""
+    count = d.one(1, 3, 20, 480)
+    stored = d.tensor(count).abs()
+    norms = d.one(stored * 1.005, d.tensor(count).abs())
+    norms[0] = d.one(0.0, float("inf"), float("nan"), 1.0)
+    good = d.one(None, d.integers(count, high=2).bool())
+    arguments = [list(stored.unbind(0)), norms, good, torch.empty_like(norms), d.one(1.0, 1.01)]
+    found = run(d, "limit_growth", arguments, [0, 3], keeps=True)
+    exactly(found)
+    if good is not None:
+        for own, (ours, _), former in zip(good, found, stored, strict=False):
+            assert own or torch.equal(ours, former)
+
+
 def _update(d: Draw, rows: int, columns: int) -> list[Any]:
     delta = d.one(None, d.tensor(rows, columns, dtype=d.one(torch.float32, torch.bfloat16)))
     if not d.one(True, False):
@@ -401,6 +416,7 @@ EXACT = (
     gaussian,
     gaussian_list,
     stochastic_bfloat16,
+    limit_growth,
     write_back,
     write_back_list,
     write_back_int8,

@@ -95,6 +95,11 @@ int main() {
   check("write_back_list", lowrank_write_back_list(2, written, taken, factor_lists, single, 0, 1,
                                                    kRows, kColumns, 0.9f, nullptr));
 
+  float norm = 2.0f, stored = 1.0f, factor = 0.0f;
+  float* const last[] = {&stored};
+  check("limit_growth",
+        lowrank_limit_growth(1, last, &norm, nullptr, &factor, 1.01f, nullptr));
+
   const void* grads[] = {x.data()};
   void* exp_avgs[] = {m.data()};
   void* exp_avg_sqs[] = {v.data()};

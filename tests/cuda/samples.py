@@ -48,6 +48,10 @@ def samples() -> dict[str, tuple[Any, ...]]:
             *([x], [codes], [groups], [codes.clone()], [groups.clone()], [x.clone()]),
             *(0.9, 0.999, 1e-8, 1.0, torch.ones(1, 2)),
         ),
+        "limit_growth": (
+            *([torch.tensor(2.0), torch.tensor(0.0)], torch.rand(2)),
+            *(torch.tensor([True, False]), torch.zeros(2), 1.01),
+        ),
         "write_back": (matrix, matrix.clone(), matrix.clone(), factors, 0.9, 0.1, None, 0),
         "write_back_list": ([matrix.clone()], [matrix], [factors], 0.9),
         "write_back_int8": (

@@ -44,6 +44,8 @@ def test_opcheck(name: str, kernels: str) -> None:
         ("dequantize_int4_list", 1, [torch.ones(2)] * 2, "scales has 2"),
         ("gaussian_list", 1, [5], "2 tensors have 1 seeds"),
         ("gaussian_list", 2, [torch.zeros(2, dtype=torch.int64)] * 2, "device_seeds has 2"),
+        ("limit_growth", 1, torch.zeros(3), "norms has 3"),
+        ("limit_growth", 2, torch.tensor([1, 0]), "torch.int64"),
         ("write_back_list", 2, [torch.ones(3, 30)], r"factors are \(3, 30\)"),
         ("write_back_list", 1, [torch.zeros(20, 29)], "grad has 580"),
         ("write_back_int8", 1, torch.zeros(2), "scales has 2"),

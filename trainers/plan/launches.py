@@ -47,8 +47,8 @@ _LIST_TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 _LIST_BLOCKS, _BLOCK_ENTRIES = 320, 1 << 16
 #: Tensors of one launch of our kernels (cuda/device/lists.h).
 _MANY = 472
-_OWN_LISTS = {"adam", "adam_8bit", "adam_weights", "gaussian_list", "write_back_list"}
-_OWN_LISTS |= {"dequantize_groups_list", "dequantize_int4_list"}
+_OWN_LISTS = {"adam", "adam_8bit", "adam_weights", "gaussian_list", "limit_growth"}
+_OWN_LISTS |= {"dequantize_groups_list", "dequantize_int4_list", "write_back_list"}
 #: Tensors that one launch concatenates.
 _CONCATENATED = 128
 
