@@ -107,7 +107,8 @@ LOWRANK_API int lowrank_adam_8bit(int count, const void* const* grads, void* con
 
 // Adam and the update of `count` weights in one pass: weight = keep * weight - alpha * delta, with
 // the delta of `lowrank_adam`. Weights and gradients are of type `dtype`. `device_sizes`, if not
-// null, points to (eps, size, keep, alpha) of each tensor, where the library computes.
+// null, points to (eps, size, keep, alpha) of each tensor, where the library computes. The gradient
+// of a tensor whose size there is 0 counts as zero, even if it is NaN.
 LOWRANK_API int lowrank_adam_weights(int count, void* const* weights, const void* const* grads,
                                      void* const* exp_avgs, void* const* exp_avg_sqs,
                                      const std::int64_t* numels, int dtype, int state_dtype,

@@ -171,15 +171,37 @@ class SkippedUpdates:
             params: the parameters.
             called: the parameters' names.
         """
+        good_b, bad_b = self._flags(largest_entries(projected_b), params, called)
+        projected_b.masked_fill_(bad_b.view(-1, *[1] * (projected_b.dim() - 1)), 0.0)
+        return good_b
+
+    def flags(
+        self, grads: Sequence[Tensor], params: Sequence[Tensor], called: Sequence[str | None]
+    ) -> Tensor:
+        """Which gradients on a GPU are finite, as flags on their device; counted as by `gate`.
+
+        Args:
+            grads: none of them empty.
+            params: the parameters.
+            called: the parameters' names.
+        """
+        norms = list(torch._foreach_norm(list(grads), torch.inf))
+        if len({norm.dtype for norm in norms}) > 1:
+            norms = [norm.double() for norm in norms]
+        return self._flags(torch.stack(norms), params, called)[0]
+
+    def _flags(
+        self, largest_b: Tensor, params: Sequence[Tensor], called: Sequence[str | None]
+    ) -> tuple[Tensor, Tensor]:
+        """Which numbers are finite and which are not; the latter are counted."""
         key = tuple(map(id, params))
         if key not in self._unread:
-            counts = torch.zeros(len(params), dtype=torch.int32, device=projected_b.device)
+            counts = torch.zeros(len(params), dtype=torch.int32, device=largest_b.device)
             self._unread[key] = Unread(list(params), list(called), counts)
-        good_b: Tensor = largest_entries(projected_b) < torch.inf
+        good_b: Tensor = largest_b < torch.inf
         bad_b = good_b.logical_not()
-        projected_b.masked_fill_(bad_b.view(-1, *[1] * (projected_b.dim() - 1)), 0.0)
         self._unread[key].counts.add_(bad_b)
-        return good_b
+        return good_b, bad_b
 
     def usable_together(
         self, projected_b: Tensor, params: Sequence[Tensor], called: Sequence[str | None]

@@ -260,3 +260,32 @@ def test_quantised_bases_are_read_as_a_list(bits: int, group: int) -> None:
             storage.write(states[-1], "basis", basis)
         for ours, state in zip(storage.read_together(states, "basis"), states, strict=True):
             assert torch.equal(ours, storage.read(state, "basis"))
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_plain_parameter_without_a_finite_gradient_only_decays(
+    dtype: torch.dtype, capturable: bool
+) -> None:
+    found = []
+    for bad in (float("nan"), float("inf"), 0.0):
+        model = Layers(dtype)
+        with devices.as_on_gpu():
+            optimizer = build("adamw", model, lr=1e-2, weight_decay=0.1, capturable=capturable)
+            for step in range(3):
+                give_gradients(model, step)
+                before = model.head.weight.detach().clone()
+                if step == 1:
+                    model.head.weight.grad.fill_(bad)
+                optimizer.step()
+                if step == 1 and bad != 0.0:
+                    decayed = (before.float() * (1 - 1e-3)).to(dtype)
+                    torch.testing.assert_close(model.head.weight.detach(), decayed)
+        state = optimizer.state[model.head.weight]
+        found.append([value for value in state.values() if isinstance(value, Tensor)])
+        found[-1] += [w.detach() for w in model.parameters() if w is not model.head.weight]
+        with nullcontext() if not bad else pytest.warns(UserWarning, match="head.weight"):
+            assert optimizer.skipped_by_name() == ({"head.weight": 1} if bad else {})
+    for nan, infinite, zero in zip(*found, strict=True):
+        assert torch.equal(nan, zero)
+        assert torch.equal(infinite, zero)
