@@ -16,7 +16,7 @@ from .blockwise import (
     quantize_blockwise,
 )
 from .library import kernels, set_kernels, status, using_kernels
-from .normal import gaussian
+from .normal import fill_gaussian, gaussian
 from .sketch import rademacher
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "blockwise_bytes",
     "dequantize_blockwise",
     "dynamic_map",
+    "fill_gaussian",
     "gaussian",
     "kernels",
     "quantize_blockwise",

@@ -123,13 +123,16 @@ def adam_weights(
         decay_factor: 1 less the weight decay.
         alpha: step size.
         sizes: fp32 (count, 4), (eps, size, decay_factor, alpha) of each tensor, which replaces
-            those arguments without being read back.
+            those arguments without being read back. A gradient whose size there is 0 counts as
+            zero, even if it is NaN.
     """
     for i, weight in enumerate(weights):
         own: Sequence[Number] | Tensor = (eps, size, decay_factor, alpha)
+        grad = grads[i]
         if sizes is not None:
             own = sizes[i]
-        lists = [grads[i]], [exp_avgs[i]], [exp_avg_sqs[i]]
+            grad = torch.where(own[1] != 0, grad, 0.0)
+        lists = [grad], [exp_avgs[i]], [exp_avg_sqs[i]]
         (direction,) = adam_step(*lists, beta1, beta2, own[0], own[1])
         wide = weight.to(direction.dtype)
         weight.copy_(wide * own[2] - direction * own[3])

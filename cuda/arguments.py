@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -48,6 +51,21 @@ def expect_groups(scales: Tensor, zeros: Tensor | None, numel: int, group_size: 
 def pointer(tensor: Tensor | None) -> int | None:
     """The address of its data."""
     return None if tensor is None else tensor.data_ptr()
+
+
+def addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    """The addresses of their data."""
+    return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
+
+
+def int64s(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    """Integers that C reads as an array."""
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def alike(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors have one dtype."""
+    return len({tensor.dtype for tensor in tensors}) == 1
 
 
 def dtype_code(tensor: Tensor | None) -> int:

@@ -172,6 +172,18 @@ def dequantize_flat(
         torch.mul(centred_gw, scale_g1[groups], out=rows_gw)
 
 
+def dequantize_list(
+    codes: list[Tensor],
+    scales: list[Tensor],
+    zeros: list[Tensor],
+    outs: list[Tensor],
+    group_size: int,
+) -> None:
+    """The reference of `torch.ops.lowrank.dequantize_groups_list`: each as `dequantize_flat`."""
+    for one in zip(codes, scales, zeros, outs, strict=True):
+        dequantize_flat(*one, group_size)
+
+
 def affine_parameters(rows_gw: Tensor, levels: int, dtype: torch.dtype) -> Out:
     """Scale (as `dtype` holds it), zero point and 1 / scale of each row, as precise as the rows."""
     low_g = rows_gw.amin(1).clamp_(max=0)

@@ -195,6 +195,29 @@ def dequantize_flat(
             torch.mul(units_gw, scale_g1[groups], out=rows_gw)
 
 
+def dequantize_list(
+    codes: list[Tensor],
+    scales: list[Tensor],
+    zeros: list[Tensor],
+    outs: list[Tensor],
+    format: str,
+    group_size: int,
+) -> None:
+    """The reference of `torch.ops.lowrank.dequantize_int4_list`: each as `dequantize_flat`.
+
+    Args:
+        codes: as there, like the others.
+        scales: one tensor for each.
+        zeros: the same; none at all in the symmetric formats.
+        outs: the same.
+        format: of all.
+        group_size: of all.
+    """
+    each: list[Tensor] | list[None] = zeros or [None] * len(outs)
+    for one in zip(codes, scales, each, outs, strict=True):
+        dequantize_flat(*one, format, group_size)
+
+
 def empty_int4(
     numel: int, format: str, group_size: int, dtype: torch.dtype, device: torch.device
 ) -> Packed:

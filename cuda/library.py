@@ -18,7 +18,7 @@ from . import compatibility
 from .build import DEVICE, HOSTS, read_report
 
 FOLDER = Path(__file__).resolve().parent / "_lib"
-ABI = 3
+ABI = 4
 KERNELS = ("native", "torch")
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -41,6 +41,10 @@ SIGNATURES: dict[str, list[type]] = {
         *[_LONG, _LONG, _INT, _INT, _SEED, _SEED],
     ],
     "dequantize_groups": [_POINTER, _POINTER, _POINTER, _INT, _POINTER, _INT, _LONG, _LONG],
+    "dequantize_groups_list": [
+        *[_INT, _POINTER, _POINTER, _POINTER, _INT, _POINTER, _POINTER],
+        *[_INT, _LONG],
+    ],
     "quantize_int4": [
         *[_POINTER, _INT, _POINTER, _POINTER, _POINTER, _INT],
         *[_LONG, _LONG, _INT, _FLOAT, _POINTER],
@@ -49,8 +53,13 @@ SIGNATURES: dict[str, list[type]] = {
         *[_POINTER, _POINTER, _POINTER, _INT, _POINTER, _INT],
         *[_LONG, _LONG, _INT, _POINTER],
     ],
+    "dequantize_int4_list": [
+        *[_INT, _POINTER, _POINTER, _POINTER, _INT, _POINTER, _POINTER],
+        *[_INT, _LONG, _INT, _POINTER],
+    ],
     "rademacher": [_POINTER, _INT, _LONG, _SEED],
     "gaussian": [_POINTER, _INT, _LONG, _SEED, _POINTER, _SEED],
+    "gaussian_list": [_INT, *[_POINTER] * 4, _INT, _FLOAT],
     "stochastic_bfloat16": [_POINTER, _POINTER, _LONG, _SEED, _SEED],
     "adam": [_INT, *[_POINTER] * 8, *[_INT] * 4, _DOUBLE, _DOUBLE, _FLOAT, _FLOAT, _POINTER],
     "adam_8bit": [
@@ -61,7 +70,9 @@ SIGNATURES: dict[str, list[type]] = {
         *[_INT, *[_POINTER] * 5, _INT, _INT, _DOUBLE, _DOUBLE],
         *[*[_FLOAT] * 4, _POINTER],
     ],
+    "limit_growth": [_INT, *[_POINTER] * 4, _FLOAT],
     "write_back": [_POINTER, _INT, *_UPDATE, _FLOAT, _FLOAT, _INT, _SEED, _SEED],
+    "write_back_list": [_INT, *[_POINTER] * 3, _INT, *[_LONG] * 4, _FLOAT],
     "write_back_int8": [
         *[_POINTER, _POINTER, _POINTER, _INT, *_UPDATE],
         *[_LONG, _FLOAT, _FLOAT, _SEED, _SEED],

@@ -10,7 +10,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .arguments import MASK64, dtype_code, expect, expect_groups, pointer, usable
+from .arguments import (
+    MASK64,
+    addresses,
+    alike,
+    dtype_code,
+    expect,
+    expect_groups,
+    int64s,
+    pointer,
+    usable,
+)
 from .blockwise import dynamic_map, rank_table
 from .groups import group_count
 from .int4 import MIDRISE_SHARE, nf4_values
@@ -101,6 +111,29 @@ def dequantize_groups(
     return True
 
 
+def dequantize_groups_list(
+    codes: list[Tensor],
+    scales: list[Tensor],
+    zeros: list[Tensor],
+    outs: list[Tensor],
+    group_size: int,
+) -> bool:
+    """See `groups.dequantize_list`."""
+    library = usable(*codes, *scales, *zeros, *outs)
+    if library is None or not (alike([*scales, *zeros]) and alike(outs)):
+        return False
+    for own, scale, zero, out in zip(codes, scales, zeros, outs, strict=True):
+        expect("codes", own, out.numel(), torch.uint8)
+        expect_groups(scale, zero, out.numel(), group_size)
+    library.call(
+        "dequantize_groups_list",
+        outs[0].device,
+        *(len(outs), addresses(codes), addresses(scales), addresses(zeros), dtype_code(scales[0])),
+        *(addresses(outs), int64s([out.numel() for out in outs]), dtype_code(outs[0]), group_size),
+    )
+    return True
+
+
 def quantize_int4(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, format: str, group_size: int
 ) -> bool:
@@ -139,6 +172,32 @@ def dequantize_int4(
     return True
 
 
+def dequantize_int4_list(
+    codes: list[Tensor],
+    scales: list[Tensor],
+    zeros: list[Tensor],
+    outs: list[Tensor],
+    format: str,
+    group_size: int,
+) -> bool:
+    """See `int4.dequantize_list`."""
+    library = None if group_size % 2 else usable(*codes, *scales, *zeros, *outs)
+    if library is None or not (alike([*scales, *zeros]) and alike(outs)):
+        return False
+    each: list[Tensor] | list[None] = zeros or [None] * len(outs)
+    for own, scale, zero, out in zip(codes, scales, each, outs, strict=True):
+        expect("codes", own, -(-out.numel() // 2), torch.uint8)
+        expect_groups(scale, zero, out.numel(), group_size)
+    library.call(
+        "dequantize_int4_list",
+        outs[0].device,
+        *(len(outs), addresses(codes), addresses(scales), addresses(zeros) if zeros else None),
+        *(dtype_code(scales[0]), addresses(outs), int64s([out.numel() for out in outs])),
+        *(dtype_code(outs[0]), group_size, _FORMATS[format], nf4_values(outs[0].device).data_ptr()),
+    )
+    return True
+
+
 def rademacher(out: Tensor, seed: int) -> bool:
     """See `sketch.fill_flat`."""
     library = usable(out)
@@ -163,6 +222,27 @@ def gaussian(out: Tensor, seed: int, device_seed: Tensor | None, first: int) -> 
         out.device,
         *(out.data_ptr(), dtype_code(out), out.numel(), seed & MASK64),
         *(pointer(device_seed), first & MASK64),
+    )
+    return True
+
+
+def gaussian_list(
+    outs: list[Tensor], seeds: list[int], device_seeds: list[Tensor], scale: float
+) -> bool:
+    """See `normal.fill_list`."""
+    library = usable(*outs, *device_seeds)
+    if library is None or not alike(outs):
+        return False
+    for seed in device_seeds:
+        expect("device_seeds", seed, 1, torch.int64)
+    if len(device_seeds or seeds) != len(outs):
+        raise ValueError(f"{len(outs)} tensors have {len(device_seeds or seeds)} seeds")
+    library.call(
+        "gaussian_list",
+        outs[0].device,
+        *(len(outs), addresses(outs), int64s([out.numel() for out in outs])),
+        *(None, addresses(device_seeds)) if device_seeds else (int64s(seeds), None),
+        *(dtype_code(outs[0]), scale),
     )
     return True
 

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from . import adam as adam_reference
-from .arguments import MASK64, dtype_code, expect, expect_groups, pointer, usable
+from .arguments import (
+    MASK64,
+    addresses,
+    alike,
+    dtype_code,
+    expect,
+    expect_groups,
+    int64s,
+    pointer,
+    usable,
+)
 from .blockwise import both_tables
 from .groups import group_count
-
-
-def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
-    return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
-
-
-def _sizes(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
-    return (ctypes.c_int64 * len(values))(*values)
 
 
 def _expect_like(grads: list[Tensor], tensors: list[Tensor]) -> None:
@@ -77,9 +76,9 @@ def adam(
     library.call(
         "adam",
         grads[0].device,
-        *(len(grads), _addresses(grads), _addresses(exp_avgs), _addresses(exp_avg_sqs)),
-        *(_addresses(directions), _addresses(grad_norms), _addresses(direction_norms)),
-        *(_sizes([rows for rows, _ in shapes]), _sizes([columns for _, columns in shapes])),
+        *(len(grads), addresses(grads), addresses(exp_avgs), addresses(exp_avg_sqs)),
+        *(addresses(directions), addresses(grad_norms), addresses(direction_norms)),
+        *(int64s([rows for rows, _ in shapes]), int64s([columns for _, columns in shapes])),
         *(axis, dtype_code(grads[0]), dtype_code(exp_avgs[0]), dtype_code(directions[0])),
         *(beta1, beta2, eps, size, pointer(sizes)),
     )
@@ -112,8 +111,8 @@ def adam_weights(
     library.call(
         "adam_weights",
         grads[0].device,
-        *(len(grads), *map(_addresses, (weights, grads, exp_avgs, exp_avg_sqs))),
-        *(_sizes([t.numel() for t in grads]), dtype_code(grads[0]), dtype_code(exp_avgs[0])),
+        *(len(grads), *map(addresses, (weights, grads, exp_avgs, exp_avg_sqs))),
+        *(int64s([t.numel() for t in grads]), dtype_code(grads[0]), dtype_code(exp_avgs[0])),
         *(beta1, beta2, eps, size, decay_factor, alpha, pointer(sizes)),
     )
     return True
@@ -148,30 +147,28 @@ def adam_8bit(
     library.call(
         "adam_8bit",
         grads[0].device,
-        *(len(grads), *map(_addresses, lists), _sizes([t.numel() for t in grads])),
+        *(len(grads), *map(addresses, lists), int64s([t.numel() for t in grads])),
         *(dtype_code(grads[0]), dtype_code(directions[0]), beta1, beta2, eps, size, pointer(sizes)),
         *(tables.data_ptr(), maps.data_ptr()),
     )
     return True
 
 
+def _strides(factors: Tensor | None) -> tuple[int, int]:
+    """Steps from the factor of one row, or column, to the next one's."""
+    if factors is None:
+        return 0, 0
+    rows, columns = factors.shape
+    return (columns if rows > 1 else 0, 1 if columns > 1 else 0)
+
+
 def _update(
     direction: Tensor | None, grad: Tensor | None, factors: Tensor | None
 ) -> tuple[object, ...]:
     """Pointers and types of an update's parts, and the strides of the factors."""
-    strides = (0, 0)
-    if factors is not None:
-        rows, columns = factors.shape
-        strides = (columns if rows > 1 else 0, 1 if columns > 1 else 0)
     return (
-        *(
-            pointer(direction),
-            dtype_code(direction),
-            pointer(grad),
-            dtype_code(grad),
-            pointer(factors),
-        ),
-        *strides,
+        *(pointer(direction), dtype_code(direction), pointer(grad), dtype_code(grad)),
+        *(pointer(factors), *_strides(factors)),
     )
 
 
@@ -215,6 +212,29 @@ def write_back(
         weight.device,
         *(weight.data_ptr(), dtype_code(weight), *_update(direction, grad, factors), *weight.shape),
         *(decay_factor, alpha, int(seed is not None), (seed or 0) & MASK64, first & MASK64),
+    )
+    return True
+
+
+def write_back_list(
+    weights: list[Tensor], grads: list[Tensor], factors: list[Tensor], decay_factor: float
+) -> bool:
+    """See `write_back.write_back_list`."""
+    library = usable(*weights, *grads, *factors)
+    if library is None or not alike([*weights, *grads]) or weights[0].numel() >= 1 << 31:
+        return False
+    for weight, grad, own in zip(weights, grads, factors, strict=True):
+        _expect_update(weight, None, grad, own)
+        if weight.shape != weights[0].shape or own.shape != factors[0].shape:
+            raise ValueError(
+                f"a weight is {tuple(weight.shape)} and its factors are {tuple(own.shape)}; all "
+                f"must be as the first, {tuple(weights[0].shape)} and {tuple(factors[0].shape)}"
+            )
+    library.call(
+        "write_back_list",
+        weights[0].device,
+        *(len(weights), addresses(weights), addresses(grads), addresses(factors)),
+        *(dtype_code(weights[0]), *_strides(factors[0]), *weights[0].shape, decay_factor),
     )
     return True
 

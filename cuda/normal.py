@@ -15,6 +15,8 @@ rounded to fp32, and the same a, and reach 6.66 standard deviations.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -67,16 +69,57 @@ def gaussian(
     if device is None:
         device = "cpu" if given is None else given.device
     out = torch.empty(shape, dtype=dtype, device=device)
-    if given is not None and (
-        given.dtype != torch.int64 or given.numel() != 1 or given.device != out.device
-    ):
-        raise ValueError(
-            f"seed is a tensor {tuple(given.shape)} {given.dtype} on {given.device}; it must have "
-            f"one entry of torch.int64 on {out.device}"
-        )
+    if given is not None:
+        _check_device_seed(given, out.device)
     number = 0 if isinstance(seed, Tensor) else signed_seed(seed)
     torch.ops.lowrank.gaussian(out.view(-1), number, given, first)
     return out
+
+
+def fill_gaussian(
+    outs: Sequence[Tensor], seeds: Sequence[int] | Sequence[Tensor], scale: float = 1.0
+) -> None:
+    """Fills tensors with N(0, scale^2) entries, each with what `gaussian` gives for its seed.
+
+    One launch for hundreds of tensors on a GPU; it can be captured as `gaussian` can.
+
+    Args:
+        outs: contiguous tensors of one floating dtype on one device.
+        seeds: of each, all numbers or all int64 tensors of one entry on that device.
+        scale: factor on the fp32 numbers (fp64 in fp64), before they are cast.
+
+    Raises:
+        ValueError: tensors of several types or devices, other numbers of seeds than of tensors, or
+            seeds of both kinds or of another type, size or device.
+    """
+    if not outs:
+        return
+    like, given = outs[0], [seed for seed in seeds if isinstance(seed, Tensor)]
+    if not like.dtype.is_floating_point or any(
+        out.dtype != like.dtype or out.device != like.device or not out.is_contiguous()
+        for out in outs
+    ):
+        raise ValueError(
+            "tensors to fill must be contiguous and have one floating dtype and one device; they "
+            f"are {sorted({f'{out.dtype} on {out.device}' for out in outs})}"
+        )
+    if len(seeds) != len(outs) or len(given) not in (0, len(outs)):
+        raise ValueError(
+            f"{len(outs)} tensors with {len(seeds)} seeds, of which {len(given)} are tensors; "
+            "there must be a seed for each, and all or none must be tensors"
+        )
+    for seed in given:
+        _check_device_seed(seed, like.device)
+    numbers = [signed_seed(seed) for seed in seeds if not isinstance(seed, Tensor)]
+    torch.ops.lowrank.gaussian_list(list(outs), numbers, given, scale)
+
+
+def _check_device_seed(seed: Tensor, device: torch.device) -> None:
+    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
+        raise ValueError(
+            f"seed is a tensor {tuple(seed.shape)} {seed.dtype} on {seed.device}; it must have "
+            f"one entry of torch.int64 on {device}"
+        )
 
 
 def fill_flat(flat: Tensor, seed: int, device_seed: Tensor | None, first: int) -> None:
@@ -99,6 +142,28 @@ def fill_flat(flat: Tensor, seed: int, device_seed: Tensor | None, first: int) -
         drawn = normals(words(counter, count, NORMALS, key, flat.device))
         begin = max(start, skip)
         flat[begin - skip : stop - skip].copy_(drawn[begin - start : stop - start])
+
+
+def fill_list(
+    outs: list[Tensor], seeds: list[int], device_seeds: list[Tensor], scale: float
+) -> None:
+    """The reference of `torch.ops.lowrank.gaussian_list`: what `gaussian` draws, times `scale`.
+
+    Args:
+        outs: filled; of one floating dtype. Products are rounded to fp32 (fp64 in fp64), then cast.
+        seeds: a key each.
+        device_seeds: int64 of one entry for each, in place of `seeds`; or none.
+        scale: factor on all.
+    """
+    keys: list[tuple[int, Tensor | None]] = [(0, seed) for seed in device_seeds]
+    keys = keys or [(seed, None) for seed in seeds]
+    for out, (number, given) in zip(outs, keys, strict=True):
+        wide = torch.promote_types(out.dtype, torch.float32)
+        drawn = out if out.dtype == wide else torch.empty_like(out, dtype=wide)
+        fill_flat(drawn.view(-1), number, given, 0)
+        drawn.mul_(scale)
+        if drawn is not out:
+            out.copy_(drawn)
 
 
 def normals(words_4k: Tensor) -> Tensor:

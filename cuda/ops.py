@@ -17,6 +17,7 @@ from . import (
     adam,
     blockwise,
     groups,
+    growth,
     int4,
     library,
     native_quantize,
@@ -57,6 +58,11 @@ OPERATIONS: dict[str, tuple[str, Implementation, Implementation]] = {
         groups.dequantize_flat,
         native_quantize.dequantize_groups,
     ),
+    "dequantize_groups_list": (
+        "Tensor[] codes, Tensor[] scales, Tensor[] zeros, Tensor(a!)[] outs, int group_size",
+        groups.dequantize_list,
+        native_quantize.dequantize_groups_list,
+    ),
     "quantize_int4": (
         "Tensor x, Tensor(a!) codes, Tensor(b!) scales, Tensor(c!)? zeros, str format, "
         "int group_size",
@@ -68,11 +74,22 @@ OPERATIONS: dict[str, tuple[str, Implementation, Implementation]] = {
         int4.dequantize_flat,
         native_quantize.dequantize_int4,
     ),
+    "dequantize_int4_list": (
+        "Tensor[] codes, Tensor[] scales, Tensor[] zeros, Tensor(a!)[] outs, str format, "
+        "int group_size",
+        int4.dequantize_list,
+        native_quantize.dequantize_int4_list,
+    ),
     "rademacher": ("Tensor(a!) out, int seed", sketch.fill_flat, native_quantize.rademacher),
     "gaussian": (
         "Tensor(a!) out, int seed, Tensor? device_seed, int first",
         normal.fill_flat,
         native_quantize.gaussian,
+    ),
+    "gaussian_list": (
+        "Tensor(a!)[] outs, int[] seeds, Tensor[] device_seeds, float scale",
+        normal.fill_list,
+        native_quantize.gaussian_list,
     ),
     "stochastic_bfloat16": (
         "Tensor x, Tensor(a!) out, int seed, int first",
@@ -99,10 +116,20 @@ OPERATIONS: dict[str, tuple[str, Implementation, Implementation]] = {
         adam.adam_8bit,
         native_update.adam_8bit,
     ),
+    "limit_growth": (
+        "Tensor(a!)[] stored, Tensor norms, Tensor? good, Tensor(b!) factors, float limit",
+        growth.limit_flat,
+        growth.limit_growth,
+    ),
     "write_back": (
         f"Tensor(a!) weight, {_UPDATE}, float decay_factor, float alpha, int? seed, int first",
         writing.write_back,
         native_update.write_back,
+    ),
+    "write_back_list": (
+        "Tensor(a!)[] weights, Tensor[] grads, Tensor[] factors, float decay_factor",
+        writing.write_back_list,
+        native_update.write_back_list,
     ),
     "write_back_int8": (
         f"Tensor(a!) codes, Tensor(b!) scales, Tensor(c!) zeros, {_UPDATE}, int group_size, "

@@ -3,6 +3,8 @@
     W <- decay_factor W - alpha D - f o G
 
 D is an update in the weight's shape, G a gradient and f its factors by row, by column or neither.
+Where a factor is exactly 0 nothing of G is taken, not even NaN or infinity: so a gradient that
+isn't finite is left out by numbers on the device.
 A bf16 weight may be rounded stochastically; groups of an INT8 weight that change get a new range
 and stochastic codes. The noise of an entry depends on the seed and its position alone.
 """
@@ -51,6 +53,21 @@ def write_back(
             stochastic_flat(chunk, weight[span], seed, first + start * columns)
         else:
             weight[span].copy_(chunk)
+
+
+def write_back_list(
+    weights: list[Tensor], grads: list[Tensor], factors: list[Tensor], decay_factor: float
+) -> None:
+    """The reference of `torch.ops.lowrank.write_back_list`: W <- decay_factor W - f o G of each.
+
+    Args:
+        weights: k x n, contiguous, of one shape and dtype; changed in place.
+        grads: of their shape and dtype.
+        factors: as in `write_back`, of one shape.
+        decay_factor: as in `write_back`.
+    """
+    for weight, grad, own in zip(weights, grads, factors, strict=True):
+        write_back(weight, None, grad, own, decay_factor, 0.0, None, 0)
 
 
 def write_back_int8(
@@ -143,4 +160,5 @@ def _apply(
         wide_kn.sub_(direction[span].to(wide_kn.dtype) * alpha)
     if grad is not None and factors is not None:
         own = factors[span] if factors.shape[0] > 1 else factors
-        wide_kn.sub_(grad[span].to(wide_kn.dtype) * own.to(wide_kn.dtype))
+        own = own.to(wide_kn.dtype)
+        wide_kn.sub_(torch.where(own != 0, grad[span].to(wide_kn.dtype) * own, 0.0))

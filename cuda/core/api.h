@@ -11,7 +11,7 @@
 #define LOWRANK_API extern "C" __attribute__((visibility("default")))
 
 // Which version of this interface the library has; changed with any signature.
-#define LOWRANK_ABI 3
+#define LOWRANK_ABI 4
 
 LOWRANK_API int lowrank_abi();
 // What an error code means.
@@ -43,6 +43,11 @@ LOWRANK_API int lowrank_quantize_groups(const void* x, int dtype, std::uint8_t* 
 LOWRANK_API int lowrank_dequantize_groups(const std::uint8_t* codes, const void* scales,
                                           const void* zeros, int scale_dtype, void* out, int dtype,
                                           std::int64_t numel, std::int64_t group, void* stream);
+// `count` tensors, all of the same types.
+LOWRANK_API int lowrank_dequantize_groups_list(
+    int count, const std::uint8_t* const* codes, const void* const* scales,
+    const void* const* zeros, int scale_dtype, void* const* outs, const std::int64_t* numels,
+    int dtype, std::int64_t group, void* stream);
 
 // Four-bit quantisation in groups of an even size, two codes a byte. `zeros` is null in the
 // symmetric formats. `share` is the scale over what a group spans; see core/groups.h.
@@ -54,6 +59,13 @@ LOWRANK_API int lowrank_dequantize_int4(const std::uint8_t* codes, const void* s
                                         const void* zeros, int scale_dtype, void* out, int dtype,
                                         std::int64_t numel, std::int64_t group, int format,
                                         const float* values, void* stream);
+// `count` tensors, all of the same types; `zeros` is null in the symmetric formats.
+LOWRANK_API int lowrank_dequantize_int4_list(int count, const std::uint8_t* const* codes,
+                                             const void* const* scales, const void* const* zeros,
+                                             int scale_dtype, void* const* outs,
+                                             const std::int64_t* numels, int dtype,
+                                             std::int64_t group, int format, const float* values,
+                                             void* stream);
 
 // Signs from Philox: entry i is bit i % 128 of counter i / 128.
 LOWRANK_API int lowrank_rademacher(void* out, int dtype, std::int64_t numel, std::uint64_t key,
@@ -62,6 +74,12 @@ LOWRANK_API int lowrank_rademacher(void* out, int dtype, std::int64_t numel, std
 // null, `device_key` points to one number where the library computes, which replaces `key`.
 LOWRANK_API int lowrank_gaussian(void* out, int dtype, std::int64_t numel, std::uint64_t key,
                                  const std::int64_t* device_key, std::uint64_t first, void* stream);
+// The same for `count` tensors of one type with a key each, times `scale`. If not null,
+// `device_keys` has a pointer for each and replaces `keys`.
+LOWRANK_API int lowrank_gaussian_list(int count, void* const* outs, const std::int64_t* numels,
+                                      const std::uint64_t* keys,
+                                      const std::int64_t* const* device_keys, int dtype,
+                                      float scale, void* stream);
 // Rounds fp32 to bf16 stochastically.
 LOWRANK_API int lowrank_stochastic_bfloat16(const float* x, std::uint16_t* out, std::int64_t numel,
                                             std::uint64_t seed, std::uint64_t first, void* stream);
@@ -89,24 +107,39 @@ LOWRANK_API int lowrank_adam_8bit(int count, const void* const* grads, void* con
 
 // Adam and the update of `count` weights in one pass: weight = keep * weight - alpha * delta, with
 // the delta of `lowrank_adam`. Weights and gradients are of type `dtype`. `device_sizes`, if not
-// null, points to (eps, size, keep, alpha) of each tensor, where the library computes.
+// null, points to (eps, size, keep, alpha) of each tensor, where the library computes. The gradient
+// of a tensor whose size there is 0 counts as zero, even if it is NaN.
 LOWRANK_API int lowrank_adam_weights(int count, void* const* weights, const void* const* grads,
                                      void* const* exp_avgs, void* const* exp_avg_sqs,
                                      const std::int64_t* numels, int dtype, int state_dtype,
                                      double beta1, double beta2, float eps, float size, float keep,
                                      float alpha, const float* device_sizes, void* stream);
 
+// Fira's limiter on `count` norms: writes a factor for each and advances what stored[i] points to.
+// Those without a flag in `good`, if that is not null, keep it and have a factor of 1.
+LOWRANK_API int lowrank_limit_growth(int count, float* const* stored, const float* norms,
+                                     const std::uint8_t* good, float* factors, float limit,
+                                     void* stream);
+
 // weight = keep * weight - alpha * delta - factor * grad on contiguous rows. `delta` or `grad` may
-// be null. The factor of entry (i, j) is factors[i * row_stride + j * column_stride]. bf16 weights
-// are rounded stochastically where `stochastic` is not 0; `first` is the position of entry (0, 0).
+// be null. The factor of entry (i, j) is factors[i * row_stride + j * column_stride]; where it is 0
+// nothing is taken of `grad`, not even NaN. bf16 weights are rounded stochastically where
+// `stochastic` is not 0; `first` is the position of entry (0, 0).
 LOWRANK_API int lowrank_write_back(void* weight, int dtype, const void* delta, int delta_dtype,
                                    const void* grad, int grad_dtype, const float* factors,
                                    std::int64_t row_stride, std::int64_t column_stride,
                                    std::int64_t rows, std::int64_t columns, float keep, float alpha,
                                    int stochastic, std::uint64_t seed, std::uint64_t first,
                                    void* stream);
-// The same on whole groups of an INT8 weight: groups that change get a new range and stochastic
-// codes.
+// weight = keep * weight - factor * grad on `count` matrices of one shape, with fewer than 2^31
+// entries, and one type.
+LOWRANK_API int lowrank_write_back_list(int count, void* const* weights, const void* const* grads,
+                                        const float* const* factors, int dtype,
+                                        std::int64_t row_stride, std::int64_t column_stride,
+                                        std::int64_t rows, std::int64_t columns, float keep,
+                                        void* stream);
+// `lowrank_write_back` on whole groups of an INT8 weight: groups that change get a new range and
+// stochastic codes.
 LOWRANK_API int lowrank_write_back_int8(std::uint8_t* codes, void* scales, void* zeros,
                                         int scale_dtype, const void* delta, int delta_dtype,
                                         const void* grad, int grad_dtype, const float* factors,

@@ -62,6 +62,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     step.size = device_sizes[4 * t + 1];
     write = {device_sizes[4 * t + 2], device_sizes[4 * t + 3]};
   }
+  const bool counts = device_sizes == nullptr || step.size != 0.0f;
   const std::int64_t numel = tensors.rows[t];
   const std::int64_t start = place.block * kFlatEntries;
   const std::int64_t stop = start + kFlatEntries < numel ? start + kFlatEntries : numel;
@@ -76,7 +77,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
     load_floats(weight, stop - at, w);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      w[i] = written(w[i], adam_entry(g[i], m[i], v[i], step), 0.0f, write);
+      const float grad = counts ? g[i] : 0.0f;
+      w[i] = written(w[i], adam_entry(grad, m[i], v[i], step), 0.0f, write);
     }
     store_floats(exp_avg, stop - at, m);
     store_floats(exp_avg_sq, stop - at, v);
@@ -195,7 +197,7 @@ int lowrank_adam(int count, const void* const* grads, void* const* exp_avgs,
           return launch(kernel, blocks, kThreads, stream, tensors, step,
                         sizes_from(device_sizes, begin));
         };
-        return in_batches(count, fill, start);
+        return in_batches<Tensors>(count, fill, start);
       });
 }
 
@@ -219,6 +221,6 @@ int lowrank_adam_weights(int count, void* const* weights, const void* const* gra
       return launch(weights_kernel<W, S, kMost>, blocks, kThreads, stream, tensors, step,
                     WriteBack{keep, alpha}, sizes);
     };
-    return in_batches(count, fill, start);
+    return in_batches<Tensors>(count, fill, start);
   });
 }

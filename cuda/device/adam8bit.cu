@@ -105,6 +105,6 @@ int lowrank_adam_8bit(int count, const void* const* grads, void* const* exp_avgs
       return launch(adam_8bit_kernel<G, D, kMost>, blocks, kThreads, stream, tensors, step,
                     sizes_from(device_sizes, begin), tables, maps);
     };
-    return in_batches(count, fill, start);
+    return in_batches<Tensors>(count, fill, start);
   });
 }

@@ -1,7 +1,7 @@
 // Random signs and stochastic rounding.
 #include "../core/api.h"
 #include "../core/normal.h"
-#include "warp.h"
+#include "lists.h"
 
 namespace lowrank {
 namespace {
@@ -24,6 +24,16 @@ __global__ void __launch_bounds__(kThreads, kResident)
   }
 }
 
+// Eight numbers from counter `counter` on.
+__device__ __forceinline__ void normals_from(std::uint64_t key, std::uint64_t counter,
+                                             float (&values)[kVector]) {
+#pragma unroll
+  for (int i = 0; i < kVector / kNormals; ++i) {
+    normals_of(philox(key, counter + static_cast<std::uint64_t>(i), kForNormals),
+               values + i * kNormals);
+  }
+}
+
 // Lanes take two counters each. The first `first % 4` numbers lie before the tensor.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kResident)
@@ -37,11 +47,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     const std::uint64_t counter =
         first / kNormals + static_cast<std::uint64_t>(at + skip) / kNormals;
     float values[kVector];
-#pragma unroll
-    for (int i = 0; i < kVector / kNormals; ++i) {
-      normals_of(philox(key, counter + static_cast<std::uint64_t>(i), kForNormals),
-                 values + i * kNormals);
-    }
+    normals_from(key, counter, values);
     if (at >= 0) {
       store_floats(out + at, numel - at, values);
       continue;
@@ -50,6 +56,37 @@ __global__ void __launch_bounds__(kThreads, kResident)
     for (int i = 0; i < kVector; ++i) {
       if (at + i >= 0 && at + i < numel) out[at + i] = from_float<T>(values[i]);
     }
+  }
+}
+
+// Tensors of normal numbers, with a key each.
+template <int kMost>
+struct Normals : Blocks<kMost> {
+  void* outs[kMost];
+  const std::int64_t* device_keys[kMost];  // null where `keys` has it
+  std::uint64_t keys[kMost];
+  std::int64_t numels[kMost];
+};
+
+constexpr std::int64_t kNormalEntries = kThreads * kVector * 4;  // of a block
+
+template <typename T, int kMost>
+__global__ void __launch_bounds__(kThreads, kResident)
+    gaussian_list_kernel(const Normals<kMost> __grid_constant__ normals, float scale) {
+  const Place place = place_of(normals, static_cast<int>(blockIdx.x));
+  const int t = place.tensor;
+  const std::int64_t* given = normals.device_keys[t];
+  const std::uint64_t key = given == nullptr ? normals.keys[t] : static_cast<std::uint64_t>(*given);
+  T* out = static_cast<T*>(normals.outs[t]);
+  const std::int64_t numel = normals.numels[t];
+  const std::int64_t start = place.block * kNormalEntries;
+  const std::int64_t stop = start + kNormalEntries < numel ? start + kNormalEntries : numel;
+  for (std::int64_t at = start + threadIdx.x * kVector; at < stop; at += kThreads * kVector) {
+    float values[kVector];
+    normals_from(key, static_cast<std::uint64_t>(at) / kNormals, values);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) values[i] *= scale;
+    store_floats(out + at, stop - at, values);
   }
 }
 
@@ -89,6 +126,24 @@ int lowrank_gaussian(void* out, int dtype, std::int64_t numel, std::uint64_t key
   return dispatch(dtype, [&]<typename T>(T*) {
     return launch(gaussian_kernel<T>, numel == 0 ? 0 : blocks_for(spans), kThreads, stream,
                   static_cast<T*>(out), numel, key, device_key, first);
+  });
+}
+
+int lowrank_gaussian_list(int count, void* const* outs, const std::int64_t* numels,
+                          const std::uint64_t* keys, const std::int64_t* const* device_keys,
+                          int dtype, float scale, void* stream) {
+  const auto fill = [&](auto& normals, int i, int t) {
+    normals.outs[i] = outs[t];
+    normals.device_keys[i] = device_keys == nullptr ? nullptr : device_keys[t];
+    normals.keys[i] = device_keys == nullptr ? keys[t] : 0;
+    normals.numels[i] = numels[t];
+    return ceil_divide(numels[t], kNormalEntries);
+  };
+  return dispatch(dtype, [&]<typename T>(T*) {
+    const auto start = [&]<int kMost>(const Normals<kMost>& normals, int blocks, int) {
+      return launch(gaussian_list_kernel<T, kMost>, blocks, kThreads, stream, normals, scale);
+    };
+    return in_batches<Normals>(count, fill, start);
   });
 }
 

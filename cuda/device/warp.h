@@ -132,7 +132,7 @@ struct Sharing {
   std::int64_t numel, group, groups;
   int shift;  // 2^shift lanes have a group
 
-  Sharing(std::int64_t numel, std::int64_t group)
+  LR_HD Sharing(std::int64_t numel, std::int64_t group)
       : numel(numel), group(group), groups(ceil_divide(numel, group)), shift(0) {
     while (shift < 5 && (kVector << shift) < group) ++shift;
   }

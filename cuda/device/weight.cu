@@ -3,7 +3,7 @@
 
 #include "../core/api.h"
 #include "../core/weight.h"
-#include "warp.h"
+#include "lists.h"
 
 namespace lowrank {
 namespace {
@@ -72,7 +72,8 @@ __device__ __forceinline__ void apply(const U& update, std::int64_t at, std::int
   const float* factor = update.factors + row * update.row_stride + column * update.column_stride;
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
-    if (i < count) values[i] -= entries[i] * *factor;
+    // As `scaled` of core/weight.h, in fewer registers.
+    if (i < count && *factor != 0.0f) values[i] -= entries[i] * *factor;
     factor += update.column_stride;
     if (++column == update.columns) {
       column = 0;
@@ -92,6 +93,35 @@ __global__ void __launch_bounds__(kThreads, kResident)
     load_floats(weight + at, numel - at, values);
     apply(update, at, numel - at, values);
     store_floats(weight + at, numel - at, values);
+  }
+}
+
+// Weights of one shape, their gradients and the factors of these.
+template <int kMost>
+struct Weights : Blocks<kMost> {
+  void* weights[kMost];
+  const void* grads[kMost];
+  const float* factors[kMost];
+};
+
+constexpr std::int64_t kWeightEntries = kThreads * kVector * 4;  // of a block
+
+// `update` lacks their addresses.
+template <typename T, typename U, int kMost>
+__global__ void __launch_bounds__(kThreads, kResident)
+    write_list_kernel(const Weights<kMost> __grid_constant__ list, U update, std::int64_t numel) {
+  const Place place = place_of(list, static_cast<int>(blockIdx.x));
+  const int t = place.tensor;
+  update.grad.data = static_cast<const T*>(list.grads[t]);
+  update.factors = list.factors[t];
+  T* weight = static_cast<T*>(list.weights[t]);
+  const std::int64_t start = place.block * kWeightEntries;
+  const std::int64_t stop = start + kWeightEntries < numel ? start + kWeightEntries : numel;
+  for (std::int64_t at = start + threadIdx.x * kVector; at < stop; at += kThreads * kVector) {
+    float values[kVector];
+    load_floats(weight + at, stop - at, values);
+    apply(update, at, stop - at, values);
+    store_floats(weight + at, stop - at, values);
   }
 }
 
@@ -277,6 +307,30 @@ int lowrank_write_back(void* weight, int dtype, const void* delta, int delta_dty
       }
       return launch(write_kernel<T, U>, blocks, kThreads, stream, entries, update, numel);
     });
+  });
+}
+
+int lowrank_write_back_list(int count, void* const* weights, const void* const* grads,
+                            const float* const* factors, int dtype, std::int64_t row_stride,
+                            std::int64_t column_stride, std::int64_t rows, std::int64_t columns,
+                            float keep, void* stream) {
+  const std::int64_t numel = rows * columns;
+  if (numel >= (std::int64_t{1} << 31)) return 1;  // cudaErrorInvalidValue
+  const auto fill = [&](auto& list, int i, int t) {
+    list.weights[i] = weights[t];
+    list.grads[i] = grads[t];
+    list.factors[i] = factors[t];
+    return ceil_divide(numel, kWeightEntries);
+  };
+  const Given given{nullptr,    kFloat32,      nullptr, dtype,   nullptr,
+                    row_stride, column_stride, rows,    columns, {keep, 0.0f}};
+  return dispatch(dtype, [&]<typename T>(T*) {
+    const auto update = given.typed<Missing, T>();
+    const auto start = [&]<int kMost>(const Weights<kMost>& list, int blocks, int) {
+      return launch(write_list_kernel<T, std::remove_const_t<decltype(update)>, kMost>, blocks,
+                    kThreads, stream, list, update, numel);
+    };
+    return in_batches<Weights>(count, fill, start);
   });
 }
 

@@ -60,10 +60,10 @@ void advance_with_norms(const G* grad, S* exp_avg, S* exp_avg_sq, D* delta, std:
 template <typename W, typename S>
 void advance_weights(W* __restrict__ weight, const W* __restrict__ grad, S* __restrict__ exp_avg,
                      S* __restrict__ exp_avg_sq, std::int64_t begin, std::int64_t end,
-                     const AdamStep& step, const WriteBack& write) {
+                     const AdamStep& step, const WriteBack& write, bool counts) {
   for (std::int64_t i = begin; i < end; ++i) {
     float m = to_float(exp_avg[i]), v = to_float(exp_avg_sq[i]);
-    const float delta = adam_entry(to_float(grad[i]), m, v, step);
+    const float delta = adam_entry(counts ? to_float(grad[i]) : 0.0f, m, v, step);
     weight[i] = from_float<W>(written(to_float(weight[i]), delta, 0.0f, write));
     exp_avg[i] = from_float<S>(m);
     exp_avg_sq[i] = from_float<S>(v);
@@ -133,12 +133,13 @@ int lowrank_adam_weights(int count, void* const* weights, const void* const* gra
       const float* own = device_sizes == nullptr ? nullptr : device_sizes + 4 * t;
       const AdamStep step = make_step(beta1, beta2, eps, size, own, 0);
       const WriteBack write = own == nullptr ? WriteBack{keep, alpha} : WriteBack{own[2], own[3]};
+      const bool counts = own == nullptr || own[1] != 0.0f;
       W* weight = static_cast<W*>(weights[t]);
       const W* grad = static_cast<const W*>(grads[t]);
       S* m = static_cast<S*>(exp_avgs[t]);
       S* v = static_cast<S*>(exp_avg_sqs[t]);
       parallel_for(numels[t], 1, kRounded, [&](std::int64_t begin, std::int64_t end) {
-        advance_weights(weight, grad, m, v, begin, end, step, write);
+        advance_weights(weight, grad, m, v, begin, end, step, write, counts);
       });
     }
     return 0;

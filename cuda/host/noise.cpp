@@ -30,6 +30,30 @@ void normals(std::uint64_t key, std::uint64_t counter, float* __restrict__ out) 
   }
 }
 
+// Numbers `first` and following, times `scale`.
+int fill_normals(void* out, int dtype, std::int64_t numel, std::uint64_t key, std::uint64_t first,
+                 float scale) {
+  constexpr std::int64_t kPart = kCounters * kNormals;
+  const std::int64_t skip = static_cast<std::int64_t>(first % kNormals);
+  return dispatch(dtype, [&]<typename T>(T*) {
+    T* numbers = static_cast<T*>(out);
+    parallel_for(ceil_divide(numel + skip, kPart), kPart, kComputed,
+                 [&](std::int64_t begin, std::int64_t end) {
+                   for (std::int64_t part = begin; part < end; ++part) {
+                     float fresh[kPart];
+                     normals(key, first / kNormals + static_cast<std::uint64_t>(part * kCounters),
+                             fresh);
+                     const std::int64_t start = part * kPart - skip;
+                     const std::int64_t from = std::max<std::int64_t>(0, -start);
+                     const std::int64_t to = std::min(kPart, numel - start);
+                     for (std::int64_t i = from; i < to; ++i)
+                       numbers[start + i] = from_float<T>(fresh[i] * scale);
+                   }
+                 });
+    return 0;
+  });
+}
+
 }  // namespace
 
 int lowrank_rademacher(void* out, int dtype, std::int64_t numel, std::uint64_t key, void*) {
@@ -57,25 +81,19 @@ int lowrank_rademacher(void* out, int dtype, std::int64_t numel, std::uint64_t k
 int lowrank_gaussian(void* out, int dtype, std::int64_t numel, std::uint64_t key,
                      const std::int64_t* device_key, std::uint64_t first, void*) {
   if (device_key != nullptr) key = static_cast<std::uint64_t>(*device_key);
-  constexpr std::int64_t kPart = kCounters * kNormals;
-  const std::int64_t skip = static_cast<std::int64_t>(first % kNormals);
-  return dispatch(dtype, [&]<typename T>(T*) {
-    T* numbers = static_cast<T*>(out);
-    parallel_for(ceil_divide(numel + skip, kPart), kPart, kComputed,
-                 [&](std::int64_t begin, std::int64_t end) {
-                   for (std::int64_t part = begin; part < end; ++part) {
-                     float fresh[kPart];
-                     normals(key, first / kNormals + static_cast<std::uint64_t>(part * kCounters),
-                             fresh);
-                     const std::int64_t start = part * kPart - skip;
-                     const std::int64_t from = std::max<std::int64_t>(0, -start);
-                     const std::int64_t to = std::min(kPart, numel - start);
-                     for (std::int64_t i = from; i < to; ++i)
-                       numbers[start + i] = from_float<T>(fresh[i]);
-                   }
-                 });
-    return 0;
-  });
+  return fill_normals(out, dtype, numel, key, first, 1.0f);
+}
+
+int lowrank_gaussian_list(int count, void* const* outs, const std::int64_t* numels,
+                          const std::uint64_t* keys, const std::int64_t* const* device_keys,
+                          int dtype, float scale, void*) {
+  for (int t = 0; t < count; ++t) {
+    const std::uint64_t key =
+        device_keys == nullptr ? keys[t] : static_cast<std::uint64_t>(*device_keys[t]);
+    const int error = fill_normals(outs[t], dtype, numels[t], key, 0, scale);
+    if (error != 0) return error;
+  }
+  return 0;
 }
 
 int lowrank_stochastic_bfloat16(const float* x, std::uint16_t* out, std::int64_t numel,

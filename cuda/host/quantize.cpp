@@ -223,3 +223,29 @@ int lowrank_dequantize_int4(const std::uint8_t* codes, const void* scales, const
     return 0;
   });
 }
+
+int lowrank_dequantize_groups_list(int count, const std::uint8_t* const* codes,
+                                   const void* const* scales, const void* const* zeros,
+                                   int scale_dtype, void* const* outs, const std::int64_t* numels,
+                                   int dtype, std::int64_t group, void* stream) {
+  for (int t = 0; t < count; ++t) {
+    const int error = lowrank_dequantize_groups(codes[t], scales[t], zeros[t], scale_dtype, outs[t],
+                                                dtype, numels[t], group, stream);
+    if (error != 0) return error;
+  }
+  return 0;
+}
+
+int lowrank_dequantize_int4_list(int count, const std::uint8_t* const* codes,
+                                 const void* const* scales, const void* const* zeros,
+                                 int scale_dtype, void* const* outs, const std::int64_t* numels,
+                                 int dtype, std::int64_t group, int format, const float* values,
+                                 void* stream) {
+  for (int t = 0; t < count; ++t) {
+    const int error = lowrank_dequantize_int4(
+        codes[t], scales[t], zeros == nullptr ? nullptr : zeros[t], scale_dtype, outs[t], dtype,
+        numels[t], group, format, values, stream);
+    if (error != 0) return error;
+  }
+  return 0;
+}

@@ -45,9 +45,13 @@ void residuals(const Update& update, std::int64_t first, std::int64_t length,
     const std::int64_t count = std::min(length - done, update.columns - column);
     const float* factor = update.factors + row * update.row_stride;
     if (update.column_stride == 0) {
-      for (std::int64_t i = 0; i < count; ++i) residual[done + i] *= factor[0];
+      for (std::int64_t i = 0; i < count; ++i) {
+        residual[done + i] = scaled(residual[done + i], factor[0]);
+      }
     } else {
-      for (std::int64_t i = 0; i < count; ++i) residual[done + i] *= factor[column + i];
+      for (std::int64_t i = 0; i < count; ++i) {
+        residual[done + i] = scaled(residual[done + i], factor[column + i]);
+      }
     }
     done += count;
   }
@@ -141,6 +145,19 @@ int lowrank_write_back(void* weight, int dtype, const void* delta, int delta_dty
                  });
     return 0;
   });
+}
+
+int lowrank_write_back_list(int count, void* const* weights, const void* const* grads,
+                            const float* const* factors, int dtype, std::int64_t row_stride,
+                            std::int64_t column_stride, std::int64_t rows, std::int64_t columns,
+                            float keep, void* stream) {
+  for (int t = 0; t < count; ++t) {
+    const int error =
+        lowrank_write_back(weights[t], dtype, nullptr, kFloat32, grads[t], dtype, factors[t],
+                           row_stride, column_stride, rows, columns, keep, 0.0f, 0, 0, 0, stream);
+    if (error != 0) return error;
+  }
+  return 0;
 }
 
 int lowrank_write_back_int8(std::uint8_t* codes, void* scales, void* zeros, int scale_dtype,

@@ -181,20 +181,42 @@ class SkippedUpdates:
             params: the parameters.
             called: the parameters' names.
         """
+        good_b, bad_b = self._flags(largest_entries(projected_b), params, called)
+        projected_b.masked_fill_(bad_b.view(-1, *[1] * (projected_b.dim() - 1)), 0.0)
+        return good_b
+
+    def flags(
+        self, grads: Sequence[Tensor], params: Sequence[Tensor], called: Sequence[str | None]
+    ) -> Tensor:
+        """Which gradients on a GPU are finite, as flags on their device; counted as by `gate`.
+
+        Args:
+            grads: none of them empty.
+            params: the parameters.
+            called: the parameters' names.
+        """
+        norms = list(torch._foreach_norm(list(grads), torch.inf))
+        if len({norm.dtype for norm in norms}) > 1:
+            norms = [norm.double() for norm in norms]
+        return self._flags(torch.stack(norms), params, called)[0]
+
+    def _flags(
+        self, largest_b: Tensor, params: Sequence[Tensor], called: Sequence[str | None]
+    ) -> tuple[Tensor, Tensor]:
+        """Which numbers are finite and which are not; the latter are counted."""
         key = tuple(map(id, params))
         found = self._unread.get(key)
         if found is not None and not found.is_of(params):
             self.read()
             found = None
         if found is None:
-            counts = torch.zeros(len(params), dtype=torch.int32, device=projected_b.device)
+            counts = torch.zeros(len(params), dtype=torch.int32, device=largest_b.device)
             shown = [label(name, param) for name, param in zip(called, params, strict=True)]
             found = self._unread[key] = Unread([ref(param) for param in params], shown, counts)
-        good_b: Tensor = largest_entries(projected_b) < torch.inf
+        good_b: Tensor = largest_b < torch.inf
         bad_b = good_b.logical_not()
-        projected_b.masked_fill_(bad_b.view(-1, *[1] * (projected_b.dim() - 1)), 0.0)
         found.counts.add_(bad_b)
-        return good_b
+        return good_b, bad_b
 
     def usable_together(
         self, projected_b: Tensor, params: Sequence[Tensor], called: Sequence[str | None]

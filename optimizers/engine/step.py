@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..projectors import MatrixKey, ProjectedParam
 from ..rules import UpdateRule
-from ..weights import apply_rule
+from ..weights import QuantizedWeight, apply_rule
 from .adapt import PendingMoments
 from .batching import read_steps, update_batches
 from .composition import Projection
@@ -41,30 +42,68 @@ def step_plain(plan: Plan, checks: Checks, given: Given = EVERYTHING) -> None:
     """
     group = plan.group
     found = [part for i in given.chosen(plan) for part in _plain_parts(plan, i)]
+    if checks.on and not checks.decided and _knows_flags(plan, found):
+        _step_gated(plan, found, checks)
+        return
     kept = checks.usable(
         [part.grad for part in found],
         [plan.params[part.position] for part in found],
         [part.name for part in found],
         [part.processes for part in found],
     )
-    chosen = [found[position] for position in kept]
-    params, states = [part.weight for part in chosen], [part.state for part in chosen]
-    # Captured steps are not grouped by step count, which would have to be read back.
-    steps = [0] * len(states) if group["capturable"] else read_steps(states)
-    entries = [part.entries for part in chosen]
-    spread = [part.processes for part in chosen]
-    for batch in update_batches(params, states, steps, entries, group, spread):
-        own = [states[position] for position in batch]
-        torch._foreach_add_([state["step"] for state in own], 1)
+    for batch in _plain_batches(plan, [found[position] for position in kept]):
+        states = [part.state for part in batch]
+        torch._foreach_add_([state["step"] for state in states], 1)
         apply_rule(
             plan.composition.rule,
-            [chosen[position].grad for position in batch],
-            own,
-            [params[position] for position in batch],
+            [part.grad for part in batch],
+            states,
+            [part.weight for part in batch],
             group.get("seed", 0),
-            [chosen[position].seed_name for position in batch],
+            [part.seed_name for part in batch],
             stochastic=group.get("stochastic_rounding", False),
         )
+
+
+def _plain_batches(plan: Plan, parts: Sequence[_PlainPart]) -> Iterator[list[_PlainPart]]:
+    weights, states = [part.weight for part in parts], [part.state for part in parts]
+    # Captured steps are not grouped by step count, which would have to be read back.
+    steps = [0] * len(states) if plan.group["capturable"] else read_steps(states)
+    entries = [part.entries for part in parts]
+    spread = [part.processes for part in parts]
+    for batch in update_batches(weights, states, steps, entries, plan.group, spread):
+        yield [parts[position] for position in batch]
+
+
+def _knows_flags(plan: Plan, parts: Sequence[_PlainPart]) -> bool:
+    """Whether flags on the device can leave out gradients, so that none is read."""
+    stochastic = plan.group.get("stochastic_rounding", False)
+    if not parts or stochastic or not all(part.processes.alone for part in parts):
+        return False
+    if any(isinstance(part.weight, QuantizedWeight) for part in parts):
+        return False
+    kinds = defaultdict(list)
+    for part in parts:
+        kinds[part.weight.dtype, part.weight.device].append(part)
+    rule = plan.composition.rule
+    return all(
+        rule.knows_flags(
+            [part.grad for part in own],
+            [part.state for part in own],
+            [part.weight for part in own],
+        )
+        for own in kinds.values()
+    )
+
+
+def _step_gated(plan: Plan, parts: Sequence[_PlainPart], checks: Checks) -> None:
+    for batch in _plain_batches(plan, parts):
+        states, grads = [part.state for part in batch], [part.grad for part in batch]
+        torch._foreach_add_([state["step"] for state in states], 1)
+        owners = [plan.params[part.position] for part in batch]
+        good_b = checks.skipped.flags(grads, owners, [part.name for part in batch])
+        weights = [part.weight for part in batch]
+        plan.composition.rule.apply_gated(grads, states, weights, good_b)
 
 
 @dataclass
@@ -191,8 +230,7 @@ def projected_params(plan: Plan, first: int, given: Given = EVERYTHING) -> list[
         for held, steps in zip(params, read_steps([p.state for p in params]), strict=True):
             held.steps_done = steps
     assert plan.composition.projection is not None
-    for held in params:
-        plan.composition.projection.residual.prepare(held)
+    plan.composition.projection.residual.prepare(params)
     return params
 
 
@@ -259,6 +297,8 @@ def _update_joined(
     good_b: Tensor | None = None
     if checks.on and _gates(projection):
         good_b = checks.skipped.gate(projected_b, owners, called)
+        for param, good in zip(batch, good_b.unbind(0), strict=True):
+            param.good = good
     elif checks.on and checks.reads:
         kept = checks.skipped.usable_together(projected_b, owners, called)
         if not kept:
@@ -278,9 +318,7 @@ def _update_joined(
 
 def _gates(projection: Projection) -> bool:
     """Whether all that follows a projection heeds flags on the device, so that none is read."""
-    projector = projection.projector
-    tracks = projector.TRACKS and projection.options.moments != "keep"
-    return projector.gates and not tracks and projection.residual.GATES
+    return projection.projector.gates and projection.residual.GATES
 
 
 def _update_batch(

@@ -19,7 +19,7 @@ from ..weights import QuantizedWeight
 from .composition import Projection
 from .devices import on_gpu
 from .geometry import Geometry, Side
-from .write import apply_update
+from .write import apply_updates
 
 
 def may_join(param: ProjectedParam) -> bool:
@@ -56,5 +56,4 @@ def update_together(
         # In one launch what the products with single weights would do.
         update = replace(update, direction=update.direction.to(weights[0].dtype))
     written = residual.compute_together(params, projected_b, update, projector, good_b)
-    for param, own in zip(params, written, strict=True):
-        apply_update(own, param, projection)
+    apply_updates(written, params, projection)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from lowrank.cuda.arguments import usable
 
 from ..projectors import ProjectedParam
 from ..residuals import WeightUpdate
 from ..weights import QuantizedWeight, editable_rows, fused_rows, rounding_seed
-from .chunks import row_chunks
+from .chunks import row_chunks, wide_dtype
 from .composition import Projection
 from .geometry import RowRange
 
@@ -36,9 +40,45 @@ def apply_update(update: WeightUpdate, param: ProjectedParam, projection: Projec
             )
         if update.scaled is not None:
             factors = update.scaled.of(rows, param.rows)
-            _take_off(weight_kn, param.grad[_span(rows, param.rows)], factors, update.scaled.alpha)
+            grad_kn, size = param.grad[_span(rows, param.rows)], update.scaled.alpha
+            if update.scaled.gated:
+                factors = factors if size == 1.0 else factors * size
+                torch.ops.lowrank.write_back(
+                    weight_kn, None, grad_kn, factors.to(wide_dtype(factors)), 1.0, 0.0, None, 0
+                )
+            else:
+                _take_off(weight_kn, grad_kn, factors, size)
         if update.edit is not None:
             update.edit(weight_kn, rows)
+
+
+def apply_updates(
+    updates: Sequence[WeightUpdate], params: Sequence[ProjectedParam], projection: Projection
+) -> None:
+    """`apply_update` of matrices of one shape; in one launch where no direction is subtracted."""
+    if not _fused_together(updates, params, projection):
+        for update, param in zip(updates, params, strict=True):
+            apply_update(update, param, projection)
+
+
+def _fused_together(
+    updates: Sequence[WeightUpdate], params: Sequence[ProjectedParam], projection: Projection
+) -> bool:
+    first, weights = updates[0], [param.weight.detach() for param in params]
+    if projection.options.stochastic_rounding or isinstance(params[0].weight, QuantizedWeight):
+        return False
+    factors: list[Tensor] = []
+    for update in updates:
+        other = update.direction is not None or update.edit is not None
+        if other or update.scaled is None or update.decay_factor != first.decay_factor:
+            return False
+        scaled = update.scaled
+        factors.append(scaled.factors if scaled.alpha == 1.0 else scaled.factors * scaled.alpha)
+    grads = [param.grad for param in params]
+    if isinstance(first.decay_factor, Tensor) or usable(*weights, *grads, *factors) is None:
+        return False
+    torch.ops.lowrank.write_back_list(weights, grads, factors, first.decay_factor)
+    return True
 
 
 def _take_off(weight_kn: Tensor, grad_kn: Tensor, factors: Tensor, alpha: float) -> None:

@@ -48,6 +48,8 @@ class ProjectedParam:
         read: cache of the bases during this step; None after they change.
         projected: this process's part of the projected gradient, where only that is known.
         scratch: what a projector leaves for the residual of this step.
+        good: a flag on the device, 0-d, where the host doesn't know whether the gradient is finite;
+            what counts as zero otherwise is the projected gradient, not `grad`.
     """
 
     weight: Tensor
@@ -65,6 +67,7 @@ class ProjectedParam:
     read: Bases | None = None
     projected: Tensor | None = None
     scratch: dict[str, Tensor] = field(default_factory=dict)
+    good: Tensor | None = None
 
     @property
     def owner(self) -> Tensor:
@@ -312,7 +315,7 @@ class Projector(ABC):
 
     @property
     def gates(self) -> bool:
-        """Whether `track_together` heeds flags on the device, or there is nothing to track."""
+        """Whether `track` and `track_together` heed `good`, or there is nothing to track."""
         return not self.TRACKS
 
     def track_together(

@@ -210,6 +210,8 @@ class OnlineProjector(SingularProjector):
         count: Tensor = param.state["step"]
         moved_dr = self.bases(param)[0].clone()
         grad_dr = self.gradient(param, projected)
+        if param.good is not None:
+            grad_dr.masked_fill_(param.good.logical_not(), 0.0)
         rule = self._rule(capturable=count.is_cuda, fused=moved_dr.dtype == grad_dr.dtype)
         # The number of tracking steps of this basis, including this one.
         state = {**self._moments(param), "step": count - (1 + refreshed)}
@@ -246,7 +248,7 @@ class OnlineProjector(SingularProjector):
     @property
     def gates(self) -> bool:
         """See `Projector.gates`."""
-        return self.dtype is None and self.storage == DenseBasis()
+        return True
 
     @exact_fp32()
     def track_together(
@@ -256,7 +258,7 @@ class OnlineProjector(SingularProjector):
         good_b: Tensor | None = None,
     ) -> None:
         """See `Projector.track_together`."""
-        if not self.gates:
+        if self.dtype is not None or self.storage != DenseBasis():
             super().track_together(params, projected_b, good_b)
             return
         groups: dict[int, list[int]] = defaultdict(list)

@@ -146,25 +146,27 @@ class RandomProjector(Projector):
         return fitted
 
     def bases_together(self, params: Sequence[ProjectedParam]) -> list[Tensor]:
-        """See `Projector.bases_together`: all but the drawing itself is for all at once."""
+        """See `Projector.bases_together`: drawn as a list, in the gradients' precision."""
         first = params[0]
         if not self._drawn or first.read is not None:
             return super().bases_together(params)
         ((key, shape),) = first.geometry.basis_shapes.items()
-        drawn_b = first.grad.new_empty(len(params), *shape, dtype=wide_dtype(first.weight))
-        for param, out in zip(params, drawn_b.unbind(0), strict=True):
-            if self.capturable:
-                torch.ops.lowrank.gaussian(out.view(-1), 0, param.state[key + SEED], 0)
-            else:
-                (seed,) = self._seeds(param, int(param.state["refreshed_at"]))
-                torch.ops.lowrank.gaussian(out.view(-1), signed_seed(seed), None, 0)
-        return list(drawn_b.mul_(shape[1] ** -0.5).to(first.grad.dtype).unbind(0))
+        drawn = list(first.grad.new_empty(len(params), *shape).unbind(0))
+        seeds: list[int] | list[Tensor]
+        if self.capturable:
+            seeds = [param.state[key + SEED] for param in params]
+        else:
+            seeds = [self._seeds(param, int(param.state["refreshed_at"]))[0] for param in params]
+        cuda.fill_gaussian(drawn, seeds, shape[1] ** -0.5)
+        for param, basis in zip(params, drawn, strict=True):
+            param.read = (basis,)
+        return drawn
 
     def scratch_entries(self, geometry: Geometry) -> int:
-        """See `Projector.scratch_entries`: all that are drawn, and their copies."""
+        """See `Projector.scratch_entries`: all that are drawn."""
         if not self._drawn:
             return super().scratch_entries(geometry)
-        return 2 * sum(size * rank for size, rank in geometry.basis_shapes.values())
+        return sum(size * rank for size, rank in geometry.basis_shapes.values())
 
     def _read(self, param: ProjectedParam) -> Bases:
         if not self._drawn:

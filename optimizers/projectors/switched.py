@@ -152,6 +152,11 @@ class SwitchedProjector(SingularProjector):
         # All of them, so that the signs of the first basis, which a solver chooses, never matter.
         return align_signs(torch.cat([top_dk, others], 1), old_dr)
 
+    @property
+    def gates(self) -> bool:
+        """See `Projector.gates`."""
+        return True
+
     @exact_fp32()
     def track(self, param: ProjectedParam, projected: Tensor) -> None:
         """Advances the covariance; the basis stays."""
@@ -163,4 +168,6 @@ class SwitchedProjector(SingularProjector):
             square_rr = wide @ wide.mT
         else:
             square_rr = param.rows.processes.sum(wide.mT @ wide)
+        if param.good is not None:
+            square_rr = torch.where(param.good, square_rr, covariance)
         covariance.lerp_(square_rr, 1 - self.tracking_beta)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ..engine.geometry import Geometry, RowRange
@@ -21,10 +22,12 @@ class ScaledPart:
     Attributes:
         factors: (1 or k, 1 or n), broadcast over the parameter's rows; in fp32 for an fp16 weight.
         alpha: step size.
+        gated: where a factor is 0 nothing is taken of G, which may be NaN there.
     """
 
     factors: Tensor
     alpha: float
+    gated: bool = False
 
     def of(self, rows: RowRange, held: RowRange) -> Tensor:
         """The factors of some of this process's rows."""
@@ -70,8 +73,11 @@ class Residual(ABC):
     NORMS: ClassVar[bool] = False
     #: Whether it uses the gradient outside the subspace.
     READS_GRADIENT: ClassVar[bool] = True
-    #: Whether `compute_together` heeds flags on the device, or doesn't read the gradient.
+    #: Whether `compute_together` heeds flags on the device. The general one does for residuals
+    #: without an `edit`, or one that leaves out gradients that aren't finite.
     GATES: ClassVar[bool] = False
+    #: Entries of its state that `compute_update` advances with the gradient.
+    ADVANCES: ClassVar[tuple[str, ...]] = ()
     #: Numbers of dimensions of the parameters it accepts.
     DIMENSIONS: ClassVar[tuple[int, ...]] = (2,)
     #: Entries of its state that have the weight's shape, and are spread over processes as it is.
@@ -104,8 +110,8 @@ class Residual(ABC):
         """Bytes that a process hands to collectives for a matrix with spread rows."""
         return 0
 
-    def prepare(self, param: ProjectedParam) -> None:  # noqa: B027 (optional)
-        """Called before a step's refreshes; may replace `param.grad`."""
+    def prepare(self, params: Sequence[ProjectedParam]) -> None:  # noqa: B027 (optional)
+        """Called before a step's refreshes; may replace each `grad`."""
 
     @abstractmethod
     def compute_update(
@@ -135,13 +141,32 @@ class Residual(ABC):
             projected_b: their projected gradients, B x ..., read only.
             update: see `UpdateRule.update_together`; its direction may be overwritten.
             projector: their projector.
-            good_b: flags on the device: other gradients count as zero; only given if it `GATES`.
+            good_b: flags on the device: other gradients count as zero, what `ADVANCES` names stays;
+                only given if it `GATES`.
         """
-        updates = apart(update, len(params))
-        return [
-            self.compute_update(param, projected, own, projector)
-            for param, projected, own in zip(params, projected_b.unbind(0), updates, strict=True)
-        ]
+        updates = zip(params, projected_b.unbind(0), apart(update, len(params)), strict=True)
+        if good_b is None:
+            return [
+                self.compute_update(param, projected, own, projector)
+                for param, projected, own in updates
+            ]
+        made = []
+        for (param, projected, own), good in zip(updates, good_b.unbind(0), strict=True):
+            former = {key: param.state[key].clone() for key in self.ADVANCES if key in param.state}
+            made.append(gated(self.compute_update(param, projected, own, projector), good))
+            for key, value in former.items():
+                param.state[key].copy_(torch.where(good, param.state[key], value))
+        return made
+
+
+def gated(update: WeightUpdate, good: Tensor) -> WeightUpdate:
+    """An update without direction and scaled gradient unless a flag on the device is set."""
+    direction, scaled = update.direction, update.scaled
+    if direction is not None:
+        direction = torch.where(good, direction, 0.0)
+    if scaled is not None:
+        scaled = ScaledPart(torch.where(good, scaled.factors, 0.0), scaled.alpha, gated=True)
+    return replace(update, direction=direction, scaled=scaled)
 
 
 def apart(update: Update, count: int) -> list[Update]:

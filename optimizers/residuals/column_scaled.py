@@ -57,6 +57,7 @@ class ColumnScaled(LimitedResidual):
         compensation_beta: b, decay of the squares by column.
     """
 
+    ADVANCES: ClassVar[tuple[str, ...]] = (MEANS, STATE_KEY)
     OPTIONS: ClassVar[tuple[str, ...]] = ("compensation_scale", "compensation_beta", "limiter")
 
     compensation_scale: float = 0.4

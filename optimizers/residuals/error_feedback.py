@@ -19,7 +19,7 @@ scaled; here gradients are the user's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -31,6 +31,7 @@ from ..engine.geometry import Geometry, Side
 from ..engine.processes import chunk_range
 from ..projectors import ProjectedParam, Projector, apply
 from ..projectors.block_power import FORMER_BASIS, FORMER_MOMENT
+from ..projectors.random import usable
 from ..rules import Update
 from .base import Residual, WeightUpdate
 
@@ -45,6 +46,8 @@ class ErrorFeedback(Residual):
         beta1: decay of the first moment; `for_group` fills it in.
     """
 
+    #: Of a gradient that isn't finite nothing is added to the error, and nothing is taken off it.
+    GATES: ClassVar[bool] = True
     WHOLE: ClassVar[tuple[str, ...]] = (ERROR,)
 
     beta1: float = 0.0
@@ -69,9 +72,11 @@ class ErrorFeedback(Residual):
         """See `Residual.step_traffic`: whether the gradient is finite."""
         return 2 * itemsize
 
-    def prepare(self, param: ProjectedParam) -> None:
-        """Adds the gradient to the error, which takes its place; one that isn't finite is left."""
-        if bool(param.largest_entry().isfinite()):
+    def prepare(self, params: Sequence[ProjectedParam]) -> None:
+        """Adds the gradients to the errors, which take their place; those not finite are left."""
+        for param, sound in zip(params, usable(params), strict=True):
+            if not sound:
+                continue
             error: Tensor = param.state[ERROR]
             if error.dtype == torch.float16:  # whose range sums of gradients may leave
                 error.nan_to_num_()

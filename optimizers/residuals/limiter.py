@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +49,9 @@ class LimitedResidual(Residual, ABC):
         limiter: largest growth of the norm, at least 1, or None for no limit.
     """
 
+    GATES: ClassVar[bool] = True
+    ADVANCES: ClassVar[tuple[str, ...]] = (STATE_KEY,)
+
     limiter: float | None = 1.01
 
     def __post_init__(self) -> None:
@@ -66,7 +69,12 @@ class LimitedResidual(Residual, ABC):
         return 0 if self.limiter is None else 4
 
     def limited_together(
-        self, params: Sequence[ProjectedParam], ratios_b: Tensor, update: Update, norms_b: Tensor
+        self,
+        params: Sequence[ProjectedParam],
+        ratios_b: Tensor,
+        update: Update,
+        norms_b: Tensor,
+        good_b: Tensor | None = None,
     ) -> Tensor:
         """`limited` of B matrices.
 
@@ -75,6 +83,7 @@ class LimitedResidual(Residual, ABC):
             ratios_b: B x 1 x n, B x m x 1 or B x 1 x 1, overwritten.
             update: of all.
             norms_b: the residual's norms with these ratios, B x 1 x 1.
+            good_b: flags on the device; the stored norms of others stay. Their ratios are 0.
         """
         if self.limiter is None:
             return ratios_b
@@ -84,7 +93,7 @@ class LimitedResidual(Residual, ABC):
         elif factor != 1.0:
             norms_b = norms_b / factor if factor else torch.zeros_like(norms_b)
         stored = [param.state[STATE_KEY] for param in params]
-        return ratios_b.mul_(limit_growth_together(stored, norms_b, self.limiter))
+        return ratios_b.mul_(limit_growth_together(stored, norms_b, self.limiter, good_b))
 
     def limited(
         self,

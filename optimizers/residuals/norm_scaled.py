@@ -124,25 +124,28 @@ class NormScaled(LimitedResidual):
         bases = projector.bases(params[0])
         half = projected_b.dtype == torch.float16
         if half or not self.scale or not keeps_norms(bases[0], projector, beta):
-            return super().compute_together(params, projected_b, update, projector)
+            return super().compute_together(params, projected_b, update, projector, good_b)
         axis = 0 if params[0].geometry.side is Side.LEFT else 1
         norms_b, step_norms_b = norms_together(projected_b, update, axis)
         ratios_b = step_norms_b / (norms_b + 1e-8)  # phi, times update.factor
         if self.limiter is not None:
             squares_b = gradient_norms_together(params, axis).square_()
             # As ||P R_j|| = ||R_j||; never below the rounding error, see `outside_norm`.
-            outside_b = torch.add(squares_b, norms_b.square(), alpha=beta * (beta - 2))
+            outside_b = torch.addcmul(squares_b, norms_b, norms_b, value=beta * (beta - 2))
             floor_b = squares_b.mul_(torch.finfo(squares_b.dtype).eps)
             outside_b = torch.maximum(outside_b, floor_b).sqrt_().mul_(ratios_b)
-            # A factor 0 leaves nothing of an infinite norm.
+            # A factor 0 leaves nothing of a norm that isn't finite.
             outside_b.nan_to_num_(nan=0.0, posinf=torch.inf)
-            ratios_b = self.limited_together(params, ratios_b, update, safe_norms(outside_b))
+            ratios_b = self.limited_together(
+                params, ratios_b, update, safe_norms(outside_b), good_b
+            )
         direction_b = update.direction.addcmul_(projected_b, ratios_b, value=-beta / self.scale)
         factors_b, alpha = ratios_b.mul_(update.alpha), update.alpha * self.scale
         if isinstance(alpha, Tensor):
             direction_b, alpha = direction_b.mul_(alpha), 1.0
         updates = apart(replace(update, direction=direction_b), len(params))
+        parts = [ScaledPart(factors, 1.0, gated=True) for factors in factors_b.unbind(0)]
         return [
-            WeightUpdate(own.direction, alpha, own.decay_factor, ScaledPart(factors, 1.0))
-            for own, factors in zip(updates, factors_b.unbind(0), strict=True)
+            WeightUpdate(own.direction, alpha, own.decay_factor, scaled)
+            for own, scaled in zip(updates, parts, strict=True)
         ]

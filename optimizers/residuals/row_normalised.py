@@ -13,6 +13,7 @@ left out, and so is a matrix whose subspace is the whole space.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,7 +25,7 @@ from ..engine.chunks import row_chunks, wide_dtype
 from ..engine.geometry import RowRange
 from ..projectors import ProjectedParam, Projector
 from ..rules import Update
-from .base import Residual, WeightUpdate
+from .base import Residual, WeightUpdate, apart
 from .sign import complete
 
 #: Rounding errors of G - P R, in units of G's last place.
@@ -40,6 +41,7 @@ class RowNormalised(Residual):
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = ("inactive_lr_scale",)
+    GATES: ClassVar[bool] = True
 
     inactive_lr_scale: float = 1.0
 
@@ -50,6 +52,33 @@ class RowNormalised(Residual):
         self, param: ProjectedParam, projected: Tensor, update: Update, projector: Projector
     ) -> WeightUpdate:
         """See the module; without host synchronisation on CUDA."""
+        return self._made(param, projected, update, projector, None)
+
+    def compute_together(
+        self,
+        params: Sequence[ProjectedParam],
+        projected_b: Tensor,
+        update: Update,
+        projector: Projector,
+        good_b: Tensor | None = None,
+    ) -> list[WeightUpdate]:
+        """See `Residual.compute_together`."""
+        if good_b is None:
+            return super().compute_together(params, projected_b, update, projector)
+        updates = zip(params, projected_b.unbind(0), apart(update, len(params)), strict=True)
+        return [
+            self._made(param, projected, own, projector, good.logical_not())
+            for (param, projected, own), good in zip(updates, good_b.unbind(0), strict=True)
+        ]
+
+    def _made(
+        self,
+        param: ProjectedParam,
+        projected: Tensor,
+        update: Update,
+        projector: Projector,
+        bad: Tensor | None,
+    ) -> WeightUpdate:
         rate = update.alpha if update.rate is None else update.rate
         size = rate * self.scale * self.inactive_lr_scale
         alpha = update.alpha * self.scale
@@ -64,6 +93,8 @@ class RowNormalised(Residual):
                 held = slice(part.start - first, part.stop - first)
                 outside = projector.outside(param, projected, held).to(factors.dtype)
                 outside.mul_(factors if len(factors) == 1 else factors[held])
+                if bad is not None:
+                    outside.masked_fill_(bad, 0.0)
                 weight_kn[span] = (weight_kn[span].to(factors.dtype) - outside * size).to(
                     weight_kn.dtype
                 )

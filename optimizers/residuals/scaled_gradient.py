@@ -120,13 +120,13 @@ class ScaledGradient(LimitedResidual):
             ratios_b.mul_(self.scale**0.5)
         if self.limiter is not None:
             whole_b = gradient_norms_together(params, axis).mul_(ratios_b)
-            # A factor 0 leaves nothing of an infinite norm.
+            # A factor 0 leaves nothing of a norm that isn't finite.
             whole_b.nan_to_num_(nan=0.0, posinf=math.inf)
-            ratios_b = self.limited_together(params, ratios_b, update, safe_norms(whole_b))
+            ratios_b = self.limited_together(params, ratios_b, update, safe_norms(whole_b), good_b)
         if not self.scale_front:
             ratios_b.mul_(self.scale**0.5)
         factors_b = ratios_b.mul_(update.alpha)
         return [
-            WeightUpdate(None, 1.0, own.decay_factor, ScaledPart(factors, 1.0))
+            WeightUpdate(None, 1.0, own.decay_factor, ScaledPart(factors, 1.0, gated=True))
             for own, factors in zip(apart(update, len(params)), factors_b.unbind(0), strict=True)
         ]

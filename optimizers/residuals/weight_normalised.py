@@ -20,7 +20,7 @@ Memory: 2 m numbers in fp32 (fp64), whole on every process. No m x n temporary i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -33,7 +33,7 @@ from ..engine.geometry import Geometry, RowRange
 from ..engine.processes import chunk_range
 from ..projectors import ProjectedParam, Projector
 from ..rules import Update
-from .base import Residual, WeightUpdate
+from .base import Residual, WeightUpdate, apart
 
 #: Least length after a step, as a share of the one before.
 SHRINKS = 0.5
@@ -51,6 +51,7 @@ class WeightNormalised(Residual):
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = ("magnitude_scale",)
+    GATES: ClassVar[bool] = True
 
     magnitude_scale: float = 0.1
     betas: tuple[float, float] = (0.9, 0.999)
@@ -94,9 +95,30 @@ class WeightNormalised(Residual):
         self, param: ProjectedParam, projected: Tensor, update: Update, projector: Projector
     ) -> WeightUpdate:
         """See the module."""
+        return self._made(param, update, projector, None)
+
+    def compute_together(
+        self,
+        params: Sequence[ProjectedParam],
+        projected_b: Tensor,
+        update: Update,
+        projector: Projector,
+        good_b: Tensor | None = None,
+    ) -> list[WeightUpdate]:
+        """See `Residual.compute_together`: lengths without a finite gradient stay."""
+        if good_b is None:
+            return super().compute_together(params, projected_b, update, projector)
+        updates = zip(params, apart(update, len(params)), good_b.unbind(0), strict=True)
+        return [self._made(param, own, projector, good) for param, own, good in updates]
+
+    def _made(
+        self, param: ProjectedParam, update: Update, projector: Projector, good: Tensor | None
+    ) -> WeightUpdate:
         alpha, decay_factor = float(update.alpha), float(update.decay_factor)
         made = WeightUpdate(update.direction, alpha * self.scale, decay_factor)
         norms, slopes = self._norms(param)
+        if good is not None:
+            slopes = torch.where(good, slopes, 0.0)
         moved = self._advance(param, slopes) * (alpha * float(update.factor))
         wanted = torch.maximum(
             norms * decay_factor - moved * self.magnitude_scale, norms * (decay_factor * SHRINKS)
@@ -113,7 +135,10 @@ class WeightNormalised(Residual):
                 held = slice(part.start - first, part.stop - first)
                 wide = weight_kn[span].to(norms.dtype)
                 new = wide.square().sum(1).sqrt()  # as `_norms`: equal rows have equal lengths
-                factors = torch.where((new > 0) & (norms[held] > 0), wanted[held] / new, 1.0)
+                live = (new > 0) & (norms[held] > 0)
+                if good is not None:
+                    live &= good
+                factors = torch.where(live, wanted[held] / new, 1.0)
                 weight_kn[span] = (wide * factors.unsqueeze(1)).to(weight_kn.dtype)
 
         return replace(made, edit=edit)

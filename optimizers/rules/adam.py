@@ -322,6 +322,31 @@ class Adam(ElementwiseRule):
             decay=1.0 - decay_factor,
         )
 
+    def knows_flags(
+        self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
+    ) -> bool:
+        """See `UpdateRule.knows_flags`: where the kernel for weights knows the types."""
+        if type(self) is not Adam or not all(map(on_gpu, weights)):
+            return False
+        known = self._has_kernel(list(grads), [self._moments(state)[0] for state in states])
+        alike = all(w.dtype == grads[0].dtype and w.is_contiguous() for w in weights)
+        return known and alike
+
+    def apply_gated(
+        self,
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        weights: Sequence[Tensor],
+        good_b: Tensor,
+    ) -> None:
+        """See `UpdateRule.apply_gated`."""
+        exp_avgs, exp_avg_sqs = (list(t) for t in zip(*map(self._moments, states), strict=True))
+        _, sizes, _, lr = joined_sizes(self, states, good_b)
+        assert sizes is not None
+        own = with_rates(sizes, self._decay_and_alpha(lr))
+        lists = list(weights), list(grads), exp_avgs, exp_avg_sqs
+        torch.ops.lowrank.adam_weights(*lists, *self.betas, 0.0, 0.0, 1.0, 1.0, own)
+
     def _apply_by_kernel(
         self,
         weights: list[Tensor],

@@ -198,6 +198,32 @@ class UpdateRule(ABC):
             for rows in row_chunks(weight, block=BLOCK):
                 add_update_(weight[rows], updates(rows))
 
+    def apply_gated(
+        self,
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        weights: Sequence[Tensor],
+        good_b: Tensor,
+    ) -> None:
+        """`apply` on a GPU, where `knows_flags`: gradients without a flag count as zero.
+
+        Args:
+            grads: as in `apply`; others may hold NaN.
+            states: as in `apply`.
+            weights: as in `apply`; the others only decay.
+            good_b: a flag on the device for each.
+
+        Raises:
+            NotImplementedError: not for rules whose `knows_flags` is False.
+        """
+        raise NotImplementedError(f"{type(self).__name__} doesn't leave out gradients by flags")
+
+    def knows_flags(
+        self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
+    ) -> bool:
+        """Whether `apply_gated` is defined for these."""
+        return False
+
     def first_moment(self, state: State) -> Tensor | None:
         """The current first moment, dequantised; None if the rule has none."""
         moment: Tensor | None = state.get("exp_avg")

@@ -26,12 +26,19 @@ def limit_growth(stored: Tensor, norm: Tensor, limit: float) -> Tensor:
     return factor
 
 
-def limit_growth_together(stored: Sequence[Tensor], norms_b: Tensor, limit: float) -> Tensor:
-    """`limit_growth` of B matrices: factors B x 1 x 1 for norms of that shape."""
-    stored_b = torch.stack(list(stored)).view(-1, 1, 1)
-    new_b = stored_b <= 0
-    largest_b = (stored_b + 1e-8).mul_(limit).masked_fill_(new_b, torch.inf)
-    factors_b = (largest_b / norms_b).clamp_(max=1.0).masked_fill_(new_b, 1.0)
-    kept_b = torch.minimum(norms_b, largest_b).to(stored_b.dtype)
-    torch._foreach_copy_(list(stored), list(kept_b.view(-1).unbind(0)))
+def limit_growth_together(
+    stored: Sequence[Tensor], norms_b: Tensor, limit: float, good_b: Tensor | None = None
+) -> Tensor:
+    """`limit_growth` of B matrices: factors B x 1 x 1 for norms of that shape.
+
+    Args:
+        stored: of each.
+        norms_b: of each.
+        limit: of all.
+        good_b: B flags on the device; the stored norms of the others stay, with a factor of 1.
+    """
+    factors_b = torch.empty_like(norms_b)
+    torch.ops.lowrank.limit_growth(
+        list(stored), norms_b.view(-1), good_b, factors_b.view(-1), limit
+    )
     return factors_b

@@ -12,7 +12,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import lcm
 from typing import Any, ClassVar
 
 import torch
@@ -63,17 +62,16 @@ class QuantizedBasis(BasisStorage):
         return flat.view(rows, columns)
 
     def read_together(self, states: Sequence[Mapping[str, Any]], key: str) -> list[Tensor]:
-        """As one basis, where none ends within a group or a byte."""
+        """See `BasisStorage.read_together`: by list operations."""
         rows, columns = states[0][f"{key}_rows"], states[0][f"{key}_columns"]
-        numel = rows * columns
-        if len(states) == 1 or numel % lcm(2, self.quant_group_size):
-            return super().read_together(states, key)
-        names = [name for name in (key, f"{key}_scales", f"{key}_zeros") if name in states[0]]
-        joined = {name: torch.cat([state[name] for state in states]) for name in names}
-        flat_b = self._dequantize(joined, key, numel * len(states)).view(len(states), numel)
+        flat_b = states[0][f"{key}_scales"].new_empty(len(states), rows * columns)
+        flats = list(flat_b.unbind(0))
+        names = (key, f"{key}_scales", f"{key}_zeros")
+        codes, scales, zeros = ([s[name] for s in states if name in s] for name in names)
+        self._dequantize_list(codes, scales, zeros, flats)
         if _by_vector(states[0], key):
-            return [flat.view(columns, rows).mT for flat in flat_b.unbind(0)]
-        return [flat.view(rows, columns) for flat in flat_b.unbind(0)]
+            return [flat.view(columns, rows).mT for flat in flats]
+        return [flat.view(rows, columns) for flat in flats]
 
     def scratch_entries(self, shape: tuple[int, int]) -> int:
         """All of them."""
@@ -91,6 +89,11 @@ class QuantizedBasis(BasisStorage):
 
     @abstractmethod
     def _dequantize(self, state: Mapping[str, Any], key: str, numel: int) -> Tensor: ...
+
+    @abstractmethod
+    def _dequantize_list(
+        self, codes: list[Tensor], scales: list[Tensor], zeros: list[Tensor], outs: list[Tensor]
+    ) -> None: ...
 
 
 def _by_vector(state: Mapping[str, Any], key: str) -> bool:
@@ -139,6 +142,13 @@ class Int4Basis(QuantizedBasis):
             self._packed(state, key), numel, self.quant_format, self.quant_group_size
         )
 
+    def _dequantize_list(
+        self, codes: list[Tensor], scales: list[Tensor], zeros: list[Tensor], outs: list[Tensor]
+    ) -> None:
+        torch.ops.lowrank.dequantize_int4_list(
+            codes, scales, zeros, outs, self.quant_format, self.quant_group_size
+        )
+
     @staticmethod
     def _packed(state: Mapping[str, Any], key: str) -> int4.Packed:
         return int4.Packed(state[key], state[f"{key}_scales"], state.get(f"{key}_zeros"))
@@ -170,6 +180,11 @@ class Int8Basis(QuantizedBasis):
 
     def _dequantize(self, state: Mapping[str, Any], key: str, numel: int) -> Tensor:
         return groups.dequantize_groups(*self._parts(state, key), self.quant_group_size)
+
+    def _dequantize_list(
+        self, codes: list[Tensor], scales: list[Tensor], zeros: list[Tensor], outs: list[Tensor]
+    ) -> None:
+        torch.ops.lowrank.dequantize_groups_list(codes, scales, zeros, outs, self.quant_group_size)
 
     @staticmethod
     def _parts(state: Mapping[str, Any], key: str) -> tuple[Tensor, Tensor, Tensor]:

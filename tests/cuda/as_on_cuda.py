@@ -23,7 +23,7 @@ _SAME = {
     *("eq", "ne", "lt", "le", "gt", "ge", "isfinite", "isnan", "isinf", "any", "bucketize"),
     *("bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_left_shift", "bitwise_right_shift"),
     *("promote_types", "result_type", "empty", "empty_like", "zeros", "zeros_like", "ones"),
-    *("arange", "copy", "_to_copy", "clone"),
+    *("arange", "copy", "_to_copy", "_foreach_copy", "clone"),
     *("full", "full_like", "empty_strided", "scalar_tensor", "lift_fresh", "fill", "zero"),
     *("view", "_unsafe_view", "slice", "select", "unsqueeze", "expand", "t", "transpose"),
     *("permute", "unbind", "stack", "cat", "index", "index_select", "detach", "alias", "split"),

@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from lowrank.cuda import gaussian, rademacher, status, using_kernels
+from lowrank.cuda import fill_gaussian, gaussian, rademacher, status, using_kernels
 from lowrank.optimizers.engine.geometry import Side
 from lowrank.optimizers.projectors import decompositions, orthonormal
 from lowrank.optimizers.projectors.operand import half_product
@@ -54,6 +54,11 @@ def normal_numbers_are_those_of_the_cpu(device: torch.device) -> None:
             with using_kernels(kernels):
                 made = gaussian((3001, 517), 123, dtype, device, first=5)
             assert torch.equal(made.cpu(), expected), (kernels, dtype)
+            filled = [torch.empty(3001, 517, dtype=dtype, device=device) for _ in range(20)]
+            with using_kernels(kernels):
+                fill_gaussian(filled, [123, *range(19)])
+            own = gaussian((3001, 517), 18, dtype)
+            assert torch.equal(filled[-1].cpu(), own), (kernels, dtype)
 
 
 def captured_normal_numbers_follow_the_seed(device: torch.device) -> None:

@@ -152,6 +152,18 @@ def groups_dequantize(d: Draw) -> None:
     exactly(run(d, "dequantize_groups", arguments, [3]))
 
 
+def groups_dequantize_list(d: Draw) -> None:
+    """Entries of each tensor of a list are the same to the bit."""
+    counts = [d.integer(1, 3000) for _ in range(d.one(1, 2, 20))]
+    kind, group = d.one(*DTYPES), d.one(31, 64, 256, 300)
+    scales = [d.tensor(-(-count // group), dtype=kind).abs() for count in counts]
+    zeros = [d.integers(len(own), high=256).to(kind) for own in scales]
+    codes = [d.integers(count, high=256) for count in counts]
+    out_kind = d.one(torch.float32, kind)
+    outs = [torch.empty(count, dtype=out_kind, device=d.device) for count in counts]
+    exactly(run(d, "dequantize_groups_list", [codes, scales, zeros, outs, group], [3]))
+
+
 def int4_quantize(d: Draw) -> None:
     """Packed codes and parameters are the same to the bit in all formats."""
     count, group = d.integer(1, 9000), d.one(30, 64, 128, 256, 300)
@@ -174,6 +186,20 @@ def int4_dequantize(d: Draw) -> None:
     exactly(run(d, "dequantize_int4", [codes, scales, zeros, out, format, group], [3]))
 
 
+def int4_dequantize_list(d: Draw) -> None:
+    """The same in four bits, in all formats."""
+    counts = [d.integer(1, 3000) for _ in range(d.one(1, 2, 20))]
+    kind, group = d.one(*DTYPES), d.one(30, 64, 128, 256, 300)
+    format = d.one("asymmetric", "midrise", "nf4")
+    scales = [d.tensor(-(-count // group), dtype=kind).abs() for count in counts]
+    zeros = [d.integers(len(own), high=16).to(kind) for own in scales]
+    codes = [d.integers(-(-count // 2), high=256) for count in counts]
+    out_kind = d.one(torch.float32, kind)
+    outs = [torch.empty(count, dtype=out_kind, device=d.device) for count in counts]
+    arguments = [codes, scales, zeros if format == "asymmetric" else [], outs, format, group]
+    exactly(run(d, "dequantize_int4_list", arguments, [3]))
+
+
 def rademacher(d: Draw) -> None:
     """The same signs."""
     out = torch.empty(d.integer(1, 9000), dtype=d.one(*DTYPES), device=d.device)
@@ -185,6 +211,16 @@ def gaussian(d: Draw) -> None:
     out = torch.empty(d.integer(0, 9000), dtype=d.one(*DTYPES), device=d.device)
     given = d.one(None, torch.tensor(d.seed(), device=d.device))
     exactly(run(d, "gaussian", [out, d.seed(), given, d.integer(0, 1 << 40)], [0]))
+
+
+def gaussian_list(d: Draw) -> None:
+    """The same numbers for each tensor of a list, scaled, with seeds of both kinds."""
+    kind, count = d.one(*DTYPES), d.one(1, 2, 20)
+    outs = [torch.empty(d.integer(0, 9000), dtype=kind, device=d.device) for _ in range(count)]
+    seeds = [d.seed() for _ in outs]
+    given = d.one([], [torch.tensor(seed, device=d.device) for seed in seeds])
+    arguments = [outs, [] if given else seeds, given, d.one(1.0, 128**-0.5)]
+    exactly(run(d, "gaussian_list", arguments, [0]))
 
 
 def stochastic_bfloat16(d: Draw) -> None:
@@ -242,8 +278,13 @@ def adam_weights(d: Draw) -> None:
     m = [d.tensor(*shape, dtype=state_type) for shape in shapes]
     v = [d.tensor(*shape, dtype=state_type).square() for shape in shapes]
     sizes = d.one(None, d.tensor(len(grads), 4).abs() + 1e-6)
+    if sizes is not None and d.one(True, False):
+        sizes[0, 1] = 0.0  # its gradient counts as zero
+        grads[0].fill_(d.one(float("nan"), float("inf")))
     arguments = [weights, grads, m, v, 0.9, 0.999, 1e-6, 0.3, d.one(1.0, 0.9), 0.1, sizes]
-    _close(run(d, "adam_weights", arguments, [0, 2, 3], keeps=True))
+    found = run(d, "adam_weights", arguments, [0, 2, 3], keeps=True)
+    assert all(bool(ours.isfinite().all()) for ours, _ in found)
+    _close(found)
 
 
 def many_tensors(d: Draw) -> None:
@@ -254,6 +295,18 @@ def many_tensors(d: Draw) -> None:
     lists = [grads, *([torch.ones_like(g) for g in grads] for _ in range(3))]
     own = torch.arange(1.0, 1 + 2 * len(grads), device=d.device).view(-1, 2)
     _close(run(d, "adam", [*lists, [], [], -1, 0.9, 0.999, 0.0, 0.0, own], [1, 2, 3], keeps=True))
+    seeds = list(range(len(grads)))
+    exactly(run(d, "gaussian_list", [[g.view(-1) for g in grads], seeds, [], 0.5], [0]))
+    codes = [torch.full((g.numel(),), i % 16, dtype=torch.uint8) for i, g in enumerate(grads)]
+    codes = [own.to(d.device) for own in codes]
+    ones = [torch.full((-(-g.numel() // 2),), 0.5, device=d.device) for g in grads]
+    flat = [g.view(-1) for g in grads]
+    exactly(run(d, "dequantize_groups_list", [codes, ones, ones, flat, 2], [3]))
+    packed = [own[: -(-len(own) // 2)] for own in codes]
+    exactly(run(d, "dequantize_int4_list", [packed, ones, [], flat, "midrise", 2], [3]))
+    alike = [torch.full((2, 3), float(i), device=d.device) for i in range(len(grads))]
+    factors = [torch.full((1, 3), i % 3 / 4, device=d.device) for i in range(len(grads))]
+    exactly(run(d, "write_back_list", [alike, alike, factors, 0.5], [0], keeps=True))
     absmax = [torch.ones(-(-g.numel() // 256), device=d.device) for g in grads]
     codes = [torch.full_like(g, 200, dtype=torch.uint8) for g in grads]
     lists = [grads, codes, absmax, codes, absmax, [torch.ones_like(g) for g in grads]]
@@ -284,12 +337,38 @@ def adam_8bit(d: Draw) -> None:
             _close([(ours, theirs)])
 
 
+def limit_growth(d: Draw) -> None:
+    """Factors and norms are the same to the bit, whatever the norms are."""
+    count = d.one(1, 3, 20, 480)
+    stored = d.tensor(count).abs()
+    norms = d.one(stored * 1.005, d.tensor(count).abs())
+    norms[0] = d.one(0.0, float("inf"), float("nan"), 1.0)
+    good = d.one(None, d.integers(count, high=2).bool())
+    arguments = [list(stored.unbind(0)), norms, good, torch.empty_like(norms), d.one(1.0, 1.01)]
+    found = run(d, "limit_growth", arguments, [0, 3], keeps=True)
+    exactly(found)
+    if good is not None:
+        for own, (ours, _), former in zip(good, found, stored, strict=False):
+            assert own or torch.equal(ours, former)
+
+
 def _update(d: Draw, rows: int, columns: int) -> list[Any]:
     delta = d.one(None, d.tensor(rows, columns, dtype=d.one(torch.float32, torch.bfloat16)))
     if not d.one(True, False):
         return [delta, None, None]
-    grad = d.tensor(rows, columns, dtype=d.one(torch.float32, torch.bfloat16))
-    return [delta, grad, d.tensor(d.one(1, rows), d.one(1, columns))]
+    return [delta, *_scaled(d, rows, columns, d.one(torch.float32, torch.bfloat16))]
+
+
+def _scaled(
+    d: Draw, rows: int, columns: int, kind: torch.dtype, shape: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """A gradient and its factors; it may not be finite where they are zero."""
+    grad = d.tensor(rows, columns, dtype=kind)
+    factors = d.tensor(*(shape or (d.one(1, rows), d.one(1, columns))))
+    if d.one(True, False):
+        factors[d.integers(*factors.shape, high=3) == 0] = d.one(0.0, -0.0)
+        grad = torch.where(factors == 0, d.one(float("nan"), float("inf")), grad).to(kind)
+    return grad, factors
 
 
 def write_back(d: Draw) -> None:
@@ -300,6 +379,18 @@ def write_back(d: Draw) -> None:
     first = d.integer(0, 1 << 40)
     arguments = [weight, *_update(d, rows, columns), d.one(1.0, 0.9), 0.1, seed, first]
     exactly(run(d, "write_back", arguments, [0], keeps=True))
+
+
+def write_back_list(d: Draw) -> None:
+    """Weights of one shape are the same to the bit, and finite."""
+    rows, columns, kind = d.integer(1, 60), d.integer(1, 300), d.one(*DTYPES)
+    weights = [d.tensor(rows, columns, dtype=kind) for _ in range(d.one(1, 2, 20))]
+    shape = d.one(1, rows), d.one(1, columns)
+    pairs = [_scaled(d, rows, columns, kind, shape) for _ in weights]
+    grads, factors = (list(side) for side in zip(*pairs, strict=True))
+    found = run(d, "write_back_list", [weights, grads, factors, d.one(1.0, 0.9)], [0], keeps=True)
+    exactly(found)
+    assert kind == torch.float16 or all(bool(ours.isfinite().all()) for ours, _ in found)
 
 
 def write_back_int8(d: Draw) -> None:
@@ -322,12 +413,17 @@ EXACT = (
     blockwise_dequantize,
     groups_quantize,
     groups_dequantize,
+    groups_dequantize_list,
     int4_quantize,
     int4_dequantize,
+    int4_dequantize_list,
     rademacher,
     gaussian,
+    gaussian_list,
     stochastic_bfloat16,
+    limit_growth,
     write_back,
+    write_back_list,
     write_back_int8,
 )
 CASES = (*EXACT, adam, adam_weights, adam_8bit, many_tensors)

@@ -50,12 +50,24 @@ int main() {
     check("dequantize_groups",
           lowrank_dequantize_groups(codes.data(), scales.data(), zeros.data(), single, delta.data(),
                                     single, kNumel, group, nullptr));
+    const std::uint8_t* code_lists[] = {codes.data(), others.data()};
+    const void* scale_lists[] = {scales.data(), scales.data()};
+    const void* zero_lists[] = {zeros.data(), zeros.data()};
+    void* outs[] = {delta.data(), m.data()};
+    const std::int64_t numels[] = {kNumel, kNumel};
+    check("dequantize_groups_list",
+          lowrank_dequantize_groups_list(2, code_lists, scale_lists, zero_lists, single, outs,
+                                         numels, single, group, nullptr));
     check("quantize_int4",
           lowrank_quantize_int4(x.data(), single, packed.data(), scales.data(), nullptr, single,
                                 kNumel, group, lowrank::kNf4, 1.0f, nf4.data(), nullptr));
     check("dequantize_int4",
           lowrank_dequantize_int4(packed.data(), scales.data(), nullptr, single, delta.data(),
                                   single, kNumel, group, lowrank::kNf4, nf4.data(), nullptr));
+    const std::uint8_t* packed_lists[] = {packed.data(), packed.data()};
+    check("dequantize_int4_list",
+          lowrank_dequantize_int4_list(2, packed_lists, scale_lists, nullptr, single, outs, numels,
+                                       single, group, lowrank::kNf4, nf4.data(), nullptr));
     check("write_back_int8",
           lowrank_write_back_int8(codes.data(), scales.data(), zeros.data(), single, delta.data(),
                                   single, x.data(), single, factors.data(), 0, 1, kRows, kColumns,
@@ -66,11 +78,27 @@ int main() {
   for (const std::uint64_t first : {4u, 6u}) {
     check("gaussian", lowrank_gaussian(delta.data(), single, kNumel, 0, &key, first, nullptr));
   }
+  void* normals[] = {delta.data(), m.data()};
+  const std::int64_t counts[] = {kNumel, 3};
+  const std::int64_t* keys[] = {&key, &key};
+  check("gaussian_list",
+        lowrank_gaussian_list(2, normals, counts, nullptr, keys, single, 0.5f, nullptr));
   check("stochastic_bfloat16",
         lowrank_stochastic_bfloat16(x.data(), half.data(), kNumel, 7, 0, nullptr));
   check("write_back",
         lowrank_write_back(half.data(), lowrank::kBfloat16, delta.data(), single, x.data(), single,
                            factors.data(), 0, 1, kRows, kColumns, 0.9f, 0.1f, 1, 7, 0, nullptr));
+
+  void* written[] = {delta.data(), m.data()};
+  const void* taken[] = {x.data(), x.data()};
+  const float* factor_lists[] = {factors.data(), factors.data()};
+  check("write_back_list", lowrank_write_back_list(2, written, taken, factor_lists, single, 0, 1,
+                                                   kRows, kColumns, 0.9f, nullptr));
+
+  float norm = 2.0f, stored = 1.0f, factor = 0.0f;
+  float* const last[] = {&stored};
+  check("limit_growth",
+        lowrank_limit_growth(1, last, &norm, nullptr, &factor, 1.01f, nullptr));
 
   const void* grads[] = {x.data()};
   void* exp_avgs[] = {m.data()};

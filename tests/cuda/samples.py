@@ -22,10 +22,19 @@ def samples() -> dict[str, tuple[Any, ...]]:
         "dequantize_blockwise": (codes, groups, x, False, 256),
         "quantize_groups": (x, codes, groups, groups.clone(), 255, 256, 5, 0),
         "dequantize_groups": (codes, groups, groups.clone(), x, 256),
+        "dequantize_groups_list": (
+            *([codes, codes], [groups, groups], [groups, groups]),
+            *([x.clone(), x.clone()], 256),
+        ),
         "quantize_int4": (x, packed, groups, None, "nf4", 256),
         "dequantize_int4": (packed, groups, groups.clone(), x, "asymmetric", 256),
+        "dequantize_int4_list": (
+            *([packed, packed], [groups, groups], [groups, groups]),
+            *([x.clone(), x.clone()], "asymmetric", 256),
+        ),
         "rademacher": (x, 5),
         "gaussian": (x, 5, torch.tensor(7), 3),
+        "gaussian_list": ([x.clone(), x.clone()], [5, 6], [], 0.5),
         "stochastic_bfloat16": (x, torch.empty(SIZE, dtype=torch.bfloat16), 5, 0),
         "adam": (
             *([x], [x.clone()], [x.abs()], [x.clone()], [], [], -1),
@@ -39,7 +48,12 @@ def samples() -> dict[str, tuple[Any, ...]]:
             *([x], [codes], [groups], [codes.clone()], [groups.clone()], [x.clone()]),
             *(0.9, 0.999, 1e-8, 1.0, torch.ones(1, 2)),
         ),
+        "limit_growth": (
+            *([torch.tensor(2.0), torch.tensor(0.0)], torch.rand(2)),
+            *(torch.tensor([True, False]), torch.zeros(2), 1.01),
+        ),
         "write_back": (matrix, matrix.clone(), matrix.clone(), factors, 0.9, 0.1, None, 0),
+        "write_back_list": ([matrix.clone()], [matrix], [factors], 0.9),
         "write_back_int8": (
             *(byte_matrix, groups, groups.clone(), matrix, None, None, 256),
             *(0.9, 0.1, 5, 0),

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowrank.cuda import gaussian, rademacher, using_kernels
-from lowrank.cuda.noise import mix
+from lowrank.cuda import fill_gaussian, gaussian, rademacher, using_kernels
+from lowrank.cuda.noise import mix, signed_seed
 from lowrank.cuda.normal import normals
 from lowrank.cuda.philox import NORMALS, words
 
@@ -141,6 +141,41 @@ def test_a_seed_in_a_tensor(kernels: str) -> None:
         assert torch.equal(gaussian((50,), seed), gaussian((50,), (1 << 64) - 17))
         seed.fill_(mix(1, 2) >> 1)  # as between two replays of a graph
         assert torch.equal(gaussian((50,), seed), gaussian((50,), mix(1, 2) >> 1))
+
+
+@KERNELS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_list_has_the_numbers_of_each(dtype: torch.dtype, on_device: bool, kernels: str) -> None:
+    """Scaled in fp32 and then cast, as a basis that is drawn by itself."""
+    shapes, scale = [(30, 7), (1, 1), (5, 129)] * 6, 7**-0.5
+    numbers = [mix(3, i) for i in range(len(shapes))]
+    seeds = [torch.tensor(signed_seed(n)) for n in numbers] if on_device else numbers
+    outs = [torch.full(shape, torch.nan, dtype=dtype) for shape in shapes]
+    with using_kernels(kernels):
+        fill_gaussian(outs, seeds, scale)
+        for shape, number, out in zip(shapes, numbers, outs, strict=True):
+            wide = torch.promote_types(dtype, torch.float32)
+            assert torch.equal(out, gaussian(shape, number, wide).mul_(scale).to(dtype))
+        fill_gaussian([], [])
+
+
+@pytest.mark.parametrize(
+    ("outs", "seeds", "message"),
+    [
+        ([torch.zeros(3), torch.zeros(3).bfloat16()], [1, 2], "one floating dtype.*torch.bfloat16"),
+        ([torch.zeros(3, dtype=torch.int64)], [1], "one floating dtype.*torch.int64"),
+        ([torch.zeros(4, 3).mT], [1], "must be contiguous"),
+        ([torch.zeros(3)] * 2, [1], "2 tensors with 1 seeds"),
+        ([torch.zeros(3)] * 2, [1, torch.tensor(2)], "of which 1 are tensors"),
+        ([torch.zeros(3)], [torch.tensor(1.0)], r"tensor \(\) torch.float32 on cpu"),
+    ],
+)
+def test_lists_that_are_not_accepted(outs: list[Tensor], seeds: Any, message: str) -> None:
+    before = [out.clone() for out in outs]
+    with pytest.raises(ValueError, match=message):
+        fill_gaussian(outs, seeds)
+    assert all(map(torch.equal, outs, before))
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,13 @@ def sides(name: str, arguments: tuple[Any, ...]) -> tuple[list[Tensor], list[Ten
     return sides
 
 
+def moved(value: Any) -> Any:
+    """Tensors on the device "meta"."""
+    if isinstance(value, list):
+        return [moved(item) for item in value]
+    return value.to("meta") if isinstance(value, Tensor) else value
+
+
 def call(name: str, arguments: tuple[Any, ...]) -> None:
     getattr(torch.ops.lowrank, name)(*arguments)
 
@@ -55,14 +62,7 @@ def test_written_tensors_get_a_new_version_and_read_ones_do_not(name: str, kerne
 @NAMES
 def test_on_meta_tensors(name: str) -> None:
     arguments = samples()[name]
-    on_meta = tuple(
-        [t.to("meta") for t in value]
-        if isinstance(value, list)
-        else value.to("meta")
-        if isinstance(value, Tensor)
-        else value
-        for value in arguments
-    )
+    on_meta = tuple(map(moved, arguments))
     call(name, on_meta)
     assert all(t._version > 0 for t in sides(name, on_meta)[0])
 

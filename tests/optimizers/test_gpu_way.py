@@ -5,13 +5,14 @@ from __future__ import annotations
 from contextlib import nullcontext
 from math import prod
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from support import matrix
 from torch import Tensor, nn
 
-from lowrank.cuda import status
+from lowrank.cuda import status, using_kernels
 from lowrank.optimizers import (
     FiraAdamW,
     GaLoreAdamW,
@@ -21,6 +22,9 @@ from lowrank.optimizers import (
     build,
 )
 from lowrank.optimizers.engine import devices
+from lowrank.optimizers.engine.geometry import Side
+from lowrank.optimizers.projectors import RandomProjector
+from lowrank.optimizers.storage import Int4Basis, Int8Basis
 
 pytestmark = pytest.mark.skipif(
     status("host").library is None, reason="the host's library is not compiled"
@@ -161,3 +165,127 @@ def test_a_matrix_without_a_finite_gradient_stays(name: str, capturable: bool) -
     for nan, infinite, zero in zip(*results, strict=True):
         torch.testing.assert_close(nan, zero, rtol=0, atol=0)
         torch.testing.assert_close(infinite, zero, rtol=0, atol=0)
+
+
+#: By what uses a gradient that isn't finite after the flags: residuals, and projectors that track.
+GATED: dict[str, tuple[str, dict[str, Any]]] = {
+    "norm_scaled": ("fira_adamw", {}),
+    "norm_scaled, paper": ("fira_adamw", {"residual_scale": 1.0, "basis": "int8"}),
+    "norm_scaled, capturable": ("fira_adamw", {"capturable": True}),
+    "scaled": ("apollo_adamw", {}),
+    "scaled, tensor": ("apollo_adamw", {"scale_type": "tensor", "scale_front": True}),
+    "scaled, capturable": ("apollo_adamw", {"capturable": True}),
+    "scaled, stochastic": ("fira_adamw", {"stochastic_rounding": True, "dtype": torch.bfloat16}),
+    "column_scaled": ("alice_adamw", {}),
+    "row_normalised": ("galore_adamw", {"residual": "row_normalised"}),
+    "error_feedback": ("ldadam_adamw", {}),
+    "weight_normalised": ("gradnorm_lorp_adamw", {}),
+    "sign": ("frugal_adamw", {}),
+    "online, rotate": ("online_subspace_adamw", {"moments": "rotate"}),
+    "online, projection_dtype": ("online_subspace_adamw", {"projection_dtype": "bfloat16"}),
+}
+
+
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+@pytest.mark.parametrize("case", GATED)
+def test_a_gradient_that_is_not_finite_leaves_nothing(case: str, kernels: str) -> None:
+    """Its matrix stays and nothing in its state is infected; the others don't notice."""
+    name, options = GATED[case]
+    options = dict(options)
+    dtype = options.pop("dtype", torch.float32)
+    options = {"lr": 1e-2, "rank": 8, "update_proj_gap": 50, "weight_decay": 0.0, **options}
+    others = []
+    for bad in (float("nan"), float("inf"), None):
+        model = Layers(dtype)
+        weight = model.mlp_1_0.weight
+        with devices.as_on_gpu(), using_kernels(kernels):
+            optimizer = build(name, model, **options)
+            for step in range(4):
+                give_gradients(model, step)
+                if step == 2 and bad is not None:
+                    weight.grad.fill_(bad)
+                before = weight.detach().clone()
+                kept = optimizer.state[weight].get("residual_norm", torch.zeros(())).clone()
+                optimizer.step()
+                stays = step == 2 and bad is not None
+                assert torch.equal(weight.detach(), before) == stays, step
+                if stays and kept:
+                    assert torch.equal(optimizer.state[weight]["residual_norm"], kept)
+        for key, value in optimizer.state[weight].items():
+            if isinstance(value, Tensor):
+                assert bool(value.isfinite().all()), key
+        others.append([w.detach() for w in model.parameters() if w is not weight])
+        with nullcontext() if bad is None else pytest.warns(UserWarning, match="mlp_1_0.weight"):
+            assert optimizer.skipped_by_name() == ({} if bad is None else {"mlp_1_0.weight": 1})
+    for nan, infinite, fine in zip(*others, strict=True):
+        torch.testing.assert_close(nan, fine, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(infinite, fine, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bases_that_are_drawn_as_a_list_are_those_drawn_one_by_one(
+    dtype: torch.dtype, capturable: bool
+) -> None:
+    model = Layers(dtype)
+    give_gradients(model, 0)
+    optimizer = build("apollo_adamw", model, rank=8, capturable=capturable)
+    optimizer.step()
+    found: list[Tensor] = []
+    plain = RandomProjector.bases_together
+
+    def noted(self: Any, params: Any) -> list[Tensor]:
+        made = plain(self, params)
+        for param, basis in zip(params, made, strict=True):
+            (alone,) = self._read(param)
+            assert torch.equal(basis, alone.to(dtype))
+        found.extend(made)
+        return made
+
+    with devices.as_on_gpu(), mock.patch.object(RandomProjector, "bases_together", noted):
+        give_gradients(model, 1)
+        optimizer.step()
+    assert len(found) == 9
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", [60, 256])
+def test_quantised_bases_are_read_as_a_list(bits: int, group: int) -> None:
+    storage = (Int4Basis if bits == 4 else Int8Basis)(quant_group_size=group)
+    for side in Side.LEFT, Side.RIGHT:
+        states = []
+        for seed in range(3):
+            basis = matrix(33, 7, seed).bfloat16()
+            states.append({"side": side, **storage.init("basis", (33, 7), basis)})
+            storage.write(states[-1], "basis", basis)
+        for ours, state in zip(storage.read_together(states, "basis"), states, strict=True):
+            assert torch.equal(ours, storage.read(state, "basis"))
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_plain_parameter_without_a_finite_gradient_only_decays(
+    dtype: torch.dtype, capturable: bool
+) -> None:
+    found = []
+    for bad in (float("nan"), float("inf"), 0.0):
+        model = Layers(dtype)
+        with devices.as_on_gpu():
+            optimizer = build("adamw", model, lr=1e-2, weight_decay=0.1, capturable=capturable)
+            for step in range(3):
+                give_gradients(model, step)
+                before = model.head.weight.detach().clone()
+                if step == 1:
+                    model.head.weight.grad.fill_(bad)
+                optimizer.step()
+                if step == 1 and bad != 0.0:
+                    decayed = (before.float() * (1 - 1e-3)).to(dtype)
+                    torch.testing.assert_close(model.head.weight.detach(), decayed)
+        state = optimizer.state[model.head.weight]
+        found.append([value for value in state.values() if isinstance(value, Tensor)])
+        found[-1] += [w.detach() for w in model.parameters() if w is not model.head.weight]
+        with nullcontext() if not bad else pytest.warns(UserWarning, match="head.weight"):
+            assert optimizer.skipped_by_name() == ({"head.weight": 1} if bad else {})
+    for nan, infinite, zero in zip(*found, strict=True):
+        assert torch.equal(nan, zero)
+        assert torch.equal(infinite, zero)

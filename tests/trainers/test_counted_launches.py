@@ -18,12 +18,10 @@ LLAMA_60M = (1376, 512)
 LLAMA_7B = (11008, 4096)
 #: Launches of a step of one shape that are no products with, or passes over, single matrices.
 BOUNDS = {
-    **{"galore_adamw": 12, "galore_adamw_8bit": 12, "qgalore_adamw_8bit": 13, "coap_adamw": 12},
+    **{"galore_adamw": 12, "galore_adamw_8bit": 12, "qgalore_adamw_8bit": 12, "coap_adamw": 12},
     **{"frugal_adamw": 30, "online_subspace_adamw": 30, "galore_muon": 30, "galore_adafactor": 30},
-    **{"fira_adamw": 30},
+    **{"fira_adamw": 30, "apollo_adamw": 30},
 }
-#: Those that read flags: a gradient is used after them, which no kernel leaves out.
-READERS = {"fira_adamw": 1, "apollo_adamw": 1}
 
 
 @pytest.mark.parametrize("name", BOUNDS)
@@ -31,16 +29,8 @@ def test_launches_do_not_grow_with_the_matrices(name: str) -> None:
     few, many = (count_step(name, LLAMA_60M, count, rank=128) for count in (2, 16))
     assert few.operations == many.operations <= BOUNDS[name], many.by_name
     assert few.products / 2 == many.products / 16
-    assert few.passes / 2 == many.passes / 16
-    assert many.reads == READERS.get(name, 0)
-    assert not many.sends
-
-
-def test_apollo_draws_bases_one_by_one() -> None:
-    few, many = (count_step("apollo_adamw", LLAMA_60M, count, rank=128) for count in (2, 16))
-    assert many.by_name["lowrank::gaussian"] == 16
-    assert many.operations - 16 == few.operations - 2 <= 30
-    assert many.reads == READERS["apollo_adamw"]
+    assert many.passes <= 8 * few.passes
+    assert (many.reads, many.sends) == (0, 0), many.by_name
 
 
 @pytest.mark.parametrize("name", ["galore_adamw", "fira_adamw", "online_subspace_lion"])
@@ -60,8 +50,10 @@ def test_launches_of_list_operations() -> None:
 
 def test_the_counter_counts() -> None:
     found = count_step("adamw", LLAMA_60M, 2)
-    assert found.reads == 1  # whether all gradients are finite
-    assert sum(found.by_name.values()) == found.operations + found.products + found.passes + 1
+    assert found.reads == 0
+    assert sum(found.by_name.values()) == found.operations + found.products + found.passes
+    muon = count_step("muon", LLAMA_60M, 2)
+    assert muon.reads == 1  # whether all gradients are finite
 
 
 @contextmanager

@@ -45,8 +45,10 @@ _SIZED_BY_DATA = {"nonzero", "masked_select", "_unique2", "unique_dim"}
 #: entries of a block.
 _LIST_TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 _LIST_BLOCKS, _BLOCK_ENTRIES = 320, 1 << 16
-#: Tensors of one launch of our kernels (cuda/device/adam.cu).
-_OWN_LISTS = {"adam": 472, "adam_8bit": 472, "adam_weights": 472}
+#: Tensors of one launch of our kernels (cuda/device/lists.h).
+_MANY = 472
+_OWN_LISTS = {"adam", "adam_8bit", "adam_weights", "gaussian_list", "limit_growth"}
+_OWN_LISTS |= {"dequantize_groups_list", "dequantize_int4_list", "write_back_list"}
 #: Tensors that one launch concatenates.
 _CONCATENATED = 128
 
@@ -186,8 +188,7 @@ def _copies(name: str) -> bool:
 
 def _launches(func: Any, name: str, args: Any, given: list[Tensor]) -> int:
     if func.namespace == "lowrank":
-        most = _OWN_LISTS.get(name)
-        return 1 if most is None else -(-len(args[0]) // most)
+        return -(-len(args[0]) // _MANY) if name in _OWN_LISTS else 1
     lists = [argument for argument in args if _is_list(argument)]
     if name.startswith(("_foreach", "_fused")):
         return _list_operation(name, lists)
