@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +26,7 @@ from .plan import EVERYTHING, Given, Plan
 from .processes import ALONE, Processes
 from .refresh import Refresh, RefreshHook, refresh_due
 from .shared_refresh import SharedRefreshes
-from .together import may_join, update_together
+from .together import may_join, scratch_sizes, update_together
 from .write import apply_update
 
 
@@ -51,9 +50,9 @@ def step_plain(plan: Plan, checks: Checks, given: Given = EVERYTHING) -> None:
     params, states = [part.weight for part in chosen], [part.state for part in chosen]
     # Captured steps are not grouped by step count, which would have to be read back.
     steps = [0] * len(states) if group["capturable"] else read_steps(states)
-    entries = [part.entries for part in chosen]
+    sizes = [part.entries * max(4, part.weight.element_size()) for part in chosen]
     spread = [part.processes for part in chosen]
-    for batch in update_batches(params, states, steps, entries, group, spread):
+    for batch in update_batches(params, states, steps, sizes, group, spread):
         own = [states[position] for position in batch]
         torch._foreach_add_([state["step"] for state in own], 1)
         apply_rule(
@@ -225,14 +224,10 @@ def _update(plan: Plan, params: Sequence[ProjectedParam], checks: Checks) -> Non
     assert projection is not None
     weights, states = [param.weight for param in params], [param.state for param in params]
     steps = [param.steps_done for param in params]
-    bases = projection.projector.scratch_entries
-    entries = [
-        math.prod(param.geometry.projected_shape()) * rule.SCRATCH + bases(param.geometry)
-        for param in params
-    ]
+    sizes = scratch_sizes(params, projection, rule)
     spread = [param.rows.processes for param in params]
     shapes = [param.geometry for param in params]
-    for indices in update_batches(weights, states, steps, entries, plan.group, spread, shapes):
+    for indices in update_batches(weights, states, steps, sizes, plan.group, spread, shapes):
         batch = [params[i] for i in indices]
         if may_join(batch[0]):
             _update_joined(batch, projection, rule, checks)

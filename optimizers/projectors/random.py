@@ -160,11 +160,13 @@ class RandomProjector(Projector):
                 torch.ops.lowrank.gaussian(out.view(-1), signed_seed(seed), None, 0)
         return list(drawn_b.mul_(shape[1] ** -0.5).to(first.grad.dtype).unbind(0))
 
-    def scratch_entries(self, geometry: Geometry) -> int:
-        """See `Projector.scratch_entries`: all that are drawn, and their copies."""
+    def scratch_bytes(self, geometry: Geometry, itemsize: int) -> int:
+        """See `Projector.scratch_bytes`: all that are drawn, and their copies."""
         if not self._drawn:
-            return super().scratch_entries(geometry)
-        return 2 * sum(size * rank for size, rank in geometry.basis_shapes.values())
+            return super().scratch_bytes(geometry, itemsize)
+        wide = max(4, itemsize)
+        each = wide if itemsize == wide else wide + itemsize
+        return each * sum(size * rank for size, rank in geometry.basis_shapes.values())
 
     def _read(self, param: ProjectedParam) -> Bases:
         if not self._drawn:

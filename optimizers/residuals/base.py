@@ -70,6 +70,10 @@ class Residual(ABC):
     NORMS: ClassVar[bool] = False
     #: Whether it uses the gradient outside the subspace.
     READS_GRADIENT: ClassVar[bool] = True
+    #: Whether it reads the projected gradient.
+    READS_PROJECTED: ClassVar[bool] = True
+    #: Whether its update has a part that is back-projected.
+    BACK_PROJECTS: ClassVar[bool] = True
     #: Whether `compute_together` heeds flags on the device, or doesn't read the gradient.
     GATES: ClassVar[bool] = False
     #: Numbers of dimensions of the parameters it accepts.
@@ -132,7 +136,8 @@ class Residual(ABC):
 
         Args:
             params: the matrices.
-            projected_b: their projected gradients, B x ..., read only.
+            projected_b: their projected gradients, B x ..., read only; overwritten before if it
+                doesn't read them (`READS_PROJECTED`).
             update: see `UpdateRule.update_together`; its direction may be overwritten.
             projector: their projector.
             good_b: flags on the device: other gradients count as zero; only given if it `GATES`.
@@ -172,6 +177,7 @@ class Dropped(Residual):
     """Nothing outside the subspace is used (GaLore)."""
 
     READS_GRADIENT: ClassVar[bool] = False
+    READS_PROJECTED: ClassVar[bool] = False
     GATES: ClassVar[bool] = True
     DIMENSIONS: ClassVar[tuple[int, ...]] = (2, 4)
 

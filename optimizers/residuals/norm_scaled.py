@@ -32,7 +32,6 @@ from ..projectors.norms import (
     keeps_norms,
     outside_norm,
     reconstructed_squares,
-    safe_norms,
 )
 from ..rules import Update
 from .base import ScaledPart, WeightUpdate, apart
@@ -131,12 +130,12 @@ class NormScaled(LimitedResidual):
         if self.limiter is not None:
             squares_b = gradient_norms_together(params, axis).square_()
             # As ||P R_j|| = ||R_j||; never below the rounding error, see `outside_norm`.
-            outside_b = torch.add(squares_b, norms_b.square(), alpha=beta * (beta - 2))
+            outside_b = torch.addcmul(squares_b, norms_b, norms_b, value=beta * (beta - 2))
             floor_b = squares_b.mul_(torch.finfo(squares_b.dtype).eps)
             outside_b = torch.maximum(outside_b, floor_b).sqrt_().mul_(ratios_b)
             # A factor 0 leaves nothing of an infinite norm.
             outside_b.nan_to_num_(nan=0.0, posinf=torch.inf)
-            ratios_b = self.limited_together(params, ratios_b, update, safe_norms(outside_b))
+            ratios_b = self.limited_together(params, ratios_b, update, outside_b)
         direction_b = update.direction.addcmul_(projected_b, ratios_b, value=-beta / self.scale)
         factors_b, alpha = ratios_b.mul_(update.alpha), update.alpha * self.scale
         if isinstance(alpha, Tensor):

@@ -40,6 +40,9 @@ from .kernel_sizes import joined_sizes, listed_sizes, with_rates
 from .precision import moments_dtype, moments_itemsize
 from .transport import transported_moments
 
+#: Of gradients that the compiled kernels know.
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+
 
 @cache
 def _compiled_step() -> Callable[..., list[Tensor]]:
@@ -170,6 +173,13 @@ class Adam(ElementwiseRule):
             updates.update(zip(picked, made, strict=True))
         return [updates[i] for i in range(len(grads))]
 
+    def scratch_bytes(self, dtype: torch.dtype, state: State, *, overwrites: bool) -> int:
+        """See `UpdateRule.scratch_bytes`: by the kernel no more than the directions."""
+        moments = [state["exp_avg"]]
+        if dtype not in KERNEL_DTYPES or not self._has_kernel(moments, moments):
+            return super().scratch_bytes(dtype, state, overwrites=overwrites)
+        return dtype.itemsize * (1 if overwrites else 2)
+
     def update_together(
         self,
         grads_b: Tensor,
@@ -177,6 +187,8 @@ class Adam(ElementwiseRule):
         weights: Sequence[Tensor],
         axis: int | None = None,
         good_b: Tensor | None = None,
+        *,
+        overwrites: bool = False,
     ) -> Update:
         """See `UpdateRule.update_together`: one launch, directions in the gradients' precision."""
         grads = list(grads_b.unbind(0))
@@ -184,7 +196,8 @@ class Adam(ElementwiseRule):
         if not self._has_kernel(grads, exp_avgs):
             return super().update_together(grads_b, states, weights, axis, good_b)
         numbers, sizes, factor, lr = joined_sizes(self, states, good_b)
-        directions_b = torch.empty_like(grads_b)
+        # Each entry is read before its direction is written.
+        directions_b = grads_b if overwrites else torch.empty_like(grads_b)
         norms: tuple[Tensor, Tensor] | None = None
         if axis is not None:
             shape = list(grads_b.shape)

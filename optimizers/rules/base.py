@@ -58,7 +58,7 @@ class UpdateRule(ABC):
 
     #: Whether only matrices can be updated.
     matrices_only: ClassVar[bool] = False
-    #: Scratch of `update_together`, as a multiple of the gradients in fp32.
+    #: Scratch of `update`, as a multiple of the gradients in fp32.
     SCRATCH: ClassVar[int] = 1
     #: Which of `MOMENT_TRANSPORTS` it supports.
     transports: ClassVar[tuple[str, ...]] = ("keep",)
@@ -153,6 +153,17 @@ class UpdateRule(ABC):
         """`update`, with `norms` along each gradient's axis (0 or 1) where they cost nothing."""
         return self.update(grads, states, weights)
 
+    def scratch_bytes(self, dtype: torch.dtype, state: State, *, overwrites: bool) -> int:
+        """Bytes that `update_together` takes for an entry of a gradient, the gradient's included.
+
+        Args:
+            dtype: of the gradients.
+            state: one of the states.
+            overwrites: see `update_together`.
+        """
+        # Directions one by one, in a wide type, and all of them as one tensor.
+        return dtype.itemsize + (self.SCRATCH + 2) * max(4, dtype.itemsize)
+
     def update_together(
         self,
         grads_b: Tensor,
@@ -160,16 +171,19 @@ class UpdateRule(ABC):
         weights: Sequence[Tensor],
         axis: int | None = None,
         good_b: Tensor | None = None,
+        *,
+        overwrites: bool = False,
     ) -> Update:
         """`update` of B gradients of one shape as one tensor, for GPUs.
 
         Args:
-            grads_b: B x m x n, read only.
+            grads_b: B x m x n, read only unless it `overwrites`.
             states: as in `update`, with equal step counts unless these are on the device.
             weights: as in `update`.
             axis: the axis of each gradient along which `norms` are wanted, 0 or 1; or None.
             good_b: B flags on the device: directions of the others are zero, as their gradients
                 are; None for all.
+            overwrites: nobody reads `grads_b` afterwards: what is computed may take its place.
 
         Returns:
             An update whose tensors have B as their first dimension (1 where it is the same for

@@ -30,7 +30,8 @@ def limit_growth_together(stored: Sequence[Tensor], norms_b: Tensor, limit: floa
     """`limit_growth` of B matrices: factors B x 1 x 1 for norms of that shape."""
     stored_b = torch.stack(list(stored)).view(-1, 1, 1)
     new_b = stored_b <= 0
-    largest_b = (stored_b + 1e-8).mul_(limit).masked_fill_(new_b, torch.inf)
+    # limit (stored + 1e-8), in one launch
+    largest_b = torch.rsub(stored_b, limit * 1e-8, alpha=-limit).masked_fill_(new_b, torch.inf)
     factors_b = (largest_b / norms_b).clamp_(max=1.0).masked_fill_(new_b, 1.0)
     kept_b = torch.minimum(norms_b, largest_b).to(stored_b.dtype)
     torch._foreach_copy_(list(stored), list(kept_b.view(-1).unbind(0)))

@@ -50,12 +50,12 @@ def test_a_matrix_of_7b_is_cut_into_few_pieces(name: str) -> None:
 
 
 def test_launches_of_list_operations() -> None:
-    assert list_launches([], 1) == 0
-    assert list_launches([5] * 110, 1) == 1
-    assert list_launches([5] * 111, 1) == 2
-    assert list_launches([5] * 64, 2) == 1
-    assert list_launches([0, 5], 2) == 1
-    assert list_launches([(1 << 16) * 321], 3) == 2
+    assert list_launches([], 1) == (0, 0)
+    assert list_launches([5] * 110, 1) == (1, 0)
+    assert list_launches([5] * 111, 1) == (2, 0)
+    assert list_launches([5] * 64, 2) == (1, 0)
+    assert list_launches([0, 5], 2) == (1, 0)
+    assert list_launches([(1 << 16) * 321], 3) == (2, 1)  # the first has as much as one takes
 
 
 def test_the_counter_counts() -> None:
