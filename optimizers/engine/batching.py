@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..projectors import ProjectedParam
-from .chunks import DEVICE_SCRATCH_BYTES, SCRATCH_BYTES, device_scratch
 from .devices import on_gpu
 from .options import Group
 from .processes import Processes
+from .scratch import DEVICE_SCRATCH_BYTES, SCRATCH_BYTES, bounded_batches, device_scratch
 
 
 def read_steps(states: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -75,15 +75,8 @@ def update_batches(
         key = (param.device, param.dtype, step, since, alone, spread[i].alone, shape)
         kinds[(bound, key)].append(i)
     for (bound, _), indices in kinds.items():
-        batch: list[int] = []
-        used = 0
-        for i in indices:
-            if batch and used + sizes[i] > bound:
-                yield batch
-                batch, used = [], 0
-            batch.append(i)
-            used += sizes[i]
-        yield batch
+        for batch in bounded_batches([sizes[i] for i in indices], bound):
+            yield [indices[position] for position in batch]
 
 
 def refresh_batches(params: Sequence[ProjectedParam]) -> Iterator[list[ProjectedParam]]:
@@ -94,6 +87,6 @@ def refresh_batches(params: Sequence[ProjectedParam]) -> Iterator[list[Projected
         kinds[(param.geometry, param.weight.dtype, param.weight.device, whole)].append(param)
     for batch in kinds.values():
         short = min(batch[0].geometry.shape)
-        together = max(1, SCRATCH_BYTES // (4 * short * short))
-        for start in range(0, len(batch), together):
-            yield batch[start : start + together]
+        sizes = [4 * short * short] * len(batch)
+        for positions in bounded_batches(sizes, SCRATCH_BYTES, refits=True):
+            yield [batch[i] for i in positions]

@@ -8,7 +8,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from .devices import device_memory, on_gpu
+from .devices import on_gpu
 
 #: Entries of a chunk on a CPU: copies of it stay in the cache.
 CACHE_ELEMENTS = 1 << 18
@@ -16,22 +16,6 @@ CACHE_ELEMENTS = 1 << 18
 PRODUCT_ELEMENTS = 1 << 22
 #: Entries of a chunk on a GPU: fp32 copies take 128 MiB, and launch overhead is negligible.
 DEVICE_ELEMENTS = 1 << 25
-#: Bound on the scratch of several matrices that are worked on together.
-SCRATCH_BYTES = 256 << 20
-#: The same for the projected gradients and directions of a step on a GPU, on any: see
-#: `device_scratch`.
-DEVICE_SCRATCH_BYTES = 1 << 30
-#: Divisor of a GPU's memory, for its share that they may take.
-DEVICE_SCRATCH_SHARE = 16
-
-
-def device_scratch(device: torch.device) -> int:
-    """Bound on the scratch of matrices of one shape that a step on a GPU works on together.
-
-    A sixteenth of its memory, and at least `DEVICE_SCRATCH_BYTES`: 1.5 GiB of a card with 24 GiB,
-    5 GiB of one with 80. It follows from the card, not from what is free, so that runs repeat.
-    """
-    return max(DEVICE_SCRATCH_BYTES, device_memory(device) // DEVICE_SCRATCH_SHARE)
 
 
 def wide_dtype(like: Tensor | torch.dtype) -> torch.dtype:

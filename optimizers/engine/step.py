@@ -16,7 +16,7 @@ from ..weights import apply_rule
 from .adapt import PendingMoments
 from .batching import read_steps, update_batches
 from .composition import Projection
-from .devices import capturing
+from .devices import capturing, on_gpu
 from .experts import by_place, experts_of
 from .geometry import Side
 from .gradients import Checks, descent_gradient
@@ -50,7 +50,7 @@ def step_plain(plan: Plan, checks: Checks, given: Given = EVERYTHING) -> None:
     params, states = [part.weight for part in chosen], [part.state for part in chosen]
     # Captured steps are not grouped by step count, which would have to be read back.
     steps = [0] * len(states) if group["capturable"] else read_steps(states)
-    sizes = [part.entries * max(4, part.weight.element_size()) for part in chosen]
+    sizes = _plain_sizes(chosen, plan.composition.rule)
     spread = [part.processes for part in chosen]
     for batch in update_batches(params, states, steps, sizes, group, spread):
         own = [states[position] for position in batch]
@@ -78,6 +78,19 @@ class _PlainPart:
     seed_name: str
     processes: Processes
     entries: int
+
+
+def _plain_sizes(chosen: Sequence[_PlainPart], rule: UpdateRule) -> list[int]:
+    """Bytes that each of several parameters takes of the scratch of its batch."""
+    bounded: dict[torch.dtype, bool] = {}
+    sizes = []
+    for part in chosen:
+        weight = part.weight
+        if on_gpu(weight) and weight.dtype not in bounded:
+            bounded[weight.dtype] = rule.bounds_scratch(weight, part.state)
+        free = on_gpu(weight) and bounded[weight.dtype]
+        sizes.append(0 if free else part.entries * max(4, weight.element_size()))
+    return sizes
 
 
 def _plain_parts(plan: Plan, position: int) -> list[_PlainPart]:

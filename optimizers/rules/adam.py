@@ -306,6 +306,11 @@ class Adam(ElementwiseRule):
         for target, moved in zip(self._moments(into or state), (moved_m, moved_v), strict=True):
             target.copy_(moved)
 
+    def bounds_scratch(self, weight: Tensor, state: State) -> bool:
+        """See `UpdateRule.bounds_scratch`: the compiled kernel needs none."""
+        moments = [state["exp_avg"]]
+        return weight.dtype in KERNEL_DTYPES and self._has_kernel(moments, moments)
+
     def apply(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
     ) -> None:

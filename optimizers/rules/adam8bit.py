@@ -187,6 +187,10 @@ class Adam8bit(Adam):
         stored = [[state[key] for state in states] for key in keys]
         torch.ops.lowrank.adam_8bit(grads, *stored, directions, *self.betas, *numbers, sizes)
 
+    def bounds_scratch(self, weight: Tensor, state: State) -> bool:
+        """See `UpdateRule.bounds_scratch`: it takes some for each weight."""
+        return False
+
     def apply(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
     ) -> None:

@@ -199,6 +199,10 @@ class UpdateRule(ABC):
             update.direction.mul_(good_b.view(-1, 1, 1))
         return update
 
+    def bounds_scratch(self, weight: Tensor, state: State) -> bool:
+        """Whether `apply` takes no scratch for such weights, or bounds it whatever their number."""
+        return False
+
     def apply(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
     ) -> None:

@@ -19,9 +19,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..engine.chunks import DEVICE_SCRATCH_BYTES, wide_dtype
+from ..engine.chunks import wide_dtype
 from ..engine.devices import on_gpu
 from ..engine.rotation import Rotation
+from ..engine.scratch import bounded_batches, device_scratch
 from ..engine.sharding import Part, part_of
 from .base import MOMENT_TRANSPORTS, State, Update, UpdateRule, numel, scalar
 from .precision import moments_dtype, moments_itemsize
@@ -217,6 +218,10 @@ class Muon(UpdateRule):
             torch._foreach_copy_(ahead, moments)
         return ahead_b
 
+    def bounds_scratch(self, weight: Tensor, state: State) -> bool:
+        """See `UpdateRule.bounds_scratch`: in batches of its own."""
+        return on_gpu(weight)
+
     def apply(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
     ) -> None:
@@ -256,7 +261,8 @@ def _batches(weights: Sequence[Tensor]) -> Iterator[list[int]]:
     for i, weight in enumerate(weights):
         kinds[(weight.shape, weight.dtype, weight.device)].append(i)
     for positions in kinds.values():
+        first = weights[positions[0]]
         # The momentum in fp32 and a form of it in bf16, or three of these and two squares.
-        together = max(1, DEVICE_SCRATCH_BYTES // (8 * weights[positions[0]].numel()))
-        for start in range(0, len(positions), together):
-            yield positions[start : start + together]
+        sizes = [max(8, 2 * first.element_size()) * first.numel()] * len(positions)
+        for batch in bounded_batches(sizes, device_scratch(first.device)):
+            yield [positions[place] for place in batch]

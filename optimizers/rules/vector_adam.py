@@ -66,6 +66,10 @@ class VectorAdam(Adam):
         """See `UpdateRule.update_together`: one by one."""
         return UpdateRule.update_together(self, grads_b, states, weights, axis, good_b)
 
+    def bounds_scratch(self, weight: Tensor, state: State) -> bool:
+        """See `UpdateRule.bounds_scratch`: it takes some for each weight."""
+        return False
+
     def apply(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
     ) -> None:
