@@ -177,7 +177,7 @@ class Adam(ElementwiseRule):
         """See `UpdateRule.scratch_bytes`: by the kernel no more than the directions."""
         moments = [state["exp_avg"]]
         if dtype not in KERNEL_DTYPES or not self._has_kernel(moments, moments):
-            return super().scratch_bytes(dtype, state, overwrites=overwrites)
+            return dtype.itemsize + 4 * max(4, dtype.itemsize)  # lists of operands and results
         return dtype.itemsize * (1 if overwrites else 2)
 
     def update_together(

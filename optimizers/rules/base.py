@@ -162,7 +162,7 @@ class UpdateRule(ABC):
             overwrites: see `update_together`.
         """
         # Directions one by one, in a wide type, and all of them as one tensor.
-        return dtype.itemsize + (self.SCRATCH + 2) * max(4, dtype.itemsize)
+        return dtype.itemsize + 2 * max(4, dtype.itemsize)
 
     def update_together(
         self,

@@ -262,7 +262,8 @@ def _batches(weights: Sequence[Tensor]) -> Iterator[list[int]]:
         kinds[(weight.shape, weight.dtype, weight.device)].append(i)
     for positions in kinds.values():
         first = weights[positions[0]]
-        # The momentum in fp32 and a form of it in bf16, or three of these and two squares.
-        sizes = [max(8, 2 * first.element_size()) * first.numel()] * len(positions)
+        # Two iterates and two squares in bf16, or an iterate and the update.
+        each = max(first.element_size() + 6, 3 * first.element_size())
+        sizes = [each * first.numel()] * len(positions)
         for batch in bounded_batches(sizes, device_scratch(first.device)):
             yield [positions[place] for place in batch]

@@ -94,6 +94,7 @@ class Launches:
         passes: other operations on tensors of a gradient's size.
         by_name: launches of each operation.
         pieces: into how many a pass or product cuts a matrix, at most.
+        scratch: bytes that the step takes at its highest moment.
     """
 
     reads: int = 0
@@ -104,6 +105,7 @@ class Launches:
     passes: int = 0
     by_name: Counter[str] = field(default_factory=Counter)
     pieces: int = 0
+    scratch: int = 0
 
 
 class LaunchCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -271,8 +273,11 @@ def count_step(
                 param.grad = torch.empty(m, n, dtype=dtype, device="cuda")
             optimizer.step()  # makes what all later steps use
             _settle(optimizer, ledger, refreshing=refreshing)
+            ledger.restart()
+            held = ledger.now.total
             with LaunchCounter(shape, options.get("rank", 0)) as counter:
                 optimizer.step()
+            counter.found.scratch = ledger.peak.total - held
     found: Launches = counter.found
     return found
 
