@@ -1,119 +1,29 @@
-"""One step of a group: refresh, project, update, write back; or a full-rank update."""
+"""One step of a projected group: refresh, project, update, write back."""
 
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..projectors import MatrixKey, ProjectedParam
 from ..rules import UpdateRule
-from ..weights import apply_rule
 from .adapt import PendingMoments
 from .batching import read_steps, update_batches
 from .composition import Projection
-from .devices import capturing, on_gpu
+from .devices import capturing
 from .experts import by_place, experts_of
 from .geometry import Side
 from .gradients import Checks, descent_gradient
 from .moments import transport_moments
 from .parts import gather_updates, project_parts, whole_first_moment
 from .plan import EVERYTHING, Given, Plan
-from .processes import ALONE, Processes
 from .refresh import Refresh, RefreshHook, refresh_due
 from .shared_refresh import SharedRefreshes
 from .together import may_join, scratch_sizes, update_together
 from .write import apply_update
-
-
-def step_plain(plan: Plan, checks: Checks, given: Given = EVERYTHING) -> None:
-    """Takes the step of a group without projection.
-
-    Args:
-        plan: the group.
-        checks: excludes gradients that are not finite.
-        given: which parameters take it.
-    """
-    group = plan.group
-    found = [part for i in given.chosen(plan) for part in _plain_parts(plan, i)]
-    kept = checks.usable(
-        [part.grad for part in found],
-        [plan.params[part.position] for part in found],
-        [part.name for part in found],
-        [part.processes for part in found],
-    )
-    chosen = [found[position] for position in kept]
-    params, states = [part.weight for part in chosen], [part.state for part in chosen]
-    # Captured steps are not grouped by step count, which would have to be read back.
-    steps = [0] * len(states) if group["capturable"] else read_steps(states)
-    sizes = _plain_sizes(chosen, plan.composition.rule)
-    spread = [part.processes for part in chosen]
-    for batch in update_batches(params, states, steps, sizes, group, spread):
-        own = [states[position] for position in batch]
-        torch._foreach_add_([state["step"] for state in own], 1)
-        apply_rule(
-            plan.composition.rule,
-            [chosen[position].grad for position in batch],
-            own,
-            [params[position] for position in batch],
-            group.get("seed", 0),
-            [chosen[position].seed_name for position in batch],
-            stochastic=group.get("stochastic_rounding", False),
-        )
-
-
-@dataclass
-class _PlainPart:
-    """What is here of a parameter that isn't projected, or of one of its experts."""
-
-    position: int
-    weight: Tensor
-    grad: Tensor
-    state: dict[str, Any]
-    name: str | None
-    seed_name: str
-    processes: Processes
-    entries: int
-
-
-def _plain_sizes(chosen: Sequence[_PlainPart], rule: UpdateRule) -> list[int]:
-    """Bytes that each of several parameters takes of the scratch of its batch."""
-    bounded: dict[torch.dtype, bool] = {}
-    sizes = []
-    for part in chosen:
-        weight = part.weight
-        if on_gpu(weight) and weight.dtype not in bounded:
-            bounded[weight.dtype] = rule.bounds_scratch(weight, part.state)
-        free = on_gpu(weight) and bounded[weight.dtype]
-        sizes.append(0 if free else part.entries * max(4, weight.element_size()))
-    return sizes
-
-
-def _plain_parts(plan: Plan, position: int) -> list[_PlainPart]:
-    param, shard = plan.params[position], plan.shards[position]
-    grad = descent_gradient(param, plan.group)
-    if grad is None:
-        return []
-    if plan.by_expert(position):
-        return [
-            _PlainPart(
-                *(position, own.weight, own.grad, own.state, own.name, own.seed_name),
-                *(ALONE, own.weight.numel()),
-            )
-            for own in experts_of(plan, position, grad)
-        ]
-    return [
-        _PlainPart(
-            *(position, shard.local(param.detach()), shard.as_rows(grad)),
-            plan.local_state(position),
-            *(plan.names[position], plan.seed_names[position]),
-            *(shard.rows.processes, param.numel()),
-        )
-    ]
 
 
 def step_projected(

@@ -53,6 +53,11 @@ class Update:
     norms: tuple[Tensor, Tensor] | None = None
 
 
+#: Sets gradients that are not finite to zero, given B of them as one tensor and their positions in
+#: a list; returns B flags, of those that are.
+Gate = Callable[[Tensor, Sequence[int]], Tensor]
+
+
 class UpdateRule(ABC):
     """Moments of a gradient and the update they give."""
 
@@ -60,6 +65,8 @@ class UpdateRule(ABC):
     matrices_only: ClassVar[bool] = False
     #: Scratch of `update`, as a multiple of the gradients in fp32.
     SCRATCH: ClassVar[int] = 1
+    #: Whether there is `apply_gated`.
+    GATES: ClassVar[bool] = False
     #: Which of `MOMENT_TRANSPORTS` it supports.
     transports: ClassVar[tuple[str, ...]] = ("keep",)
 
@@ -215,6 +222,27 @@ class UpdateRule(ABC):
             updates = self.by_rows(grad, state, weight)
             for rows in row_chunks(weight, block=BLOCK):
                 add_update_(weight[rows], updates(rows))
+
+    def apply_gated(
+        self,
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        weights: Sequence[Tensor],
+        gate: Gate,
+    ) -> None:
+        """`apply` on a GPU, where flags on the device say which gradients are finite.
+
+        Args:
+            grads: as in `apply`, all whole here.
+            states: as in `apply`.
+            weights: as in `apply`.
+            gate: called once for each batch; moments take in zeros in place of the other gradients,
+                and their weights only decay.
+
+        Raises:
+            NotImplementedError: a rule that doesn't `GATES`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} reads whether gradients are finite")
 
     def first_moment(self, state: State) -> Tensor | None:
         """The current first moment, dequantised; None if the rule has none."""

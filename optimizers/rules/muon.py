@@ -24,7 +24,7 @@ from ..engine.devices import on_gpu
 from ..engine.rotation import Rotation
 from ..engine.scratch import bounded_batches, device_scratch
 from ..engine.sharding import Part, part_of
-from .base import MOMENT_TRANSPORTS, State, Update, UpdateRule, numel, scalar
+from .base import MOMENT_TRANSPORTS, Gate, State, Update, UpdateRule, numel, scalar
 from .precision import moments_dtype, moments_itemsize
 
 ADJUSTMENTS = ("original", "match_rms_adamw")
@@ -106,6 +106,7 @@ class Muon(UpdateRule):
     """
 
     matrices_only: ClassVar[bool] = True
+    GATES: ClassVar[bool] = True
     SCRATCH: ClassVar[int] = 3
     transports: ClassVar[tuple[str, ...]] = MOMENT_TRANSPORTS
 
@@ -195,19 +196,14 @@ class Muon(UpdateRule):
         return Update(direction_b, lr * self._size(m, n), 1.0 - lr * self.weight_decay, rate=lr)
 
     def _ahead_together(
-        self, grads: Tensor | Sequence[Tensor], states: Sequence[State], *, overwrites: bool = False
+        self, grads_b: Tensor, states: Sequence[State], *, overwrites: bool = False
     ) -> Tensor:
-        """Advances the momenta; what is orthogonalised, in one tensor."""
+        """Advances the momenta; what is orthogonalised, as one tensor."""
         stored: list[Tensor] = [state["momentum_buffer"] for state in states]
-        wide = grads[0].dtype if stored[0].dtype == grads[0].dtype else wide_dtype(grads[0])
-        if isinstance(grads, Tensor):
-            free = overwrites and grads.dtype == wide
-            ahead_b = grads if free else grads.to(wide, copy=True)
-            ahead = list(ahead_b.unbind(0))
-        else:
-            ahead_b = grads[0].new_empty(len(grads), *grads[0].shape, dtype=wide)
-            ahead = list(ahead_b.unbind(0))
-            torch._foreach_copy_(ahead, list(grads))
+        wide = grads_b.dtype if stored[0].dtype == grads_b.dtype else wide_dtype(grads_b)
+        free = overwrites and grads_b.dtype == wide
+        ahead_b = grads_b if free else grads_b.to(wide, copy=True)
+        ahead = list(ahead_b.unbind(0))
         moments = stored if stored[0].dtype == wide else [moment.to(wide) for moment in stored]
         torch._foreach_lerp_(moments, ahead, 1 - self.momentum)
         if moments is not stored:
@@ -228,15 +224,42 @@ class Muon(UpdateRule):
         """Updates plain weights in place; on a GPU those of one shape together."""
         if not on_gpu(weights[0]) or any(part_of(state) is not None for state in states):
             super().apply(grads, states, weights)
-            return
+        else:
+            self._apply_together(grads, states, weights, None)
+
+    def apply_gated(
+        self,
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        weights: Sequence[Tensor],
+        gate: Gate,
+    ) -> None:
+        """See `UpdateRule.apply_gated`."""
+        self._apply_together(grads, states, weights, gate)
+
+    def _apply_together(
+        self,
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        weights: Sequence[Tensor],
+        gate: Gate | None,
+    ) -> None:
+        lr = scalar(self.lr)
         for batch in _batches(weights):
             own = [weights[i] for i in batch]
             chosen = [states[i] for i in batch]
-            normed_b = normalise_together(self._ahead_together([grads[i] for i in batch], chosen))
+            stored: Tensor = chosen[0]["momentum_buffer"]
+            kind = own[0].dtype if stored.dtype == own[0].dtype else wide_dtype(own[0])
+            grads_b = own[0].new_empty(len(own), *own[0].shape, dtype=kind)
+            torch._foreach_copy_(list(grads_b.unbind(0)), [grads[i] for i in batch])
+            good_b = None if gate is None else gate(grads_b, batch)
+            normed_b = normalise_together(
+                self._ahead_together(grads_b, chosen, overwrites=True), good_b
+            )
+            del grads_b
             direction_b = orthogonalize_together(normed_b, self.ns_steps)
             del normed_b
             directions = direction_b.to(own[0].dtype).contiguous().unbind(0)
-            lr = scalar(self.lr)
             if self.weight_decay:
                 torch._foreach_mul_(own, 1.0 - lr * self.weight_decay)
             torch._foreach_add_(own, list(directions), alpha=-lr * self._size(*own[0].shape))
