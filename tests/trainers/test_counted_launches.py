@@ -12,15 +12,16 @@ import torch
 
 from lowrank.optimizers import available
 from lowrank.optimizers.engine.method import TABLE
+from lowrank.trainers.plan.cards import card_bytes
 from lowrank.trainers.plan.launches import count_step, list_launches
 
 LLAMA_60M = (1376, 512)
 LLAMA_7B = (11008, 4096)
 #: Launches of a step of one shape that are no products with, or passes over, single matrices.
 BOUNDS = {
-    **{"galore_adamw": 12, "galore_adamw_8bit": 12, "qgalore_adamw_8bit": 13, "coap_adamw": 12},
+    **{"galore_adamw": 12, "galore_adamw_8bit": 12, "qgalore_adamw_8bit": 12, "coap_adamw": 12},
     **{"frugal_adamw": 30, "online_subspace_adamw": 30, "galore_muon": 30, "galore_adafactor": 30},
-    **{"fira_adamw": 30},
+    **{"fira_adamw": 30, "online_subspace_lion": 30},
 }
 #: Those that read flags: a gradient is used after them, which no kernel leaves out.
 READERS = {"fira_adamw": 1, "apollo_adamw": 1}
@@ -34,6 +35,29 @@ def test_launches_do_not_grow_with_the_matrices(name: str) -> None:
     assert few.passes / 2 == many.passes / 16
     assert many.reads == READERS.get(name, 0)
     assert not many.sends
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=() if name in ("galore_adamw", "galore_muon") else pytest.mark.slow
+        )
+        for name in BOUNDS
+        if name != "online_subspace_lion"  # takes two batches
+    ],
+)
+def test_a_shape_of_7b_at_rank_1024_takes_one_batch(name: str) -> None:
+    found = count_step(name, LLAMA_7B, 64, rank=1024, memory=card_bytes("H100"))
+    assert found.operations <= BOUNDS[name], found.by_name
+    assert found.pieces <= 3
+
+
+def test_full_rank_muon_takes_few_operations_besides_products() -> None:
+    found = count_step("muon", LLAMA_7B, 8, memory=card_bytes("H100"))
+    assert (found.reads, found.products) == (0, 15)  # each of all eight
+    assert found.operations <= 10
+    assert found.pieces == 0
 
 
 def test_apollo_draws_bases_one_by_one() -> None:
