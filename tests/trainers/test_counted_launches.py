@@ -40,9 +40,7 @@ def test_launches_do_not_grow_with_the_matrices(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(
-            name, marks=() if name in ("galore_adamw", "galore_muon") else pytest.mark.slow
-        )
+        pytest.param(name, marks=() if name == "galore_muon" else pytest.mark.slow)
         for name in BOUNDS
         if name != "online_subspace_lion"  # takes two batches
     ],

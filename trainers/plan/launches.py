@@ -164,7 +164,8 @@ class LaunchCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             found.filled += apart
             return
         for tensor in given:
-            if tensor._base is not None and self._large(tensor._base):
+            whole = tensor._base
+            if whole is not None and whole.dim() == 2 and self._large(whole):
                 at = self._places[label, tensor.untyped_storage()._cdata]
                 at.add(tensor.storage_offset())
                 found.pieces = max(found.pieces, len(at))
