@@ -199,6 +199,10 @@ class Dropped(Residual):
         alpha: float | Tensor = update.alpha * self.scale
         if isinstance(alpha, Tensor):
             update, alpha = replace(update, direction=update.direction.mul_(alpha)), 1.0
+        decay_factor = update.decay_factor
+        if not isinstance(decay_factor, Tensor):
+            directions = update.direction.unbind(0)
+            return [WeightUpdate(direction, alpha, decay_factor) for direction in directions]
         return [
             WeightUpdate(own.direction, alpha, own.decay_factor)
             for own in apart(update, len(params))

@@ -9,8 +9,12 @@ import argparse
 import sys
 from typing import Any
 
+import torch
+
 from lowrank.trainers.plan.cards import card_bytes
 from lowrank.trainers.plan.launches import count_step
+
+from .overhead import host_seconds
 
 #: Hidden size, inner size and blocks of the LLaMA presets.
 MODELS = {"60m": (512, 1376, 8), "1b": (2048, 5461, 24), "7b": (4096, 11008, 32)}
@@ -60,7 +64,13 @@ def main() -> None:
     parser.add_argument("--ranks", default=",".join(map(str, RANKS)))
     parser.add_argument("--card", default="H100", help="whose memory bounds scratch")
     parser.add_argument("--capturable", action="store_true", help="as CUDA graphs capture them")
+    parser.add_argument("--host", action="store_true", help="the host's time for 60M instead")
     given = parser.parse_args()
+    if given.host:
+        torch.set_num_threads(1)
+        for method in given.methods.split(","):
+            sys.stdout.write(f"{method}: {1e3 * host_seconds(method):.2f} ms\n")
+        return
     options = {"capturable": True} if given.capturable else {}
     options["memory"] = card_bytes(given.card)
     sys.stdout.write(_HEAD)
