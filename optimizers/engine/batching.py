@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..projectors import ProjectedParam
-from .chunks import DEVICE_SCRATCH_BYTES, SCRATCH_BYTES
 from .devices import on_gpu
 from .options import Group
 from .processes import Processes
+from .scratch import DEVICE_SCRATCH_BYTES, SCRATCH_BYTES, bounded_batches, device_scratch
 
 
 def read_steps(states: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -34,7 +34,7 @@ def update_batches(
     params: Sequence[Tensor],
     states: Sequence[Mapping[str, Any]],
     steps_done: Sequence[int],
-    entries: Sequence[int],
+    sizes: Sequence[int],
     group: Group,
     spread: Sequence[Processes],
     shapes: Sequence[Hashable] = (),
@@ -49,7 +49,7 @@ def update_batches(
         params: the parameters.
         states: their states.
         steps_done: the step count of each.
-        entries: number of entries of each (projected) gradient, which bounds the scratch.
+        sizes: bytes of each one's scratch, which is bounded.
         group: their options.
         spread: the processes that have the other parts of each.
         shapes: what batches of projected matrices on a GPU have in common besides.
@@ -68,20 +68,15 @@ def update_batches(
         since = state.get("refreshed_at") if renewed else None
         gpu = on_gpu(param)
         shape = shapes[i] if shapes and gpu else None
-        bound = DEVICE_SCRATCH_BYTES if shapes and gpu else SCRATCH_BYTES
+        bound = SCRATCH_BYTES
+        if shapes and gpu:
+            # Processes that share matrices may have different cards.
+            bound = device_scratch(param.device) if spread[i].alone else DEVICE_SCRATCH_BYTES
         key = (param.device, param.dtype, step, since, alone, spread[i].alone, shape)
         kinds[(bound, key)].append(i)
     for (bound, _), indices in kinds.items():
-        batch: list[int] = []
-        used = 0
-        for i in indices:
-            size = entries[i] * max(4, params[i].element_size())
-            if batch and used + size > bound:
-                yield batch
-                batch, used = [], 0
-            batch.append(i)
-            used += size
-        yield batch
+        for batch in bounded_batches([sizes[i] for i in indices], bound):
+            yield [indices[position] for position in batch]
 
 
 def refresh_batches(params: Sequence[ProjectedParam]) -> Iterator[list[ProjectedParam]]:
@@ -92,6 +87,6 @@ def refresh_batches(params: Sequence[ProjectedParam]) -> Iterator[list[Projected
         kinds[(param.geometry, param.weight.dtype, param.weight.device, whole)].append(param)
     for batch in kinds.values():
         short = min(batch[0].geometry.shape)
-        together = max(1, SCRATCH_BYTES // (4 * short * short))
-        for start in range(0, len(batch), together):
-            yield batch[start : start + together]
+        sizes = [4 * short * short] * len(batch)
+        for positions in bounded_batches(sizes, SCRATCH_BYTES, refits=True):
+            yield [batch[i] for i in positions]

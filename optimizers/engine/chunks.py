@@ -16,10 +16,6 @@ CACHE_ELEMENTS = 1 << 18
 PRODUCT_ELEMENTS = 1 << 22
 #: Entries of a chunk on a GPU: fp32 copies take 128 MiB, and launch overhead is negligible.
 DEVICE_ELEMENTS = 1 << 25
-#: Bound on the scratch of several matrices that are worked on together.
-SCRATCH_BYTES = 256 << 20
-#: The same for the projected gradients and directions of a step on a GPU.
-DEVICE_SCRATCH_BYTES = 1 << 30
 
 
 def wide_dtype(like: Tensor | torch.dtype) -> torch.dtype:

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
 
 _GPUS = {"cuda"}
+#: A GPU's memory where none is asked, see `assuming_memory`.
+_assumed: int | None = None
 
 
 def on_gpu(tensor: Tensor) -> bool:
@@ -25,6 +28,31 @@ def on_gpu(tensor: Tensor) -> bool:
 def capturing() -> bool:
     """Whether a CUDA graph is being captured, during which nothing may be read back."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory; 0 where there is no such GPU to ask, and of other devices."""
+    if _assumed is not None:
+        return _assumed
+    return _memory(device) if device.type == "cuda" else 0
+
+
+@cache
+def _memory(device: torch.device) -> int:
+    if not torch.cuda.is_available():
+        return 0
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
+@contextmanager
+def assuming_memory(size: int | None) -> Iterator[None]:
+    """Lets all GPUs have so many bytes, whichever there are; None leaves them as they are."""
+    global _assumed
+    former, _assumed = _assumed, size
+    try:
+        yield
+    finally:
+        _assumed = former
 
 
 @contextmanager

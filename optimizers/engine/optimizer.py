@@ -29,11 +29,12 @@ from .options import (
     make_plain,
 )
 from .parameters import check_names, check_param, name_alike, names
+from .plain import step_plain
 from .plan import EVERYTHING, Given, Plan, Snapshot, numbered
 from .refresh import RefreshHook
 from .replaced import InUse, Watch
 from .shared_refresh import SharedRefreshes
-from .step import step_plain, step_projected
+from .step import step_projected
 from .strategies import (
     check_strategy_options,
     drop_left_over,

@@ -1,20 +1,15 @@
-"""One step of a group: refresh, project, update, write back; or a full-rank update."""
+"""One step of a projected group: refresh, project, update, write back."""
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Iterator, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import MutableMapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..projectors import MatrixKey, ProjectedParam
 from ..rules import UpdateRule
-from ..weights import QuantizedWeight, apply_rule
 from .adapt import PendingMoments
 from .batching import read_steps, update_batches
 from .composition import Projection
@@ -25,122 +20,10 @@ from .gradients import Checks, descent_gradient
 from .moments import transport_moments
 from .parts import gather_updates, project_parts, whole_first_moment
 from .plan import EVERYTHING, Given, Plan
-from .processes import ALONE, Processes
 from .refresh import Refresh, RefreshHook, refresh_due
 from .shared_refresh import SharedRefreshes
-from .together import may_join, update_together
+from .together import may_join, scratch_sizes, update_together
 from .write import apply_update
-
-
-def step_plain(plan: Plan, checks: Checks, given: Given = EVERYTHING) -> None:
-    """Takes the step of a group without projection.
-
-    Args:
-        plan: the group.
-        checks: excludes gradients that are not finite.
-        given: which parameters take it.
-    """
-    group = plan.group
-    found = [part for i in given.chosen(plan) for part in _plain_parts(plan, i)]
-    if checks.on and not checks.decided and _knows_flags(plan, found):
-        _step_gated(plan, found, checks)
-        return
-    kept = checks.usable(
-        [part.grad for part in found],
-        [plan.params[part.position] for part in found],
-        [part.name for part in found],
-        [part.processes for part in found],
-    )
-    for batch in _plain_batches(plan, [found[position] for position in kept]):
-        states = [part.state for part in batch]
-        torch._foreach_add_([state["step"] for state in states], 1)
-        apply_rule(
-            plan.composition.rule,
-            [part.grad for part in batch],
-            states,
-            [part.weight for part in batch],
-            group.get("seed", 0),
-            [part.seed_name for part in batch],
-            stochastic=group.get("stochastic_rounding", False),
-        )
-
-
-def _plain_batches(plan: Plan, parts: Sequence[_PlainPart]) -> Iterator[list[_PlainPart]]:
-    weights, states = [part.weight for part in parts], [part.state for part in parts]
-    # Captured steps are not grouped by step count, which would have to be read back.
-    steps = [0] * len(states) if plan.group["capturable"] else read_steps(states)
-    entries = [part.entries for part in parts]
-    spread = [part.processes for part in parts]
-    for batch in update_batches(weights, states, steps, entries, plan.group, spread):
-        yield [parts[position] for position in batch]
-
-
-def _knows_flags(plan: Plan, parts: Sequence[_PlainPart]) -> bool:
-    """Whether flags on the device can leave out gradients, so that none is read."""
-    stochastic = plan.group.get("stochastic_rounding", False)
-    if not parts or stochastic or not all(part.processes.alone for part in parts):
-        return False
-    if any(isinstance(part.weight, QuantizedWeight) for part in parts):
-        return False
-    kinds = defaultdict(list)
-    for part in parts:
-        kinds[part.weight.dtype, part.weight.device].append(part)
-    rule = plan.composition.rule
-    return all(
-        rule.knows_flags(
-            [part.grad for part in own],
-            [part.state for part in own],
-            [part.weight for part in own],
-        )
-        for own in kinds.values()
-    )
-
-
-def _step_gated(plan: Plan, parts: Sequence[_PlainPart], checks: Checks) -> None:
-    for batch in _plain_batches(plan, parts):
-        states, grads = [part.state for part in batch], [part.grad for part in batch]
-        torch._foreach_add_([state["step"] for state in states], 1)
-        owners = [plan.params[part.position] for part in batch]
-        good_b = checks.skipped.flags(grads, owners, [part.name for part in batch])
-        weights = [part.weight for part in batch]
-        plan.composition.rule.apply_gated(grads, states, weights, good_b)
-
-
-@dataclass
-class _PlainPart:
-    """What is here of a parameter that isn't projected, or of one of its experts."""
-
-    position: int
-    weight: Tensor
-    grad: Tensor
-    state: dict[str, Any]
-    name: str | None
-    seed_name: str
-    processes: Processes
-    entries: int
-
-
-def _plain_parts(plan: Plan, position: int) -> list[_PlainPart]:
-    param, shard = plan.params[position], plan.shards[position]
-    grad = descent_gradient(param, plan.group)
-    if grad is None:
-        return []
-    if plan.by_expert(position):
-        return [
-            _PlainPart(
-                *(position, own.weight, own.grad, own.state, own.name, own.seed_name),
-                *(ALONE, own.weight.numel()),
-            )
-            for own in experts_of(plan, position, grad)
-        ]
-    return [
-        _PlainPart(
-            *(position, shard.local(param.detach()), shard.as_rows(grad)),
-            plan.local_state(position),
-            *(plan.names[position], plan.seed_names[position]),
-            *(shard.rows.processes, param.numel()),
-        )
-    ]
 
 
 def step_projected(
@@ -263,14 +146,10 @@ def _update(plan: Plan, params: Sequence[ProjectedParam], checks: Checks) -> Non
     assert projection is not None
     weights, states = [param.weight for param in params], [param.state for param in params]
     steps = [param.steps_done for param in params]
-    bases = projection.projector.scratch_entries
-    entries = [
-        math.prod(param.geometry.projected_shape()) * rule.SCRATCH + bases(param.geometry)
-        for param in params
-    ]
+    sizes = scratch_sizes(params, projection, rule)
     spread = [param.rows.processes for param in params]
     shapes = [param.geometry for param in params]
-    for indices in update_batches(weights, states, steps, entries, plan.group, spread, shapes):
+    for indices in update_batches(weights, states, steps, sizes, plan.group, spread, shapes):
         batch = [params[i] for i in indices]
         if may_join(batch[0]):
             _update_joined(batch, projection, rule, checks)

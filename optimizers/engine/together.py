@@ -7,7 +7,8 @@ launches doesn't depend on B; see `docs/gpu_steps.md`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 import torch
@@ -28,6 +29,45 @@ def may_join(param: ProjectedParam) -> bool:
     return on_gpu(param.weight) and param.rows.processes.alone and type(geometry) is Geometry
 
 
+def scratch_sizes(
+    params: Sequence[ProjectedParam], projection: Projection, rule: UpdateRule
+) -> list[int]:
+    """Bytes that each of several matrices takes of the scratch of its batch."""
+    known: dict[Hashable, int] = {}
+    sizes = []
+    for param in params:
+        joins = may_join(param)
+        key = (param.geometry, param.weight.dtype, joins)
+        if key not in known:
+            known[key] = _scratch_size(param, projection, rule, joins=joins)
+        sizes.append(known[key])
+    return sizes
+
+
+def _scratch_size(
+    param: ProjectedParam, projection: Projection, rule: UpdateRule, *, joins: bool
+) -> int:
+    geometry, itemsize = param.geometry, param.weight.element_size()
+    entries = math.prod(geometry.projected_shape())
+    projector = projection.projector
+    bases = projector.scratch_bytes(geometry, itemsize)
+    if not joins:
+        return entries * rule.SCRATCH * max(4, itemsize) + bases
+    projected = entries * itemsize
+    update = entries * rule.scratch_bytes(
+        param.weight.dtype, param.state, overwrites=_overwrites(projection)
+    )
+    if projection.residual.BACK_PROJECTS:
+        update += bases
+    # At the highest of these moments: bases are read, moments updated, bases tracked.
+    return max(bases + projected, update, projected + projector.tracking_bytes(geometry, itemsize))
+
+
+def _overwrites(projection: Projection) -> bool:
+    """Whether directions may take the place of the projected gradients, which nothing reads."""
+    return not projection.residual.READS_PROJECTED and not projection.projector.TRACKS
+
+
 def update_together(
     params: Sequence[ProjectedParam],
     projected_b: Tensor,
@@ -39,7 +79,7 @@ def update_together(
 
     Args:
         params: the matrices, which `may_join`.
-        projected_b: their projected gradients, B x ...
+        projected_b: their projected gradients, B x ...; overwritten where nothing reads them.
         projection: of their group.
         rule: of their group.
         good_b: see `UpdateRule.update_together`.
@@ -51,9 +91,25 @@ def update_together(
     if residual.NORMS:
         axis = 0 if params[0].geometry.side is Side.LEFT else 1
     weights = [param.weight for param in params]
-    update = rule.update_together(projected_b, states, weights, axis, good_b)
+    free = _overwrites(projection)
+    update = rule.update_together(projected_b, states, weights, axis, good_b, overwrites=free)
     if not projection.options.stochastic_rounding and not isinstance(weights[0], QuantizedWeight):
-        # In one launch what the products with single weights would do.
-        update = replace(update, direction=update.direction.to(weights[0].dtype))
+        direction_b = _narrowed(update.direction, weights[0].dtype, projected_b if free else None)
+        update = replace(update, direction=direction_b)
     written = residual.compute_together(params, projected_b, update, projector, good_b)
     apply_updates(written, params, projection)
+
+
+def _narrowed(direction_b: Tensor, dtype: torch.dtype, free_b: Tensor | None) -> Tensor:
+    """Directions in the weights' precision: in one launch what each product would do.
+
+    Args:
+        direction_b: the directions.
+        dtype: of the weights.
+        free_b: memory of that shape that may be written, if there is any.
+    """
+    if direction_b.dtype == dtype:
+        return direction_b
+    if free_b is not None and free_b.dtype == dtype:
+        return free_b.copy_(direction_b)
+    return direction_b.to(dtype)

@@ -26,8 +26,8 @@ def apply_update(update: WeightUpdate, param: ProjectedParam, projection: Projec
     direction, alpha, decay_factor = update.direction, update.alpha, update.decay_factor
     if isinstance(alpha, Tensor):
         direction, alpha = (None if direction is None else direction.mul_(alpha)), 1.0
-    plain = WeightUpdate(direction, alpha, decay_factor, update.scaled, update.edit)
-    if _fused(plain, param, projection, seed, stochastic=rounds):
+        update = WeightUpdate(direction, alpha, decay_factor, update.scaled, update.edit)
+    if _fused(update, param, projection, seed, stochastic=rounds):
         return
     for weight_kn, rows in editable_rows(param.weight, param.rows, seed, turn, stochastic=rounds):
         scalar_decay = decay_factor

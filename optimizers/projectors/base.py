@@ -18,6 +18,8 @@ from ..storage.base import BasisStorage, DenseBasis
 from . import apply
 
 Bases = tuple[Tensor, ...]
+#: From a slice of a matrix's rows to what of its gradient lies outside a subspace, a new tensor.
+RowsOutside = Callable[[slice], Tensor]
 #: A parameter, or one with the place of an expert in it.
 MatrixKey = Tensor | tuple[Tensor, int]
 
@@ -238,9 +240,18 @@ class Projector(ABC):
                 param.read = (basis,)
         return [self.bases(param)[0].to(param.grad.dtype) for param in params]
 
-    def scratch_entries(self, geometry: Geometry) -> int:
-        """Entries that bases take during a step besides those that are stored."""
-        return sum(map(self.storage.scratch_entries, geometry.basis_shapes.values()))
+    def scratch_bytes(self, geometry: Geometry, itemsize: int) -> int:
+        """Bytes that a matrix's bases take during a step besides what is stored.
+
+        Args:
+            geometry: of the matrix.
+            itemsize: bytes of an entry of its weight.
+        """
+        return itemsize * sum(map(self.storage.scratch_entries, geometry.basis_shapes.values()))
+
+    def tracking_bytes(self, geometry: Geometry, itemsize: int) -> int:
+        """Bytes that `track_together` takes for a matrix besides its projected gradient."""
+        return 0
 
     def write_back(
         self,
@@ -313,6 +324,30 @@ class Projector(ABC):
         self.write_back(param, chunk, rows, projected, alpha=share, decay_factor=1.0)
         return chunk
 
+    def outside_together(
+        self,
+        params: Sequence[ProjectedParam],
+        projected_b: Tensor,
+        good_b: Tensor | None = None,
+    ) -> list[RowsOutside]:
+        """`outside` of B matrices of one geometry, for GPUs.
+
+        Args:
+            params: the matrices.
+            projected_b: their projected gradients.
+            good_b: flags on the device: where one is false the result is zero.
+        """
+        bad = [None] * len(params) if good_b is None else good_b.logical_not().unbind(0)
+
+        def of(param: ProjectedParam, projected: Tensor, mask: Tensor | None) -> RowsOutside:
+            def rows(span: slice) -> Tensor:
+                outside = self.outside(param, projected, span)
+                return outside if mask is None else outside.masked_fill_(mask, 0.0)
+
+            return rows
+
+        return list(map(of, params, projected_b.unbind(0), bad))
+
     @property
     def gates(self) -> bool:
         """Whether `track` and `track_together` heed `good`, or there is nothing to track."""
@@ -328,7 +363,7 @@ class Projector(ABC):
 
         Args:
             params: the matrices.
-            projected_b: their projected gradients.
+            projected_b: their projected gradients, not read afterwards.
             good_b: flags on the device: other gradients count as zero; only given if it `gates`.
         """
         if self.TRACKS:

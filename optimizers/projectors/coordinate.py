@@ -17,7 +17,7 @@ from ..engine.geometry import Geometry, RowRange, Side
 from ..engine.seeds import choose, draw_seed
 from ..storage.base import DenseBasis
 from .apply import largest_entry
-from .base import Bases, ProjectedParam, Projector
+from .base import Bases, ProjectedParam, Projector, RowsOutside
 from .random import usable
 
 INDEX_BYTES = 4
@@ -167,6 +167,34 @@ class CoordinateProjector(Projector):
         selected_n = torch.zeros(chunk.shape[1], dtype=chunk.dtype, device=chunk.device)
         selected_n.index_fill_(0, columns.long(), 1.0)
         return chunk.mul_(1.0 - (1.0 - mask_k)[:, None] * selected_n)
+
+    def outside_together(
+        self,
+        params: Sequence[ProjectedParam],
+        projected_b: Tensor,
+        good_b: Tensor | None = None,
+    ) -> list[RowsOutside]:
+        """See `Projector.outside_together`: what isn't selected, in one pass over each piece."""
+        first = params[0]
+        if first.geometry.side is Side.BOTH:
+            return super().outside_together(params, projected_b, good_b)
+        ((key, (size, _)),) = first.geometry.basis_shapes.items()
+        index_b = torch.stack([param.state[key + INDEX] for param in params]).long()
+        kept_b = torch.ones(len(params), size, dtype=torch.bool, device=index_b.device)
+        kept_b.scatter_(1, index_b, False)
+        if good_b is not None:
+            kept_b.logical_and_(good_b.view(-1, 1))
+        zero = torch.zeros((), dtype=first.grad.dtype, device=first.grad.device)
+        right = first.geometry.side is Side.RIGHT
+
+        def of(param: ProjectedParam, kept: Tensor) -> RowsOutside:
+            def rows(span: slice) -> Tensor:
+                mask = kept[None] if right else kept[span, None]
+                return torch.where(mask, param.grad[span], zero)
+
+            return rows
+
+        return list(map(of, params, kept_b.unbind(0)))
 
 
 def _all_rows(rows: RowRange, param: ProjectedParam) -> bool:

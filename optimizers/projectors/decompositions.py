@@ -17,9 +17,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..engine.chunks import SCRATCH_BYTES, wide_dtype
+from ..engine.chunks import wide_dtype
 from ..engine.fp32 import exact_fp32
 from ..engine.geometry import RowRange, Side
+from ..engine.scratch import SCRATCH_BYTES
 from .operand import Operand
 from .subspace import CONVERGED, randomized, warm
 from .subspace import eigh as solve

@@ -56,13 +56,22 @@ def gradient_norms_together(params: Sequence[ProjectedParam], axis: int) -> Tens
     return norms_b
 
 
-def safe_norms(norms_b: Tensor) -> Tensor:
-    """`safe_norm` of each of B tensors, B x 1 x 1; fp64 holds the squares of fp32."""
+def safe_norms(
+    norms_b: Tensor, dtype: torch.dtype | None = None, divisor: float | Tensor = 1.0
+) -> Tensor:
+    """`safe_norm` of each of B tensors, B x 1 x 1; fp64 holds the squares of fp32.
+
+    Args:
+        norms_b: nonnegative numbers.
+        dtype: of the result, theirs if None.
+        divisor: the result is divided by it; not 0.
+    """
     if norms_b.dtype == torch.float64:
-        return torch.stack([safe_norm(norms) for norms in norms_b.unbind(0)]).view(-1, 1, 1)
-    wide_b = torch.linalg.vector_norm(norms_b, dim=(1, 2), keepdim=True, dtype=torch.float64)
-    norm_b: Tensor = wide_b.to(norms_b.dtype)
-    return norm_b
+        wide_b = torch.stack([safe_norm(norms) for norms in norms_b.unbind(0)]).view(-1, 1, 1)
+    else:
+        wide_b = torch.linalg.vector_norm(norms_b, dim=(1, 2), keepdim=True, dtype=torch.float64)
+    norm_b = wide_b.new_empty(wide_b.shape, dtype=dtype or norms_b.dtype)
+    return torch.div(wide_b, divisor, out=norm_b)
 
 
 def safe_norm(norms: Tensor, processes: Processes = ALONE) -> Tensor:

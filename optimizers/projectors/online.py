@@ -221,11 +221,14 @@ class OnlineProjector(SingularProjector):
     def _gradients_together(
         self, params: Sequence[ProjectedParam], projected_b: Tensor, basis_b: Tensor
     ) -> Tensor:
-        """`gradient` of B matrices, B x d x r: one product with each G, all else batched."""
+        """`gradient` of B matrices, B x d x r: one product with each G, all else batched.
+
+        The projected gradients are overwritten.
+        """
         left, precision = params[0].geometry.side is Side.LEFT, projected_b.dtype
-        norms_b = safe_norms(gradient_norms_together(params, 1)).to(precision)
+        norms_b = safe_norms(gradient_norms_together(params, 1), precision)
         norms_b.clamp_(min=torch.finfo(precision).tiny)
-        hat_b = projected_b / norms_b
+        hat_b = projected_b.div_(norms_b)
         product_b = torch.empty_like(basis_b, dtype=precision)
         basis_b = basis_b.to(precision)
         if left:
@@ -238,8 +241,8 @@ class OnlineProjector(SingularProjector):
                 torch.mm(param.grad.mT, hat, out=out)
         product_b.div_(norms_b)
         gram_b = basis_b.mT @ basis_b
-        result_b = torch.baddbmm(product_b, basis_b, square_b, beta=-2.0)
-        result_b.baddbmm_(product_b, gram_b).mul_(2.0)
+        result_b = torch.baddbmm(product_b, basis_b, square_b, beta=-4.0, alpha=2.0)
+        result_b.baddbmm_(product_b, gram_b, alpha=2.0)
         if self.orthogonality:
             gram_b.diagonal(dim1=1, dim2=2).sub_(1.0)
             result_b.baddbmm_(basis_b, gram_b, alpha=4.0 * self.orthogonality)
@@ -249,6 +252,11 @@ class OnlineProjector(SingularProjector):
     def gates(self) -> bool:
         """See `Projector.gates`."""
         return True
+
+    def tracking_bytes(self, geometry: Geometry, itemsize: int) -> int:
+        """See `Projector.tracking_bytes`: basis, product and gradient, and two squares."""
+        ((size, rank),) = geometry.basis_shapes.values()
+        return itemsize * rank * (3 * size + 2 * rank)
 
     @exact_fp32()
     def track_together(
@@ -284,8 +292,7 @@ class OnlineProjector(SingularProjector):
         """One step of the optimizer of bases that were fitted after as many steps."""
         ((key, _),) = params[0].geometry.basis_shapes.items()
         stored: list[Tensor] = [param.state[key] for param in params]
-        moved_b = torch.stack(stored)
-        grads_b = self._gradients_together(params, projected_b, moved_b)
+        grads_b = self._gradients_together(params, projected_b, torch.stack(stored))
         if good_b is not None:
             grads_b.masked_fill_(good_b.logical_not().view(-1, 1, 1), 0.0)
         rule = self._rule(capturable=on_gpu(params[0].state["step"]), fused=True)
@@ -295,8 +302,6 @@ class OnlineProjector(SingularProjector):
             {**self._moments(param), "step": count}
             for param, count in zip(params, counts.unbind(0), strict=True)
         ]
-        moved = list(moved_b.unbind(0))
-        rule.apply(list(grads_b.unbind(0)), states, moved)
-        torch._foreach_copy_(stored, moved)
+        rule.apply(list(grads_b.unbind(0)), states, stored)
         for param in params:
             param.read = None

@@ -162,11 +162,11 @@ class RandomProjector(Projector):
             param.read = (basis,)
         return drawn
 
-    def scratch_entries(self, geometry: Geometry) -> int:
-        """See `Projector.scratch_entries`: all that are drawn."""
+    def scratch_bytes(self, geometry: Geometry, itemsize: int) -> int:
+        """See `Projector.scratch_bytes`: all that are drawn."""
         if not self._drawn:
-            return super().scratch_entries(geometry)
-        return sum(size * rank for size, rank in geometry.basis_shapes.values())
+            return super().scratch_bytes(geometry, itemsize)
+        return itemsize * sum(size * rank for size, rank in geometry.basis_shapes.values())
 
     def _read(self, param: ProjectedParam) -> Bases:
         if not self._drawn:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lowrank.cuda import rademacher
 
-from ..engine.chunks import SCRATCH_BYTES
 from ..engine.devices import on_gpu
+from ..engine.scratch import SCRATCH_BYTES
 from .operand import Operand
 from .orthonormal import householder, shifted_cholesky
 

@@ -73,6 +73,10 @@ class Residual(ABC):
     NORMS: ClassVar[bool] = False
     #: Whether it uses the gradient outside the subspace.
     READS_GRADIENT: ClassVar[bool] = True
+    #: Whether it reads the projected gradient.
+    READS_PROJECTED: ClassVar[bool] = True
+    #: Whether its update has a part that is back-projected.
+    BACK_PROJECTS: ClassVar[bool] = True
     #: Whether `compute_together` heeds flags on the device. The general one does for residuals
     #: without an `edit`, or one that leaves out gradients that aren't finite.
     GATES: ClassVar[bool] = False
@@ -138,7 +142,8 @@ class Residual(ABC):
 
         Args:
             params: the matrices.
-            projected_b: their projected gradients, B x ..., read only.
+            projected_b: their projected gradients, B x ..., read only; overwritten before if it
+                doesn't read them (`READS_PROJECTED`).
             update: see `UpdateRule.update_together`; its direction may be overwritten.
             projector: their projector.
             good_b: flags on the device: other gradients count as zero, what `ADVANCES` names stays;
@@ -197,6 +202,7 @@ class Dropped(Residual):
     """Nothing outside the subspace is used (GaLore)."""
 
     READS_GRADIENT: ClassVar[bool] = False
+    READS_PROJECTED: ClassVar[bool] = False
     GATES: ClassVar[bool] = True
     DIMENSIONS: ClassVar[tuple[int, ...]] = (2, 4)
 
@@ -218,6 +224,10 @@ class Dropped(Residual):
         alpha: float | Tensor = update.alpha * self.scale
         if isinstance(alpha, Tensor):
             update, alpha = replace(update, direction=update.direction.mul_(alpha)), 1.0
+        decay_factor = update.decay_factor
+        if not isinstance(decay_factor, Tensor):
+            directions = update.direction.unbind(0)
+            return [WeightUpdate(direction, alpha, decay_factor) for direction in directions]
         return [
             WeightUpdate(own.direction, alpha, own.decay_factor)
             for own in apart(update, len(params))

@@ -14,7 +14,7 @@ from ..engine import checks
 from ..engine.chunks import wide_dtype
 from ..engine.geometry import Geometry
 from ..projectors import ProjectedParam
-from ..projectors.norms import axis_norms
+from ..projectors.norms import axis_norms, safe_norms
 from ..rules import Update
 from ..rules.growth import limit_growth as limit_growth
 from ..rules.growth import limit_growth_together
@@ -73,7 +73,7 @@ class LimitedResidual(Residual, ABC):
         params: Sequence[ProjectedParam],
         ratios_b: Tensor,
         update: Update,
-        norms_b: Tensor,
+        outside_b: Tensor,
         good_b: Tensor | None = None,
     ) -> Tensor:
         """`limited` of B matrices.
@@ -82,16 +82,16 @@ class LimitedResidual(Residual, ABC):
             params: the matrices.
             ratios_b: B x 1 x n, B x m x 1 or B x 1 x 1, overwritten.
             update: of all.
-            norms_b: the residual's norms with these ratios, B x 1 x 1.
+            outside_b: the residual's norms with these ratios by index, B x ...
             good_b: flags on the device; the stored norms of others stay. Their ratios are 0.
         """
         if self.limiter is None:
             return ratios_b
         factor = update.factor
-        if isinstance(factor, Tensor):
-            norms_b = norms_b / factor
-        elif factor != 1.0:
-            norms_b = norms_b / factor if factor else torch.zeros_like(norms_b)
+        if isinstance(factor, Tensor) or factor:
+            norms_b = safe_norms(outside_b, divisor=factor)
+        else:
+            norms_b = outside_b.new_zeros(len(outside_b), 1, 1)
         stored = [param.state[STATE_KEY] for param in params]
         return ratios_b.mul_(limit_growth_together(stored, norms_b, self.limiter, good_b))
 

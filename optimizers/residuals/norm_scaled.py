@@ -32,7 +32,6 @@ from ..projectors.norms import (
     keeps_norms,
     outside_norm,
     reconstructed_squares,
-    safe_norms,
 )
 from ..rules import Update
 from .base import ScaledPart, WeightUpdate, apart
@@ -136,9 +135,7 @@ class NormScaled(LimitedResidual):
             outside_b = torch.maximum(outside_b, floor_b).sqrt_().mul_(ratios_b)
             # A factor 0 leaves nothing of a norm that isn't finite.
             outside_b.nan_to_num_(nan=0.0, posinf=torch.inf)
-            ratios_b = self.limited_together(
-                params, ratios_b, update, safe_norms(outside_b), good_b
-            )
+            ratios_b = self.limited_together(params, ratios_b, update, outside_b, good_b)
         direction_b = update.direction.addcmul_(projected_b, ratios_b, value=-beta / self.scale)
         factors_b, alpha = ratios_b.mul_(update.alpha), update.alpha * self.scale
         if isinstance(alpha, Tensor):

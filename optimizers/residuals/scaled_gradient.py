@@ -49,6 +49,7 @@ class ScaledGradient(LimitedResidual):
     """
 
     NORMS: ClassVar[bool] = True
+    BACK_PROJECTS: ClassVar[bool] = False
     OPTIONS: ClassVar[tuple[str, ...]] = ("scale_type", "scale_front", "limiter")
 
     scale_type: str = "channel"
@@ -122,7 +123,7 @@ class ScaledGradient(LimitedResidual):
             whole_b = gradient_norms_together(params, axis).mul_(ratios_b)
             # A factor 0 leaves nothing of a norm that isn't finite.
             whole_b.nan_to_num_(nan=0.0, posinf=math.inf)
-            ratios_b = self.limited_together(params, ratios_b, update, safe_norms(whole_b), good_b)
+            ratios_b = self.limited_together(params, ratios_b, update, whole_b, good_b)
         if not self.scale_front:
             ratios_b.mul_(self.scale**0.5)
         factors_b = ratios_b.mul_(update.alpha)

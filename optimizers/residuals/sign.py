@@ -11,7 +11,8 @@ Training" (arXiv 2411.07837). With R the projected gradient and lr without any b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
@@ -20,6 +21,7 @@ from ..engine import checks
 from ..engine.chunks import row_chunks
 from ..engine.geometry import Geometry, RowRange, Side
 from ..projectors import ProjectedParam, Projector
+from ..projectors.base import RowsOutside
 from ..rules import Update
 from .base import Residual, RowEdit, WeightUpdate, apart
 
@@ -61,7 +63,7 @@ class SignResidual(Residual):
         """See the module; without host synchronisation on CUDA."""
         rate = update.alpha if update.rate is None else update.rate
         size = rate * self.scale * self.inactive_lr_scale
-        edit = self._edit(param, projected, size, projector)
+        edit = self._edit(param, size, partial(projector.outside, param, projected))
         return WeightUpdate(
             update.direction, update.alpha * self.scale, update.decay_factor, edit=edit
         )
@@ -75,24 +77,23 @@ class SignResidual(Residual):
         good_b: Tensor | None = None,
     ) -> list[WeightUpdate]:
         """See `Residual.compute_together`."""
-        made = super().compute_together(params, projected_b, update, projector)
-        if good_b is None:
-            return made
-        rates = [own.alpha if own.rate is None else own.rate for own in apart(update, len(params))]
-        factor, bad_b = self.scale * self.inactive_lr_scale, good_b.logical_not()
-        whole = zip(params, projected_b.unbind(0), rates, bad_b.unbind(0), made, strict=True)
+        updates = apart(update, len(params))
+        edits: Sequence[RowEdit | None] = [None] * len(params)
+        if not complete(params[0].geometry):
+            factor = self.scale * self.inactive_lr_scale
+            rates = [own.alpha if own.rate is None else own.rate for own in updates]
+            outside = projector.outside_together(params, projected_b, good_b)
+            edits = [
+                self._edit(param, rate * factor, of)
+                for param, rate, of in zip(params, rates, outside, strict=True)
+            ]
         return [
-            replace(own, edit=self._edit(param, projected, rate * factor, projector, bad))
-            for param, projected, rate, bad, own in whole
+            WeightUpdate(own.direction, own.alpha * self.scale, own.decay_factor, edit=edit)
+            for own, edit in zip(updates, edits, strict=True)
         ]
 
     def _edit(
-        self,
-        param: ProjectedParam,
-        projected: Tensor,
-        size: float | Tensor,
-        projector: Projector,
-        bad: Tensor | None = None,
+        self, param: ProjectedParam, size: float | Tensor, outside_of: RowsOutside
     ) -> RowEdit | None:
         if complete(param.geometry):
             return None
@@ -102,11 +103,9 @@ class SignResidual(Residual):
             for span in row_chunks(weight_kn):
                 part = rows.part(span)
                 held = slice(part.start - first, part.stop - first)
-                outside = projector.outside(param, projected, held)
+                outside = outside_of(held)
                 if self.inactive_update == "sign":
                     outside.sign_()
-                if bad is not None:
-                    outside.masked_fill_(bad, 0.0)
                 if isinstance(size, Tensor):
                     weight_kn[span].sub_(outside.mul_(size))
                 else:

@@ -26,6 +26,7 @@ class SignedBack(Residual):
     """Nothing outside the subspace is used; the step is the sign of the back-projected update."""
 
     READS_GRADIENT: ClassVar[bool] = False
+    READS_PROJECTED: ClassVar[bool] = False
     GATES: ClassVar[bool] = True
 
     def compute_update(

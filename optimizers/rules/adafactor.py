@@ -206,6 +206,20 @@ class Adafactor(UpdateRule):
             updates.append(self._finished(state, direction, rate))
         return updates
 
+    def _joins(self, dim: int) -> bool:
+        """Whether there is a form of the update for matrices as one tensor."""
+        plain = type(self) is Adafactor and self.beta1 is None and not self.scale_parameter
+        return plain and dim == 2
+
+    def scratch_bytes(self, dtype: torch.dtype, state: State, *, overwrites: bool) -> int:
+        """See `UpdateRule.scratch_bytes`: directions in fp32, then in the weight's type."""
+        if not self._joins(2):
+            return super().scratch_bytes(dtype, state, overwrites=overwrites)
+        own, wide = dtype.itemsize, wide_dtype(dtype).itemsize
+        if own == wide:
+            return wide * (1 if overwrites else 2)
+        return own + wide + (0 if overwrites else own)
+
     def update_together(
         self,
         grads_b: Tensor,
@@ -213,28 +227,31 @@ class Adafactor(UpdateRule):
         weights: Sequence[Tensor],
         axis: int | None = None,
         good_b: Tensor | None = None,
+        *,
+        overwrites: bool = False,
     ) -> Update:
         """See `UpdateRule.update_together`."""
-        plain = type(self) is Adafactor and self.beta1 is None and not self.scale_parameter
-        if not plain or grads_b.dim() != 3:
+        if not self._joins(grads_b.dim() - 1):
             return super().update_together(grads_b, states, weights, axis, good_b)
         rate, weight = self._rate(states[0], weights[0]), 1 - self._decay(states[0])
-        grads_b = grads_b.to(states[0]["exp_avg_sq_row"].dtype)
-        square_b = grads_b.square()
+        wide = states[0]["exp_avg_sq_row"].dtype
         factors: list[Tensor] = []
         for key, dim in (("exp_avg_sq_row", 2), ("exp_avg_sq_col", 1)):
             stored: list[Tensor] = [state[key] for state in states]
-            means_b = square_b.mean(dim).add_(self.eps[0])
+            squares_b = torch.linalg.vector_norm(grads_b, dim=dim, dtype=wide).square_()
+            # Their mean and eps[0], in one launch.
+            means_b = torch.rsub(squares_b, self.eps[0], alpha=-1.0 / grads_b.shape[dim])
             torch._foreach_lerp_(stored, list(means_b.unbind(0)), weight)
             factors.append(torch.stack(stored))
         row_b, col_b = factors
         by_row_b = row_b.div_(row_b.mean(1, keepdim=True)).rsqrt_().unsqueeze(2)
-        direction_b = torch.mul(grads_b, by_row_b, out=square_b)
+        free = overwrites and grads_b.dtype == wide
+        direction_b = torch.mul(grads_b, by_row_b, out=grads_b if free else None)
         direction_b.mul_(col_b.rsqrt_().unsqueeze(1))
         sizes_b = torch.linalg.vector_norm(direction_b, dim=(1, 2), keepdim=True)
         most = self.clip_threshold * math.prod(direction_b.shape[1:]) ** 0.5
         # Divides by max(1, RMS / threshold), and times the rate.
-        scales_b = sizes_b.div_(most).clamp_(min=1.0).reciprocal_().mul_(rate)
+        scales_b = sizes_b.clamp_(min=most).reciprocal_().mul_(rate * most)
         if good_b is not None:
             scales_b.mul_(good_b.view(-1, 1, 1))
         return self._finished(states[0], direction_b.mul_(scales_b), rate)

@@ -40,6 +40,9 @@ from .kernel_sizes import joined_sizes, listed_sizes, with_rates
 from .precision import moments_dtype, moments_itemsize
 from .transport import transported_moments
 
+#: Of gradients that the compiled kernels know.
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+
 
 @cache
 def _compiled_step() -> Callable[..., list[Tensor]]:
@@ -170,6 +173,13 @@ class Adam(ElementwiseRule):
             updates.update(zip(picked, made, strict=True))
         return [updates[i] for i in range(len(grads))]
 
+    def scratch_bytes(self, dtype: torch.dtype, state: State, *, overwrites: bool) -> int:
+        """See `UpdateRule.scratch_bytes`: by the kernel no more than the directions."""
+        moments = [state["exp_avg"]]
+        if dtype not in KERNEL_DTYPES or not self._has_kernel(moments, moments):
+            return dtype.itemsize + 4 * max(4, dtype.itemsize)  # lists of operands and results
+        return dtype.itemsize * (1 if overwrites else 2)
+
     def update_together(
         self,
         grads_b: Tensor,
@@ -177,6 +187,8 @@ class Adam(ElementwiseRule):
         weights: Sequence[Tensor],
         axis: int | None = None,
         good_b: Tensor | None = None,
+        *,
+        overwrites: bool = False,
     ) -> Update:
         """See `UpdateRule.update_together`: one launch, directions in the gradients' precision."""
         grads = list(grads_b.unbind(0))
@@ -184,7 +196,8 @@ class Adam(ElementwiseRule):
         if not self._has_kernel(grads, exp_avgs):
             return super().update_together(grads_b, states, weights, axis, good_b)
         numbers, sizes, factor, lr = joined_sizes(self, states, good_b)
-        directions_b = torch.empty_like(grads_b)
+        # Each entry is read before its direction is written.
+        directions_b = grads_b if overwrites else torch.empty_like(grads_b)
         norms: tuple[Tensor, Tensor] | None = None
         if axis is not None:
             shape = list(grads_b.shape)
@@ -293,6 +306,11 @@ class Adam(ElementwiseRule):
         for target, moved in zip(self._moments(into or state), (moved_m, moved_v), strict=True):
             target.copy_(moved)
 
+    def bounds_scratch(self, weight: Tensor, state: State) -> bool:
+        """See `UpdateRule.bounds_scratch`: the compiled kernel needs none."""
+        moments = [state["exp_avg"]]
+        return weight.dtype in KERNEL_DTYPES and self._has_kernel(moments, moments)
+
     def apply(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
     ) -> None:
@@ -332,14 +350,14 @@ class Adam(ElementwiseRule):
         alike = all(w.dtype == grads[0].dtype and w.is_contiguous() for w in weights)
         return known and alike
 
-    def apply_gated(
+    def apply_flagged(
         self,
         grads: Sequence[Tensor],
         states: Sequence[State],
         weights: Sequence[Tensor],
         good_b: Tensor,
     ) -> None:
-        """See `UpdateRule.apply_gated`."""
+        """See `UpdateRule.apply_flagged`."""
         exp_avgs, exp_avg_sqs = (list(t) for t in zip(*map(self._moments, states), strict=True))
         _, sizes, _, lr = joined_sizes(self, states, good_b)
         assert sizes is not None

@@ -24,7 +24,7 @@ from ..engine.chunks import DEVICE_ELEMENTS
 from ..engine.devices import on_gpu
 from ..engine.rotation import Rotation
 from ..engine.sharding import Part
-from .adam import Adam
+from .adam import KERNEL_DTYPES, Adam
 from .base import (
     ElementwiseRule,
     RowUpdates,
@@ -127,6 +127,13 @@ class Adam8bit(Adam):
         """`update`: the 8-bit kernel works by blocks, so it can't sum by row or column."""
         return self.update(grads, states, weights)
 
+    def scratch_bytes(self, dtype: torch.dtype, state: State, *, overwrites: bool) -> int:
+        """See `UpdateRule.scratch_bytes`: by the kernel no more than the directions."""
+        scales = state.get("exp_avg_absmax")
+        if scales is None or dtype not in KERNEL_DTYPES or not self._fuses(scales, state):
+            return super().scratch_bytes(dtype, state, overwrites=overwrites)
+        return dtype.itemsize * (1 if overwrites else 2)
+
     def update_together(
         self,
         grads_b: Tensor,
@@ -134,13 +141,16 @@ class Adam8bit(Adam):
         weights: Sequence[Tensor],
         axis: int | None = None,
         good_b: Tensor | None = None,
+        *,
+        overwrites: bool = False,
     ) -> Update:
         """See `UpdateRule.update_together`: one launch, without norms."""
         grads = list(grads_b.unbind(0))
         if not all(map(self._fuses, grads, states)):
             return ElementwiseRule.update_together(self, grads_b, states, weights, axis, good_b)
         numbers, sizes, factor, lr = joined_sizes(self, states, good_b)
-        directions_b = torch.empty_like(grads_b)
+        # Each entry is read before its direction is written.
+        directions_b = grads_b if overwrites else torch.empty_like(grads_b)
         self._call(grads, states, list(directions_b.unbind(0)), numbers, sizes)
         decay_factor, alpha = self._decay_and_alpha(lr)
         return Update(directions_b, alpha, decay_factor, factor)
@@ -176,6 +186,10 @@ class Adam8bit(Adam):
         keys = ("exp_avg", "exp_avg_absmax", "exp_avg_sq", "exp_avg_sq_absmax")
         stored = [[state[key] for state in states] for key in keys]
         torch.ops.lowrank.adam_8bit(grads, *stored, directions, *self.betas, *numbers, sizes)
+
+    def bounds_scratch(self, weight: Tensor, state: State) -> bool:
+        """See `UpdateRule.bounds_scratch`: it takes some for each weight."""
+        return False
 
     def apply(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]

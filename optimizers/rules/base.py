@@ -53,13 +53,20 @@ class Update:
     norms: tuple[Tensor, Tensor] | None = None
 
 
+#: Sets gradients that are not finite to zero, given B of them as one tensor and their positions in
+#: a list; returns B flags, of those that are.
+Gate = Callable[[Tensor, Sequence[int]], Tensor]
+
+
 class UpdateRule(ABC):
     """Moments of a gradient and the update they give."""
 
     #: Whether only matrices can be updated.
     matrices_only: ClassVar[bool] = False
-    #: Scratch of `update_together`, as a multiple of the gradients in fp32.
+    #: Scratch of `update`, as a multiple of the gradients in fp32.
     SCRATCH: ClassVar[int] = 1
+    #: Whether there is `apply_gated`.
+    GATES: ClassVar[bool] = False
     #: Which of `MOMENT_TRANSPORTS` it supports.
     transports: ClassVar[tuple[str, ...]] = ("keep",)
 
@@ -153,6 +160,17 @@ class UpdateRule(ABC):
         """`update`, with `norms` along each gradient's axis (0 or 1) where they cost nothing."""
         return self.update(grads, states, weights)
 
+    def scratch_bytes(self, dtype: torch.dtype, state: State, *, overwrites: bool) -> int:
+        """Bytes that `update_together` takes for an entry of a gradient, the gradient's included.
+
+        Args:
+            dtype: of the gradients.
+            state: one of the states.
+            overwrites: see `update_together`.
+        """
+        # Directions one by one, in a wide type, and all of them as one tensor.
+        return dtype.itemsize + 2 * max(4, dtype.itemsize)
+
     def update_together(
         self,
         grads_b: Tensor,
@@ -160,16 +178,19 @@ class UpdateRule(ABC):
         weights: Sequence[Tensor],
         axis: int | None = None,
         good_b: Tensor | None = None,
+        *,
+        overwrites: bool = False,
     ) -> Update:
         """`update` of B gradients of one shape as one tensor, for GPUs.
 
         Args:
-            grads_b: B x m x n, read only.
+            grads_b: B x m x n, read only unless it `overwrites`.
             states: as in `update`, with equal step counts unless these are on the device.
             weights: as in `update`.
             axis: the axis of each gradient along which `norms` are wanted, 0 or 1; or None.
             good_b: B flags on the device: directions of the others are zero, as their gradients
                 are; None for all.
+            overwrites: nobody reads `grads_b` afterwards: what is computed may take its place.
 
         Returns:
             An update whose tensors have B as their first dimension (1 where it is the same for
@@ -184,6 +205,10 @@ class UpdateRule(ABC):
         if good_b is not None:
             update.direction.mul_(good_b.view(-1, 1, 1))
         return update
+
+    def bounds_scratch(self, weight: Tensor, state: State) -> bool:
+        """Whether `apply` takes no scratch for such weights, or bounds it whatever their number."""
+        return False
 
     def apply(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
@@ -203,9 +228,30 @@ class UpdateRule(ABC):
         grads: Sequence[Tensor],
         states: Sequence[State],
         weights: Sequence[Tensor],
+        gate: Gate,
+    ) -> None:
+        """`apply` on a GPU, where flags on the device say which gradients are finite.
+
+        Args:
+            grads: as in `apply`, all whole here.
+            states: as in `apply`.
+            weights: as in `apply`.
+            gate: called once for each batch; moments take in zeros in place of the other gradients,
+                and their weights only decay.
+
+        Raises:
+            NotImplementedError: a rule that doesn't `GATES`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} reads whether gradients are finite")
+
+    def apply_flagged(
+        self,
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        weights: Sequence[Tensor],
         good_b: Tensor,
     ) -> None:
-        """`apply` on a GPU, where `knows_flags`: gradients without a flag count as zero.
+        """`apply` on a GPU, where it `knows_flags`: gradients without a flag count as zero.
 
         Args:
             grads: as in `apply`; others may hold NaN.

@@ -78,6 +78,15 @@ class Lion(ElementwiseRule):
             updates.append(Update(direction, alpha, decay_factor))
         return updates
 
+    def scratch_bytes(self, dtype: torch.dtype, state: State, *, overwrites: bool) -> int:
+        """See `UpdateRule.scratch_bytes`: directions, and what of the moments is converted."""
+        own, wide = dtype.itemsize, wide_dtype(dtype)
+        stored: Tensor = state["exp_avg"]
+        if stored.dtype == dtype:
+            return own * (1 if overwrites else 2)
+        narrowed = 0 if overwrites else own
+        return own + wide.itemsize + max(narrowed, 0 if stored.dtype == wide else wide.itemsize)
+
     def update_together(
         self,
         grads_b: Tensor,
@@ -85,16 +94,22 @@ class Lion(ElementwiseRule):
         weights: Sequence[Tensor],
         axis: int | None = None,
         good_b: Tensor | None = None,
+        *,
+        overwrites: bool = False,
     ) -> Update:
         """See `UpdateRule.update_together`."""
         lr: Any = self.lr if self.capturable else scalar(self.lr)
+        beta1, beta2 = self.betas
         stored: list[Tensor] = [state["exp_avg"] for state in states]
         wide = grads_b.dtype if stored[0].dtype == grads_b.dtype else wide_dtype(grads_b)
         moments = stored if stored[0].dtype == wide else [moment.to(wide) for moment in stored]
-        grads_b = grads_b.to(wide)
-        direction_b = grads_b.clone()
-        torch._foreach_lerp_(list(direction_b.unbind(0)), moments, self.betas[0])
-        torch._foreach_lerp_(moments, list(grads_b.unbind(0)), 1 - self.betas[1])
+        direction_b = (
+            grads_b if overwrites and grads_b.dtype == wide else grads_b.to(wide, copy=True)
+        )
+        directions = list(direction_b.unbind(0))
+        # With D = b1 M + (1 - b1) G there is G - M = (D - M) / (1 - b1), which needs no other copy.
+        torch._foreach_lerp_(directions, moments, beta1)
+        torch._foreach_lerp_(moments, directions, (1 - beta2) / (1 - beta1))
         if moments is not stored:
             torch._foreach_copy_(stored, moments)
         if self.signed:

@@ -19,11 +19,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..engine.chunks import DEVICE_SCRATCH_BYTES, wide_dtype
+from ..engine.chunks import wide_dtype
 from ..engine.devices import on_gpu
 from ..engine.rotation import Rotation
+from ..engine.scratch import bounded_batches, device_scratch
 from ..engine.sharding import Part, part_of
-from .base import MOMENT_TRANSPORTS, State, Update, UpdateRule, numel, scalar
+from .base import MOMENT_TRANSPORTS, Gate, State, Update, UpdateRule, numel, scalar
 from .precision import moments_dtype, moments_itemsize
 
 ADJUSTMENTS = ("original", "match_rms_adamw")
@@ -59,16 +60,30 @@ def orthogonalize(matrix_mn: Tensor, steps: int, part: Part | None = None) -> Te
     return x.mT if tall else x
 
 
-def orthogonalize_together(matrices_b: Tensor, steps: int, good_b: Tensor | None = None) -> Tensor:
-    """`orthogonalize` of B x m x n in bf16, in batched products; zero where `good_b` is false."""
+def normalise_together(
+    matrices_b: Tensor, good_b: Tensor | None = None, out_b: Tensor | None = None
+) -> Tensor:
+    """B x m x n matrices of norm 1 in bf16 (fp64 for fp64); zero where `good_b` is false.
+
+    Args:
+        matrices_b: the matrices.
+        good_b: B flags, None for all.
+        out_b: takes the result, a new tensor if None.
+    """
+    norms_b = torch.linalg.vector_norm(matrices_b, dim=(1, 2), keepdim=True).clamp_(min=1e-7)
+    if out_b is None:
+        kind = torch.float64 if matrices_b.dtype == torch.float64 else torch.bfloat16
+        out_b = torch.empty_like(matrices_b, dtype=kind)
+    if good_b is None:
+        return torch.div(matrices_b, norms_b, out=out_b)
+    return torch.mul(matrices_b, good_b.view(-1, 1, 1) / norms_b, out=out_b)
+
+
+def orthogonalize_together(normed_b: Tensor, steps: int) -> Tensor:
+    """`orthogonalize` of B x m x n of norm 1 in their precision, in batched products."""
     a, b, c = COEFFICIENTS
-    tall = matrices_b.shape[1] > matrices_b.shape[2]
-    x = matrices_b.mT if tall else matrices_b
-    if x.dtype != torch.float64:
-        x = x.bfloat16()
-    norms_b = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
-    norms_b.clamp_(min=1e-7)
-    x = x / norms_b if good_b is None else x * (good_b.view(-1, 1, 1) / norms_b)
+    tall = normed_b.shape[1] > normed_b.shape[2]
+    x = normed_b.mT if tall else normed_b
     for _ in range(steps):
         gram_b = x @ x.mT
         polynomial_b = torch.baddbmm(gram_b, gram_b, gram_b, beta=b, alpha=c)
@@ -91,6 +106,7 @@ class Muon(UpdateRule):
     """
 
     matrices_only: ClassVar[bool] = True
+    GATES: ClassVar[bool] = True
     SCRATCH: ClassVar[int] = 3
     transports: ClassVar[tuple[str, ...]] = MOMENT_TRANSPORTS
 
@@ -147,6 +163,19 @@ class Muon(UpdateRule):
             )
         return updates
 
+    def scratch_bytes(self, dtype: torch.dtype, state: State, *, overwrites: bool) -> int:
+        """See `UpdateRule.scratch_bytes`: what is orthogonalised, and then two iterates."""
+        own = dtype.itemsize
+        stored: Tensor = state["momentum_buffer"]
+        wide = dtype if stored.dtype == dtype else wide_dtype(dtype)
+        converted = 0 if stored.dtype == wide else wide.itemsize
+        ahead = 0 if overwrites and dtype == wide else wide.itemsize
+        kind = torch.float64 if wide == torch.float64 else torch.bfloat16
+        normed = 0 if overwrites and dtype == kind else kind.itemsize
+        short, long = sorted(stored.shape)
+        products = kind.itemsize * (1 + 2 * short / long)  # the next iterate, and two squares
+        return math.ceil(own + max(ahead + max(normed, converted), normed + products))
+
     def update_together(
         self,
         grads_b: Tensor,
@@ -154,24 +183,27 @@ class Muon(UpdateRule):
         weights: Sequence[Tensor],
         axis: int | None = None,
         good_b: Tensor | None = None,
+        *,
+        overwrites: bool = False,
     ) -> Update:
         """See `UpdateRule.update_together`."""
-        ahead_b = self._ahead_together(grads_b, states)
-        direction_b = orthogonalize_together(ahead_b, self.ns_steps, good_b)
+        ahead_b = self._ahead_together(grads_b, states, overwrites=overwrites)
+        narrow = overwrites and grads_b.dtype == torch.bfloat16
+        normed_b = normalise_together(ahead_b, good_b, grads_b if narrow else None)
+        del ahead_b
+        direction_b = orthogonalize_together(normed_b, self.ns_steps)
         lr, (m, n) = scalar(self.lr), grads_b.shape[1:]
         return Update(direction_b, lr * self._size(m, n), 1.0 - lr * self.weight_decay, rate=lr)
 
-    def _ahead_together(self, grads: Tensor | Sequence[Tensor], states: Sequence[State]) -> Tensor:
-        """Advances the momenta; what is orthogonalised, in one new tensor."""
+    def _ahead_together(
+        self, grads_b: Tensor, states: Sequence[State], *, overwrites: bool = False
+    ) -> Tensor:
+        """Advances the momenta; what is orthogonalised, as one tensor."""
         stored: list[Tensor] = [state["momentum_buffer"] for state in states]
-        wide = grads[0].dtype if stored[0].dtype == grads[0].dtype else wide_dtype(grads[0])
-        if isinstance(grads, Tensor):
-            ahead_b = grads.to(wide, copy=True)
-            ahead = list(ahead_b.unbind(0))
-        else:
-            ahead_b = grads[0].new_empty(len(grads), *grads[0].shape, dtype=wide)
-            ahead = list(ahead_b.unbind(0))
-            torch._foreach_copy_(ahead, list(grads))
+        wide = grads_b.dtype if stored[0].dtype == grads_b.dtype else wide_dtype(grads_b)
+        free = overwrites and grads_b.dtype == wide
+        ahead_b = grads_b if free else grads_b.to(wide, copy=True)
+        ahead = list(ahead_b.unbind(0))
         moments = stored if stored[0].dtype == wide else [moment.to(wide) for moment in stored]
         torch._foreach_lerp_(moments, ahead, 1 - self.momentum)
         if moments is not stored:
@@ -182,20 +214,52 @@ class Muon(UpdateRule):
             torch._foreach_copy_(ahead, moments)
         return ahead_b
 
+    def bounds_scratch(self, weight: Tensor, state: State) -> bool:
+        """See `UpdateRule.bounds_scratch`: in batches of its own."""
+        return on_gpu(weight)
+
     def apply(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
     ) -> None:
         """Updates plain weights in place; on a GPU those of one shape together."""
         if not on_gpu(weights[0]) or any(part_of(state) is not None for state in states):
             super().apply(grads, states, weights)
-            return
+        else:
+            self._apply_together(grads, states, weights, None)
+
+    def apply_gated(
+        self,
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        weights: Sequence[Tensor],
+        gate: Gate,
+    ) -> None:
+        """See `UpdateRule.apply_gated`."""
+        self._apply_together(grads, states, weights, gate)
+
+    def _apply_together(
+        self,
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        weights: Sequence[Tensor],
+        gate: Gate | None,
+    ) -> None:
+        lr = scalar(self.lr)
         for batch in _batches(weights):
             own = [weights[i] for i in batch]
             chosen = [states[i] for i in batch]
-            ahead_b = self._ahead_together([grads[i] for i in batch], chosen)
-            direction_b = orthogonalize_together(ahead_b, self.ns_steps)
+            stored: Tensor = chosen[0]["momentum_buffer"]
+            kind = own[0].dtype if stored.dtype == own[0].dtype else wide_dtype(own[0])
+            grads_b = own[0].new_empty(len(own), *own[0].shape, dtype=kind)
+            torch._foreach_copy_(list(grads_b.unbind(0)), [grads[i] for i in batch])
+            good_b = None if gate is None else gate(grads_b, batch)
+            normed_b = normalise_together(
+                self._ahead_together(grads_b, chosen, overwrites=True), good_b
+            )
+            del grads_b
+            direction_b = orthogonalize_together(normed_b, self.ns_steps)
+            del normed_b
             directions = direction_b.to(own[0].dtype).contiguous().unbind(0)
-            lr = scalar(self.lr)
             if self.weight_decay:
                 torch._foreach_mul_(own, 1.0 - lr * self.weight_decay)
             torch._foreach_add_(own, list(directions), alpha=-lr * self._size(*own[0].shape))
@@ -220,7 +284,9 @@ def _batches(weights: Sequence[Tensor]) -> Iterator[list[int]]:
     for i, weight in enumerate(weights):
         kinds[(weight.shape, weight.dtype, weight.device)].append(i)
     for positions in kinds.values():
-        # The momentum in fp32 and four forms of it in bf16.
-        together = max(1, DEVICE_SCRATCH_BYTES // (12 * weights[positions[0]].numel()))
-        for start in range(0, len(positions), together):
-            yield positions[start : start + together]
+        first = weights[positions[0]]
+        # Two iterates and two squares in bf16, or an iterate and the update.
+        each = max(first.element_size() + 6, 3 * first.element_size())
+        sizes = [each * first.numel()] * len(positions)
+        for batch in bounded_batches(sizes, device_scratch(first.device)):
+            yield [positions[place] for place in batch]

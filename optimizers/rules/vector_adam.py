@@ -49,6 +49,10 @@ class VectorAdam(Adam):
             for grad, state in zip(grads, states, strict=True)
         ]
 
+    def scratch_bytes(self, dtype: torch.dtype, state: State, *, overwrites: bool) -> int:
+        """See `UpdateRule.scratch_bytes`: without a kernel."""
+        return UpdateRule.scratch_bytes(self, dtype, state, overwrites=overwrites)
+
     def update_together(
         self,
         grads_b: Tensor,
@@ -56,9 +60,15 @@ class VectorAdam(Adam):
         weights: Sequence[Tensor],
         axis: int | None = None,
         good_b: Tensor | None = None,
+        *,
+        overwrites: bool = False,
     ) -> Update:
         """See `UpdateRule.update_together`: one by one."""
         return UpdateRule.update_together(self, grads_b, states, weights, axis, good_b)
+
+    def bounds_scratch(self, weight: Tensor, state: State) -> bool:
+        """See `UpdateRule.bounds_scratch`: it takes some for each weight."""
+        return False
 
     def apply(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]

@@ -9,7 +9,12 @@ import argparse
 import sys
 from typing import Any
 
+import torch
+
+from lowrank.trainers.plan.cards import card_bytes
 from lowrank.trainers.plan.launches import count_step
+
+from .overhead import host_seconds
 
 #: Hidden size, inner size and blocks of the LLaMA presets.
 MODELS = {"60m": (512, 1376, 8), "1b": (2048, 5461, 24), "7b": (4096, 11008, 32)}
@@ -20,9 +25,9 @@ METHODS = (
 )
 RANKS = (128, 512, 1024)
 _HEAD = (
-    "| method | model | rank | reads | operations | products a matrix | passes a matrix "
-    "| pieces |\n"
-    "|---|---|---|---|---|---|---|---|\n"
+    "| method | model | rank | reads | operations | filled | products a matrix "
+    "| passes a matrix | pieces |\n"
+    "|---|---|---|---|---|---|---|---|---|\n"
 )
 
 
@@ -44,7 +49,7 @@ def row(method: str, model: str, rank: int, **options: Any) -> str:
 
     each = [max(getattr(one, name) / number for one, number in found) for name in _DENSE]
     dense = [f"{value:.3g}" for value in each]
-    numbers = [most("reads"), most("operations"), *dense, most("pieces")]
+    numbers = [most("reads"), most("operations"), most("filled"), *dense, most("pieces")]
     return f"| `{method}` | {model} | {rank} | " + " | ".join(map(str, numbers)) + " |\n"
 
 
@@ -57,9 +62,17 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--ranks", default=",".join(map(str, RANKS)))
+    parser.add_argument("--card", default="H100", help="whose memory bounds scratch")
     parser.add_argument("--capturable", action="store_true", help="as CUDA graphs capture them")
+    parser.add_argument("--host", action="store_true", help="the host's time for 60M instead")
     given = parser.parse_args()
+    if given.host:
+        torch.set_num_threads(1)
+        for method in given.methods.split(","):
+            sys.stdout.write(f"{method}: {1e3 * host_seconds(method):.2f} ms\n")
+        return
     options = {"capturable": True} if given.capturable else {}
+    options["memory"] = card_bytes(given.card)
     sys.stdout.write(_HEAD)
     for method in given.methods.split(","):
         for model in given.models.split(","):

@@ -21,7 +21,7 @@ from lowrank.optimizers import (
     available,
     build,
 )
-from lowrank.optimizers.engine import devices
+from lowrank.optimizers.engine import chunks, devices
 from lowrank.optimizers.engine.geometry import Side
 from lowrank.optimizers.projectors import RandomProjector
 from lowrank.optimizers.storage import Int4Basis, Int8Basis
@@ -132,18 +132,23 @@ def test_options_and_experts(
         torch.testing.assert_close(ours, plain, rtol=0, atol=limit)
 
 
-@pytest.mark.parametrize("capturable", [False, True])
-@pytest.mark.parametrize("name", ["galore_adamw", "galore_adamw_8bit"])
+@pytest.mark.parametrize(
+    ("name", "capturable"),
+    [
+        *(("galore_adamw", False), ("galore_adamw", True), ("galore_adamw_8bit", False)),
+        *(("galore_adamw_8bit", True), ("muon", False)),
+    ],
+)
 def test_a_matrix_without_a_finite_gradient_stays(name: str, capturable: bool) -> None:
     """Nothing is read back; its moments take in a zero, and counts are read when asked for."""
-    options: dict[str, Any] = {"capturable": capturable}
+    options: dict[str, Any] = {} if name == "muon" else {"rank": 8, "capturable": capturable}
     if "8bit" in name:
         options["min_8bit_size"] = 256
     results = []
     for bad in (float("nan"), float("inf"), 0.0):
         model = Layers(torch.float32)
         with devices.as_on_gpu():
-            optimizer = build(name, model, lr=1e-2, rank=8, weight_decay=0.0, **options)
+            optimizer = build(name, model, lr=1e-2, weight_decay=0.0, **options)
             for step in range(3):
                 give_gradients(model, step)
                 before = model.mlp_1_0.weight.detach().clone()
@@ -289,3 +294,34 @@ def test_a_plain_parameter_without_a_finite_gradient_only_decays(
     for nan, infinite, zero in zip(*found, strict=True):
         assert torch.equal(nan, zero)
         assert torch.equal(infinite, zero)
+
+
+def test_coordinates_are_left_out_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step has updated is no part of its signs, however a matrix is cut."""
+    plain, _ = trained("frugal_adamw", torch.float32)
+    monkeypatch.setattr(chunks, "DEVICE_ELEMENTS", 1000)
+    with devices.as_on_gpu():
+        ours, _ = trained("frugal_adamw", torch.float32)
+    assert_close(ours, plain, torch.float32, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["frugal_adamw", "galore_muon", "online_subspace_lion"])
+def test_what_is_not_finite_does_not_spread(name: str) -> None:
+    """The matrix stays, and the others go where they would go without it."""
+    results = []
+    for bad in (False, True):
+        model = Layers(torch.float32)
+        with devices.as_on_gpu():
+            optimizer = build(name, model, lr=1e-2, rank=8, weight_decay=0.0)
+            for step in range(3):
+                give_gradients(model, step)
+                before = model.mlp_1_0.weight.detach().clone()
+                if step == 1 and bad:
+                    model.mlp_1_0.weight.grad[5, 6] = float("nan")
+                optimizer.step()
+                if step == 1 and bad:
+                    torch.testing.assert_close(model.mlp_1_0.weight, before, rtol=0, atol=0)
+        assert all(weight.isfinite().all() for weight in model.parameters())
+        results.append([w.detach() for n, w in model.named_parameters() if n != "mlp_1_0.weight"])
+    for whole, broken in zip(*results, strict=True):
+        torch.testing.assert_close(broken, whole, rtol=0, atol=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowrank.optimizers import FactoredAdamW, expected_state_bytes, update_in_backward
+from lowrank.optimizers.engine.devices import assuming_memory
 from lowrank.optimizers.engine.parameters import unique_names
+from lowrank.optimizers.engine.scratch import Bounded, watching_batches
 
 from ..loss import chunk_tokens
 from .driverless import driverless
-from .fakes import DEPTHS, Fake, blocks_of, faking, grown, made, steps_grow
+from .fakes import DEPTHS, Fake, batches_grow, blocks_of, faking, grown, made, steps_grow
 from .ledger import Ledger
 from .network import Blocks, Network, Source, new_network
 from .result import CATEGORIES
@@ -30,7 +32,7 @@ GRANULARITY = {"cuda": 512, "cpu": 1}
 
 @dataclass(frozen=True)
 class Setting:
-    """What is planned; see `plan`."""
+    """What is planned; see `plan`. `memory` is that of a GPU, None for the one that is there."""
 
     source: Source
     optimizer: str
@@ -42,6 +44,7 @@ class Setting:
     device: str
     update_in_backward: bool
     options: Mapping[str, Any]
+    memory: int | None = None
 
     @property
     def keeps_gradients(self) -> bool:
@@ -90,7 +93,7 @@ class Estimate:
         self._vocabulary = len(whole.network.get_output_embeddings().weight)
         few, many = DEPTHS
         scaled = blocks.equal and self._depth > many
-        with faking(self._mode):
+        with faking(self._mode), assuming_memory(setting.memory):
             self._fake = self._made(few if scaled else self._depth)
             self._sizes = self._fake.sizes()
             # Another one takes steps: what is due in the first one shows in its passes, too.
@@ -120,12 +123,18 @@ class Estimate:
         Steps of layers need real backward passes, which fake tensors allow on a CPU only.
         """
         layers, depth = isinstance(fake.optimizer, FactoredAdamW), len(fake.blocks.items)
-        grows = steps_grow(fake, self._depth) if depth < self._depth else False
-        depth = self._depth if grows is None else depth
         where = "cpu" if layers else self.setting.device
-        if where != "cpu" or depth != len(fake.blocks.items):
+        grows: bool | None = False
+        if where != "cpu":
             fake = self._made(depth, where)
-        found = self._simulated(fake)
+        elif depth < self._depth:
+            grows = steps_grow(fake, self._depth)
+            if grows is None:
+                fake = self._made(self._depth, where)
+        with watching_batches() as seen:
+            found = self._simulated(fake)
+        if where != "cpu" and depth < self._depth and not self.setting.update_in_backward:
+            found = self._deeper(found, seen, where)
         if grows:
             small = self._simulated(self._made(DEPTHS[0], where))
             found = found.grown(small, *DEPTHS, self._depth)
@@ -152,6 +161,18 @@ class Estimate:
         }
         rest = self._simulated(fake, kept) if kept else Update(0, 0)
         return rest, InBackward(scratch)
+
+    def _deeper(self, found: Update, seen: Sequence[Bounded], where: str) -> Update:
+        """What steps on a GPU take of the whole model, from those of the larger of `DEPTHS`."""
+        steps = batches_grow([own for own in seen if not own.refits], self._depth)
+        refits = batches_grow([own for own in seen if own.refits], self._depth)
+        if steps is None or refits is None or (refits and not steps):
+            return self._simulated(self._made(self._depth, where))
+        if not steps:
+            return found
+        small = self._simulated(self._made(DEPTHS[0], where))
+        grown = found.grown(small, *DEPTHS, self._depth)
+        return grown if refits else Update(grown.step, max(grown.step, found.refresh))
 
     def _simulated(self, fake: Fake, params: list[nn.Parameter] | None = None) -> Update:
         """Steps with gradients of some parameters, or of all."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -16,8 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowrank.cuda.library import assuming_libraries
 from lowrank.optimizers import LowRankOptimizer, build, state_bytes_by_category
-from lowrank.optimizers.engine.chunks import DEVICE_SCRATCH_BYTES, SCRATCH_BYTES
-from lowrank.optimizers.engine.devices import on_gpu
+from lowrank.optimizers.engine.scratch import SCRATCH_BYTES, Bounded
 
 from ..memory import held_bytes
 from ..models import checkpoint_activations
@@ -113,24 +112,32 @@ def grown(small: Sizes, large: Sizes, depth: int) -> Sizes:
 
 
 def steps_grow(fake: Fake, depth: int) -> bool | None:
-    """How an optimizer's scratch grows from the larger of `DEPTHS` to a depth.
+    """How an optimizer's scratch on a CPU grows from the larger of `DEPTHS` to a depth.
 
     It works on lists of matrices together until they reach a bound: False if they reach it before,
     so that nothing grows, True if not even then, so that it grows with each block, else None.
     """
     inside = {id(param) for param in fake.blocks.items[0].parameters()}
-    shapes: Counter[Any] = Counter()
-    gpu = on_gpu(next(fake.model.parameters()))
-    for group in fake.optimizer.param_groups:
-        for param in group["params"]:
-            if id(param) in inside:
-                kind = param.shape if gpu else None  # those of one shape are worked on together
-                shapes[kind] += _entries(tuple(param.shape), group.get("rank")) * 4
-    block = max(shapes.values(), default=0)
-    bound = DEVICE_SCRATCH_BYTES if gpu else SCRATCH_BYTES
-    if block * DEPTHS[1] >= 2 * bound:
+    block = sum(
+        _entries(tuple(param.shape), group.get("rank")) * 4
+        for group in fake.optimizer.param_groups
+        for param in group["params"]
+        if id(param) in inside
+    )
+    if block * DEPTHS[1] >= 2 * SCRATCH_BYTES:
         return False
-    return True if block * depth <= bound else None
+    return True if block * depth <= SCRATCH_BYTES else None
+
+
+def batches_grow(seen: Sequence[Bounded], depth: int) -> bool | None:
+    """The same of a GPU, from what was split in steps of the larger of `DEPTHS`.
+
+    Single parameters, such as embeddings, are there at any depth.
+    """
+    many, several = DEPTHS[1], [own for own in seen if own.total > own.largest]
+    if all(own.total * depth <= own.bound * many for own in several):
+        return True
+    return False if all(own.total >= own.bound + own.largest for own in several) else None
 
 
 def _entries(shape: tuple[int, ...], rank: Any) -> int:

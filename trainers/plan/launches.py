@@ -6,10 +6,14 @@ that every branch is the one that a GPU takes, and no GPU is needed. The rule of
 - Views, metadata and uninitialised memory are free, and so is what runs on the host.
 - A product of two single matrices is a *product*; any other operation on a tensor of a gradient's
   size, or a piece of one, is a *pass*. Both are work on single matrices, which torch can't
-  collect without copying the gradients into one tensor.
+  collect without copying the gradients into one tensor. Full-rank Muon, whose moments are of that
+  size, has several matrices in one tensor: its products and passes are such of all of them.
 - Everything else is an *operation*: of single numbers, of projected gradients, of lists.
 - A list operation counts the launches that torch makes of it (`list_launches`), or, where its
   tensors don't suit that, one for each tensor. Ours count those of `cuda/device`.
+- Of a list operation that torch cuts since one launch takes 21 million entries at most, launches
+  that have as many are counted apart, as *filled*: they take as long as reading and writing 21
+  million entries does, ten times as long as launching them.
 - A *read* waits for the GPU: a number read back, an allocation whose size depends on data, or a
   copy to the host. A *send* is a copy from
   the host, which a captured graph would repeat.
@@ -29,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lowrank.optimizers import LowRankOptimizer, build
+from lowrank.optimizers.engine.devices import assuming_memory
 
 from .driverless import driverless
 from .fakes import faking
@@ -37,6 +42,8 @@ from .ledger import Ledger
 _aten = torch.ops.aten
 _READ = _aten._local_scalar_dense.default
 _PRODUCTS = {"mm", "addmm", "addmm_"}
+#: Products where the matrices are of a weight's size, else operations.
+_BATCHED = {"bmm", "baddbmm", "baddbmm_"}
 _FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsafe_view", "alias"}
 _FREE |= {"detach_", "set_", "resize_", "_reshape_alias", "lift_fresh"}
 #: Their results' sizes are read back.
@@ -53,22 +60,27 @@ _OWN_LISTS |= {"dequantize_groups_list", "dequantize_int4_list", "write_back_lis
 _CONCATENATED = 128
 
 
-def list_launches(sizes: Sequence[int], lists: int) -> int:
+def list_launches(sizes: Sequence[int], lists: int) -> tuple[int, int]:
     """Launches of a list operation of torch: as many tensors and blocks of entries as one takes.
 
     Args:
         sizes: entries of each tensor.
         lists: number of lists.
+
+    Returns:
+        How many there are, and how many of them have as many blocks as one takes.
     """
     most, launches, tensors, blocks = _LIST_TENSORS[min(lists, 5)], 0, 0, 0
+    filled = 0
     for size in filter(None, sizes):
         tensors += 1
         for left in range(-(-size // _BLOCK_ENTRIES), 0, -1):
             blocks += 1
             if blocks == _LIST_BLOCKS or (left == 1 and tensors == most):
                 launches += 1
+                filled += blocks == _LIST_BLOCKS
                 blocks, tensors = 0, int(left > 1)
-    return launches + (blocks > 0)
+    return launches + (blocks > 0), filled
 
 
 @dataclass
@@ -78,20 +90,24 @@ class Launches:
     Attributes:
         reads: times that the host waits for a number.
         sends: copies from the host.
-        operations: launches that are neither products nor passes.
+        operations: launches that are neither products nor passes, nor filled.
+        filled: launches of list operations that have as many entries as one takes.
         products: matrix products with a gradient or into a weight.
         passes: other operations on tensors of a gradient's size.
         by_name: launches of each operation.
         pieces: into how many a pass or product cuts a matrix, at most.
+        scratch: bytes that the step takes at its highest moment.
     """
 
     reads: int = 0
     sends: int = 0
     operations: int = 0
+    filled: int = 0
     products: int = 0
     passes: int = 0
     by_name: Counter[str] = field(default_factory=Counter)
     pieces: int = 0
+    scratch: int = 0
 
 
 class LaunchCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -140,17 +156,22 @@ class LaunchCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         if _copies(name) and not all(t.is_cuda for t in given if t.dim()):
             found.sends += 1
-        launches = _launches(func, name, args, given)
+        launches, filled = _launches(func, name, args, given)
         found.by_name[label] += launches
-        if name not in _PRODUCTS and not self._is_dense(given, made):
-            found.operations += launches
+        dense = self._is_dense(given, made)
+        if name not in _PRODUCTS and not dense:
+            # One that has as many entries takes the place of an operation that isn't cut.
+            apart = min(filled, launches - 1)
+            found.operations += launches - apart
+            found.filled += apart
             return
         for tensor in given:
-            if tensor._base is not None and self._large(tensor._base):
+            whole = tensor._base
+            if whole is not None and whole.dim() == 2 and self._large(whole):
                 at = self._places[label, tensor.untyped_storage()._cdata]
                 at.add(tensor.storage_offset())
                 found.pieces = max(found.pieces, len(at))
-        if name in _PRODUCTS:
+        if name in _PRODUCTS or name in _BATCHED:
             found.products += launches
         else:
             found.passes += launches
@@ -169,9 +190,9 @@ class LaunchCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._large(tensor) or self._large(whole)
 
     def _large(self, tensor: Tensor) -> bool:
-        if tensor.dim() != 2:
+        if tensor.dim() not in (2, 3):
             return False
-        rows, columns = tensor.shape
+        rows, columns = tensor.shape[-2:]
         return (rows in self._shape and columns > self._rank) or (
             columns in self._shape and rows > self._rank
         )
@@ -186,22 +207,23 @@ def _copies(name: str) -> bool:
     return name in ("_to_copy", "copy_", "_foreach_copy_")
 
 
-def _launches(func: Any, name: str, args: Any, given: list[Tensor]) -> int:
+def _launches(func: Any, name: str, args: Any, given: list[Tensor]) -> tuple[int, int]:
+    """How many launches an operation is, and how many of them are filled."""
     if func.namespace == "lowrank":
-        return -(-len(args[0]) // _MANY) if name in _OWN_LISTS else 1
+        return (-(-len(args[0]) // _MANY) if name in _OWN_LISTS else 1), 0
     lists = [argument for argument in args if _is_list(argument)]
     if name.startswith(("_foreach", "_fused")):
         return _list_operation(name, lists)
     if name in ("cat", "stack"):
-        return -(-len(given) // _CONCATENATED)
-    return 1
+        return -(-len(given) // _CONCATENATED), 0
+    return 1, 0
 
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Tensor)
 
 
-def _list_operation(name: str, lists: list[Any]) -> int:
+def _list_operation(name: str, lists: list[Any]) -> tuple[int, int]:
     rows = list(zip(*lists, strict=False))
     suitable = all(
         tensor.shape == row[0].shape
@@ -211,10 +233,11 @@ def _list_operation(name: str, lists: list[Any]) -> int:
         for tensor in row
     )
     if not suitable:
-        return len(rows)
+        return len(rows), 0
     outputs = 0 if name.endswith("_") or name == "_foreach_norm" else 1
     sizes = [tensor.numel() for tensor in lists[0] if tensor.is_cuda]
-    return list_launches(sizes, len(lists) + outputs) + (name == "_foreach_norm")
+    launches, filled = list_launches(sizes, len(lists) + outputs)
+    return launches + (name == "_foreach_norm"), filled
 
 
 def count_step(
@@ -224,6 +247,7 @@ def count_step(
     dtype: torch.dtype = torch.bfloat16,
     *,
     refreshing: bool = False,
+    memory: int | None = None,
     **options: Any,
 ) -> Launches:
     """What a step asks of a GPU for matrices of one shape with finite gradients.
@@ -234,10 +258,11 @@ def count_step(
         matrices: how many.
         dtype: of weights and gradients.
         refreshing: all bases are refitted in it; between refreshes none is.
+        memory: bytes of the GPU, by which scratch is bounded; None for one of 16 GiB or less.
         options: of `build`.
     """
     m, n = shape
-    with faking(FakeTensorMode()), Ledger() as ledger:
+    with faking(FakeTensorMode()), assuming_memory(memory or 0), Ledger() as ledger:
         model = nn.ModuleDict(
             {f"mlp_{i}": nn.Linear(n, m, bias=False, device="meta") for i in range(matrices)}
         )
@@ -250,8 +275,11 @@ def count_step(
                 param.grad = torch.empty(m, n, dtype=dtype, device="cuda")
             optimizer.step()  # makes what all later steps use
             _settle(optimizer, ledger, refreshing=refreshing)
+            ledger.restart()
+            held = ledger.now.total
             with LaunchCounter(shape, options.get("rank", 0)) as counter:
                 optimizer.step()
+            counter.found.scratch = ledger.peak.total - held
     found: Launches = counter.found
     return found
 

@@ -53,7 +53,9 @@ def plan(
     Args:
         model: a preset's name, or the path of a Hugging Face `config.json` or its folder.
         optimizer: one of `available()`. With a preset its published settings apply.
-        memory: what there is, such as "16GB" (10^9 bytes each), "16GiB", or bytes.
+        memory: what there is, such as "16GB" (10^9 bytes each), "16GiB", or bytes. On a GPU the
+            optimizer's scratch is bounded by it (`engine.chunks.device_scratch`); without it by the
+            GPU that is there, if there is one.
         card: a card's name instead, such as "4090".
         sequence: tokens of a sequence.
         batch: sequences of a micro-batch on each process.
@@ -77,6 +79,7 @@ def plan(
         optimizer,
         *(sequence, batch, accumulation, world, strategy, device, update_in_backward),
         method_options(model, optimizer, options or {}, weight_bits),
+        available_bytes,
     )
     _check(setting)
     return _planned(model, setting, available_bytes)
