@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lowrank.cuda.library import assuming_libraries
 from lowrank.optimizers import LowRankOptimizer, build, state_bytes_by_category
 from lowrank.optimizers.engine.chunks import DEVICE_SCRATCH_BYTES, SCRATCH_BYTES
-from lowrank.optimizers.engine.devices import on_gpu
 
 from ..memory import held_bytes
 from ..models import checkpoint_activations
@@ -101,26 +100,27 @@ def blocks_of(model: Network, source: Source) -> Blocks:
     return blocks
 
 
-def grown(small: Sizes, large: Sizes, depth: int) -> Sizes:
-    """Sizes at a depth, from those at `DEPTHS`."""
-    few, many = DEPTHS
+def grown(small: Sizes, large: Sizes, few: int, depth: int) -> Sizes:
+    """Sizes at a depth, from those at `few` blocks and at one more."""
     return Counter(
-        {
-            name: large[name] + (large[name] - small[name]) * (depth - many) // (many - few)
-            for name in large
-        }
+        {name: small[name] + (large[name] - small[name]) * (depth - few) for name in large}
     )
 
 
-def steps_grow(fake: Fake, depth: int) -> bool | None:
-    """How an optimizer's scratch grows from the larger of `DEPTHS` to a depth.
+def depth_of_steps(fake: Fake, depth: int, device: str) -> int | None:
+    """Blocks with which an optimizer's scratch in its steps is what it is at a depth.
 
-    It works on lists of matrices together until they reach a bound: False if they reach it before,
-    so that nothing grows, True if not even then, so that it grows with each block, else None.
+    It works on lists of matrices together until they reach a bound: twice the bound is as good as
+    more. None where all blocks stay below it, so that scratch grows with each of them.
+
+    Args:
+        fake: a model with equal blocks.
+        depth: of the whole model.
+        device: where the steps are planned.
     """
     inside = {id(param) for param in fake.blocks.items[0].parameters()}
     shapes: Counter[Any] = Counter()
-    gpu = on_gpu(next(fake.model.parameters()))
+    gpu = device == "cuda"
     for group in fake.optimizer.param_groups:
         for param in group["params"]:
             if id(param) in inside:
@@ -128,9 +128,9 @@ def steps_grow(fake: Fake, depth: int) -> bool | None:
                 shapes[kind] += _entries(tuple(param.shape), group.get("rank")) * 4
     block = max(shapes.values(), default=0)
     bound = DEVICE_SCRATCH_BYTES if gpu else SCRATCH_BYTES
-    if block * DEPTHS[1] >= 2 * bound:
-        return False
-    return True if block * depth <= bound else None
+    if block * depth <= bound:
+        return None
+    return min(depth, max(DEPTHS[0], -(-2 * bound // block)))
 
 
 def _entries(shape: tuple[int, ...], rank: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import asdict
@@ -80,13 +81,19 @@ class Record:
 def _described(plan: Plan) -> dict[str, Any]:
     return {
         "model": plan.model,
-        "parameters": plan.parameters,  # the file of the name may have changed
+        "config": _digest(Path(plan.model)),
         "optimizer": plan.optimizer,
         **plan.setting,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "lowrank": package_version(),
     }
+
+
+def _digest(file: Path) -> str | None:
+    """Of a model's configuration, which may change while its name stays."""
+    file = file / "config.json" if file.is_dir() else file
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def _key(setting: Any) -> str:

@@ -42,6 +42,7 @@ def simulate(
     differentiate: Callable[[], None],
     *,
     granularity: int,
+    beside: bool = False,
 ) -> Update:
     """Takes steps with an optimizer of fake tensors, as the trainer would.
 
@@ -53,6 +54,8 @@ def simulate(
         model: its model.
         differentiate: leaves gradients.
         granularity: bytes to which the allocator rounds up.
+        beside: whether all that a backward pass has left, such as gradients of quantised weights,
+            is counted elsewhere; else it is scratch, but for parameters' own gradients.
     """
     happened: list[Any] = []  # the trainer's hooks measure the new bases, which takes memory too
     handles = [optimizer.register_refresh_hook(happened.append)]
@@ -83,7 +86,10 @@ def simulate(
                     ledger.know(entries["step"], float(steps_done))
                 before = ledger.now.total
                 differentiate()
-                before += sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+                if beside:
+                    before = ledger.now.total
+                else:
+                    before += sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
                 happened.clear()
                 ledger.restart()
                 optimizer.step()
