@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,9 @@ from .update import Update, empty_gradients, simulate
 
 #: Bytes to a multiple of which torch's allocators round up.
 GRANULARITY = {"cuda": 512, "cpu": 1}
+
+#: More events of a layer than a run has steps.
+_ALL_EVENTS = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -139,9 +142,9 @@ class Estimate:
     def _in_passes(self, fake: Fake) -> tuple[Update, InBackward]:
         """What the updates of single parameters add in the backward pass, and what is left."""
         layers = isinstance(fake.optimizer, FactoredAdamW)
-        left = self._left_to_step(0)
+        left = self._left_to_step()
         # What is due in the first step alone, as LoQT's bases are, is not left in others.
-        usual = self._left_to_step(1) if layers else left
+        usual = self._left_to_step(due=False) if layers else left
         added: dict[object, int] = {}
         for name, param in _trained(fake):
             kind = _kind(fake, param)
@@ -158,21 +161,31 @@ class Estimate:
         rest = self._rest(fake, left)
         if left != usual:
             few = len(self._fake.blocks.items)
-            inside = {id(param) for block in self._fake.blocks.items for param in block.parameters()}
+            inside = {
+                id(param) for block in self._fake.blocks.items for param in block.parameters()
+            }
             for name, param in _trained(self._fake):
                 if name in left - usual:
                     times = self._depth // few if id(param) in inside else 1
                     self._due_only += param.nbytes * times
-            rest = Update(self._rest(fake, usual, beside=True).step, rest.refresh)
+            rest = replace(rest, step=self._rest(fake, usual, beside=True).step)
         return rest, InBackward(scratch)
 
-    def _left_to_step(self, steps_done: int) -> frozenset[str]:
-        """Parameters whose gradients a backward pass after some steps leaves."""
+    def _left_to_step(self, *, due: bool = True) -> frozenset[str]:
+        """Parameters whose gradients a backward pass leaves, with or without events of layers."""
         ledger = Ledger()  # answers what is read back
-        for entries in self._fake.optimizer.state.values():
-            ledger.know(entries["step"], float(steps_done))
-        with ledger, update_in_backward(self._fake.optimizer) as handle:  # raises where it can't be
-            return frozenset(handle.whole())
+        states = self._fake.optimizer.state.values()
+        events = [(entries, entries["events"]) for entries in states if "events" in entries]
+        for entries in states:
+            ledger.know(entries["step"], 0.0)
+        for entries, _ in events if not due else ():
+            entries["events"] = _ALL_EVENTS
+        try:
+            with ledger, update_in_backward(self._fake.optimizer) as handle:  # raises if it can't
+                return frozenset(handle.whole())
+        finally:
+            for entries, former in events:
+                entries["events"] = former
 
     def _rest(self, fake: Fake, names: frozenset[str], *, beside: bool = False) -> Update:
         """Steps with the gradients that are left to them."""
@@ -224,6 +237,10 @@ class Estimate:
             "step": Counter({GRADIENTS: end - self._due_only, "scratch": update.step}),
             "refresh": Counter({GRADIENTS: end, "scratch": update.refresh}),
         }
+        if update.left:
+            levels["refresh"] = levels["refresh"] + Counter(
+                {name: size for name, size in found.backward.end.items() if name != GRADIENTS}
+            )
         if parts is not None:
             share = parts.gradients / max(1, sizes["gradients"])
             for level in levels.values():
