@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .plan import Plan
+    from .plan.record import Record
 
 _TEXT = """\
 Says what a run takes before anything is allocated: bytes by category and phase, whether they fit,
@@ -70,6 +71,12 @@ def add_parser(commands: Any) -> None:
     add("--plot", metavar="FILE", type=Path, help="with --all: a chart, as .png, .svg or .pdf")
     add("--json", action="store_true", help="print numbers for programs")
     add("--measure", action="store_true", help="print what real steps take beside it")
+    add(
+        "--record",
+        metavar="FILE",
+        type=Path,
+        help="with --measure: write there what is measured, and measure nothing that it has",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -80,12 +87,16 @@ def run(options: argparse.Namespace) -> None:
     """
     from .plan import plan, rank
     from .plan.chart import chart, check_place
+    from .plan.record import Record
     from .plan.table import ranking, table
 
     if options.plot is not None and not options.all:
         raise ValueError(f"--plot {options.plot}: accepted with --all")
     if options.plot is not None:
         check_place(options.plot)
+    if options.record is not None and not options.measure:
+        raise ValueError(f"--record {options.record}: accepted with --measure")
+    record = None if options.record is None else Record(options.record)
     arguments = {
         name: getattr(options, name)
         for name in (
@@ -99,7 +110,7 @@ def run(options: argparse.Namespace) -> None:
         if options.plot is not None:
             chart(plans, options.plot)
         if options.measure:
-            _measure_all(plans, options.json)
+            _measure_all(plans, record, options.json)
             return
         _print([made.to_dict() for made in plans] if options.json else ranking(plans))
         return
@@ -113,14 +124,14 @@ def run(options: argparse.Namespace) -> None:
         return
     from .plan.truth import beside, measured
 
-    found = measured(made)
+    found = measured(made, record)
     if options.json:
         _print({**made.to_dict(), "measured": dict(found.peaks)})
     else:
         _print(f"{table(made)}\n\n{beside(made, found)}")
 
 
-def _measure_all(plans: Sequence[Plan], as_json: bool) -> None:
+def _measure_all(plans: Sequence[Plan], record: Record | None, as_json: bool) -> None:
     """Prints each method's measured peaks as soon as they are known."""
     from .plan.truth import line, measured
 
@@ -128,7 +139,7 @@ def _measure_all(plans: Sequence[Plan], as_json: bool) -> None:
         _print(line(None, None))
     rows = []
     for made in plans:
-        found = measured(made)
+        found = measured(made, record)
         if as_json:
             rows.append({**made.to_dict(), "measured": dict(found.peaks)})
         else:

@@ -13,6 +13,7 @@ the computing precision (fp32, or fp64 for fp64 gradients):
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,11 +37,19 @@ def eigh(operands: Sequence[Operand], rank: int) -> list[Tensor]:
     bases: list[Tensor] = []
     for start in range(0, len(operands), together):
         batch = operands[start : start + together]
-        grams_bdd = torch.stack([operand.gram() for operand in batch])
-        _, vectors_bdd = solve(grams_bdd)
-        leading_bdr = vectors_bdd.flip(-1)[..., :rank]
+        grams = partial(_grams, batch)
+        _, vectors_bdd = solve(grams(), grams)
+        leading_bdr = vectors_bdd[..., -rank:].flip(-1)
+        del vectors_bdd
         bases.extend(leading_bdr.unbind(0))
     return bases
+
+
+def _grams(operands: Sequence[Operand]) -> Tensor:
+    """B x d x d."""
+    if len(operands) == 1:
+        return operands[0].gram().unsqueeze(0)
+    return torch.stack([operand.gram() for operand in operands])
 
 
 def _other_side(operand: Operand, basis_dr: Tensor) -> Tensor:

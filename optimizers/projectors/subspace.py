@@ -9,7 +9,7 @@ batched. One iteration reads back one small table, whatever the number of matric
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,21 +73,37 @@ def cholesky_or_householder(matrices: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-def eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+def eigh(symmetric: Tensor, anew: Callable[[], Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """`torch.linalg.eigh`, once more in fp64 where the fp32 solver fails.
 
     It may not converge, or give NaN without a word: so does LAPACK's `ssyevd` for some matrices
     whose entries differ by many orders of magnitude, as those of a gradient of rank 1 do.
 
+    Args:
+        symmetric: (..., d, d).
+        anew: computes `symmetric` once more. With it the vectors take the place of `symmetric`,
+            which saves its size; else that is unchanged.
+
+    Returns:
+        Values (..., d), ascending, and vectors (..., d, d), as columns.
+
     Raises:
         torch.linalg.LinAlgError: fp64 fails as well, or `symmetric` is not finite.
     """
     try:
-        values, vectors = torch.linalg.eigh(symmetric)
+        if anew is None:
+            values, vectors = torch.linalg.eigh(symmetric)
+        else:
+            # Solvers work on columns: what they get is overwritten where it lies.
+            vectors = symmetric.mT
+            values = symmetric.new_empty(symmetric.shape[:-1])
+            torch.linalg.eigh(vectors, out=(values, vectors))
         failed = not bool(vectors.isfinite().all())
     except NotConverged:
         failed = True
     if failed:
+        if anew is not None:
+            symmetric = anew()
         values, vectors = torch.linalg.eigh(symmetric.double())
         if not bool(vectors.isfinite().all()):
             raise NotConverged("the eigenvectors of a symmetric matrix are not finite")
@@ -151,7 +167,7 @@ def iterate(
         return [basis[:, :rank] for basis in bases]
     grams_bkk = torch.stack([image.mT @ image for image in images])
     _, vectors_bkk = eigh(grams_bkk)
-    leading_bkr = vectors_bkk.flip(-1)[..., :rank]
+    leading_bkr = vectors_bkk[..., -rank:].flip(-1)
     return [basis @ leading for basis, leading in zip(bases, leading_bkr, strict=True)]
 
 

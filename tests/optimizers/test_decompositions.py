@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -232,6 +233,35 @@ def test_equal_entries_give_finite_bases(mode: str, m: int) -> None:
         assert basis.isfinite().all()
         torch.testing.assert_close(basis.T @ basis, torch.eye(4), atol=1e-5, rtol=0)
         assert energy(grad, (basis,), side) > 1 - 1e-6
+
+
+def test_vectors_take_the_place_of_a_gram_matrix() -> None:
+    gram = torch.stack([matrix_of(12, 20) @ matrix_of(12, 20).T, torch.eye(12)])
+    wanted = torch.linalg.eigh(gram)
+    own = gram.clone()
+    values, vectors = subspace.eigh(own, gram.clone)
+    assert vectors.data_ptr() == own.data_ptr()
+    assert torch.equal(values, wanted.eigenvalues)
+    assert torch.equal(vectors, wanted.eigenvectors)
+    assert torch.equal(subspace.eigh(gram)[1], vectors)
+    (basis,) = fit(matrix_of(48, 96), "eigh", Side.LEFT)
+    assert basis.untyped_storage().nbytes() == 48 * RANK * 4
+
+
+def test_a_gram_matrix_that_a_solver_has_spoiled_is_made_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gram = matrix_of(12, 20) @ matrix_of(12, 20).T
+    solve = torch.linalg.eigh
+
+    def fails(matrix: Tensor, **keywords: Any) -> Any:
+        if matrix.dtype == torch.float64:
+            return solve(matrix, **keywords)
+        return keywords["out"][0], keywords["out"][1].fill_(math.nan)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    _, vectors = subspace.eigh(gram.clone(), gram.clone)
+    torch.testing.assert_close(vectors.abs(), solve(gram)[1].abs(), rtol=0, atol=1e-4)
 
 
 def matrix_of(rows: int, columns: int) -> Tensor:

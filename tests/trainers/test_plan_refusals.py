@@ -14,9 +14,11 @@ from transformers import LlamaConfig
 from lowrank.trainers.config_io import from_mapping
 from lowrank.trainers.plan import measure
 from lowrank.trainers.plan.fakes import faking, made
+from lowrank.trainers.plan.measure import Measured
 from lowrank.trainers.plan.network import Source, read_source
 from lowrank.trainers.plan.options import method_options
 from lowrank.trainers.plan.planner import plan_run
+from lowrank.trainers.plan.record import Record
 from lowrank.trainers.plan.sharded import check_divisible
 from lowrank.trainers.plan.truth import measured
 from lowrank.trainers.plan.update import empty_gradients, simulate
@@ -97,3 +99,50 @@ def test_a_second_simulation_finds_the_same_refreshes_due(optimizer: str) -> Non
         )
     assert first == second == third
     assert first.refresh > first.step
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("{}\n", "line 1 is no measurement"),
+        ("nothing\n", "line 1 is no measurement"),
+        ('{"setting": {}, "measured": {"weights": 1.5}}\n', "line 1 is no measurement"),
+    ],
+)
+def test_records_that_are_none(tmp_path: Path, lines: str, said: str) -> None:
+    file = tmp_path / "record"
+    file.write_text(lines)
+    with pytest.raises(ValueError, match=said):
+        Record(file)
+    assert file.read_text() == lines
+    with pytest.raises(ValueError, match="accepted is a file that can be written"):
+        Record(tmp_path)
+
+
+def test_what_is_recorded_is_not_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[str] = []
+
+    def measure(model: str, optimizer: str, **_: Any) -> Measured:
+        taken.append(optimizer)
+        return Measured(1, 2, 3, {"forward": 4, "backward": 5, "step": 6})
+
+    monkeypatch.setattr("lowrank.trainers.plan.truth.measure", measure)
+    setting = dict.fromkeys(
+        ("sequence", "batch", "accumulation", "dtype", "checkpointing", "options", "device"), None
+    )
+    setting |= {"world": 1, "update_in_backward": False}
+    made: Any = SimpleNamespace(model="m", optimizer="muon", parameters=9, setting=setting)
+    other: Any = SimpleNamespace(**vars(made) | {"setting": {**setting, "sequence": 64}})
+    file = tmp_path / "record"
+    first = measured(made, Record(file))
+    with file.open("a") as cut:
+        cut.write('{"setting"')
+    again = Record(file)
+    assert measured(made, again) == first
+    assert taken == ["muon"]
+    measured(other, again)
+    assert taken == ["muon", "muon"]
+    assert Record(file).find(other) == first
+    assert len(file.read_text().splitlines()) == 2

@@ -9,6 +9,7 @@ from representative import with_representative
 
 from lowrank.optimizers import available
 from lowrank.trainers.plan import measure, plan
+from lowrank.trainers.plan.ledger import Ledger
 from lowrank.trainers.plan.options import known, method_options
 
 
@@ -21,7 +22,7 @@ def compare(model: str, optimizer: str, rank: int | None = None, **setting: Any)
     found = measure(model, optimizer, options=options, **setting)
     step = made.phases["step"]
     assert step["weights"] == found.weights
-    assert step["gradients"] == found.gradients
+    assert max(step["gradients"], made.phases["refresh"]["gradients"]) == found.gradients
     assert made.state == found.state
     for name, peak in found.peaks.items():
         assert made.peaks[name] == pytest.approx(peak, rel=0.05), name
@@ -49,11 +50,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(Path(folder) / "config.json")
 
 
-#: LoQT's plan has the gradients of its first step's new bases in every step, which is too much.
-PLANNED = [name for name in available() if name != "loqt_adamw"]
-
-
-@pytest.mark.parametrize("optimizer", with_representative(PLANNED, REPRESENTATIVE[:1]))
+@pytest.mark.parametrize(
+    "optimizer", with_representative(available(), (REPRESENTATIVE[0], "loqt_adamw"))
+)
 def test_predicted_is_measured_with_updates_in_backward(small: str, optimizer: str) -> None:
     rank = None if optimizer == "apollo_mini_adamw" else 24
     compare(small, optimizer, rank, sequence=32, update_in_backward=True)
@@ -64,3 +63,19 @@ def test_predicted_is_measured_with_updates_in_backward(small: str, optimizer: s
 @pytest.mark.parametrize("early", [False, True])
 def test_predicted_is_measured_of_a_larger_model(optimizer: str, *, early: bool) -> None:
     compare("llama_60m", optimizer, sequence=64, update_in_backward=early)
+
+
+@pytest.mark.slow
+def test_planning_of_a_large_model_simulates_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operations on fake tensors are what planning takes its time for."""
+    count = 0
+    run = Ledger.__torch_dispatch__
+
+    def counted(ledger: Ledger, *arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        return run(ledger, *arguments)
+
+    monkeypatch.setattr(Ledger, "__torch_dispatch__", counted)
+    plan("llama_7b", "apollo_mini_adamw", weight_bits=4, update_in_backward=True)
+    assert 0 < count < 25_000

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,13 +13,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowrank.optimizers import FactoredAdamW, expected_state_bytes, update_in_backward
-from lowrank.optimizers.engine.devices import assuming_memory
+from lowrank.optimizers.engine.devices import as_on_gpu, assuming_memory
 from lowrank.optimizers.engine.parameters import unique_names
 from lowrank.optimizers.engine.scratch import Bounded, watching_batches
 
 from ..loss import chunk_tokens
 from .driverless import driverless
-from .fakes import DEPTHS, Fake, batches_grow, blocks_of, faking, grown, made, steps_grow
+from .fakes import DEPTHS, Fake, batches_grow, blocks_of, depth_of_steps, faking, grown, made
 from .ledger import Ledger
 from .network import Blocks, Network, Source, new_network
 from .result import CATEGORIES
@@ -28,6 +29,9 @@ from .update import Update, empty_gradients, simulate
 
 #: Bytes to a multiple of which torch's allocators round up.
 GRANULARITY = {"cuda": 512, "cpu": 1}
+
+#: More events of a layer than a run has steps.
+_ALL_EVENTS = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ class Estimate:
         self._granularity = GRANULARITY[setting.device]
         self._traces: dict[int, Trace] = {}
         self._mode = FakeTensorMode()
+        #: Bytes of gradients that are kept for a step with a refresh only.
+        self._due_only = 0
         whole = new_network(setting.source, torch.device("meta"))
         blocks = blocks_of(whole, setting.source)
         _check_rank(setting, blocks)
@@ -96,11 +102,11 @@ class Estimate:
         with faking(self._mode), assuming_memory(setting.memory):
             self._fake = self._made(few if scaled else self._depth)
             self._sizes = self._fake.sizes()
-            # Another one takes steps: what is due in the first one shows in its passes, too.
-            stepped = self._made(many if scaled else self._depth)
             if scaled:
-                self._sizes = grown(self._sizes, stepped.sizes(), self._depth)
-            self._update, self._in_backward = self._updates(stepped)
+                larger = self._made(few + 1).sizes()
+                self._sizes = grown(self._sizes, larger, few, self._depth)
+            # Another one takes steps: what is due in the first one shows in its passes, too.
+            self._update, self._in_backward = self._updates(scaled)
         self._parts: Parts | None = None
         if setting.strategy == "fsdp2":
             check_divisible(setting.optimizer, setting.options)
@@ -117,40 +123,39 @@ class Estimate:
         setting = self.setting
         return made(setting.source, setting.optimizer, setting.options, device, depth)
 
-    def _updates(self, fake: Fake) -> tuple[Update, InBackward | None]:
+    def _updates(self, scaled: bool) -> tuple[Update, InBackward | None]:
         """What the optimizer takes in its step, and in the backward pass.
 
         Steps of layers need real backward passes, which fake tensors allow on a CPU only.
         """
-        layers, depth = isinstance(fake.optimizer, FactoredAdamW), len(fake.blocks.items)
-        where = "cpu" if layers else self.setting.device
-        grows: bool | None = False
-        if where != "cpu":
-            fake = self._made(depth, where)
-        elif depth < self._depth:
-            grows = steps_grow(fake, self._depth)
-            if grows is None:
-                fake = self._made(self._depth, where)
-        with watching_batches() as seen:
-            found = self._simulated(fake)
-        if where != "cpu" and depth < self._depth and not self.setting.update_in_backward:
-            found = self._deeper(found, seen, where)
-        if grows:
-            small = self._simulated(self._made(DEPTHS[0], where))
-            found = found.grown(small, *DEPTHS, self._depth)
-        if not self.setting.update_in_backward:
-            return found, None
-        ledger = Ledger()  # answers what is read back
-        for entries in self._fake.optimizer.state.values():
-            ledger.know(entries["step"], 0.0)
-        with ledger, update_in_backward(self._fake.optimizer) as handle:  # raises where it can't be
-            left = handle.whole()
-        kept = [param for name, param in _trained(fake) if name in left]
+        where = "cpu" if isinstance(self._fake.optimizer, FactoredAdamW) else self.setting.device
+        if self.setting.update_in_backward:
+            return self._in_passes(self._made(len(self._fake.blocks.items), where))
+        few, many = DEPTHS
+        if scaled and where != "cpu":
+            with watching_batches() as seen:
+                found = self._simulated(self._made(many, where))
+            return self._deeper(found, seen, where), None
+        depth = (
+            depth_of_steps(self._fake, self._depth, self.setting.device) if scaled else self._depth
+        )
+        found = self._simulated(self._made(many if depth is None else depth, where))
+        if depth is None:
+            small = self._simulated(self._made(few, where))
+            found = found.grown(small, few, many, self._depth)
+        return found, None
+
+    def _in_passes(self, fake: Fake) -> tuple[Update, InBackward]:
+        """What the updates of single parameters add in the backward pass, and what is left."""
+        layers = isinstance(fake.optimizer, FactoredAdamW)
+        left = self._left_to_step()
+        # What is due in the first step alone, as LoQT's bases are, is not left in others.
+        usual = self._left_to_step(due=False) if layers else left
         added: dict[object, int] = {}
         for name, param in _trained(fake):
             kind = _kind(fake, param)
             if name not in left and kind not in added:
-                one = self._simulated(fake, [param])
+                one = self._simulated(fake, [param], beside=True)
                 added[kind] = (
                     one.step if layers else one.refresh
                 )  # events of layers wait for step()
@@ -159,7 +164,17 @@ class Estimate:
             for name, param in _trained(self._fake)
             if name not in left
         }
-        rest = self._simulated(fake, kept) if kept else Update(0, 0)
+        rest = self._rest(fake, left)
+        if left != usual:
+            few = len(self._fake.blocks.items)
+            inside = {
+                id(param) for block in self._fake.blocks.items for param in block.parameters()
+            }
+            for name, param in _trained(self._fake):
+                if name in left - usual:
+                    times = self._depth // few if id(param) in inside else 1
+                    self._due_only += param.nbytes * times
+            rest = replace(rest, step=self._rest(fake, usual, beside=True).step)
         return rest, InBackward(scratch)
 
     def _deeper(self, found: Update, seen: Sequence[Bounded], where: str) -> Update:
@@ -174,7 +189,30 @@ class Estimate:
         grown = found.grown(small, *DEPTHS, self._depth)
         return grown if refits else Update(grown.step, max(grown.step, found.refresh))
 
-    def _simulated(self, fake: Fake, params: list[nn.Parameter] | None = None) -> Update:
+    def _left_to_step(self, *, due: bool = True) -> frozenset[str]:
+        """Parameters whose gradients a backward pass leaves, with or without events of layers."""
+        ledger = Ledger()  # answers what is read back
+        states = self._fake.optimizer.state.values()
+        events = [(entries, entries["events"]) for entries in states if "events" in entries]
+        for entries in states:
+            ledger.know(entries["step"], 0.0)
+        for entries, _ in events if not due else ():
+            entries["events"] = _ALL_EVENTS
+        try:
+            with ledger, update_in_backward(self._fake.optimizer) as handle:  # raises if it can't
+                return frozenset(handle.whole())
+        finally:
+            for entries, former in events:
+                entries["events"] = former
+
+    def _rest(self, fake: Fake, names: frozenset[str], *, beside: bool = False) -> Update:
+        """Steps with the gradients that are left to them."""
+        kept = [param for name, param in _trained(fake) if name in names]
+        return self._simulated(fake, kept, beside=beside) if kept else Update(0, 0)
+
+    def _simulated(
+        self, fake: Fake, params: list[nn.Parameter] | None = None, *, beside: bool = False
+    ) -> Update:
         """Steps with gradients of some parameters, or of all."""
         layers = isinstance(fake.optimizer, FactoredAdamW)
 
@@ -183,9 +221,15 @@ class Estimate:
                 _backward(fake.model)
             empty_gradients(fake.model, params, replace=layers)
 
-        with driverless(next(fake.model.parameters()).device):
+        # Layers take the steps of a GPU, if it is planned, on fakes of another device.
+        as_wanted = as_on_gpu() if self.setting.device == "cuda" else contextlib.nullcontext()
+        with driverless(next(fake.model.parameters()).device), as_wanted:
             return simulate(
-                fake.optimizer, fake.model, differentiate, granularity=self._granularity
+                fake.optimizer,
+                fake.model,
+                differentiate,
+                granularity=self._granularity,
+                beside=beside,
             )
 
     def phases(self, batch: int) -> dict[str, dict[str, int]]:
@@ -208,9 +252,13 @@ class Estimate:
         levels = {
             "forward": Counter(found.forward.peak),
             "backward": Counter(found.backward.peak),
-            "step": Counter({GRADIENTS: end, "scratch": update.step}),
+            "step": Counter({GRADIENTS: end - self._due_only, "scratch": update.step}),
             "refresh": Counter({GRADIENTS: end, "scratch": update.refresh}),
         }
+        if update.left:
+            levels["refresh"] = levels["refresh"] + Counter(
+                {name: size for name, size in found.backward.end.items() if name != GRADIENTS}
+            )
         if parts is not None:
             share = parts.gradients / max(1, sizes["gradients"])
             for level in levels.values():

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowrank.cuda.library import assuming_libraries
 from lowrank.optimizers import LowRankOptimizer, build, state_bytes_by_category
-from lowrank.optimizers.engine.scratch import SCRATCH_BYTES, Bounded
+from lowrank.optimizers.engine.scratch import SCRATCH_BYTES, Bounded, device_scratch
 
 from ..memory import held_bytes
 from ..models import checkpoint_activations
@@ -100,33 +100,37 @@ def blocks_of(model: Network, source: Source) -> Blocks:
     return blocks
 
 
-def grown(small: Sizes, large: Sizes, depth: int) -> Sizes:
-    """Sizes at a depth, from those at `DEPTHS`."""
-    few, many = DEPTHS
+def grown(small: Sizes, large: Sizes, few: int, depth: int) -> Sizes:
+    """Sizes at a depth, from those at `few` blocks and at one more."""
     return Counter(
-        {
-            name: large[name] + (large[name] - small[name]) * (depth - many) // (many - few)
-            for name in large
-        }
+        {name: small[name] + (large[name] - small[name]) * (depth - few) for name in large}
     )
 
 
-def steps_grow(fake: Fake, depth: int) -> bool | None:
-    """How an optimizer's scratch on a CPU grows from the larger of `DEPTHS` to a depth.
+def depth_of_steps(fake: Fake, depth: int, device: str) -> int | None:
+    """Blocks with which an optimizer's scratch in its steps is what it is at a depth.
 
-    It works on lists of matrices together until they reach a bound: False if they reach it before,
-    so that nothing grows, True if not even then, so that it grows with each block, else None.
+    It works on lists of matrices together until they reach a bound: twice the bound is as good as
+    more. None where all blocks stay below it, so that scratch grows with each of them.
+
+    Args:
+        fake: a model with equal blocks.
+        depth: of the whole model.
+        device: where the steps are planned.
     """
     inside = {id(param) for param in fake.blocks.items[0].parameters()}
-    block = sum(
-        _entries(tuple(param.shape), group.get("rank")) * 4
-        for group in fake.optimizer.param_groups
-        for param in group["params"]
-        if id(param) in inside
-    )
-    if block * DEPTHS[1] >= 2 * SCRATCH_BYTES:
-        return False
-    return True if block * depth <= SCRATCH_BYTES else None
+    shapes: Counter[Any] = Counter()
+    gpu = device == "cuda"
+    for group in fake.optimizer.param_groups:
+        for param in group["params"]:
+            if id(param) in inside:
+                kind = param.shape if gpu else None  # those of one shape are worked on together
+                shapes[kind] += _entries(tuple(param.shape), group.get("rank")) * 4
+    block = max(shapes.values(), default=0)
+    bound = device_scratch(torch.device("cuda")) if gpu else SCRATCH_BYTES
+    if block * depth <= bound:
+        return None
+    return min(depth, max(DEPTHS[0], -(-2 * bound // block)))
 
 
 def batches_grow(seen: Sequence[Bounded], depth: int) -> bool | None:

@@ -22,10 +22,13 @@ class Update:
     Attributes:
         step: scratch of a step between refreshes.
         refresh: scratch of a step that fits all bases or runs the events of all layers.
+        left: bytes that the backward pass before such a step leaves beside parameters' gradients,
+            as those of quantised weights; they grow with the depth.
     """
 
     step: int
     refresh: int
+    left: int = 0
 
     def grown(self, small: Update, few: int, many: int, depth: int) -> Update:
         """This of `many` blocks and another of `few` taken on to a deeper model."""
@@ -33,7 +36,7 @@ class Update:
         def on(first: int, second: int) -> int:
             return second + (second - first) * (depth - many) // (many - few)
 
-        return Update(on(small.step, self.step), on(small.refresh, self.refresh))
+        return Update(on(small.step, self.step), on(small.refresh, self.refresh), self.left)
 
 
 def simulate(
@@ -42,6 +45,7 @@ def simulate(
     differentiate: Callable[[], None],
     *,
     granularity: int,
+    beside: bool = False,
 ) -> Update:
     """Takes steps with an optimizer of fake tensors, as the trainer would.
 
@@ -53,6 +57,8 @@ def simulate(
         model: its model.
         differentiate: leaves gradients.
         granularity: bytes to which the allocator rounds up.
+        beside: whether all that a backward pass has left, such as gradients of quantised weights,
+            is counted elsewhere; else it is scratch, but for parameters' own gradients.
     """
     happened: list[Any] = []  # the trainer's hooks measure the new bases, which takes memory too
     handles = [optimizer.register_refresh_hook(happened.append)]
@@ -75,6 +81,7 @@ def simulate(
     ]
     usual: list[int] = []
     renewing: list[int] = []
+    left = 0
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), ledger:
         warnings.simplefilter("ignore")
         try:
@@ -83,12 +90,20 @@ def simulate(
                     ledger.know(entries["step"], float(steps_done))
                 before = ledger.now.total
                 differentiate()
-                before += sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+                if beside:
+                    before = ledger.now.total
+                else:
+                    before += sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+                extra = max(0, ledger.now.total - before)
                 happened.clear()
                 ledger.restart()
                 optimizer.step()
                 added = max(0, ledger.peak.total - before)
-                (renewing if happened else usual).append(added)
+                if happened:
+                    renewing.append(max(0, added - extra))
+                    left = max(left, extra)
+                else:
+                    usual.append(added)
                 optimizer.zero_grad()
         finally:
             for param in model.parameters():
@@ -97,7 +112,7 @@ def simulate(
                 entries.update(former)
             for handle in handles:
                 handle.remove()
-    return Update(max(usual, default=0), max([*usual, *renewing]))
+    return Update(max(usual, default=0), max([*usual, *renewing]), left)
 
 
 def _next_refresh(optimizer: LowRankOptimizer) -> int:

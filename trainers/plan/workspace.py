@@ -42,6 +42,7 @@ def _widened_list(tensors: list[Tensor], *_: Any, **kwargs: Any) -> int:
 
 _KNOWN: dict[Any, Callable[..., int]] = {
     _aten._linalg_eigh.default: _eigh,
+    _aten._linalg_eigh.eigenvalues: _eigh,  # in the place of its input
     _aten._linalg_svd.default: _copy,
     _aten.linalg_qr.default: _reflectors,
     _aten._linalg_solve_ex.default: _copy,
