@@ -10,31 +10,12 @@ from typing import Any
 
 import torch
 from draws import Draw
+from outputs import Output, patterns
 from torch import Tensor
 
 from lowrank.cuda import ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MARGIN = 64  # entries around an output that must stay
-
-
-class Output:
-    """A poisoned tensor inside a larger one."""
-
-    def __init__(self, like: Tensor, offset: int) -> None:
-        """Of the shape, type and device of `like`, `offset` entries after an aligned address."""
-        self.start, self.count = MARGIN + offset, like.numel()
-        poison = 0x5A if like.dtype == torch.uint8 else float("nan")
-        self.whole = torch.full(
-            (self.count + self.start + MARGIN,), poison, dtype=like.dtype, device=like.device
-        )
-        self.inside = self.whole[self.start : self.start + self.count].view(like.shape)
-
-    def check_margins(self) -> None:
-        """Raises unless the entries around it are as they were."""
-        for margin in (self.whole[: self.start], self.whole[self.start + self.count :]):
-            clean = margin == 0x5A if margin.dtype == torch.uint8 else margin.isnan()
-            assert bool(clean.all())
 
 
 def run(
@@ -101,14 +82,6 @@ def exactly(pairs: list[tuple[Tensor, Tensor]]) -> None:
     for ours, theirs in pairs:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
         assert torch.equal(patterns(ours), patterns(theirs))
-
-
-def patterns(x: Tensor) -> Tensor:
-    """The bits of each entry as integers; those of all NaN are the same."""
-    if not x.is_floating_point():
-        return x
-    wide = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-    return torch.where(x.isnan(), torch.full_like(x, torch.nan), x).contiguous().view(wide)
 
 
 def blockwise_quantize(d: Draw) -> None:
@@ -278,8 +251,8 @@ def adam_weights(d: Draw) -> None:
     m = [d.tensor(*shape, dtype=state_type) for shape in shapes]
     v = [d.tensor(*shape, dtype=state_type).square() for shape in shapes]
     sizes = d.one(None, d.tensor(len(grads), 4).abs() + 1e-6)
-    if sizes is not None and d.one(True, False):
-        sizes[0, 1] = 0.0  # its gradient counts as zero
+    if sizes is not None and d.one(True, False):  # its gradient counts as zero
+        sizes[0, 1] = 0.0
         grads[0].fill_(d.one(float("nan"), float("inf")))
     arguments = [weights, grads, m, v, 0.9, 0.999, 1e-6, 0.3, d.one(1.0, 0.9), 0.1, sizes]
     found = run(d, "adam_weights", arguments, [0, 2, 3], keeps=True)
@@ -297,8 +270,7 @@ def many_tensors(d: Draw) -> None:
     _close(run(d, "adam", [*lists, [], [], -1, 0.9, 0.999, 0.0, 0.0, own], [1, 2, 3], keeps=True))
     seeds = list(range(len(grads)))
     exactly(run(d, "gaussian_list", [[g.view(-1) for g in grads], seeds, [], 0.5], [0]))
-    codes = [torch.full((g.numel(),), i % 16, dtype=torch.uint8) for i, g in enumerate(grads)]
-    codes = [own.to(d.device) for own in codes]
+    codes = [torch.full_like(g, i % 16, dtype=torch.uint8).view(-1) for i, g in enumerate(grads)]
     ones = [torch.full((-(-g.numel() // 2),), 0.5, device=d.device) for g in grads]
     flat = [g.view(-1) for g in grads]
     exactly(run(d, "dequantize_groups_list", [codes, ones, ones, flat, 2], [3]))
@@ -347,9 +319,9 @@ def limit_growth(d: Draw) -> None:
     arguments = [list(stored.unbind(0)), norms, good, torch.empty_like(norms), d.one(1.0, 1.01)]
     found = run(d, "limit_growth", arguments, [0, 3], keeps=True)
     exactly(found)
-    if good is not None:
-        for own, (ours, _), former in zip(good, found, stored, strict=False):
-            assert own or torch.equal(ours, former)
+    flags = [] if good is None else good.tolist()
+    for own, (ours, _), former in zip(flags, found, stored, strict=False):
+        assert own or torch.equal(ours, former)
 
 
 def _update(d: Draw, rows: int, columns: int) -> list[Any]:
@@ -386,8 +358,8 @@ def write_back_list(d: Draw) -> None:
     rows, columns, kind = d.integer(1, 60), d.integer(1, 300), d.one(*DTYPES)
     weights = [d.tensor(rows, columns, dtype=kind) for _ in range(d.one(1, 2, 20))]
     shape = d.one(1, rows), d.one(1, columns)
-    pairs = [_scaled(d, rows, columns, kind, shape) for _ in weights]
-    grads, factors = (list(side) for side in zip(*pairs, strict=True))
+    pairs = zip(*(_scaled(d, rows, columns, kind, shape) for _ in weights), strict=True)
+    grads, factors = map(list, pairs)
     found = run(d, "write_back_list", [weights, grads, factors, d.one(1.0, 0.9)], [0], keeps=True)
     exactly(found)
     assert kind == torch.float16 or all(bool(ours.isfinite().all()) for ours, _ in found)
