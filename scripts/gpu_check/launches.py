@@ -59,7 +59,10 @@ def compare(
 ) -> None:
     """A step that is measured beside the same step counted."""
     shape, number = (model.hidden, model.hidden), 4 * model.layers
-    counted = counts(method, model, shape, number, count)
+    memory = None
+    if context.on_gpu and torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(context.device).total_memory
+    counted = counts(method, model, shape, number, count, memory)
     measured = observed(method, model, shape, number, context)
     unit, key = ("launches",) * 2 if "launches" in measured else ("operations", "started")
     details = measured | {"counted": counted}
@@ -78,16 +81,21 @@ def compare(
 
 
 def counts(
-    method: Method, model: Model, shape: tuple[int, int], number: int, count: Counter | None
+    method: Method,
+    model: Model,
+    shape: tuple[int, int],
+    number: int,
+    count: Counter | None,
+    memory: int | None = None,
 ) -> Json:
-    """ "launches" and "reads" that are counted, or "problem"."""
+    """ "launches" and "reads" that are counted, or "problem"; `memory` is the card's."""
     if count is None:
         return {"launches": None, "problem": f"this checkout has no {COUNTING}"}
     try:
-        found = count(method.name, shape, number, **method.keywords(model.rank))
+        found = count(method.name, shape, number, memory=memory, **method.keywords(model.rank))
     except Exception as error:  # of the counting alone: the step is measured all the same
         return {"launches": None, "problem": f"{type(error).__name__}: {error}"[:300]}
-    launches = found.operations + found.products + found.passes
+    launches = found.operations + found.filled + found.products + found.passes
     return {"launches": launches, "reads": found.reads, "by_name": dict(found.by_name)}
 
 

@@ -16,7 +16,9 @@ def counting(seen: list[Any]) -> Any:
 
     def count(name: str, shape: tuple[int, int], number: int, **options: Any) -> Any:
         seen.append((name, shape, number, options["rank"]))
-        return SimpleNamespace(operations=3, products=2 * number, passes=1, reads=1, by_name={})
+        return SimpleNamespace(
+            operations=2, filled=1, products=2 * number, passes=1, reads=1, by_name={}
+        )
 
     return count
 
