@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from zlib import crc32
 
+import torch
+
+from ..weights import QuantizedWeight
 from .options import NO_OPTIONS, Group
 from .parameters import label, names, whole_shape
 
@@ -33,10 +36,25 @@ def options_of(group: Group) -> list[tuple[str, str]]:
 def params_of(group: Group) -> dict[str, str]:
     """How many parameters a group has, and a checksum of their shapes."""
     shapes = [tuple(whole_shape(param)) for param in group["params"]]
-    return {
+    found = {
         "number of parameters": str(len(shapes)),
         "shapes of parameters (a checksum)": f"{crc32(repr(shapes).encode()):08x}",
     }
+    quantised = [param for param in group["params"] if isinstance(param, QuantizedWeight)]
+    if quantised:
+        found["quantised weights (a checksum)"] = f"{crc32(repr(_sums(quantised)).encode()):08x}"
+    return found
+
+
+def _sums(weights: Sequence[QuantizedWeight]) -> list[int]:
+    """Sums over the bytes of weights, and over every second one, computed where they are.
+
+    `DistributedDataParallel` copies the first process's dense values into the others' codes, with
+    other roundings, so that weights that were not equal before are not equal then.
+    """
+    parts = [part.contiguous().view(torch.uint8) for each in weights for part in each.parts()]
+    sums = [own.flatten()[:: 1 + half].sum(dtype=torch.int64) for own in parts for half in (0, 1)]
+    return [int(number) for number in torch.stack(sums).tolist()]
 
 
 def rate_of(group: Group) -> str:

@@ -108,7 +108,8 @@ def unequal(groups: Sequence[Group], processes: ProcessGroup | None) -> ValueErr
     found = difference(groups, processes)
     return ValueError(
         f"{found or 'options or parameters'} differ between processes that train one model: "
-        "accepted are equal options and learning rates on all of them"
+        "accepted are equal options and learning rates on all of them, and weights in 4 or 8 bits "
+        "that were equal before they were quantised"
     )
 
 

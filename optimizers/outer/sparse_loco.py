@@ -18,7 +18,8 @@ The paper's quantiser and its rates were not at hand: Q is ours, and so are the 
 Where an outer optimizer belongs: around an inner one, `SparseLoCo(build(name, model), ...)`, in the
 place of which it is called. It is no method of the table, because it changes no update rule and
 takes any `torch.optim.Optimizer`; nor a hook of DistributedDataParallel, which averages gradients
-at every step. Models must be whole on each worker: wrapped or sharded ones are refused.
+at every step. Models must be whole on each worker: wrapped or sharded ones are refused, and so are
+methods that change frozen weights (ReLoRA, SwitchLoRA, SST, LoQT), which would not be exchanged.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from ..engine import checks
 from ..engine.chunks import wide_dtype
 from ..engine.in_backward.refusals import _wrappers
 from ..engine.sharding import is_dtensor
+from ..layers.frozen import FrozenMatrix
 from ..weights.quantized import QuantizedWeight
 from .messages import BITS, LARGEST_CHUNK, Format
 
@@ -87,7 +89,7 @@ class SparseLoCo:
 
         Raises:
             ValueError: an option is out of range, the parameters are wrapped, sharded or quantised,
-                or differ between workers.
+                or differ between workers, or the inner optimizer changes frozen weights.
             RuntimeError: `torch.distributed` is not initialised.
         """
         checks.integer("inner_steps", inner_steps, low=1)
@@ -199,6 +201,15 @@ class SparseLoCo:
                 raise ValueError(
                     f"a parameter of shape {tuple(param.shape)} is sharded or quantised: accepted "
                     "are whole, dense models on each worker"
+                )
+        for link in getattr(self.inner, "_links", ()):
+            if any(
+                param is not None for param in map(link.layer._parameters.get, link.layer.FROZEN)
+            ) or any(isinstance(module, FrozenMatrix) for module in link.layer.modules()):
+                raise ValueError(
+                    f"SparseLoCo with {type(self.inner).__name__}, whose events change frozen "
+                    "weights on each worker alone: accepted are methods that leave layers as they "
+                    "are, or train all of them (sltrain_adamw, low_rank_adamw, dlrt_adamw)"
                 )
         self._refuse_wrappers()
 

@@ -102,6 +102,14 @@ def cases(rank: int, world: int, folder: Path) -> dict[str, Any]:
         optimizer = build("galore_adamw", model, lr=0.01, **OPTIONS)
         return told(model, optimizer, change(lr=0.02), 0, 2)
 
+    def quantised(bits: int, seed: int, *, hook: bool = False) -> Told:
+        model = block(seed)
+        optimizer = build("galore_adamw", model, lr=0.01, weight_bits=bits, **OPTIONS)
+        parallel = DistributedDataParallel(model)
+        if hook:
+            register_low_rank_hook(parallel, optimizer)
+        return told(parallel, optimizer, change(), 0, 3)
+
     def hooked() -> Told:
         model = DistributedDataParallel(block())
         optimizer = build("galore_adamw", model.module, lr=0.01, **OPTIONS)
@@ -130,6 +138,10 @@ def cases(rank: int, world: int, folder: Path) -> dict[str, Any]:
         "ddp equal": replicated(0, lambda group: group.update(lr=0.02)),
         "ddp groups": by_groups(),
         "ddp parts": by_groups(parts=True),
+        "ddp 4 bits": quantised(4, rank),
+        "ddp 8 bits": quantised(8, rank),
+        "ddp 4 bits hook": quantised(4, rank, hook=True),
+        "ddp 4 bits equal": quantised(4, 0),
         "ddp second": second(change(weight_decay=0.5)),
         "ddp second again": second(lambda group: group.update(weight_decay=0.25)),
         "hook": hooked(),
@@ -175,6 +187,9 @@ EXPECTED = {
     "ddp wrapped before": ("scale of group 0", "0.25 on process 0 and 0.5 on process 1", 0),
     "ddp later": ("lr of group 0", "0.01 on process 0 and 0.02 on process 1", PERIOD),
     "ddp groups": ("weight_decay of group 0", "on process 0 and 0.5 on process 1", 0),
+    "ddp 4 bits": ("quantised weights (a checksum) of group 0", "on process 1 differ", 0),
+    "ddp 8 bits": ("quantised weights (a checksum) of group 0", "on process 1 differ", 0),
+    "ddp 4 bits hook": ("quantised weights (a checksum) of group 0", "on process 1 differ", 0),
     "ddp second": ("weight_decay of group 0", "0.5 on process 1 differ", 1),
     "hook": ("lr of group 0", "0.01 on process 0 and 0.02 on process 1", 2),
     "shared": ("lr of group 0", "0.01 on process 0 and 0.02 on process 1", 5),
@@ -195,6 +210,7 @@ def test_equal_options_are_no_reason_to_complain(found: list[dict[str, Any]]) ->
     for each in found:
         assert each["fsdp equal"] == ("nothing", 4)
         assert each["ddp equal"] == ("nothing", PERIOD + 2)
+        assert each["ddp 4 bits equal"] == ("nothing", 3)
         assert each["ddp parts"] == ("nothing", 2)
         assert each["ddp second again"] == ("nothing", 3)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from lowrank.optimizers import SparseLoCo, build
+from lowrank.optimizers import SparseLoCo, build, convert
 from lowrank.optimizers.outer.messages import Format
 from lowrank.optimizers.outer.sparse_loco import HEADER_BYTES
 
@@ -93,6 +94,22 @@ def test_without_processes_and_bad_options() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             SparseLoCo(inner, **options)
+
+
+@pytest.fixture
+def single() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("single")
+def test_methods_that_change_frozen_weights_are_refused() -> None:
+    for name in ("relora_adamw", "switchlora_adamw", "sst_adamw", "loqt_adamw"):
+        with pytest.raises(ValueError, match="whose events change frozen weights"):
+            SparseLoCo(build(name, convert(name, block(), rank=4), rank=4))
+    for name in ("sltrain_adamw", "low_rank_adamw", "dlrt_adamw"):
+        SparseLoCo(build(name, convert(name, block(), rank=4), rank=4))
 
 
 # Workers
