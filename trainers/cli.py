@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from . import compress_command, plan_command
 from .termination import Terminated
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], None] = options.run
     with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
+        warnings.showwarning = _shown_once()
         try:
             run(options)
         except Terminated as end:
@@ -254,17 +254,16 @@ def _fail(message: str, status: int, error: BaseException | None = None) -> int:
     return status
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    """One line without the place in the code, which says nothing to who runs the command."""
-    sys.stderr.write(f"warning: {message}\n")
+def _shown_once() -> Callable[..., None]:
+    """Shows a warning as one line, without the place in the code, which says nothing to a user.
 
+    A run builds an optimizer several times, for plans and formulas: what is said again is left out.
+    """
+    said: set[str] = set()
 
-if __name__ == "__main__":
-    sys.exit(main())
+    def show(message: Warning | str, *place: Any, **keywords: Any) -> None:
+        if str(message) not in said:
+            said.add(str(message))
+            sys.stderr.write(f"warning: {message}\n")
+
+    return show

@@ -44,10 +44,11 @@ LOWRANK_API int lowrank_dequantize_groups(const std::uint8_t* codes, const void*
                                           const void* zeros, int scale_dtype, void* out, int dtype,
                                           std::int64_t numel, std::int64_t group, void* stream);
 // `count` tensors, all of the same types.
-LOWRANK_API int lowrank_dequantize_groups_list(
-    int count, const std::uint8_t* const* codes, const void* const* scales,
-    const void* const* zeros, int scale_dtype, void* const* outs, const std::int64_t* numels,
-    int dtype, std::int64_t group, void* stream);
+LOWRANK_API int lowrank_dequantize_groups_list(int count, const std::uint8_t* const* codes,
+                                               const void* const* scales, const void* const* zeros,
+                                               int scale_dtype, void* const* outs,
+                                               const std::int64_t* numels, int dtype,
+                                               std::int64_t group, void* stream);
 
 // Four-bit quantisation in groups of an even size, two codes a byte. `zeros` is null in the
 // symmetric formats. `share` is the scale over what a group spans; see core/groups.h.

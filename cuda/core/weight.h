@@ -11,8 +11,8 @@ struct WriteBack {
   float alpha;
 };
 
-// Where a factor is 0 nothing is left of an entry, whatever it is: so a gradient that isn't finite is
-// left out without a decision on the host.
+// Where a factor is 0 nothing is left of an entry, whatever it is: so a gradient that isn't finite
+// is left out without a decision on the host.
 LR_HD float scaled(float entry, float factor) { return factor != 0.0f ? entry * factor : 0.0f; }
 
 LR_HD float written(float old, float delta, float residual, const WriteBack& write) {

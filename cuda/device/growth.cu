@@ -1,7 +1,6 @@
 // Fira's limiter on the norms of many matrices.
-#include "../core/growth.h"
-
 #include "../core/api.h"
+#include "../core/growth.h"
 #include "lists.h"
 
 namespace lowrank {

@@ -42,8 +42,8 @@ __device__ __forceinline__ Place place_of(const Blocks<kMost>& blocks, int block
   return {t, block - blocks.first[t]};
 }
 
-// Launches once for every kMost tensors; fill(list, slot, t) describes tensor t and returns how many
-// blocks it needs, start(list, blocks, begin) launches.
+// Launches once for every kMost tensors; fill(list, slot, t) describes tensor t and returns how
+// many blocks it needs, start(list, blocks, begin) launches.
 template <template <int> class List, int kMost, typename Fill, typename Launch>
 int in_batches_of(int count, const Fill& fill, const Launch& start) {
   for (int begin = 0; begin < count; begin += kMost) {

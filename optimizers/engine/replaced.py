@@ -56,6 +56,10 @@ class InUse:
         )
 
 
+def _gets_gradients(param: Tensor | None) -> bool:
+    return param is not None and param.requires_grad and param.grad is not None
+
+
 def _has_owner(param: Tensor) -> bool:
     """Whether a dict with names as keys, as modules have one of their parameters, holds it."""
     return any(
@@ -118,7 +122,7 @@ class Watch:
         found = [
             called
             for module, key, called in self._frozen
-            if getattr(getattr(module(), key, None), "grad", None) is not None
+            if _gets_gradients(getattr(module(), key, None))
         ]
         if not found:
             return

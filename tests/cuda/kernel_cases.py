@@ -1,7 +1,7 @@
 """What compiled kernels must equal: random inputs for each operation, beside its reference.
 
 A case draws sizes and types, computes with both, and compares. Outputs are poisoned before, and the
-entries around them are checked afterwards, so that nothing is left out or written beyond.
+entries around them are checked afterwards: nothing is left out or written beyond.
 """
 
 from __future__ import annotations

@@ -97,8 +97,7 @@ int main() {
 
   float norm = 2.0f, stored = 1.0f, factor = 0.0f;
   float* const last[] = {&stored};
-  check("limit_growth",
-        lowrank_limit_growth(1, last, &norm, nullptr, &factor, 1.01f, nullptr));
+  check("limit_growth", lowrank_limit_growth(1, last, &norm, nullptr, &factor, 1.01f, nullptr));
 
   const void* grads[] = {x.data()};
   void* exp_avgs[] = {m.data()};

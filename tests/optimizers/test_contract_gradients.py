@@ -15,6 +15,7 @@ from table import Row, assert_close, every, every_with, representative, train, w
 from torch import Tensor, nn
 
 from lowrank.optimizers import AdamW, build
+from lowrank.optimizers.engine import plain
 from lowrank.optimizers.engine import step as stepping
 from lowrank.optimizers.engine.batching import read_steps
 from lowrank.optimizers.engine.gradients import SkippedUpdates
@@ -255,7 +256,8 @@ def test_step_counts_are_read_once_a_group(
         read.append(len(states))
         return read_steps(states)
 
-    monkeypatch.setattr(stepping, "read_steps", counting)
+    for module in (stepping, plain):
+        monkeypatch.setattr(module, "read_steps", counting)
     train(model, optimizer, range(2, 3))
     # Captured steps of plain parameters are not told apart by their counts.
     assert read == ([3] if capturable else [3, 2, 3])

@@ -12,6 +12,7 @@ from test_pretrain import crash
 from tiny_runs import comparable_metrics, summary
 
 from lowrank.optimizers import convert
+from lowrank.optimizers.registry import accepts
 from lowrank.trainers.parts import LAYERS, load_network
 from lowrank.trainers.report import write_report
 
@@ -67,7 +68,9 @@ def test_a_run_resumes_exactly_within_a_cycle(
     crash(run, arguments, 5)
     crash(run, arguments, 7)
     status, _, errors = run(arguments)
-    assert (status, errors) == (0, "")
+    idle = {f"warning: {name}: update_proj_gap=3 has no effect on this method"}
+    assert status == 0
+    assert {*errors.splitlines()} == (set() if accepts(name, "update_proj_gap") else idle)
     assert comparable_metrics(broken) == comparable_metrics(whole)
     assert summary(whole)["weights_sha256"] == summary(broken)["weights_sha256"]
 
