@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -131,18 +130,14 @@ class Unread:
     """Skipped updates of a batch that were counted on a device.
 
     Attributes:
-        params: the parameters, which aren't kept alive.
+        params: the parameters.
         called: what messages call them.
         counts: int32, one each.
     """
 
-    params: list[ReferenceType[Tensor]]
+    params: list[Tensor]
     called: list[str]
     counts: Tensor
-
-    def is_of(self, params: Sequence[Tensor]) -> bool:
-        """Whether these are the parameters; ids are given anew once a tensor is gone."""
-        return all(own() is param for own, param in zip(self.params, params, strict=True))
 
 
 #: Least number of steps between readings of counts on devices that nobody asked for.
@@ -152,13 +147,13 @@ READ_AFTER = 100
 class SkippedUpdates:
     """Counts, by parameter, of updates skipped because the gradient was not finite.
 
-    Parameters that have left the optimizer are not kept alive; their updates stay in the total.
+    Parameters are held, without weak references: torch can't exchange tensors that have one, as
+    `module.to` does with quantised weights. `keep_only` lets go of those that have left.
     """
 
     def __init__(self) -> None:
         self._total = 0
-        #: By parameter id. An entry of a parameter that is gone may be another's by then.
-        self._counts: dict[int, tuple[ReferenceType[Tensor], int]] = {}
+        self._counts: dict[Tensor, int] = {}
         #: Those that were counted on a device, by the parameters of a batch.
         self._unread: dict[tuple[int, ...], Unread] = {}
         self._steps = 0
@@ -206,13 +201,10 @@ class SkippedUpdates:
         """Which numbers are finite and which are not; the latter are counted."""
         key = tuple(map(id, params))
         found = self._unread.get(key)
-        if found is not None and not found.is_of(params):
-            self.read()
-            found = None
         if found is None:
             counts = torch.zeros(len(params), dtype=torch.int32, device=largest_b.device)
             shown = [label(name, param) for name, param in zip(called, params, strict=True)]
-            found = self._unread[key] = Unread([ref(param) for param in params], shown, counts)
+            found = self._unread[key] = Unread(list(params), shown, counts)
         good_b: Tensor = largest_b < torch.inf
         bad_b = good_b.logical_not()
         found.counts.add_(bad_b)
@@ -242,12 +234,17 @@ class SkippedUpdates:
                     unread.counts.zero_()
                 for param, shown, count in zip(unread.params, unread.called, own, strict=True):
                     if count:
-                        self._count(param(), shown, count)
-        self._unread = {
-            key: unread
-            for key, unread in self._unread.items()
-            if all(param() is not None for param in unread.params)
-        }
+                        self._count(param, shown, count)
+
+    def keep_only(self, params: Sequence[Tensor]) -> None:
+        """Lets go of other parameters; their updates stay in the total."""
+        kept = set(map(id, params))
+        left = {id(param) for param in self._counts} - kept
+        if not left and all(kept.issuperset(key) for key in self._unread):
+            return
+        self.read()
+        self._unread = {key: own for key, own in self._unread.items() if kept.issuperset(key)}
+        self._counts = {param: own for param, own in self._counts.items() if id(param) in kept}
 
     def after_step(self, *, waited: bool) -> None:
         """Reads counts that nobody asked for now and then, after steps that waited anyway."""
@@ -255,26 +252,21 @@ class SkippedUpdates:
         if waited and self._steps >= READ_AFTER:
             self.read()
 
-    def _count(self, param: Tensor | None, shown: str, count: int) -> None:
+    def _count(self, param: Tensor, shown: str, count: int) -> None:
         if not self._total:
             warn_user(
                 f"non-finite gradient of {shown}: this step does not update it (warned once; "
                 "`skipped_by_name()` counts; skip_nonfinite=False turns the check off)"
             )
         self._total += count
-        if param is not None:
-            self._counts[id(param)] = (ref(param), self._count_of(param) + count)
-
-    def _count_of(self, param: Tensor) -> int:
-        known, count = self._counts.get(id(param), (None, 0))
-        return count if known is not None and known() is param else 0
+        self._counts[param] = self._counts.get(param, 0) + count
 
     def by_name(self, groups: Sequence[Group]) -> dict[str, int]:
         """Skipped updates of each parameter that has any, most first."""
         self.read()
         params = [param for group in groups for param in group["params"]]
         found = {
-            name: self._count_of(param)
+            name: self._counts.get(param, 0)
             for name, param in zip(unique_names(groups), params, strict=True)
         }
         skipped = {name: count for name, count in found.items() if count}

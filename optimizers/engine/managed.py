@@ -136,6 +136,7 @@ class ManagedOptimizer(Optimizer):
         if len(ready) == len(plans):
             if len(self._plans) > len(plans):  # a removed group's would keep its parameters alive
                 self._plans = {id(plan.group): plan for plan in ready}
+                self._skipped.keep_only([param for plan in ready for param in plan.params])
             for ready_plan in ready:
                 ready_plan.read_rate()
             return ready
@@ -156,6 +157,7 @@ class ManagedOptimizer(Optimizer):
         for revised_plan in revised:
             revised_plan.settled(self.state)
         self._plans = {id(plan.group): plan for plan in revised}
+        self._skipped.keep_only([param for plan in revised for param in plan.params])
         self._snapshots = {}
         self._pending_moments |= pending
         return revised

@@ -205,8 +205,8 @@ def test_unnamed_parameters_are_counted_by_place() -> None:
     assert optimizer.skipped_by_name() == {"group1.1": 1}
 
 
-def test_counts_keep_no_parameter_alive() -> None:
-    """Neither those read in each step nor those that wait on a device."""
+def test_counts_let_go_of_what_has_left() -> None:
+    """Both those read in each step and those that wait on a device."""
     kept, gone = (nn.Parameter(torch.zeros(3)) for _ in range(2))
     groups = [{"params": [kept, gone], "param_names": ["kept", "gone"]}]
     skipped, bad = SkippedUpdates(), torch.full((2, 3), math.nan)
@@ -218,6 +218,7 @@ def test_counts_keep_no_parameter_alive() -> None:
     assert skipped.usable([bad[0]], [gone], ["gone"], [ALONE]) == []
     alive = weakref.ref(gone)
     groups[0] = {"params": [kept], "param_names": ["kept"]}
+    skipped.keep_only([kept])
     del gone
     gc.collect()
     assert alive() is None

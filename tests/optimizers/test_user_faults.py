@@ -199,3 +199,14 @@ def test_what_is_no_name_or_no_model_is_said() -> None:
         build(type(model), model)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"model is a generator: accepted is an nn\.Module; Ga"):
         build("galore_adamw", model.parameters())  # type: ignore[arg-type]
+
+
+def test_quantised_weights_move_after_a_step_that_was_skipped() -> None:
+    model = tiny_model()
+    optimizer = build("galore_adamw", model, rank=4, weight_bits=8)
+    for param in model.parameters():
+        param.grad = torch.full_like(param, float("nan"))
+    with pytest.warns(UserWarning, match="non-finite gradient"):
+        optimizer.step()
+    model.to(torch.bfloat16)
+    assert all(param.dtype == torch.bfloat16 for param in model.parameters())
