@@ -99,7 +99,7 @@ def test_recipes_are_what_their_table_says(size: str) -> None:
     assert rank == str(config.optimizer.options["rank"])
 
 
-@pytest.mark.parametrize("size", with_representative(SIZES, ("llama_130m", "llama_7b")))
+@pytest.mark.parametrize("size", with_representative(SIZES, ("llama_130m",)))
 def test_recipes_are_planned_as_their_table_says(size: str) -> None:
     from lowrank.trainers.plan.planner import plan_run
 

@@ -85,6 +85,9 @@ def update_together(
         good_b: see `UpdateRule.update_together`.
     """
     projector, residual = projection.projector, projection.residual
+    if not residual.BACK_PROJECTS and not projector.TRACKS:
+        for param in params:
+            param.read = None  # bases that nothing reads any more
     states = [param.state for param in params]
     torch._foreach_add_([state["step"] for state in states], 1)
     axis = None

@@ -138,6 +138,6 @@ def test_two_ranks(tmp_path: Path) -> None:
     check(run(follow, 2, tmp_path, QUICK)[0])
 
 
-@pytest.mark.parametrize("world", with_representative((2, 3), (3,)))
+@pytest.mark.parametrize("world", with_representative((2, 3), (2,)))
 def test_weights_of_the_ordinary_loop(world: int, tmp_path: Path) -> None:
     check(run(follow, world, tmp_path, ALL)[0])

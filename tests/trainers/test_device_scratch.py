@@ -76,7 +76,7 @@ def test_batches_and_those_of_deeper_models() -> None:
     assert batches_grow([Bounded(500, 500, 100, refits=False)], 16) is True  # an embedding
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_plans_have_the_scratch_of_all_blocks() -> None:
     """Rank 1024 in 32 blocks: one batch of the largest shape on the larger card."""
     small, large = (
