@@ -155,12 +155,24 @@ class Residual(ABC):
                 self.compute_update(param, projected, own, projector)
                 for param, projected, own in updates
             ]
-        made = []
-        for (param, projected, own), good in zip(updates, good_b.unbind(0), strict=True):
-            former = {key: param.state[key].clone() for key in self.ADVANCES if key in param.state}
-            made.append(gated(self.compute_update(param, projected, own, projector), good))
-            for key, value in former.items():
-                param.state[key].copy_(torch.where(good, param.state[key], value))
+        return [
+            self.compute_gated(param, projected, own, projector, good)
+            for (param, projected, own), good in zip(updates, good_b.unbind(0), strict=True)
+        ]
+
+    def compute_gated(
+        self,
+        param: ProjectedParam,
+        projected: Tensor,
+        update: Update,
+        projector: Projector,
+        good: Tensor,
+    ) -> WeightUpdate:
+        """`compute_update` that takes nothing of a gradient whose flag on the device isn't set."""
+        former = {key: param.state[key].clone() for key in self.ADVANCES if key in param.state}
+        made = gated(self.compute_update(param, projected, update, projector), good)
+        for key, value in former.items():
+            param.state[key].copy_(torch.where(good, param.state[key], value))
         return made
 
 

@@ -13,7 +13,6 @@ left out, and so is a matrix whose subspace is the whole space.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,7 +24,7 @@ from ..engine.chunks import row_chunks, wide_dtype
 from ..engine.geometry import RowRange
 from ..projectors import ProjectedParam, Projector
 from ..rules import Update
-from .base import Residual, WeightUpdate, apart
+from .base import Residual, WeightUpdate
 from .sign import complete
 
 #: Rounding errors of G - P R, in units of G's last place.
@@ -54,22 +53,16 @@ class RowNormalised(Residual):
         """See the module; without host synchronisation on CUDA."""
         return self._made(param, projected, update, projector, None)
 
-    def compute_together(
+    def compute_gated(
         self,
-        params: Sequence[ProjectedParam],
-        projected_b: Tensor,
+        param: ProjectedParam,
+        projected: Tensor,
         update: Update,
         projector: Projector,
-        good_b: Tensor | None = None,
-    ) -> list[WeightUpdate]:
-        """See `Residual.compute_together`."""
-        if good_b is None:
-            return super().compute_together(params, projected_b, update, projector)
-        updates = zip(params, projected_b.unbind(0), apart(update, len(params)), strict=True)
-        return [
-            self._made(param, projected, own, projector, good.logical_not())
-            for (param, projected, own), good in zip(updates, good_b.unbind(0), strict=True)
-        ]
+        good: Tensor,
+    ) -> WeightUpdate:
+        """See `Residual.compute_gated`: zeros are subtracted."""
+        return self._made(param, projected, update, projector, good.logical_not())
 
     def _made(
         self,

@@ -20,7 +20,7 @@ Memory: 2 m numbers in fp32 (fp64), whole on every process. No m x n temporary i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -33,7 +33,7 @@ from ..engine.geometry import Geometry, RowRange
 from ..engine.processes import chunk_range
 from ..projectors import ProjectedParam, Projector
 from ..rules import Update
-from .base import Residual, WeightUpdate, apart
+from .base import Residual, WeightUpdate
 
 #: Least length after a step, as a share of the one before.
 SHRINKS = 0.5
@@ -97,19 +97,16 @@ class WeightNormalised(Residual):
         """See the module."""
         return self._made(param, update, projector, None)
 
-    def compute_together(
+    def compute_gated(
         self,
-        params: Sequence[ProjectedParam],
-        projected_b: Tensor,
+        param: ProjectedParam,
+        projected: Tensor,
         update: Update,
         projector: Projector,
-        good_b: Tensor | None = None,
-    ) -> list[WeightUpdate]:
-        """See `Residual.compute_together`: lengths without a finite gradient stay."""
-        if good_b is None:
-            return super().compute_together(params, projected_b, update, projector)
-        updates = zip(params, apart(update, len(params)), good_b.unbind(0), strict=True)
-        return [self._made(param, own, projector, good) for param, own, good in updates]
+        good: Tensor,
+    ) -> WeightUpdate:
+        """See `Residual.compute_gated`: lengths without a finite gradient stay."""
+        return self._made(param, update, projector, good)
 
     def _made(
         self, param: ProjectedParam, update: Update, projector: Projector, good: Tensor | None

@@ -267,7 +267,7 @@ class UpdateRule(ABC):
     def knows_flags(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
     ) -> bool:
-        """Whether `apply_gated` is defined for these."""
+        """Whether `apply_flagged` is defined for these."""
         return False
 
     def first_moment(self, state: State) -> Tensor | None:
