@@ -50,6 +50,8 @@ class BuildNative(Command):
             report = module.build(self.folder())
         except module.BuildError as error:
             sys.exit(f"error: {error}")
+        if not self.editable_mode:
+            (self.folder() / module.SAID).unlink(missing_ok=True)
         for name in ("host", "cuda"):
             if not report[name]["built"]:
                 sys.stderr.write(f"{name} library not compiled: {report[name]['reason']}\n")

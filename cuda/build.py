@@ -37,6 +37,8 @@ HOSTS = {
     "AVX512": ("liblowrank_host_avx512.so", ("-march=x86-64-v4",)),
 }
 REPORT = "build.json"
+#: What nvcc and ptxas said: registers of each kernel, and warnings.
+SAID = "nvcc.txt"
 DEFAULT_ARCHS = "80 90a"
 
 # Contraction into fused multiply-adds is off on both sides, and quotients, roots and subnormal
@@ -46,8 +48,8 @@ HOST_FLAGS = (
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
 DEVICE_FLAGS = (
-    *("-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"),
-    *("-fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false"),
+    *("-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"),
+    *("-fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false", "-Xptxas", "-v"),
 )
 
 
@@ -122,8 +124,8 @@ def run(command: Sequence[str]) -> str:
 
 def compile_objects(
     compiler: str, flags: Sequence[str], sources: Sequence[Path], folder: Path
-) -> list[str]:
-    """Compiles each source into a folder, several at a time; returns the objects.
+) -> dict[str, str]:
+    """Compiles each source into a folder, several at a time.
 
     Args:
         compiler: program.
@@ -131,17 +133,19 @@ def compile_objects(
         sources: with different names.
         folder: of the objects.
 
+    Returns:
+        What the compiler said, by object.
+
     Raises:
         BuildError: the compiler failed.
     """
     objects = [str(folder / f"{source.stem}.o") for source in sources]
 
-    def one(source: Path, output: str) -> None:
-        run([compiler, *flags, "-c", str(source), "-o", output])
+    def one(source: Path, output: str) -> str:
+        return run([compiler, *flags, "-c", str(source), "-o", output])
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        list(pool.map(one, sources, objects))
-    return objects
+        return dict(zip(objects, pool.map(one, sources, objects), strict=True))
 
 
 def compile_library(
@@ -150,7 +154,7 @@ def compile_library(
     sources: Sequence[Path],
     target: Path,
     link: Sequence[str] | None = None,
-) -> None:
+) -> str:
     """Compiles sources and links them; writes `target` atomically.
 
     Args:
@@ -160,14 +164,18 @@ def compile_library(
         target: the shared library.
         link: flags of the linking, those of the compilation by default.
 
+    Returns:
+        What the compiler said.
+
     Raises:
         BuildError: the compiler failed.
     """
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        objects = compile_objects(compiler, flags, sources, Path(folder))
+        said = compile_objects(compiler, flags, sources, Path(folder))
         made = str(Path(folder) / target.name)
-        run([compiler, *(flags if link is None else link), "-shared", *objects, "-o", made])
+        run([compiler, *(flags if link is None else link), "-shared", *said, "-o", made])
         os.replace(made, target)
+    return "".join(said.values())
 
 
 def build_host(folder: Path) -> dict[str, Any]:
@@ -206,7 +214,8 @@ def build_device(folder: Path) -> dict[str, Any]:
     archs = architectures()
     flags = [*DEVICE_FLAGS, *architecture_flags(archs)]
     sources = sorted((SOURCES / "device").glob("*.cu"))
-    compile_library(nvcc, [*flags, "-cudart", "static"], sources, folder / DEVICE)
+    said = compile_library(nvcc, [*flags, "-cudart", "static"], sources, folder / DEVICE)
+    (folder / SAID).write_text(said)
     version = run([nvcc, "--version"]).strip().splitlines()[-1]
     return {"compiler": version, "architectures": archs, "files": [DEVICE]}
 
@@ -245,7 +254,7 @@ def build(folder: Path) -> dict[str, Any]:
     former = read_report(folder)
     if former.get("digest") == inputs and all((folder / name).exists() for name in files(former)):
         return former
-    for old in (REPORT, DEVICE, *(name for name, _ in HOSTS.values())):
+    for old in (REPORT, SAID, DEVICE, *(name for name, _ in HOSTS.values())):
         (folder / old).unlink(missing_ok=True)
     report: dict[str, Any] = {"digest": inputs}
     for key, make in (("host", build_host), ("cuda", build_device)):

@@ -63,14 +63,15 @@ def compile_libraries(record: Record, context: Context) -> None:
             os.environ.setdefault("LOWRANK_CUDA", "0")  # a CPU needs the host's library alone
         elif nvcc is not None:
             record.facts["host_compiler"] = choose_host_compiler(nvcc)
-    output: list[tuple[str, float, str]] = []
-    with recorded(output):
+    output: list[tuple[str, float]] = []
+    with timed(output):
         report = native.build(folder)
     seconds = time.monotonic() - begin
     record.facts["report"] = report
     record.add("build", "compiled" if output else "already there", seconds, "s")
-    record.facts["commands"] = [{"file": name, "seconds": s} for name, s, _ in output]
-    found = occupancy.read("\n".join(text for _, _, text in output))
+    record.facts["commands"] = [{"file": name, "seconds": s} for name, s in output]
+    said = folder / native.SAID
+    found = occupancy.read(said.read_text() if said.exists() else "")
     record.facts["registers"] = [dataclasses.asdict(kernel) for kernel in found]
     problems = [problem for kernel in found if (problem := kernel.problem())]
     for target in sorted({kernel.target for kernel in found}):
@@ -138,11 +139,8 @@ def _tries(nvcc: str, flags: str) -> str | None:
 
 
 @contextlib.contextmanager
-def recorded(output: list[tuple[str, float, str]]) -> Iterator[None]:
-    """Makes nvcc tell what ptxas finds, and keeps (file, seconds, what is said) of each command.
-
-    nvcc compiles for several targets at once meanwhile.
-    """
+def timed(output: list[tuple[str, float]]) -> Iterator[None]:
+    """Keeps (file, seconds) of each command; nvcc compiles for several targets at once."""
     original: Callable[..., str] = native.run
     flags = os.environ.get("NVCC_APPEND_FLAGS")
 
@@ -151,10 +149,10 @@ def recorded(output: list[tuple[str, float, str]]) -> Iterator[None]:
         said = original(command)
         if "-c" in command or "-shared" in command:
             name = Path(command[command.index("-c") + 1] if "-c" in command else command[-1]).name
-            output.append((name, round(time.monotonic() - begin, 2), said))
+            output.append((name, round(time.monotonic() - begin, 2)))
         return said
 
-    os.environ["NVCC_APPEND_FLAGS"] = f"{flags or ''} -Xptxas=-v --threads=4".strip()
+    os.environ["NVCC_APPEND_FLAGS"] = f"{flags or ''} --threads=4".strip()
     setattr(native, "run", kept)  # noqa: B010 (a name that mypy takes for constant)
     try:
         yield
