@@ -37,14 +37,14 @@ HOSTS = {
     "AVX512": ("liblowrank_host_avx512.so", ("-march=x86-64-v4",)),
 }
 REPORT = "build.json"
-#: What nvcc and ptxas said: registers of each kernel, and warnings.
-SAID = "nvcc.txt"
+#: What the compilers said: warnings, and the registers of each kernel.
+SAID = "compilers.txt"
 DEFAULT_ARCHS = "80 90a"
 
 # Contraction into fused multiply-adds is off on both sides, and quotients, roots and subnormal
 # numbers are those of IEEE 754, so that they agree to the bit.
 HOST_FLAGS = (
-    *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"),
+    *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
 DEVICE_FLAGS = (
@@ -193,12 +193,13 @@ def build_host(folder: Path) -> dict[str, Any]:
         if flags and platform.machine().lower() not in ("x86_64", "amd64"):
             continue
         try:
-            compile_library(compiler, [*HOST_FLAGS, *flags], sources, folder / name)
+            said = compile_library(compiler, [*HOST_FLAGS, *flags], sources, folder / name)
         except BuildError:  # optional: the compiler doesn't support this CPU capability
             if level == "DEFAULT":
                 raise
         else:
             files.append(name)
+            remember(folder, said)
     return {"compiler": run([compiler, "--version"]).splitlines()[0], "files": files}
 
 
@@ -215,9 +216,15 @@ def build_device(folder: Path) -> dict[str, Any]:
     flags = [*DEVICE_FLAGS, *architecture_flags(archs)]
     sources = sorted((SOURCES / "device").glob("*.cu"))
     said = compile_library(nvcc, [*flags, "-cudart", "static"], sources, folder / DEVICE)
-    (folder / SAID).write_text(said)
+    remember(folder, said)
     version = run([nvcc, "--version"]).strip().splitlines()[-1]
     return {"compiler": version, "architectures": archs, "files": [DEVICE]}
+
+
+def remember(folder: Path, said: str) -> None:
+    """Adds what a compiler said to the folder's file of it."""
+    with (folder / SAID).open("a") as file:
+        file.write(said)
 
 
 def digest() -> str:

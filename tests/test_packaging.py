@@ -17,10 +17,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from compiling import UNOPTIMISED, caching_compiler
+from compiling import UNOPTIMISED, caching_compiler, made_before
 from support import ROOT
 
 from lowrank.cuda import build
+from lowrank.cuda.library import FOLDER
 
 FOLDERS = ("optimizers", "cuda", "trainers")
 SCRIPTS = sorted(path for path in (ROOT / "scripts").iterdir() if path.is_file())
@@ -162,12 +163,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compilers() -> dict[str, str]:
-    """Compilers that share objects with other builds of this session; CUDA for one target."""
-    chosen = {"LOWRANK_CUDA_ARCHS": "90a"}
+    """A host compiler that shares objects with other builds of this session, and no nvcc's work."""
+    chosen = {}
     if compiler := build.find_compiler():
         chosen["CXX"] = caching_compiler(compiler, UNOPTIMISED)
-    if nvcc := build.find_nvcc():
-        chosen["CUDACXX"] = caching_compiler(nvcc)
+    installed = FOLDER / build.DEVICE
+    if (nvcc := build.find_nvcc()) and installed.exists():
+        chosen["CUDACXX"] = made_before(nvcc, installed)
     return chosen
 
 
