@@ -24,6 +24,7 @@ from .options import (
     OF_SOME_METHOD,
     Group,
     ProjectionOptions,
+    check_capturable,
     check_common,
     check_lr,
     make_plain,
@@ -265,6 +266,8 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
 
     def _take_step(self) -> None:
         """Updates all parameters that have a gradient, or what is left of it."""
+        if capturing():
+            check_capturable(self.param_groups)
         check_gradients(self.param_groups)
         self._check_model()
         if self._in_backward is not None and not self._in_backward.before_step():

@@ -7,7 +7,7 @@ group to group.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -191,3 +191,13 @@ def check_common(group: Mapping[str, Any]) -> None:
         raise ValueError("differentiable=True: accepted is False; step() is not differentiable")
     if group["foreach"] and group["fused"]:
         raise ValueError("foreach=True with fused=True: accepted is one of them")
+
+
+def check_capturable(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raises `ValueError` for groups that can't be captured in a CUDA graph."""
+    for index, group in enumerate(groups):
+        if not group.get("capturable", False):
+            raise ValueError(
+                f"a step of group {index} with capturable=False while a CUDA graph is captured: "
+                "accepted is capturable=True; replays would repeat this step's number"
+            )
