@@ -154,9 +154,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
 // Eight entries of an INT8 weight after the update; whether one changed.
 template <typename U>
 __device__ __forceinline__ bool updated(const std::uint8_t* codes, GroupParameters group,
-                                        const U& update, const WriteBack& write,
-                                        std::int64_t at, std::int64_t stop,
-                                        float (&values)[kVector]) {
+                                        const U& update, const WriteBack& write, std::int64_t at,
+                                        std::int64_t stop, float (&values)[kVector]) {
   const Vector<std::uint8_t> loaded = load_vector(codes + at, stop - at);
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {

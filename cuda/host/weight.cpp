@@ -155,10 +155,9 @@ int lowrank_write_back_list(int count, void* const* weights, const void* const* 
                             std::int64_t column_stride, std::int64_t rows, std::int64_t columns,
                             float keep, void* stream) {
   for (int t = 0; t < count; ++t) {
-    const int error =
-        lowrank_write_back(weights[t], dtype, nullptr, kFloat32, grads[t], dtype, factors[t],
-                           row_stride, column_stride, rows, columns, keep, 0.0f, 0, 0, 0, nullptr,
-                           nullptr, stream);
+    const int error = lowrank_write_back(weights[t], dtype, nullptr, kFloat32, grads[t], dtype,
+                                         factors[t], row_stride, column_stride, rows, columns, keep,
+                                         0.0f, 0, 0, 0, nullptr, nullptr, stream);
     if (error != 0) return error;
   }
   return 0;
