@@ -27,6 +27,7 @@ from .options import (
     check_capturable,
     check_common,
     check_lr,
+    decide_by_device,
     make_plain,
 )
 from .parameters import check_names, check_param, name_alike, names
@@ -142,6 +143,7 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
         checks.number("weight_decay", group["weight_decay"], low=0.0)
         options = ProjectionOptions.of(group) if self.projects else None
         if options is not None:
+            decide_by_device(group)
             own = strategy_options(group)
             # Copies of groups hold all options: one that equals the default doesn't count as given.
             chosen = {
