@@ -23,7 +23,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .noise import signed_seed, uniform
+from .noise import Seed, signed_seed, uniform
 
 DEFAULT_GROUP = 256
 SMALLEST_RANGE = 1e-5
@@ -137,7 +137,7 @@ def quantize_flat(
     zeros: Tensor,
     levels: int,
     group_size: int,
-    seed: int | None,
+    seed: Seed | None,
     first: int,
 ) -> None:
     """The reference of `torch.ops.lowrank.quantize_groups`; see `quantize_groups`."""

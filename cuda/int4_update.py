@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .groups import ceil_to, spans
 from .int4 import pack, quantize_int4, unpack
-from .noise import uniform
+from .noise import Seed, uniform
 
 FORMAT = "midrise"
 GROUP_SIZE = 64
@@ -63,9 +63,9 @@ def store_changed(
     codes: Tensor,
     scales: Tensor,
     group_size: int,
-    seed: int | None,
+    seed: Seed | None,
     first: int,
-    turn: int,
+    turn: Seed,
 ) -> None:
     """Rounds the groups in which `new` differs from `old`; the others are unchanged to the bit.
 
@@ -78,7 +78,7 @@ def store_changed(
         seed: rounds stochastically, in the present scale where it fits; to the nearest codes of a
             new scale when None.
         first: position of the first entry, for the noise.
-        turn: number of the step, for the noise.
+        turn: number of the step, for the noise; a tensor where only a device knows it.
     """
     for start, stop, width in spans(new.numel(), group_size, new.device):
         rows_gw = new[start:stop].view(-1, width)

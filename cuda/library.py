@@ -18,7 +18,7 @@ from . import compatibility
 from .build import DEVICE, HOSTS, read_report
 
 FOLDER = Path(__file__).resolve().parent / "_lib"
-ABI = 4
+ABI = 5
 KERNELS = ("native", "torch")
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -60,7 +60,8 @@ SIGNATURES: dict[str, list[type]] = {
     "rademacher": [_POINTER, _INT, _LONG, _SEED],
     "gaussian": [_POINTER, _INT, _LONG, _SEED, _POINTER, _SEED],
     "gaussian_list": [_INT, *[_POINTER] * 4, _INT, _FLOAT],
-    "stochastic_bfloat16": [_POINTER, _POINTER, _LONG, _SEED, _SEED],
+    "stochastic_bfloat16": [_POINTER, _POINTER, _LONG, _SEED, _SEED, _POINTER],
+    "step_seeds": [_INT, _POINTER, _POINTER, _SEED, _POINTER],
     "adam": [_INT, *[_POINTER] * 8, *[_INT] * 4, _DOUBLE, _DOUBLE, _FLOAT, _FLOAT, _POINTER],
     "adam_8bit": [
         *[_INT, *[_POINTER] * 7, _INT, _INT, _DOUBLE, _DOUBLE, _FLOAT, _FLOAT],
@@ -71,11 +72,14 @@ SIGNATURES: dict[str, list[type]] = {
         *[*[_FLOAT] * 4, _POINTER],
     ],
     "limit_growth": [_INT, *[_POINTER] * 4, _FLOAT],
-    "write_back": [_POINTER, _INT, *_UPDATE, _FLOAT, _FLOAT, _INT, _SEED, _SEED],
+    "write_back": [
+        *[_POINTER, _INT, *_UPDATE, _FLOAT, _FLOAT],
+        *[_INT, _SEED, _SEED, _POINTER, _POINTER],
+    ],
     "write_back_list": [_INT, *[_POINTER] * 3, _INT, *[_LONG] * 4, _FLOAT],
     "write_back_int8": [
         *[_POINTER, _POINTER, _POINTER, _INT, *_UPDATE],
-        *[_LONG, _FLOAT, _FLOAT, _SEED, _SEED],
+        *[_LONG, _FLOAT, _FLOAT, _SEED, _SEED, _POINTER, _POINTER],
     ],
 }
 

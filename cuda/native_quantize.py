@@ -247,14 +247,37 @@ def gaussian_list(
     return True
 
 
-def stochastic_bfloat16(x: Tensor, out: Tensor, seed: int, first: int) -> bool:
+def step_seeds(steps: list[Tensor], states: list[int], purpose: int, seeds: Tensor) -> bool:
+    """See `noise.fill_step_seeds`."""
+    library = usable(*steps, seeds)
+    if library is None or {step.dtype for step in steps} != {torch.float32}:
+        return False
+    for step in steps:
+        expect("steps", step, 1)
+    if len(states) != len(steps):
+        raise ValueError(f"{len(steps)} step counts have {len(states)} states")
+    expect("seeds", seeds, len(steps), torch.int64)
+    library.call(
+        "step_seeds",
+        seeds.device,
+        *(len(steps), addresses(steps), int64s(states), purpose & MASK64, seeds.data_ptr()),
+    )
+    return True
+
+
+def stochastic_bfloat16(
+    x: Tensor, out: Tensor, seed: int, first: int, device_seed: Tensor | None = None
+) -> bool:
     """See `noise.stochastic_flat`."""
-    library = usable(x, out)
+    library = usable(x, out, device_seed)
     if library is None or x.dtype != torch.float32:
         return False
     expect("out", out, x.numel(), torch.bfloat16)
-    positions = seed & MASK64, first & MASK64
+    expect("device_seed", device_seed, 1, torch.int64)
     library.call(
-        "stochastic_bfloat16", x.device, x.data_ptr(), out.data_ptr(), x.numel(), *positions
+        "stochastic_bfloat16",
+        x.device,
+        *(x.data_ptr(), out.data_ptr(), x.numel(), seed & MASK64, first & MASK64),
+        pointer(device_seed),
     )
     return True

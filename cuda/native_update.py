@@ -192,6 +192,11 @@ def _expect_update(
         )
 
 
+def _expect_on_device(sizes: Tensor | None, device_seed: Tensor | None) -> None:
+    expect("sizes", sizes, 2, torch.float32)
+    expect("device_seed", device_seed, 1, torch.int64)
+
+
 def write_back(
     weight: Tensor,
     direction: Tensor | None,
@@ -201,17 +206,22 @@ def write_back(
     alpha: float,
     seed: int | None,
     first: int,
+    sizes: Tensor | None = None,
+    device_seed: Tensor | None = None,
 ) -> bool:
     """See `write_back.write_back`."""
-    library = usable(weight, direction, grad, factors)
+    library = usable(weight, direction, grad, factors, sizes, device_seed)
     if library is None:
         return False
     _expect_update(weight, direction, grad, factors)
+    _expect_on_device(sizes, device_seed)
+    rounds = seed is not None or device_seed is not None
     library.call(
         "write_back",
         weight.device,
         *(weight.data_ptr(), dtype_code(weight), *_update(direction, grad, factors), *weight.shape),
-        *(decay_factor, alpha, int(seed is not None), (seed or 0) & MASK64, first & MASK64),
+        *(decay_factor, alpha, int(rounds), (seed or 0) & MASK64, first & MASK64),
+        *(pointer(sizes), pointer(device_seed)),
     )
     return True
 
@@ -251,18 +261,22 @@ def write_back_int8(
     alpha: float,
     seed: int,
     first: int,
+    sizes: Tensor | None = None,
+    device_seed: Tensor | None = None,
 ) -> bool:
     """See `write_back.write_back_int8`."""
-    library = usable(codes, scales, zeros, direction, grad, factors)
+    library = usable(codes, scales, zeros, direction, grad, factors, sizes, device_seed)
     if library is None:
         return False
     _expect_update(codes, direction, grad, factors)
     expect_groups(scales, zeros, codes.numel(), group_size)
+    _expect_on_device(sizes, device_seed)
     library.call(
         "write_back_int8",
         codes.device,
         *(codes.data_ptr(), scales.data_ptr(), zeros.data_ptr(), dtype_code(scales)),
         *(*_update(direction, grad, factors), *codes.shape),
         *(group_size, decay_factor, alpha, seed & MASK64, first & MASK64),
+        *(pointer(sizes), pointer(device_seed)),
     )
     return True

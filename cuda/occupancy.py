@@ -36,6 +36,7 @@ LIMITS = {
     "gaussian_kernel": 64,
     "gaussian_list_kernel": 64,
     "round_stochastic_kernel": 48,
+    "step_seeds_kernel": 48,
     "limit_growth_kernel": 64,
     "write_kernel": 64,
     "write_list_kernel": 64,

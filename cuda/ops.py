@@ -31,6 +31,7 @@ from . import write_back as writing
 _LIBRARY: Any = torch.library.Library("lowrank", "DEF")  # type: ignore[no-untyped-call]
 
 _UPDATE = "Tensor? direction, Tensor? grad, Tensor? factors"
+_ON_DEVICE = "Tensor? sizes=None, Tensor? device_seed=None"
 _SIZES = "float beta1, float beta2, float eps, float size, Tensor? sizes"
 
 Implementation = Callable[..., Any]
@@ -92,9 +93,14 @@ OPERATIONS: dict[str, tuple[str, Implementation, Implementation]] = {
         native_quantize.gaussian_list,
     ),
     "stochastic_bfloat16": (
-        "Tensor x, Tensor(a!) out, int seed, int first",
+        "Tensor x, Tensor(a!) out, int seed, int first, Tensor? device_seed=None",
         noise.stochastic_flat,
         native_quantize.stochastic_bfloat16,
+    ),
+    "step_seeds": (
+        "Tensor[] steps, int[] states, int purpose, Tensor(a!) seeds",
+        noise.fill_step_seeds,
+        native_quantize.step_seeds,
     ),
     "adam": (
         "Tensor[] grads, Tensor(a!)[] exp_avgs, Tensor(b!)[] exp_avg_sqs, Tensor(c!)[] directions, "
@@ -122,7 +128,8 @@ OPERATIONS: dict[str, tuple[str, Implementation, Implementation]] = {
         growth.limit_growth,
     ),
     "write_back": (
-        f"Tensor(a!) weight, {_UPDATE}, float decay_factor, float alpha, int? seed, int first",
+        f"Tensor(a!) weight, {_UPDATE}, float decay_factor, float alpha, int? seed, int first, "
+        f"{_ON_DEVICE}",
         writing.write_back,
         native_update.write_back,
     ),
@@ -133,7 +140,7 @@ OPERATIONS: dict[str, tuple[str, Implementation, Implementation]] = {
     ),
     "write_back_int8": (
         f"Tensor(a!) codes, Tensor(b!) scales, Tensor(c!) zeros, {_UPDATE}, int group_size, "
-        "float decay_factor, float alpha, int seed, int first",
+        f"float decay_factor, float alpha, int seed, int first, {_ON_DEVICE}",
         writing.write_back_int8,
         native_update.write_back_int8,
     ),

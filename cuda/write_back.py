@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .groups import chunk_elements, dequantize_flat, quantize_flat, spans
-from .noise import stochastic_flat
+from .noise import Seed, round_stochastically
 
 
 def write_back(
@@ -27,6 +27,8 @@ def write_back(
     alpha: float,
     seed: int | None,
     first: int,
+    sizes: Tensor | None = None,
+    device_seed: Tensor | None = None,
 ) -> None:
     """The reference of `torch.ops.lowrank.write_back`.
 
@@ -39,7 +41,10 @@ def write_back(
         alpha: step size of D.
         seed: rounds a bf16 weight stochastically when given.
         first: position of the first entry, for the noise.
+        sizes: replaces `decay_factor` and `alpha`: fp32 of these two entries.
+        device_seed: replaces `seed`: int64 of one entry.
     """
+    own = _seed_of(seed, device_seed)
     rows, columns = weight.shape
     step = chunk_elements(weight.device, max(1, columns)) // max(1, columns)
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -48,9 +53,9 @@ def write_back(
         chunk = weight[span].to(wide)
         if chunk.dtype == weight.dtype:
             chunk = chunk.clone()
-        _apply(chunk, direction, grad, factors, decay_factor, alpha, span)
-        if seed is not None and weight.dtype == torch.bfloat16:
-            stochastic_flat(chunk, weight[span], seed, first + start * columns)
+        _apply(chunk, direction, grad, factors, decay_factor, alpha, span, sizes)
+        if own is not None and weight.dtype == torch.bfloat16:
+            round_stochastically(chunk, weight[span], own, first + start * columns)
         else:
             weight[span].copy_(chunk)
 
@@ -82,6 +87,8 @@ def write_back_int8(
     alpha: float,
     seed: int,
     first: int,
+    sizes: Tensor | None = None,
+    device_seed: Tensor | None = None,
 ) -> None:
     """The reference of `torch.ops.lowrank.write_back_int8`.
 
@@ -98,15 +105,16 @@ def write_back_int8(
         alpha: as in `write_back`.
         seed: of the rounding.
         first: position of the first entry, for the noise.
+        sizes: as in `write_back`.
+        device_seed: as in `write_back`.
     """
+    own = _seed_of(seed, device_seed)
     wide = torch.float64 if scales.dtype == torch.float64 else torch.float32
     old = torch.empty(codes.shape, dtype=wide, device=codes.device)
     dequantize_flat(codes.view(-1), scales, zeros, old.view(-1), group_size)
     new = old.clone()
-    _apply(new, direction, grad, factors, decay_factor, alpha, slice(None))
-    store_changed(
-        new.view(-1), old.view(-1), codes.view(-1), scales, zeros, group_size, seed, first
-    )
+    _apply(new, direction, grad, factors, decay_factor, alpha, slice(None), sizes)
+    store_changed(new.view(-1), old.view(-1), codes.view(-1), scales, zeros, group_size, own, first)
 
 
 def store_changed(
@@ -116,7 +124,7 @@ def store_changed(
     scales: Tensor,
     zeros: Tensor,
     group_size: int,
-    seed: int | None,
+    seed: Seed | None,
     first: int,
 ) -> None:
     """Requantises the groups in which `new` differs from `old`, each with its own new range.
@@ -144,6 +152,10 @@ def store_changed(
         codes_gw.copy_(torch.where(changed.unsqueeze(1), fresh_gw, codes_gw))
 
 
+def _seed_of(seed: int | None, device_seed: Tensor | None) -> Seed | None:
+    return seed if device_seed is None else device_seed.view(())
+
+
 def _apply(
     wide_kn: Tensor,
     direction: Tensor | None,
@@ -152,12 +164,17 @@ def _apply(
     decay_factor: float,
     alpha: float,
     span: slice,
+    sizes: Tensor | None,
 ) -> None:
     """In place on some rows: W <- decay_factor W - alpha D - f o G."""
-    if decay_factor != 1.0:
-        wide_kn.mul_(decay_factor)
+    decay: float | Tensor = decay_factor
+    size: float | Tensor = alpha
+    if sizes is not None:
+        decay, size = sizes.view(2).unbind()
+    if isinstance(decay, Tensor) or decay != 1.0:
+        wide_kn.mul_(decay)
     if direction is not None:
-        wide_kn.sub_(direction[span].to(wide_kn.dtype) * alpha)
+        wide_kn.sub_(direction[span].to(wide_kn.dtype) * size)
     if grad is not None and factors is not None:
         own = factors[span] if factors.shape[0] > 1 else factors
         own = own.to(wide_kn.dtype)

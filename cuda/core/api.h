@@ -11,7 +11,7 @@
 #define LOWRANK_API extern "C" __attribute__((visibility("default")))
 
 // Which version of this interface the library has; changed with any signature.
-#define LOWRANK_ABI 4
+#define LOWRANK_ABI 5
 
 LOWRANK_API int lowrank_abi();
 // What an error code means.
@@ -81,9 +81,16 @@ LOWRANK_API int lowrank_gaussian_list(int count, void* const* outs, const std::i
                                       const std::uint64_t* keys,
                                       const std::int64_t* const* device_keys, int dtype,
                                       float scale, void* stream);
-// Rounds fp32 to bf16 stochastically.
+// Rounds fp32 to bf16 stochastically. If not null, `device_seed` points to one number where the
+// library computes, which replaces `seed`; so it does in `lowrank_write_back*`.
 LOWRANK_API int lowrank_stochastic_bfloat16(const float* x, std::uint16_t* out, std::int64_t numel,
-                                            std::uint64_t seed, std::uint64_t first, void* stream);
+                                            std::uint64_t seed, std::uint64_t first,
+                                            const std::int64_t* device_seed, void* stream);
+// `count` seeds that depend on step counts where the library computes: mixes *steps[i] and
+// `purpose` into states[i], as `mix` of cuda/noise.py does. `states` are read by the host.
+LOWRANK_API int lowrank_step_seeds(int count, const float* const* steps,
+                                   const std::uint64_t* states, std::uint64_t purpose,
+                                   std::int64_t* seeds, void* stream);
 
 // Adam on `count` tensors of rows[i] x columns[i] entries: deltas = size * m / (sqrt(v) + eps).
 // With `axis` 0 (1), grad_norms[i] and delta_norms[i] receive the norms of the columns (rows) of
@@ -125,12 +132,14 @@ LOWRANK_API int lowrank_limit_growth(int count, float* const* stored, const floa
 // weight = keep * weight - alpha * delta - factor * grad on contiguous rows. `delta` or `grad` may
 // be null. The factor of entry (i, j) is factors[i * row_stride + j * column_stride]; where it is 0
 // nothing is taken of `grad`, not even NaN. bf16 weights are rounded stochastically where
-// `stochastic` is not 0; `first` is the position of entry (0, 0).
+// `stochastic` is not 0; `first` is the position of entry (0, 0). `device_sizes`, if not null,
+// points to (keep, alpha) where the library computes, and replaces the arguments of those names.
 LOWRANK_API int lowrank_write_back(void* weight, int dtype, const void* delta, int delta_dtype,
                                    const void* grad, int grad_dtype, const float* factors,
                                    std::int64_t row_stride, std::int64_t column_stride,
                                    std::int64_t rows, std::int64_t columns, float keep, float alpha,
                                    int stochastic, std::uint64_t seed, std::uint64_t first,
+                                   const float* device_sizes, const std::int64_t* device_seed,
                                    void* stream);
 // weight = keep * weight - factor * grad on `count` matrices of one shape, with fewer than 2^31
 // entries, and one type.
@@ -147,4 +156,5 @@ LOWRANK_API int lowrank_write_back_int8(std::uint8_t* codes, void* scales, void*
                                         std::int64_t row_stride, std::int64_t column_stride,
                                         std::int64_t rows, std::int64_t columns, std::int64_t group,
                                         float keep, float alpha, std::uint64_t seed,
-                                        std::uint64_t first, void* stream);
+                                        std::uint64_t first, const float* device_sizes,
+                                        const std::int64_t* device_seed, void* stream);

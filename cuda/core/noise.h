@@ -16,6 +16,19 @@ LR_HD std::uint32_t random_bits(std::uint64_t seed, std::uint64_t position) {
   return x ^ (x >> 16);
 }
 
+// One round of `mix` of cuda/noise.py: takes a number into a state.
+LR_HD std::uint64_t mixed(std::uint64_t state, std::uint64_t part) {
+  state += 0x9E3779B97F4A7C15u + part;
+  state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9u;
+  state = (state ^ (state >> 27)) * 0x94D049BB133111EBu;
+  return state ^ (state >> 31);
+}
+
+// The seed of a draw in the step after `steps_done` others.
+LR_HD std::uint64_t step_seed(std::uint64_t state, float steps_done, std::uint64_t purpose) {
+  return mixed(mixed(state, static_cast<std::uint64_t>(steps_done)), purpose);
+}
+
 // In [0, 1), a multiple of 2^-24.
 LR_HD float uniform(std::uint64_t seed, std::uint64_t position) {
   return static_cast<float>(random_bits(seed, position) >> 8) * (1.0f / 16777216.0f);

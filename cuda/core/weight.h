@@ -11,6 +11,16 @@ struct WriteBack {
   float alpha;
 };
 
+// The same where the numbers may be known only where the library computes.
+struct WriteSizes {
+  WriteBack given;
+  const float* device;  // replaces `given` if not null
+
+  LR_HD WriteBack read() const {
+    return device == nullptr ? given : WriteBack{device[0], device[1]};
+  }
+};
+
 // Where a factor is 0 nothing is left of an entry, whatever it is: so a gradient that isn't finite
 // is left out without a decision on the host.
 LR_HD float scaled(float entry, float factor) { return factor != 0.0f ? entry * factor : 0.0f; }

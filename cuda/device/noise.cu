@@ -92,7 +92,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
 
 __global__ void __launch_bounds__(kThreads, kResident)
     round_stochastic_kernel(const float* x, bfloat16* out, std::int64_t numel, std::uint64_t seed,
-                            std::uint64_t first) {
+                            const std::int64_t* device_seed, std::uint64_t first) {
+  if (device_seed != nullptr) seed = static_cast<std::uint64_t>(*device_seed);
   const std::int64_t spans = ceil_divide(numel, kWarpSpan);
   for (std::int64_t span = warp_index(); span < spans; span += warp_count()) {
     const std::int64_t at = span * kWarpSpan + lane_index() * kVector;
@@ -105,6 +106,22 @@ __global__ void __launch_bounds__(kThreads, kResident)
           stochastic_bfloat16(values[i], seed, first + static_cast<std::uint64_t>(at + i));
     }
     store_vector(out + at, result, numel - at);
+  }
+}
+
+// Where the step counts are.
+template <int kMost>
+struct Steps : Blocks<kMost> {
+  const float* steps[kMost];
+  std::uint64_t states[kMost];
+};
+
+template <int kMost>
+__global__ void __launch_bounds__(kThreads)
+    step_seeds_kernel(const Steps<kMost> __grid_constant__ list, std::uint64_t purpose,
+                      std::int64_t* seeds) {
+  for (int t = static_cast<int>(threadIdx.x); t < list.count; t += kThreads) {
+    seeds[t] = static_cast<std::int64_t>(step_seed(list.states[t], *list.steps[t], purpose));
   }
 }
 
@@ -147,8 +164,22 @@ int lowrank_gaussian_list(int count, void* const* outs, const std::int64_t* nume
   });
 }
 
+int lowrank_step_seeds(int count, const float* const* steps, const std::uint64_t* states,
+                       std::uint64_t purpose, std::int64_t* seeds, void* stream) {
+  const auto fill = [&](auto& list, int i, int t) {
+    list.steps[i] = steps[t];
+    list.states[i] = states[t];
+    return 1;
+  };
+  const auto start = [&]<int kMost>(const Steps<kMost>& list, int, int begin) {
+    return launch(step_seeds_kernel<kMost>, 1, kThreads, stream, list, purpose, seeds + begin);
+  };
+  return in_batches<Steps>(count, fill, start);
+}
+
 int lowrank_stochastic_bfloat16(const float* x, std::uint16_t* out, std::int64_t numel,
-                                std::uint64_t seed, std::uint64_t first, void* stream) {
+                                std::uint64_t seed, std::uint64_t first,
+                                const std::int64_t* device_seed, void* stream) {
   return launch(round_stochastic_kernel, blocks_for(ceil_divide(numel, kWarpSpan)), kThreads,
-                stream, x, reinterpret_cast<bfloat16*>(out), numel, seed, first);
+                stream, x, reinterpret_cast<bfloat16*>(out), numel, seed, device_seed, first);
 }

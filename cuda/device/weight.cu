@@ -50,20 +50,20 @@ struct Update {
   I row_stride;
   I column_stride;
   I columns;
-  WriteBack write;
+  WriteSizes write;
 };
 
 // Eight consecutive entries from flat position `at` on.
 template <typename U>
-__device__ __forceinline__ void apply(const U& update, std::int64_t at, std::int64_t count,
-                                      float (&values)[kVector]) {
+__device__ __forceinline__ void apply(const U& update, const WriteBack& write, std::int64_t at,
+                                      std::int64_t count, float (&values)[kVector]) {
   using I = typename U::Position;
   // One array after the other, for the sake of registers.
   float entries[kVector] = {};
   if (update.delta.there()) update.delta.load(at, count, entries);
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
-    values[i] = written(values[i], entries[i], 0.0f, update.write);
+    values[i] = written(values[i], entries[i], 0.0f, write);
   }
   if (!update.grad.there()) return;
   update.grad.load(at, count, entries);
@@ -85,13 +85,14 @@ __device__ __forceinline__ void apply(const U& update, std::int64_t at, std::int
 template <typename T, typename U>
 __global__ void __launch_bounds__(kThreads, kResident)
     write_kernel(T* weight, const U update, std::int64_t numel) {
+  const WriteBack write = update.write.read();
   const std::int64_t spans = ceil_divide(numel, kWarpSpan);
   for (std::int64_t span = warp_index(); span < spans; span += warp_count()) {
     const std::int64_t at = span * kWarpSpan + lane_index() * kVector;
     if (at >= numel) continue;
     float values[kVector];
     load_floats(weight + at, numel - at, values);
-    apply(update, at, numel - at, values);
+    apply(update, write, at, numel - at, values);
     store_floats(weight + at, numel - at, values);
   }
 }
@@ -115,12 +116,13 @@ __global__ void __launch_bounds__(kThreads, kResident)
   update.grad.data = static_cast<const T*>(list.grads[t]);
   update.factors = list.factors[t];
   T* weight = static_cast<T*>(list.weights[t]);
+  const WriteBack write = update.write.given;
   const std::int64_t start = place.block * kWeightEntries;
   const std::int64_t stop = start + kWeightEntries < numel ? start + kWeightEntries : numel;
   for (std::int64_t at = start + threadIdx.x * kVector; at < stop; at += kThreads * kVector) {
     float values[kVector];
     load_floats(weight + at, stop - at, values);
-    apply(update, at, stop - at, values);
+    apply(update, write, at, stop - at, values);
     store_floats(weight + at, stop - at, values);
   }
 }
@@ -128,14 +130,17 @@ __global__ void __launch_bounds__(kThreads, kResident)
 template <typename U>
 __global__ void __launch_bounds__(kThreads, kResident)
     write_stochastic_kernel(bfloat16* weight, const U update, std::int64_t numel,
-                            std::uint64_t seed, std::uint64_t first) {
+                            std::uint64_t seed, const std::int64_t* device_seed,
+                            std::uint64_t first) {
+  if (device_seed != nullptr) seed = static_cast<std::uint64_t>(*device_seed);
+  const WriteBack write = update.write.read();
   const std::int64_t spans = ceil_divide(numel, kWarpSpan);
   for (std::int64_t span = warp_index(); span < spans; span += warp_count()) {
     const std::int64_t at = span * kWarpSpan + lane_index() * kVector;
     if (at >= numel) continue;
     float values[kVector];
     load_floats(weight + at, numel - at, values);
-    apply(update, at, numel - at, values);
+    apply(update, write, at, numel - at, values);
     Vector<bfloat16> result;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
@@ -149,14 +154,14 @@ __global__ void __launch_bounds__(kThreads, kResident)
 // Eight entries of an INT8 weight after the update; whether one changed.
 template <typename U>
 __device__ __forceinline__ bool updated(const std::uint8_t* codes, GroupParameters group,
-                                        const U& update, std::int64_t at, std::int64_t stop,
-                                        float (&values)[kVector]) {
+                                        const U& update, const WriteBack& write, std::int64_t at,
+                                        std::int64_t stop, float (&values)[kVector]) {
   const Vector<std::uint8_t> loaded = load_vector(codes + at, stop - at);
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
     values[i] = value_of(loaded.entry[i], group, kAffine, nullptr);
   }
-  apply(update, at, stop - at, values);
+  apply(update, write, at, stop - at, values);
   bool changed = false;
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
@@ -179,18 +184,20 @@ template <typename U>
 __global__ void __launch_bounds__(kThreads, resident(U{}))
     write_int8_kernel(std::uint8_t* codes, void* scales, void* zeros, int scale_dtype,
                       const U update, const Sharing sharing, std::uint64_t seed,
-                      std::uint64_t first) {
+                      const std::int64_t* device_seed, std::uint64_t first) {
+  if (device_seed != nullptr) seed = static_cast<std::uint64_t>(*device_seed);
+  const WriteBack write = update.write.read();
   for (std::int64_t turn = warp_index(); turn < sharing.turns(); turn += warp_count()) {
     const Share own(sharing, turn);
     const GroupParameters old{load(scales, scale_dtype, own.group),
                               load(zeros, scale_dtype, own.group)};
     float kept[kVector];
     Range range;
-    bool changed = updated(codes, old, update, own.at, own.stop, kept);
+    bool changed = updated(codes, old, update, write, own.at, own.stop, kept);
     range.widen(kept);
     for (std::int64_t at = own.at + kWarpSpan; at < own.stop; at += kWarpSpan) {
       float others[kVector];
-      changed = updated(codes, old, update, at, own.stop, others) || changed;
+      changed = updated(codes, old, update, write, at, own.stop, others) || changed;
       range.widen(others);
     }
     const int lanes = sharing.lanes();
@@ -203,7 +210,7 @@ __global__ void __launch_bounds__(kThreads, resident(U{}))
       store(zeros, scale_dtype, own.group, fresh.zero);
     }
     for (std::int64_t at = own.at; changed && at < own.stop; at += kWarpSpan) {
-      if (at != own.at) updated(codes, old, update, at, own.stop, kept);
+      if (at != own.at) updated(codes, old, update, write, at, own.stop, kept);
       Vector<std::uint8_t> result;
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
@@ -223,7 +230,7 @@ struct Given {
   int grad_dtype;
   const float* factors;
   std::int64_t row_stride, column_stride, rows, columns;
-  WriteBack write;
+  WriteSizes write;
 
   template <typename D, typename G>
   auto typed() const {
@@ -291,9 +298,11 @@ int lowrank_write_back(void* weight, int dtype, const void* delta, int delta_dty
                        const void* grad, int grad_dtype, const float* factors,
                        std::int64_t row_stride, std::int64_t column_stride, std::int64_t rows,
                        std::int64_t columns, float keep, float alpha, int stochastic,
-                       std::uint64_t seed, std::uint64_t first, void* stream) {
+                       std::uint64_t seed, std::uint64_t first, const float* device_sizes,
+                       const std::int64_t* device_seed, void* stream) {
+  const WriteSizes write{{keep, alpha}, device_sizes};
   const Given given{delta,      delta_dtype,   grad, grad_dtype, factors,
-                    row_stride, column_stride, rows, columns,    {keep, alpha}};
+                    row_stride, column_stride, rows, columns,    write};
   const std::int64_t numel = rows * columns;
   const std::int64_t blocks = blocks_for(ceil_divide(numel, kWarpSpan));
   return dispatch(dtype, [&]<typename T>(T*) {
@@ -302,7 +311,7 @@ int lowrank_write_back(void* weight, int dtype, const void* delta, int delta_dty
       if constexpr (std::is_same_v<T, bfloat16>) {
         if (stochastic != 0) {
           return launch(write_stochastic_kernel<U>, blocks, kThreads, stream, entries, update,
-                        numel, seed, first);
+                        numel, seed, device_seed, first);
         }
       }
       return launch(write_kernel<T, U>, blocks, kThreads, stream, entries, update, numel);
@@ -323,7 +332,7 @@ int lowrank_write_back_list(int count, void* const* weights, const void* const* 
     return ceil_divide(numel, kWeightEntries);
   };
   const Given given{nullptr,    kFloat32,      nullptr, dtype,   nullptr,
-                    row_stride, column_stride, rows,    columns, {keep, 0.0f}};
+                    row_stride, column_stride, rows,    columns, {{keep, 0.0f}, nullptr}};
   return dispatch(dtype, [&]<typename T>(T*) {
     const auto update = given.typed<Missing, T>();
     const auto start = [&]<int kMost>(const Weights<kMost>& list, int blocks, int) {
@@ -339,12 +348,14 @@ int lowrank_write_back_int8(std::uint8_t* codes, void* scales, void* zeros, int 
                             const float* factors, std::int64_t row_stride,
                             std::int64_t column_stride, std::int64_t rows, std::int64_t columns,
                             std::int64_t group, float keep, float alpha, std::uint64_t seed,
-                            std::uint64_t first, void* stream) {
+                            std::uint64_t first, const float* device_sizes,
+                            const std::int64_t* device_seed, void* stream) {
+  const WriteSizes write{{keep, alpha}, device_sizes};
   const Given given{delta,      delta_dtype,   grad, grad_dtype, factors,
-                    row_stride, column_stride, rows, columns,    {keep, alpha}};
+                    row_stride, column_stride, rows, columns,    write};
   const Sharing sharing(rows * columns, group);
   return dispatch_update<bfloat16>(given, [&]<typename U>(const U& update) {
     return launch(write_int8_kernel<U>, blocks_for(sharing.turns()), kThreads, stream, codes,
-                  scales, zeros, scale_dtype, update, sharing, seed, first);
+                  scales, zeros, scale_dtype, update, sharing, seed, device_seed, first);
   });
 }

@@ -96,8 +96,18 @@ int lowrank_gaussian_list(int count, void* const* outs, const std::int64_t* nume
   return 0;
 }
 
+int lowrank_step_seeds(int count, const float* const* steps, const std::uint64_t* states,
+                       std::uint64_t purpose, std::int64_t* seeds, void*) {
+  for (int t = 0; t < count; ++t) {
+    seeds[t] = static_cast<std::int64_t>(step_seed(states[t], *steps[t], purpose));
+  }
+  return 0;
+}
+
 int lowrank_stochastic_bfloat16(const float* x, std::uint16_t* out, std::int64_t numel,
-                                std::uint64_t seed, std::uint64_t first, void*) {
+                                std::uint64_t seed, std::uint64_t first,
+                                const std::int64_t* device_seed, void*) {
+  if (device_seed != nullptr) seed = static_cast<std::uint64_t>(*device_seed);
   parallel_for(numel, 1, kRounded, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
       out[i] = stochastic_bfloat16(x[i], seed, first + static_cast<std::uint64_t>(i)).bits;

@@ -119,9 +119,12 @@ int lowrank_write_back(void* weight, int dtype, const void* delta, int delta_dty
                        const void* grad, int grad_dtype, const float* factors,
                        std::int64_t row_stride, std::int64_t column_stride, std::int64_t rows,
                        std::int64_t columns, float keep, float alpha, int stochastic,
-                       std::uint64_t seed, std::uint64_t first, void*) {
-  const Update update{delta,      delta_dtype,   grad,    grad_dtype,   factors,
-                      row_stride, column_stride, columns, {keep, alpha}};
+                       std::uint64_t seed, std::uint64_t first, const float* device_sizes,
+                       const std::int64_t* device_seed, void*) {
+  if (device_seed != nullptr) seed = static_cast<std::uint64_t>(*device_seed);
+  const WriteBack write = WriteSizes{{keep, alpha}, device_sizes}.read();
+  const Update update{delta,      delta_dtype,   grad,    grad_dtype, factors,
+                      row_stride, column_stride, columns, write};
   const std::int64_t numel = rows * columns;
   return dispatch(dtype, [&]<typename T>(T*) {
     parallel_for(ceil_divide(numel, kChunk), kChunk, kRounded,
@@ -152,9 +155,9 @@ int lowrank_write_back_list(int count, void* const* weights, const void* const* 
                             std::int64_t column_stride, std::int64_t rows, std::int64_t columns,
                             float keep, void* stream) {
   for (int t = 0; t < count; ++t) {
-    const int error =
-        lowrank_write_back(weights[t], dtype, nullptr, kFloat32, grads[t], dtype, factors[t],
-                           row_stride, column_stride, rows, columns, keep, 0.0f, 0, 0, 0, stream);
+    const int error = lowrank_write_back(weights[t], dtype, nullptr, kFloat32, grads[t], dtype,
+                                         factors[t], row_stride, column_stride, rows, columns, keep,
+                                         0.0f, 0, 0, 0, nullptr, nullptr, stream);
     if (error != 0) return error;
   }
   return 0;
@@ -165,9 +168,12 @@ int lowrank_write_back_int8(std::uint8_t* codes, void* scales, void* zeros, int 
                             const float* factors, std::int64_t row_stride,
                             std::int64_t column_stride, std::int64_t rows, std::int64_t columns,
                             std::int64_t group, float keep, float alpha, std::uint64_t seed,
-                            std::uint64_t first, void*) {
-  const Update update{delta,      delta_dtype,   grad,    grad_dtype,   factors,
-                      row_stride, column_stride, columns, {keep, alpha}};
+                            std::uint64_t first, const float* device_sizes,
+                            const std::int64_t* device_seed, void*) {
+  if (device_seed != nullptr) seed = static_cast<std::uint64_t>(*device_seed);
+  const WriteBack write = WriteSizes{{keep, alpha}, device_sizes}.read();
+  const Update update{delta,      delta_dtype,   grad,    grad_dtype, factors,
+                      row_stride, column_stride, columns, write};
   const std::int64_t numel = rows * columns;
   parallel_for(
       ceil_divide(numel, group), group, kRequantised, [&](std::int64_t begin, std::int64_t end) {

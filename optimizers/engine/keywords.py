@@ -190,9 +190,11 @@ DOCS: Mapping[str, str] = {
     "infinity; on a GPU, and under `capturable`, see docs/gpu_steps.md.",
     "moments_dtype": "precision of the moments, 'float32' or 'bfloat16'; None is fp32 under "
     "16-bit weights, else the weight's own. Moments in 8 bits accept None.",
-    "refresh": f"how singular vectors are computed: {_one_of(REFRESH_MODES)}.",
+    "refresh": f"how singular vectors are computed: {_one_of(REFRESH_MODES)}; None is 'randomized' "
+    "for parameters on CUDA and 'eigh' elsewhere, which the group then has as its value.",
     "schedule": f"when a matrix is refitted: {_one_of(SCHEDULES)}.",
-    "stagger": "spread the matrices' refreshes over the steps of a gap.",
+    "stagger": "spread the matrices' refreshes over the steps of a gap; None is True on CUDA for "
+    "gaps of 50 or more, else False, which the group then has as its value.",
     "basis": f"how bases are stored: {_one_of(STORAGES)}; None is the weight's precision.",
     "residual": f"the gradient outside the subspace: {_one_of(RESIDUALS)}.",
     "moments": f"the moments when the subspace moves: {_one_of(MOMENT_TRANSPORTS)}.",

@@ -24,8 +24,10 @@ from .options import (
     OF_SOME_METHOD,
     Group,
     ProjectionOptions,
+    check_capturable,
     check_common,
     check_lr,
+    decide_by_device,
     make_plain,
 )
 from .parameters import check_names, check_param, name_alike, names
@@ -141,6 +143,7 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
         checks.number("weight_decay", group["weight_decay"], low=0.0)
         options = ProjectionOptions.of(group) if self.projects else None
         if options is not None:
+            decide_by_device(group)
             own = strategy_options(group)
             # Copies of groups hold all options: one that equals the default doesn't count as given.
             chosen = {
@@ -265,6 +268,8 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
 
     def _take_step(self) -> None:
         """Updates all parameters that have a gradient, or what is left of it."""
+        if capturing():
+            check_capturable(self.param_groups)
         check_gradients(self.param_groups)
         self._check_model()
         if self._in_backward is not None and not self._in_backward.before_step():

@@ -7,7 +7,7 @@ group to group.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -48,9 +48,9 @@ COMMON_DEFAULTS: dict[str, Any] = {
 #: (`strategies.strategy_option_owners` lists them) are keywords too.
 PROJECTION_DEFAULTS: dict[str, Any] = {
     "projector": "singular",
-    "refresh": "eigh",
+    "refresh": None,
     "schedule": "every",
-    "stagger": False,
+    "stagger": None,
     "basis": None,
     "residual": "dropped",
     "moments": "keep",
@@ -71,9 +71,9 @@ class ProjectionOptions:
         proj_type: which axis is projected: "std" (the shorter), "reverse_std", "left", "right" or
             "full" (both).
         projector: which subspace.
-        refresh: how singular vectors are computed.
+        refresh: how singular vectors are computed; None until `decide_by_device`.
         schedule: when a matrix is refitted.
-        stagger: spread refreshes over the steps of a gap.
+        stagger: spread refreshes over the steps of a gap; None as above.
         basis: how bases are stored.
         residual: how the gradient outside the subspace is used.
         moments: how moments follow a change of the subspace.
@@ -88,9 +88,9 @@ class ProjectionOptions:
     scale: float = 0.25
     proj_type: str = "std"
     projector: str = "singular"
-    refresh: str = "eigh"
+    refresh: str | None = "eigh"
     schedule: str = "every"
-    stagger: bool = False
+    stagger: bool | None = False
     basis: str | None = None
     residual: str = "dropped"
     moments: str = "keep"
@@ -106,8 +106,8 @@ class ProjectionOptions:
         checks.integer("update_proj_gap", self.update_proj_gap, low=1)
         checks.number("scale", self.scale)
         checks.choice("proj_type", self.proj_type, PROJ_TYPES)
-        checks.choice("refresh", self.refresh, REFRESH_MODES)
-        checks.choice("stagger", self.stagger, (True, False))
+        checks.choice("refresh", self.refresh, (None, *REFRESH_MODES))
+        checks.choice("stagger", self.stagger, (None, True, False))
         checks.choice("moments", self.moments, MOMENT_TRANSPORTS)
         checks.choice("projection_dtype", self.projection_dtype, (None, *PROJECTION_DTYPES))
         checks.choice("stochastic_rounding", self.stochastic_rounding, (True, False))
@@ -141,6 +141,30 @@ class ProjectionOptions:
     def dtype(self) -> torch.dtype | None:
         """`projection_dtype` as a dtype."""
         return PROJECTION_DTYPES[self.projection_dtype] if self.projection_dtype else None
+
+
+#: Least gap between refreshes that are spread over it by default on a GPU.
+STAGGERED_GAP = 50
+
+
+def decide_by_device(group: Group) -> None:
+    """In place: `refresh` and `stagger`, where they are None, by where the parameters are.
+
+    On CUDA an exact decomposition of all matrices in one step stalls training for seconds to
+    minutes: there bases are "randomized", and refreshes with a gap of `STAGGERED_GAP` or more are
+    staggered. Elsewhere they are exact ("eigh") and all at once. From then on the values are the
+    group's, as if they had been given: they are saved with it, and stay when it is moved, or loaded
+    where the defaults are others.
+
+    Args:
+        group: its options have been checked.
+    """
+    on_cuda = any(isinstance(p, Tensor) and p.device.type == "cuda" for p in group["params"])
+    if "refresh" in group and group["refresh"] is None:
+        group["refresh"] = "randomized" if on_cuda else "eigh"
+    if "stagger" in group and group["stagger"] is None:
+        gap = group.get("update_proj_gap", ProjectionOptions.update_proj_gap)
+        group["stagger"] = on_cuda and gap >= STAGGERED_GAP
 
 
 #: Names of options of any method or of `build`, which registration fills: in a group of a method
@@ -191,3 +215,13 @@ def check_common(group: Mapping[str, Any]) -> None:
         raise ValueError("differentiable=True: accepted is False; step() is not differentiable")
     if group["foreach"] and group["fused"]:
         raise ValueError("foreach=True with fused=True: accepted is one of them")
+
+
+def check_capturable(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raises `ValueError` for groups that can't be captured in a CUDA graph."""
+    for index, group in enumerate(groups):
+        if not group.get("capturable", False):
+            raise ValueError(
+                f"a step of group {index} with capturable=False while a CUDA graph is captured: "
+                "accepted is capturable=True; replays would repeat this step's number"
+            )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank.cuda.noise import Seed
+
 from ..rules import UpdateRule
-from ..weights import QuantizedWeight, apply_rule
+from ..weights import apply_rule, rounding_seed, rounding_seeds, rounds
 from .batching import read_steps, update_batches
 from .devices import on_gpu
 from .experts import experts_of
 from .gradients import Checks, descent_gradient
 from .plan import EVERYTHING, Given, Plan
 from .processes import ALONE, Processes
-from .sharding import part_of
 
 
 def step_plain(plan: Plan, checks: Checks, given: Given = EVERYTHING) -> None:
@@ -31,11 +31,10 @@ def step_plain(plan: Plan, checks: Checks, given: Given = EVERYTHING) -> None:
     """
     group = plan.group
     found = [part for i in given.chosen(plan) for part in _plain_parts(plan, i)]
-    gated = checks.on and _may_gate(found, plan)
-    flagged = checks.on and not checks.decided and not gated and _knows_flags(found, plan)
+    gated = checks.on and all(on_gpu(part.weight) and part.processes.alone for part in found)
     kept = (
         range(len(found))
-        if gated or flagged
+        if gated
         else checks.usable(
             [part.grad for part in found],
             [plan.params[part.position] for part in found],
@@ -51,20 +50,45 @@ def step_plain(plan: Plan, checks: Checks, given: Given = EVERYTHING) -> None:
     spread = [part.processes for part in chosen]
     for batch in update_batches(params, states, steps, sizes, group, spread):
         own = [states[position] for position in batch]
+        noise = _noise([chosen[position] for position in batch], plan)
         torch._foreach_add_([state["step"] for state in own], 1)
-        if gated or flagged:
-            apply = _apply_gated if gated else _apply_flagged
-            apply(plan.composition.rule, [chosen[position] for position in batch], plan, checks)
-            continue
         apply_rule(
             plan.composition.rule,
             [chosen[position].grad for position in batch],
             own,
             [params[position] for position in batch],
-            group.get("seed", 0),
-            [chosen[position].seed_name for position in batch],
+            noise,
+            _flags([chosen[position] for position in batch], plan, checks) if gated else None,
             stochastic=group.get("stochastic_rounding", False),
         )
+
+
+def _flags(parts: Sequence[_PlainPart], plan: Plan, checks: Checks) -> Tensor:
+    """Which gradients are finite, on their device: nothing is read."""
+    owners = [plan.params[part.position] for part in parts]
+    return checks.skipped.flags([p.grad for p in parts], owners, [p.name for p in parts])
+
+
+def _noise(parts: Sequence[_PlainPart], plan: Plan) -> list[tuple[Seed, Seed]]:
+    """Of each weight that is rounded stochastically in this step, seed and turn."""
+    group = plan.group
+    seed, stochastic = group.get("seed", 0), group.get("stochastic_rounding", False)
+    found = [i for i, part in enumerate(parts) if rounds(part.weight, stochastic=stochastic)]
+    noise: list[tuple[Seed, Seed]] = [(0, 0)] * len(parts)
+    if found and group["capturable"]:
+        drawn = rounding_seeds(
+            [parts[i].weight for i in found],
+            seed,
+            [parts[i].seed_name for i in found],
+            [parts[i].state["step"] for i in found],
+        )
+        for i, own in zip(found, drawn, strict=True):
+            noise[i] = own
+        return noise
+    for i in found:
+        part = parts[i]
+        noise[i] = rounding_seed(part.weight, seed, part.seed_name, int(part.state["step"]))
+    return noise
 
 
 @dataclass
@@ -79,68 +103,6 @@ class _PlainPart:
     seed_name: str
     processes: Processes
     entries: int
-
-
-def _may_gate(parts: Sequence[_PlainPart], plan: Plan) -> bool:
-    """Whether gradients that aren't finite are left out on the device, so that nothing is read."""
-    return (
-        plan.composition.rule.GATES
-        and not plan.group.get("stochastic_rounding", False)
-        and all(
-            on_gpu(part.weight)
-            and part.processes.alone
-            and part_of(part.state) is None
-            and not isinstance(part.weight, QuantizedWeight)
-            for part in parts
-        )
-    )
-
-
-def _apply_gated(rule: UpdateRule, parts: Sequence[_PlainPart], plan: Plan, checks: Checks) -> None:
-    owners = [plan.params[part.position] for part in parts]
-
-    def gate(grads_b: Tensor, positions: Sequence[int]) -> Tensor:
-        named = [parts[i].name for i in positions]
-        return checks.skipped.gate(grads_b, [owners[i] for i in positions], named)
-
-    rule.apply_gated(
-        [part.grad for part in parts],
-        [part.state for part in parts],
-        [part.weight for part in parts],
-        gate,
-    )
-
-
-def _knows_flags(parts: Sequence[_PlainPart], plan: Plan) -> bool:
-    """Whether flags on the device can leave out gradients, so that none is read."""
-    stochastic = plan.group.get("stochastic_rounding", False)
-    if not parts or stochastic or not all(part.processes.alone for part in parts):
-        return False
-    if any(isinstance(part.weight, QuantizedWeight) for part in parts):
-        return False
-    kinds = defaultdict(list)
-    for part in parts:
-        kinds[part.weight.dtype, part.weight.device].append(part)
-    rule = plan.composition.rule
-    return all(
-        rule.knows_flags(
-            [part.grad for part in own],
-            [part.state for part in own],
-            [part.weight for part in own],
-        )
-        for own in kinds.values()
-    )
-
-
-def _apply_flagged(
-    rule: UpdateRule, parts: Sequence[_PlainPart], plan: Plan, checks: Checks
-) -> None:
-    grads = [part.grad for part in parts]
-    owners = [plan.params[part.position] for part in parts]
-    good_b = checks.skipped.flags(grads, owners, [part.name for part in parts])
-    rule.apply_flagged(
-        grads, [part.state for part in parts], [part.weight for part in parts], good_b
-    )
 
 
 def _plain_sizes(chosen: Sequence[_PlainPart], rule: UpdateRule) -> list[int]:

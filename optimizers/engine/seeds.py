@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank.cuda.noise import mix, random_bits
+from lowrank.cuda.noise import mix, random_bits, step_seeds
 
 #: Attributes that hold the wrapped module: torch.compile, FSDP1, activation checkpointing.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -65,6 +65,21 @@ def draw_seed(seed: int, name: str, count: int, use: str) -> int:
         use: the purpose ("basis", "rounding").
     """
     return mix(seed, name, count, use)
+
+
+def draw_seeds(seed: int, names: Sequence[str], counts: Sequence[Tensor], use: str) -> Tensor:
+    """`draw_seed` of several draws whose counts only a device knows: the same seeds.
+
+    Args:
+        seed: the user's.
+        names: of the parameters.
+        counts: 0-d and floating, one a name, on one device.
+        use: the purpose.
+
+    Returns:
+        Signed int64, one a name.
+    """
+    return step_seeds([mix(seed, name) for name in names], counts, use)
 
 
 def choose(count: int, size: int, seed: int, device: torch.device) -> Tensor:

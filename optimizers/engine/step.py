@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..projectors import MatrixKey, ProjectedParam
 from ..rules import UpdateRule
+from ..weights import rounding_seeds, rounds
 from .adapt import PendingMoments
 from .batching import read_steps, update_batches
 from .composition import Projection
@@ -151,6 +152,8 @@ def _update(plan: Plan, params: Sequence[ProjectedParam], checks: Checks) -> Non
     shapes = [param.geometry for param in params]
     for indices in update_batches(weights, states, steps, sizes, plan.group, spread, shapes):
         batch = [params[i] for i in indices]
+        if plan.group["capturable"]:
+            _draw_noise(batch, projection)
         if may_join(batch[0]):
             _update_joined(batch, projection, rule, checks)
             continue
@@ -165,6 +168,22 @@ def _update(plan: Plan, params: Sequence[ProjectedParam], checks: Checks) -> Non
         pairs = [(batch[i], gradients[i]) for i in kept]
         if pairs:
             _update_batch([p for p, _ in pairs], [g for _, g in pairs], projection, rule)
+
+
+def _draw_noise(batch: Sequence[ProjectedParam], projection: Projection) -> None:
+    """Seeds of roundings by step counts on the device: a replayed step has its own noise."""
+    options = projection.options
+    found = [p for p in batch if rounds(p.weight, stochastic=options.stochastic_rounding)]
+    if not found:
+        return
+    noise = rounding_seeds(
+        [param.weight for param in found],
+        options.seed,
+        [param.seed_name for param in found],
+        [param.state["step"] for param in found],
+    )
+    for param, own in zip(found, noise, strict=True):
+        param.noise = own
 
 
 def _update_joined(

@@ -258,7 +258,7 @@ def projection_of(group: Mapping[str, Any]) -> Projection | None:
             storage=stored, dtype=options.dtype, seed=options.seed, **arguments(chosen.projector)
         ).for_group(group),
         schedule=chosen.schedule(
-            gap=options.update_proj_gap, stagger=options.stagger, **arguments(chosen.schedule)
+            gap=options.update_proj_gap, stagger=bool(options.stagger), **arguments(chosen.schedule)
         ),
         residual=chosen.residual(scale=options.scale, **arguments(chosen.residual)).for_group(
             group

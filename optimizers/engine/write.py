@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from lowrank.cuda.arguments import usable
+from lowrank.cuda.noise import Seed
 
 from ..projectors import ProjectedParam
 from ..residuals import WeightUpdate
-from ..weights import QuantizedWeight, editable_rows, fused_rows, rounding_seed
+from ..weights import QuantizedWeight, editable_rows, fused_rows, rounding_seed, rounds
 from .chunks import row_chunks, wide_dtype
 from .composition import Projection
 from .geometry import RowRange
@@ -20,16 +21,19 @@ from .geometry import RowRange
 def apply_update(update: WeightUpdate, param: ProjectedParam, projection: Projection) -> None:
     """Applies an update to a weight, in chunks of rows if it is quantised."""
     options = projection.options
-    rounds, seed, turn = options.stochastic_rounding, 0, 0
-    if rounds or isinstance(param.weight, QuantizedWeight):
+    stochastic = options.stochastic_rounding
+    seed, turn = param.noise or (0, 0)
+    if param.noise is None and rounds(param.weight, stochastic=stochastic):
         seed, turn = rounding_seed(param.weight, options.seed, param.seed_name, param.steps_done)
     direction, alpha, decay_factor = update.direction, update.alpha, update.decay_factor
     if isinstance(alpha, Tensor):
         direction, alpha = (None if direction is None else direction.mul_(alpha)), 1.0
         update = WeightUpdate(direction, alpha, decay_factor, update.scaled, update.edit)
-    if _fused(update, param, projection, seed, stochastic=rounds):
+    if _fused(update, param, projection, seed, stochastic=stochastic):
         return
-    for weight_kn, rows in editable_rows(param.weight, param.rows, seed, turn, stochastic=rounds):
+    for weight_kn, rows in editable_rows(
+        param.weight, param.rows, seed, turn, stochastic=stochastic
+    ):
         scalar_decay = decay_factor
         if isinstance(scalar_decay, Tensor) or (direction is None and scalar_decay != 1.0):
             weight_kn.mul_(scalar_decay)
@@ -101,16 +105,12 @@ def _fused(
     update: WeightUpdate,
     param: ProjectedParam,
     projection: Projection,
-    seed: int,
+    seed: Seed,
     *,
     stochastic: bool,
 ) -> bool:
     """One pass over the weight by a kernel; False if there is none for this weight and update."""
-    if (
-        update.edit is not None
-        or isinstance(update.decay_factor, Tensor)
-        or param.weight.dim() != 2
-    ):
+    if update.edit is not None or param.weight.dim() != 2:
         return False
     grad, factors, direction = None, None, update.direction
     if update.scaled is not None:
@@ -120,7 +120,6 @@ def _fused(
     chunks = fused_rows(param.weight, grad, seed, stochastic=stochastic, first_row=param.rows.start)
     if chunks is None:
         return False
-    assert not isinstance(update.alpha, Tensor)
     for chunk in chunks:
         rows = param.rows.part(slice(chunk.start, chunk.start + chunk.rows))
         step = None

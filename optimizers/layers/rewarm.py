@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..engine.rotation import Rotation
 from ..rules import Adam, Update, UpdateRule
-from ..rules.base import State
+from ..rules.base import State, picked
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,22 @@ class Rewarmed(UpdateRule):
     ) -> list[Update]:
         """See `UpdateRule.update`."""
         updates: dict[int, Update] = {}
-        for rule, picked in self._by_rate(states):
-            made = rule.update(*_picked(picked, grads, states, weights))
-            updates.update(zip(picked, made, strict=True))
+        for rule, positions in self._by_rate(states):
+            own_grads, own_states, own_weights, _ = picked(positions, grads, states, weights, None)
+            made = rule.update(own_grads, own_states, own_weights)
+            updates.update(zip(positions, made, strict=True))
         return [updates[i] for i in range(len(grads))]
 
     def apply(
-        self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
+        self,
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        weights: Sequence[Tensor],
+        good_b: Tensor | None = None,
     ) -> None:
         """See `UpdateRule.apply`."""
-        for rule, picked in self._by_rate(states):
-            rule.apply(*_picked(picked, grads, states, weights))
+        for rule, positions in self._by_rate(states):
+            rule.apply(*picked(positions, grads, states, weights, good_b))
 
     def transport_moments(
         self, state: State, how: str, rotation: Rotation, into: State | None = None
@@ -78,20 +83,6 @@ class Rewarmed(UpdateRule):
         for i, state in enumerate(states):
             shares[self.share(state)].append(i)
         return [
-            (self.inner if share == 1.0 else replace(self.inner, lr=self.inner.lr * share), picked)
-            for share, picked in shares.items()
+            (self.inner if share == 1.0 else replace(self.inner, lr=self.inner.lr * share), held)
+            for share, held in shares.items()
         ]
-
-
-def _picked(
-    positions: Sequence[int],
-    grads: Sequence[Tensor],
-    states: Sequence[State],
-    weights: Sequence[Tensor],
-) -> tuple[list[Tensor], list[State], list[Tensor]]:
-    """The entries of three sequences at `positions`."""
-    return (
-        [grads[i] for i in positions],
-        [states[i] for i in positions],
-        [weights[i] for i in positions],
-    )

@@ -42,7 +42,8 @@ _LAST = "no_deprecation_warning"
     spellings=("APOLLOAdamW",),
 )
 class ApolloAdamW(LowRankOptimizer):
-    """APOLLO with AdamW; with `proj="svd"` and `refresh="svd"` numerically the released class.
+    """APOLLO with AdamW; numerically the released class with `proj="svd"`, `refresh="svd"` and
+    `stagger=False`.
 
     Group keys: `rank`, `proj` ("random" or "svd", another name for `projector`), `proj_type`,
     `scale_type` ("channel" or "tensor"), `scale`, `update_proj_gap`, `scale_front`, and `limiter`

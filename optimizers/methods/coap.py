@@ -124,7 +124,7 @@ class Coap(LowRankOptimizer):
     build=BUILD,
 )
 class CoapAdamW(Coap):
-    """COAP with AdamW; with `refresh="svd"` numerically the released class."""
+    """COAP with AdamW; numerically the released class with `refresh="svd"`, `stagger=False`."""
 
     rule = ADAMW
 
@@ -150,7 +150,9 @@ class CoapAdamW8bit(Coap):
     build=BUILD,
 )
 class CoapAdafactor(Coap):
-    """COAP with Adafactor; with `refresh="svd"` and a `beta1` numerically the released class."""
+    """COAP with Adafactor; numerically the released class with `refresh="svd"`, `stagger=False`
+    and a `beta1`.
+    """
 
     rule = ADAFACTOR.but(lr=1e-3)
 

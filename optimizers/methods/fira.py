@@ -26,7 +26,7 @@ from ..engine.rule_families import ADAMW
     state="m r + 2 n r",
 )
 class FiraAdamW(LowRankOptimizer):
-    """Fira with AdamW; with `refresh="svd"` numerically `fira.FiraAdamW`.
+    """Fira with AdamW; numerically `fira.FiraAdamW` with `refresh="svd"`, `stagger=False`.
 
     Group keys as `GaLoreAdamW`'s; `alpha` is another name of `scale`. Further: `residual_scale` and
     `limiter`. Where a left projection keeps the whole long axis (r = n <= m) factors belong to

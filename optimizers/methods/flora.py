@@ -66,7 +66,7 @@ class FloraAdafactor(LowRankOptimizer):
     """
 
     rule = ADAFACTOR.but(beta1=0.9)
-    projection_defaults: ClassVar = {"projector": "random", "scale": 1.0}
+    projection_defaults: ClassVar = {"projector": "random", "scale": 1.0, "stagger": False}
     aliases: ClassVar = {"kappa": "update_proj_gap"}
 
     def make_state(self, param: Tensor, composition: Composition, group: Group) -> State:

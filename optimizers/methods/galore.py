@@ -10,7 +10,9 @@ Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Project
 P is the projection matrix, called the basis elsewhere. Memory per m x n matrix: min(m, n) r for P
 in the parameter's precision and 2 max(m, n) r for the moments (fp32 under half-precision weights);
 `GaLoreAdamW8bit` keeps the moments in 8 bits, `GaLoreAdafactor` factors the second. The defaults
-are the official code's; with `refresh="svd"` so are the numbers.
+are the official code's but for how P is computed: with `refresh="svd", stagger=False` so are the
+numbers. By default P is exact by another way ("eigh") on a CPU, and on CUDA found by a randomized
+method, with the refreshes of the matrices spread over the steps (`engine.options`).
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ PAPER = "2403.03507"
 
 @method("galore_adamw", paper=PAPER, summary="GaLore", state="m r + 2 n r")
 class GaLoreAdamW(LowRankOptimizer):
-    """GaLore with AdamW; with `refresh="svd"` numerically `galore_torch.GaLoreAdamW`.
+    """GaLore with AdamW; numerically the official class with `refresh="svd"`, `stagger=False`.
 
     Groups with `rank` are projected; further group keys: `update_proj_gap`, `scale`, `proj_type`
     and the keywords about projection. All other groups get plain AdamW.
@@ -51,7 +53,7 @@ class GaLoreAdamW8bit(LowRankOptimizer):
 
 @method("galore_adafactor", paper=PAPER, summary="GaLore with Adafactor", state="m r + n + r")
 class GaLoreAdafactor(LowRankOptimizer):
-    """GaLore with Adafactor; with `refresh="svd"` numerically the official class.
+    """GaLore with Adafactor; numerically the official class with `refresh="svd"`, `stagger=False`.
 
     The keywords are transformers' Adafactor's; an explicit `lr` implies `relative_step=False`.
     """

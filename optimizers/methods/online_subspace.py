@@ -95,7 +95,7 @@ class OnlineSubspace(LowRankOptimizer):
     state="3 m r + 2 n r",
 )
 class OnlineSubspaceAdamW(OnlineSubspace):
-    """Online Subspace Descent with AdamW; with `refresh="svd"` numerically the released class."""
+    """Online Subspace Descent with AdamW; numerically the released class with `refresh="svd"`."""
 
     rule = ADAMW
 

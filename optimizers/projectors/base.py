@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lowrank.cuda.noise import Seed
+
 from ..engine.chunks import wide_dtype
 from ..engine.geometry import Geometry, RowRange, Side
 from ..engine.processes import ALONE, Processes
@@ -52,6 +54,8 @@ class ProjectedParam:
         scratch: what a projector leaves for the residual of this step.
         good: a flag on the device, 0-d, where the host doesn't know whether the gradient is finite;
             what counts as zero otherwise is the projected gradient, not `grad`.
+        noise: seed and turn of the weight's rounding where only the device knows the step, see
+            `weights.rounding_seeds`.
     """
 
     weight: Tensor
@@ -70,6 +74,7 @@ class ProjectedParam:
     projected: Tensor | None = None
     scratch: dict[str, Tensor] = field(default_factory=dict)
     good: Tensor | None = None
+    noise: tuple[Seed, Seed] | None = None
 
     @property
     def owner(self) -> Tensor:

@@ -31,9 +31,12 @@ from .base import (
     State,
     Update,
     add_updates_,
+    left_out,
     numel,
+    picked,
     scalar,
     steps_done,
+    zeroed,
 )
 from .fused_adam import FUSED_DTYPES, bias_corrections, fused_step
 from .kernel_sizes import joined_sizes, listed_sizes, with_rates
@@ -312,16 +315,21 @@ class Adam(ElementwiseRule):
         return weight.dtype in KERNEL_DTYPES and self._has_kernel(moments, moments)
 
     def apply(
-        self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
+        self,
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        weights: Sequence[Tensor],
+        good_b: Tensor | None = None,
     ) -> None:
-        """Updates plain weights in place, through the fused kernel where possible."""
+        """See `UpdateRule.apply`: through a fused kernel where possible."""
         exp_avgs, exp_avg_sqs = (list(t) for t in zip(*map(self._moments, states), strict=True))
-        if not self._can_fuse([*weights, *grads, *exp_avgs]):
+        if good_b is not None or not self._can_fuse([*weights, *grads, *exp_avgs]):
             known = self._has_kernel(list(grads), exp_avgs)
             if known and all(w.dtype == grads[0].dtype and w.is_contiguous() for w in weights):
-                self._apply_by_kernel(list(weights), list(grads), exp_avgs, exp_avg_sqs, states)
+                moments = exp_avgs, exp_avg_sqs
+                self._apply_by_kernel(list(weights), list(grads), *moments, states, good_b)
             else:
-                self._apply_unfused(grads, states, weights)
+                self._apply_unfused(grads, states, weights, good_b)
             return
         size, eps, lr = self.sizes(states[0])
         assert isinstance(size, float)
@@ -340,31 +348,6 @@ class Adam(ElementwiseRule):
             decay=1.0 - decay_factor,
         )
 
-    def knows_flags(
-        self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
-    ) -> bool:
-        """See `UpdateRule.knows_flags`: where the kernel for weights knows the types."""
-        if type(self) is not Adam or not all(map(on_gpu, weights)):
-            return False
-        known = self._has_kernel(list(grads), [self._moments(state)[0] for state in states])
-        alike = all(w.dtype == grads[0].dtype and w.is_contiguous() for w in weights)
-        return known and alike
-
-    def apply_flagged(
-        self,
-        grads: Sequence[Tensor],
-        states: Sequence[State],
-        weights: Sequence[Tensor],
-        good_b: Tensor,
-    ) -> None:
-        """See `UpdateRule.apply_flagged`."""
-        exp_avgs, exp_avg_sqs = (list(t) for t in zip(*map(self._moments, states), strict=True))
-        _, sizes, _, lr = joined_sizes(self, states, good_b)
-        assert sizes is not None
-        own = with_rates(sizes, self._decay_and_alpha(lr))
-        lists = list(weights), list(grads), exp_avgs, exp_avg_sqs
-        torch.ops.lowrank.adam_weights(*lists, *self.betas, 0.0, 0.0, 1.0, 1.0, own)
-
     def _apply_by_kernel(
         self,
         weights: list[Tensor],
@@ -372,9 +355,10 @@ class Adam(ElementwiseRule):
         exp_avgs: list[Tensor],
         exp_avg_sqs: list[Tensor],
         states: Sequence[State],
+        good_b: Tensor | None,
     ) -> None:
         """One launch for many weights, and one pass over each, in which nothing else is stored."""
-        numbers, sizes, _, lr = listed_sizes(self, states)
+        numbers, sizes, _, lr = joined_sizes(self, states, good_b)
         rates = self._decay_and_alpha(lr)
         lists = weights, grads, exp_avgs, exp_avg_sqs
         if sizes is None:
@@ -384,15 +368,32 @@ class Adam(ElementwiseRule):
         torch.ops.lowrank.adam_weights(*lists, *self.betas, *numbers, 1.0, 1.0, own)
 
     def _apply_unfused(
-        self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
+        self,
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        weights: Sequence[Tensor],
+        good_b: Tensor | None,
     ) -> None:
         """Small weights on a GPU in one list, to save launches; others in chunks of rows."""
-        listed = [self.compiled or (on_gpu(w) and w.numel() <= DEVICE_ELEMENTS) for w in weights]
-        rows = list(zip(listed, grads, states, weights, strict=True))
-        picked = [own for own in rows if own[0]]
-        if picked:
-            targets = [own[3] for own in picked]
-            updates = self.update([own[1] for own in picked], [own[2] for own in picked], targets)
-            add_updates_(targets, updates)
-        for _, grad, state, weight in (own for own in rows if not own[0]):
-            super().apply([grad], [state], [weight])
+        small = [self.compiled or (on_gpu(w) and w.numel() <= DEVICE_ELEMENTS) for w in weights]
+        listed = [i for i, own in enumerate(small) if own]
+        if listed:
+            self._apply_listed(*picked(listed, grads, states, weights, good_b))
+        for i, own in enumerate(small):
+            if not own:
+                super().apply(*picked([i], grads, states, weights, good_b))
+
+    def _apply_listed(
+        self,
+        grads: list[Tensor],
+        states: list[State],
+        weights: list[Tensor],
+        good_b: Tensor | None,
+    ) -> None:
+        """By list operations, with directions of all at once."""
+        if good_b is None:
+            add_updates_(weights, self.update(grads, states, weights))
+            return
+        updates = self.update(zeroed(grads, good_b), states, weights)
+        kept = zip(updates, good_b.unbind(), strict=True)
+        add_updates_(weights, [left_out(update, good) for update, good in kept])

@@ -33,6 +33,8 @@ from .base import (
     UpdateRule,
     add_updates_,
     numel,
+    picked,
+    zeroed,
 )
 from .kernel_sizes import joined_sizes, listed_sizes
 from .quantizers import NATIVE, Native, Quantizer
@@ -165,8 +167,15 @@ class Adam8bit(Adam):
             and knows_adam([grad], [state["exp_avg"]], eight_bit=True)
         )
 
-    def _fused(self, grads: list[Tensor], states: list[State]) -> list[Update]:
-        numbers, sizes, factors, lr = listed_sizes(self, states)
+    def _fused(
+        self, grads: list[Tensor], states: list[State], good_b: Tensor | None = None
+    ) -> list[Update]:
+        """One launch; directions of those without a flag are zero."""
+        if good_b is None:
+            numbers, sizes, factors, lr = listed_sizes(self, states)
+        else:
+            numbers, sizes, factor, lr = joined_sizes(self, states, good_b)
+            factors = [factor] * len(states)  # which only residuals read
         directions = [torch.empty_like(grad) for grad in grads]
         self._call(grads, states, directions, numbers, sizes)
         decay_factor, alpha = self._decay_and_alpha(lr)
@@ -192,25 +201,29 @@ class Adam8bit(Adam):
         return False
 
     def apply(
-        self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
+        self,
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        weights: Sequence[Tensor],
+        good_b: Tensor | None = None,
     ) -> None:
-        """Updates plain weights in place, in chunks of rows that bound the fp32 copies.
+        """See `UpdateRule.apply`: in chunks of rows that bound the fp32 copies.
 
         Small ones on a GPU in one list, to save launches.
         """
-        rows = list(zip(grads, states, weights, strict=True))
-        listed = [
+        small = [
             on_gpu(weight) and weight.numel() <= DEVICE_ELEMENTS and self._fuses(grad, state)
-            for grad, state, weight in rows
+            for grad, state, weight in zip(grads, states, weights, strict=True)
         ]
-        picked = [own for own, small in zip(rows, listed, strict=True) if small]
-        if picked:
-            targets = [weight for _, _, weight in picked]
-            updates = self._fused([own[0] for own in picked], [own[1] for own in picked])
-            add_updates_(targets, updates)
-        for (grad, state, weight), small in zip(rows, listed, strict=True):
-            if not small:
-                ElementwiseRule.apply(self, [grad], [state], [weight])
+        listed = [i for i, own in enumerate(small) if own]
+        if listed:
+            own_grads, own_states, targets, flags = picked(listed, grads, states, weights, good_b)
+            if flags is not None:
+                own_grads = zeroed(own_grads, flags)
+            add_updates_(targets, self._fused(own_grads, own_states, flags))
+        for i, own in enumerate(small):
+            if not own:
+                ElementwiseRule.apply(self, *picked([i], grads, states, weights, good_b))
 
     def first_moment(self, state: State) -> Tensor:
         """The first moment, dequantised to fp32."""

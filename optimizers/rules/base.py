@@ -8,6 +8,7 @@ same rules.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
@@ -53,11 +54,6 @@ class Update:
     norms: tuple[Tensor, Tensor] | None = None
 
 
-#: Sets gradients that are not finite to zero, given B of them as one tensor and their positions in
-#: a list; returns B flags, of those that are.
-Gate = Callable[[Tensor, Sequence[int]], Tensor]
-
-
 class UpdateRule(ABC):
     """Moments of a gradient and the update they give."""
 
@@ -65,8 +61,6 @@ class UpdateRule(ABC):
     matrices_only: ClassVar[bool] = False
     #: Scratch of `update`, as a multiple of the gradients in fp32.
     SCRATCH: ClassVar[int] = 1
-    #: Whether there is `apply_gated`.
-    GATES: ClassVar[bool] = False
     #: Which of `MOMENT_TRANSPORTS` it supports.
     transports: ClassVar[tuple[str, ...]] = ("keep",)
 
@@ -211,64 +205,31 @@ class UpdateRule(ABC):
         return False
 
     def apply(
-        self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
+        self,
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        weights: Sequence[Tensor],
+        good_b: Tensor | None = None,
     ) -> None:
-        """Updates plain weights in place; matrices in chunks of rows that bound the scratch."""
-        for grad, state, weight in zip(grads, states, weights, strict=True):
+        """Updates plain weights in place; matrices in chunks of rows that bound the scratch.
+
+        Args:
+            grads: as in `update`.
+            states: as in `update`.
+            weights: changed in place.
+            good_b: a flag on the device for each: other gradients, which may hold NaN, count as
+                zero, and their weights only decay; None for all.
+        """
+        flags = [None] * len(weights) if good_b is None else good_b.unbind()
+        for grad, state, weight, good in zip(grads, states, weights, flags, strict=True):
+            own = grad if good is None else torch.where(good, grad, 0.0)
             if weight.dim() != 2:
-                (update,) = self.update([grad], [state], [weight])
-                add_update_(weight, update)
+                (update,) = self.update([own], [state], [weight])
+                add_update_(weight, left_out(update, good))
                 continue
-            updates = self.by_rows(grad, state, weight)
+            updates = self.by_rows(own, state, weight)
             for rows in row_chunks(weight, block=BLOCK):
-                add_update_(weight[rows], updates(rows))
-
-    def apply_gated(
-        self,
-        grads: Sequence[Tensor],
-        states: Sequence[State],
-        weights: Sequence[Tensor],
-        gate: Gate,
-    ) -> None:
-        """`apply` on a GPU, where flags on the device say which gradients are finite.
-
-        Args:
-            grads: as in `apply`, all whole here.
-            states: as in `apply`.
-            weights: as in `apply`.
-            gate: called once for each batch; moments take in zeros in place of the other gradients,
-                and their weights only decay.
-
-        Raises:
-            NotImplementedError: a rule that doesn't `GATES`.
-        """
-        raise NotImplementedError(f"{type(self).__name__} reads whether gradients are finite")
-
-    def apply_flagged(
-        self,
-        grads: Sequence[Tensor],
-        states: Sequence[State],
-        weights: Sequence[Tensor],
-        good_b: Tensor,
-    ) -> None:
-        """`apply` on a GPU, where it `knows_flags`: gradients without a flag count as zero.
-
-        Args:
-            grads: as in `apply`; others may hold NaN.
-            states: as in `apply`.
-            weights: as in `apply`; the others only decay.
-            good_b: a flag on the device for each.
-
-        Raises:
-            NotImplementedError: not for rules whose `knows_flags` is False.
-        """
-        raise NotImplementedError(f"{type(self).__name__} doesn't leave out gradients by flags")
-
-    def knows_flags(
-        self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
-    ) -> bool:
-        """Whether `apply_flagged` is defined for these."""
-        return False
+                add_update_(weight[rows], left_out(updates(rows), good))
 
     def first_moment(self, state: State) -> Tensor | None:
         """The current first moment, dequantised; None if the rule has none."""
@@ -369,6 +330,52 @@ def together(updates: Sequence[Update]) -> Update:
         torch.stack([update.direction for update in updates]),
         *(joint("alpha"), joint("decay_factor"), joint("factor"), joint("rate"), norms),
     )
+
+
+def picked(
+    positions: Sequence[int],
+    grads: Sequence[Tensor],
+    states: Sequence[State],
+    weights: Sequence[Tensor],
+    good_b: Tensor | None,
+) -> tuple[list[Tensor], list[State], list[Tensor], Tensor | None]:
+    """Some of the arguments of `UpdateRule.apply`."""
+    if good_b is not None and len(positions) < len(good_b):
+        flags = good_b.unbind()  # an index would be a copy from the host
+        good_b = torch.stack([flags[i] for i in positions])
+    return (
+        [grads[i] for i in positions],
+        [states[i] for i in positions],
+        [weights[i] for i in positions],
+        good_b,
+    )
+
+
+def left_out(update: Update, good: Tensor | None) -> Update:
+    """An update without direction unless a flag on the device is set; None is set."""
+    if good is None:
+        return update
+    return replace(update, direction=torch.where(good, update.direction, 0.0))
+
+
+def zeroed(grads: Sequence[Tensor], good_b: Tensor) -> list[Tensor]:
+    """Copies of small gradients, zero where flags on the device aren't set; few launches.
+
+    Args:
+        grads: of one dtype and device.
+        good_b: a flag for each.
+    """
+    shapes: dict[torch.Size, list[int]] = defaultdict(list)
+    for i, grad in enumerate(grads):
+        shapes[grad.shape].append(i)
+    flags, found = good_b.logical_not().unbind(), list(grads)
+    for positions in shapes.values():
+        copies = torch.stack([grads[i] for i in positions])
+        bad_b = torch.stack([flags[i] for i in positions])
+        copies.masked_fill_(bad_b.view(-1, *[1] * (copies.dim() - 1)), 0.0)
+        for i, copied in zip(positions, copies.unbind(), strict=True):
+            found[i] = copied
+    return found
 
 
 def add_update_(weight: Tensor, update: Update) -> None:

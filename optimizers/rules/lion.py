@@ -84,6 +84,9 @@ class Lion(ElementwiseRule):
         stored: Tensor = state["exp_avg"]
         if stored.dtype == dtype:
             return own * (1 if overwrites else 2)
+        if wide != dtype:
+            converted = 0 if stored.dtype == wide else wide.itemsize
+            return own * (1 if overwrites else 2) + (wide.itemsize + converted) // 2
         narrowed = 0 if overwrites else own
         return own + wide.itemsize + max(narrowed, 0 if stored.dtype == wide else wide.itemsize)
 
@@ -101,6 +104,11 @@ class Lion(ElementwiseRule):
         lr: Any = self.lr if self.capturable else scalar(self.lr)
         beta1, beta2 = self.betas
         stored: list[Tensor] = [state["exp_avg"] for state in states]
+        decay_factor = 1.0 - lr * self.weight_decay if self.weight_decay else 1.0
+        alpha = lr if self.decay_first else lr * decay_factor
+        if stored[0].dtype != grads_b.dtype != wide_dtype(grads_b):
+            direction_b = self._advance_in_pieces(grads_b, stored, good_b, overwrites=overwrites)
+            return Update(direction_b, alpha, decay_factor)
         wide = grads_b.dtype if stored[0].dtype == grads_b.dtype else wide_dtype(grads_b)
         moments = stored if stored[0].dtype == wide else [moment.to(wide) for moment in stored]
         direction_b = (
@@ -116,8 +124,41 @@ class Lion(ElementwiseRule):
             direction_b.sign_()
         if good_b is not None:
             direction_b.mul_(good_b.view(-1, 1, 1))
-        decay_factor = 1.0 - lr * self.weight_decay if self.weight_decay else 1.0
-        return Update(direction_b, lr if self.decay_first else lr * decay_factor, decay_factor)
+        return Update(direction_b, alpha, decay_factor)
+
+    def _advance_in_pieces(
+        self,
+        grads_b: Tensor,
+        stored: Sequence[Tensor],
+        good_b: Tensor | None,
+        *,
+        overwrites: bool,
+    ) -> Tensor:
+        """Advances wider moments; directions in the gradients' type, as products take them.
+
+        In two pieces of rows: what is as wide as the moments has half of the entries.
+        """
+        beta1, beta2 = self.betas
+        wide = wide_dtype(grads_b)
+        direction_b = grads_b if overwrites else torch.empty_like(grads_b)
+        half = -(-grads_b.shape[1] // 2)
+        for rows in (slice(0, half), slice(half, None)):
+            own = [moment[rows] for moment in stored]
+            moments = own if own[0].dtype == wide else [moment.to(wide) for moment in own]
+            ahead_b = grads_b[:, rows].to(wide)
+            ahead = list(ahead_b.unbind(0))
+            torch._foreach_lerp_(ahead, moments, beta1)
+            torch._foreach_lerp_(moments, ahead, (1 - beta2) / (1 - beta1))
+            if moments is not own:
+                torch._foreach_copy_(own, moments)
+            if self.signed:
+                ahead_b.sign_()
+            if good_b is None:
+                direction_b[:, rows].copy_(ahead_b)
+            else:
+                torch.mul(ahead_b, good_b.view(-1, 1, 1), out=direction_b[:, rows])
+            del moments, ahead, ahead_b  # before the next piece's
+        return direction_b
 
     def transport_moments(
         self, state: State, how: str, rotation: Rotation, into: State | None = None

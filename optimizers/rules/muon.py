@@ -24,7 +24,7 @@ from ..engine.devices import on_gpu
 from ..engine.rotation import Rotation
 from ..engine.scratch import bounded_batches, device_scratch
 from ..engine.sharding import Part, part_of
-from .base import MOMENT_TRANSPORTS, Gate, State, Update, UpdateRule, numel, scalar
+from .base import MOMENT_TRANSPORTS, State, Update, UpdateRule, numel, picked, scalar
 from .precision import moments_dtype, moments_itemsize
 
 ADJUSTMENTS = ("original", "match_rms_adamw")
@@ -106,7 +106,6 @@ class Muon(UpdateRule):
     """
 
     matrices_only: ClassVar[bool] = True
-    GATES: ClassVar[bool] = True
     SCRATCH: ClassVar[int] = 3
     transports: ClassVar[tuple[str, ...]] = MOMENT_TRANSPORTS
 
@@ -219,42 +218,27 @@ class Muon(UpdateRule):
         return on_gpu(weight)
 
     def apply(
-        self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
+        self,
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        weights: Sequence[Tensor],
+        good_b: Tensor | None = None,
     ) -> None:
-        """Updates plain weights in place; on a GPU those of one shape together."""
+        """See `UpdateRule.apply`; on a GPU those of one shape together."""
         if not on_gpu(weights[0]) or any(part_of(state) is not None for state in states):
-            super().apply(grads, states, weights)
-        else:
-            self._apply_together(grads, states, weights, None)
-
-    def apply_gated(
-        self,
-        grads: Sequence[Tensor],
-        states: Sequence[State],
-        weights: Sequence[Tensor],
-        gate: Gate,
-    ) -> None:
-        """See `UpdateRule.apply_gated`."""
-        self._apply_together(grads, states, weights, gate)
-
-    def _apply_together(
-        self,
-        grads: Sequence[Tensor],
-        states: Sequence[State],
-        weights: Sequence[Tensor],
-        gate: Gate | None,
-    ) -> None:
+            super().apply(grads, states, weights, good_b)
+            return
         lr = scalar(self.lr)
         for batch in _batches(weights):
-            own = [weights[i] for i in batch]
-            chosen = [states[i] for i in batch]
+            given, chosen, own, flags = picked(batch, grads, states, weights, good_b)
             stored: Tensor = chosen[0]["momentum_buffer"]
             kind = own[0].dtype if stored.dtype == own[0].dtype else wide_dtype(own[0])
             grads_b = own[0].new_empty(len(own), *own[0].shape, dtype=kind)
-            torch._foreach_copy_(list(grads_b.unbind(0)), [grads[i] for i in batch])
-            good_b = None if gate is None else gate(grads_b, batch)
+            torch._foreach_copy_(list(grads_b.unbind(0)), given)
+            if flags is not None:
+                grads_b.masked_fill_(flags.logical_not().view(-1, 1, 1), 0.0)
             normed_b = normalise_together(
-                self._ahead_together(grads_b, chosen, overwrites=True), good_b
+                self._ahead_together(grads_b, chosen, overwrites=True), flags
             )
             del grads_b
             direction_b = orthogonalize_together(normed_b, self.ns_steps)

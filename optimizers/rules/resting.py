@@ -53,6 +53,10 @@ class Resting(UpdateRule):
         return [Update(torch.zeros_like(grad), 0.0, 1.0) for grad in grads]
 
     def apply(
-        self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
+        self,
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        weights: Sequence[Tensor],
+        good_b: Tensor | None = None,
     ) -> None:
         """Leaves weights as they are."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .adam import Adam
-from .base import State, Update, UpdateRule, scalar
+from .base import State, Update, UpdateRule, left_out, scalar, zeroed
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,17 @@ class VectorAdam(Adam):
         return False
 
     def apply(
-        self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]
+        self,
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        weights: Sequence[Tensor],
+        good_b: Tensor | None = None,
     ) -> None:
-        """Updates plain weights in place."""
-        for weight, update in zip(weights, self.update(grads, states, weights), strict=True):
+        """See `UpdateRule.apply`."""
+        flags = [None] * len(weights) if good_b is None else good_b.unbind()
+        own = list(grads) if good_b is None else zeroed(grads, good_b)
+        updates = map(left_out, self.update(own, states, weights), flags)
+        for weight, update in zip(weights, updates, strict=True):
             weight.mul_(update.decay_factor).sub_(
                 update.direction.to(weight.dtype), alpha=scalar(update.alpha)
             )

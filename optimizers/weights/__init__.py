@@ -4,7 +4,7 @@ from .fused import fused_rows
 from .int4 import Int4Weight
 from .int8 import Int8Weight
 from .quantized import QuantizedWeight
-from .rows import editable_rows, rounding_seed
+from .rows import editable_rows, rounding_seed, rounding_seeds, rounds
 from .state import dense_state_dict
 from .whole import apply_rule
 
@@ -17,4 +17,6 @@ __all__ = [
     "editable_rows",
     "fused_rows",
     "rounding_seed",
+    "rounding_seeds",
+    "rounds",
 ]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lowrank.cuda import groups, int4, int4_update
-from lowrank.cuda.noise import signed_seed
+from lowrank.cuda.noise import Seed, signed_seed
 from lowrank.cuda.write_back import store_changed
 
 Parts = Sequence[Tensor]
@@ -87,7 +87,7 @@ class Format(ABC):
 
     @abstractmethod
     def store(
-        self, parts: Parts, new: Tensor, old: Tensor, seed: int | None, first: int, turn: int
+        self, parts: Parts, new: Tensor, old: Tensor, seed: Seed | None, first: int, turn: Seed
     ) -> None:
         """Writes groups in which flat `new` and `old` differ; see `Chunk.store`."""
 
@@ -151,11 +151,11 @@ class Format8(Format):
         return list(groups.quantize_groups(dense, 255, self.group_size))
 
     def store(
-        self, parts: Parts, new: Tensor, old: Tensor, seed: int | None, first: int, turn: int
+        self, parts: Parts, new: Tensor, old: Tensor, seed: Seed | None, first: int, turn: Seed
     ) -> None:
         """See `Format.store`: each changed group gets its own new range."""
         codes, scales, zeros = parts
-        store_changed(new, old, codes, scales, zeros, self.group_size, signed_seed(seed), first)
+        store_changed(new, old, codes, scales, zeros, self.group_size, _signed(seed), first)
 
     def _codes_at(self, codes: Tensor, places: Tensor) -> Tensor:
         return codes.view(-1)[places].unsqueeze(1)
@@ -190,17 +190,21 @@ class Format4(Format):
         return list(int4_update.encode(dense, self.group_size))
 
     def store(
-        self, parts: Parts, new: Tensor, old: Tensor, seed: int | None, first: int, turn: int
+        self, parts: Parts, new: Tensor, old: Tensor, seed: Seed | None, first: int, turn: Seed
     ) -> None:
         """See `Format.store`: most groups keep their scale."""
         codes, scales = parts
         int4_update.store_changed(
-            new, old, codes, scales, self.group_size, signed_seed(seed), first, turn
+            new, old, codes, scales, self.group_size, _signed(seed), first, turn
         )
 
     def _codes_at(self, codes: Tensor, places: Tensor) -> Tensor:
         pairs = codes[places // 2]
         return int4.pack(torch.where(places % 2 == 1, pairs >> 4, pairs & 15))
+
+
+def _signed(seed: Seed | None) -> Seed | None:
+    return seed if seed is None or isinstance(seed, Tensor) else signed_seed(seed)
 
 
 class Chunk:
@@ -225,18 +229,19 @@ class Chunk:
         self,
         new: Tensor,
         old: Tensor,
-        seed: int | None = None,
+        seed: Seed | None = None,
         first: int = 0,
-        turn: int = 0,
+        turn: Seed = 0,
     ) -> None:
         """Writes the groups in which `new` differs from `old`.
 
         Args:
             new: flat entries.
             old: the entries before, as `load` gave them.
-            seed: rounds stochastically when given.
+            seed: rounds stochastically when given; a 0-d int64 tensor where only the device
+                knows it.
             first: position of the first entry in the whole matrix, for the noise.
-            turn: number of earlier calls with this seed, in four bits.
+            turn: number of earlier calls with this seed, in four bits; a tensor as `seed` may be.
         """
         self.format.store(self.parts, new, old, seed, first, turn)
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lowrank.cuda.arguments import usable
-from lowrank.cuda.noise import signed_seed
+from lowrank.cuda.noise import Seed, split_seed
 
+from ..engine.chunks import wide_dtype
 from ..engine.devices import on_gpu
 from .int8 import Int8Weight
 from .quantized import QuantizedWeight
@@ -26,7 +27,7 @@ class FusedChunk:
         grad: its gradient, if a multiple of it is subtracted.
         start: first row.
         rows: number of rows.
-        seed: of stochastic rounding, or None.
+        seed: of stochastic rounding, a tensor where only the device knows it; or None.
         first: position of the first entry in the whole matrix, for the noise.
     """
 
@@ -34,7 +35,7 @@ class FusedChunk:
     grad: Tensor | None
     start: int
     rows: int
-    seed: int | None
+    seed: Seed | None
     first: int
 
     @property
@@ -43,28 +44,30 @@ class FusedChunk:
         return self.rows, self.weight.shape[1]
 
     def write(
-        self, direction: Tensor | None, factors: Tensor | None, *, decay_factor: float, alpha: float
+        self,
+        direction: Tensor | None,
+        factors: Tensor | None,
+        *,
+        decay_factor: float | Tensor,
+        alpha: float | Tensor,
     ) -> None:
         """W <- decay_factor W - alpha direction - factors o G, rounded.
 
         Args:
             direction: of the chunk's shape, or None.
             factors: fp32 (1 or rows, 1 or n); None exactly if `grad` is None.
-            decay_factor: 1 less the weight decay.
-            alpha: step size.
+            decay_factor: 1 less the weight decay; a tensor of one entry where only the device
+                knows it.
+            alpha: step size, as above.
         """
+        numbers, sizes = _sizes(decay_factor, alpha, self.weight)
+        seed, device_seed = split_seed(self.seed)
         span = slice(self.start, self.start + self.rows)
         grad = None if self.grad is None else self.grad[span]
         if not isinstance(self.weight, Int8Weight):
             torch.ops.lowrank.write_back(
-                self.weight[span],
-                direction,
-                grad,
-                factors,
-                decay_factor,
-                alpha,
-                self.seed,
-                self.first,
+                *(self.weight[span], direction, grad, factors),
+                *(*numbers, seed, self.first, sizes, device_seed),
             )
             return
         columns = self.weight.shape[1]
@@ -72,14 +75,32 @@ class FusedChunk:
         codes, scales, zeros = part.parts
         torch.ops.lowrank.write_back_int8(
             *(codes.view(self.shape), scales, zeros, direction, grad, factors),
-            *(self.weight.group_size, decay_factor, alpha, self.seed, self.first),
+            *(self.weight.group_size, *numbers, seed or 0, self.first, sizes, device_seed),
         )
         # The operation increments the versions of the parts only.
         torch.autograd.graph.increment_version(self.weight)
 
 
+def _sizes(
+    decay_factor: float | Tensor, alpha: float | Tensor, weight: Tensor
+) -> tuple[tuple[float, float], Tensor | None]:
+    """Decay factor and step size as numbers, or as a tensor if one of them is on the device."""
+    given = decay_factor, alpha
+    there = [isinstance(number, Tensor) and number.device == weight.device for number in given]
+    if not any(there):
+        return (float(decay_factor), float(alpha)), None
+    sizes = torch.empty(2, dtype=wide_dtype(weight), device=weight.device)
+    for place, number, on_device in zip(sizes, given, there, strict=True):
+        if on_device:
+            assert isinstance(number, Tensor)
+            place.copy_(number.view(()))
+        else:
+            place.fill_(float(number))
+    return (1.0, 1.0), sizes
+
+
 def fused_rows(
-    weight: Tensor, grad: Tensor | None, seed: int, *, stochastic: bool, first_row: int = 0
+    weight: Tensor, grad: Tensor | None, seed: Seed, *, stochastic: bool, first_row: int = 0
 ) -> Iterator[FusedChunk] | None:
     """Chunks of a weight for a fused kernel, or None if there is none.
 
@@ -91,7 +112,8 @@ def fused_rows(
         first_row: position of the first row in the whole matrix.
 
     Raises:
-        ValueError: rounding stochastically while a CUDA graph is captured.
+        ValueError: rounding stochastically while a CUDA graph is captured, by a seed that the host
+            knows.
     """
     int8 = isinstance(weight, Int8Weight)
     if isinstance(weight, QuantizedWeight) and not int8:
@@ -105,12 +127,12 @@ def fused_rows(
     if usable(*(part.detach() for part in parts), grad) is None:
         return None
     if rounds:
-        check_capture("an INT8 weight" if int8 else "stochastic_rounding=True")
-    return _chunks(weight, grad, signed_seed(seed) if rounds else None, first_row)
+        check_capture("an INT8 weight" if int8 else "stochastic_rounding=True", seed)
+    return _chunks(weight, grad, seed if rounds else None, first_row)
 
 
 def _chunks(
-    weight: Tensor, grad: Tensor | None, seed: int | None, first_row: int
+    weight: Tensor, grad: Tensor | None, seed: Seed | None, first_row: int
 ) -> Iterator[FusedChunk]:
     int8 = isinstance(weight, Int8Weight)
     for span in weight_chunks(weight):

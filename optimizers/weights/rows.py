@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import lcm, prod
 
 import torch
 from torch import Tensor
 
-from lowrank.cuda.noise import stochastic_bfloat16
+from lowrank.cuda.noise import Seed, stochastic_bfloat16
 
 from ..engine.chunks import row_chunks, wide_dtype
 from ..engine.devices import capturing
 from ..engine.geometry import RowRange
-from ..engine.seeds import draw_seed
+from ..engine.seeds import draw_seed, draw_seeds
 from ..rules.rows import BLOCK
 from .int4 import Int4Weight
 from .quantized import QuantizedWeight
 
+#: What the seeds here are for.
+ROUNDING = "rounding"
+
 
 def editable_rows(
-    weight: Tensor, rows: RowRange, seed: int = 0, turn: int = 0, *, stochastic: bool = False
+    weight: Tensor, rows: RowRange, seed: Seed = 0, turn: Seed = 0, *, stochastic: bool = False
 ) -> Iterator[tuple[Tensor, RowRange]]:
     """Yields chunks of a weight's rows; in-place changes of a chunk are written to the weight.
 
@@ -41,14 +44,14 @@ def editable_rows(
         A plain tensor of some rows, and their range in the whole matrix.
 
     Raises:
-        ValueError: stochastic rounding while a CUDA graph is captured, which would repeat the
-            same noise at each step.
+        ValueError: stochastic rounding while a CUDA graph is captured with numbers that the host
+            knows, whose noise would be the same at each step.
     """
     if isinstance(weight, QuantizedWeight):
-        check_capture(f"an INT{weight.BITS} weight")
+        check_capture(f"an INT{weight.BITS} weight", seed, turn)
         yield from _quantized_rows(weight, rows, seed, turn)
     elif stochastic and weight.dtype == torch.bfloat16:
-        check_capture("stochastic_rounding=True")
+        check_capture("stochastic_rounding=True", seed)
         yield from _bfloat16_rows(weight, rows, seed)
     else:
         yield weight, rows
@@ -61,12 +64,47 @@ def rounding_seed(weight: Tensor, seed: int, name: str, steps_done: int) -> tupl
     is that of the weight, and the turn the step. Otherwise each step has a seed.
     """
     if isinstance(weight, Int4Weight):
-        return draw_seed(seed, name, 0, "rounding"), steps_done
-    return draw_seed(seed, name, steps_done, "rounding"), 0
+        return draw_seed(seed, name, 0, ROUNDING), steps_done
+    return draw_seed(seed, name, steps_done, ROUNDING), 0
+
+
+def rounding_seeds(
+    weights: Sequence[Tensor], seed: int, names: Sequence[str], steps: Sequence[Tensor]
+) -> list[tuple[Seed, Seed]]:
+    """`rounding_seed` of weights whose step counts only their device knows: the same numbers.
+
+    Args:
+        weights: on one device.
+        seed: the user's.
+        names: those that seed the weights' random numbers.
+        steps: 0-d step counts, of the steps before this one.
+
+    Returns:
+        For each weight seed and turn, tensors where they depend on the step.
+    """
+    found: list[tuple[Seed, Seed]] = [(0, 0)] * len(weights)
+    four = [i for i, weight in enumerate(weights) if isinstance(weight, Int4Weight)]
+    others = [i for i, weight in enumerate(weights) if not isinstance(weight, Int4Weight)]
+    if four:
+        turns = torch.stack([steps[i] for i in four]).long()
+        for i, turn in zip(four, turns.unbind(), strict=True):
+            found[i] = draw_seed(seed, names[i], 0, ROUNDING), turn
+    if others:
+        own = draw_seeds(seed, [names[i] for i in others], [steps[i] for i in others], ROUNDING)
+        for i, drawn in zip(others, own.unbind(), strict=True):
+            found[i] = drawn, 0
+    return found
+
+
+def rounds(weight: Tensor, *, stochastic: bool) -> bool:
+    """Whether a weight is rounded stochastically; other arguments as of `editable_rows`."""
+    if isinstance(weight, QuantizedWeight):
+        return True
+    return stochastic and weight.dtype == torch.bfloat16
 
 
 def _quantized_rows(
-    weight: QuantizedWeight, rows: RowRange, seed: int, turn: int
+    weight: QuantizedWeight, rows: RowRange, seed: Seed, turn: Seed
 ) -> Iterator[tuple[Tensor, RowRange]]:
     width = weight.shape[1]
     dtype = wide_dtype(weight)
@@ -79,7 +117,7 @@ def _quantized_rows(
         torch.autograd.graph.increment_version(weight)
 
 
-def _bfloat16_rows(weight: Tensor, rows: RowRange, seed: int) -> Iterator[tuple[Tensor, RowRange]]:
+def _bfloat16_rows(weight: Tensor, rows: RowRange, seed: Seed) -> Iterator[tuple[Tensor, RowRange]]:
     if weight.dim() == 0:
         wide = weight.float()
         yield wide, rows
@@ -100,10 +138,10 @@ def weight_chunks(weight: Tensor) -> Iterator[slice]:
     return row_chunks(weight, block=block)
 
 
-def check_capture(what: str) -> None:
-    """Raises `ValueError` while a CUDA graph is captured."""
-    if capturing():
+def check_capture(what: str, *numbers: Seed) -> None:
+    """Raises `ValueError` while a CUDA graph is captured, if the host knows all numbers."""
+    if capturing() and not any(isinstance(number, Tensor) for number in numbers):
         raise ValueError(
-            f"{what} while a CUDA graph is captured: accepted is a step outside of one, or dense "
-            "weights (weight_bits=None, stochastic_rounding=False)"
+            f"{what} without capturable=True while a CUDA graph is captured: accepted is "
+            "capturable=True, or a step outside of a capture; each step needs other noise"
         )

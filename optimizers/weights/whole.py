@@ -8,12 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lowrank.cuda.noise import Seed
+
 from ..engine.geometry import RowRange
 from ..rules import UpdateRule
-from ..rules.base import State, add_update_
+from ..rules.base import State, add_update_, left_out, picked
 from .fused import fused_rows
-from .quantized import QuantizedWeight
-from .rows import editable_rows, rounding_seed
+from .rows import editable_rows, rounds
 
 
 def apply_rule(
@@ -21,8 +22,8 @@ def apply_rule(
     grads: Sequence[Tensor],
     states: Sequence[State],
     weights: Sequence[Tensor],
-    seed: int,
-    names: Sequence[str],
+    noise: Sequence[tuple[Seed, Seed]],
+    good_b: Tensor | None = None,
     *,
     stochastic: bool = False,
 ) -> None:
@@ -33,20 +34,19 @@ def apply_rule(
         grads: descent gradients.
         states: the parameters' states; `step` already counts this step.
         weights: the parameters.
-        seed: of the rounding.
-        names: the names that seed the parameters' random numbers, see `engine.seeds`.
+        noise: for each weight that `rounds`, `rounding_seed` of this step.
+        good_b: see `UpdateRule.apply`.
         stochastic: as in `editable_rows`.
     """
-    by_rows = [_by_rows(weight, stochastic) for weight in weights]
+    by_rows = [rounds(weight, stochastic=stochastic) for weight in weights]
     plain = [i for i, slow in enumerate(by_rows) if not slow]
     if plain:
-        rule.apply(
-            [grads[i] for i in plain], [states[i] for i in plain], [weights[i] for i in plain]
-        )
+        rule.apply(*picked(plain, grads, states, weights, good_b))
+    flags = [None] * len(weights) if good_b is None else good_b.unbind()
     for i, weight in enumerate(weights):
         if by_rows[i]:
-            own = rounding_seed(weight, seed, names[i], int(states[i]["step"]) - 1)
-            _write(rule, grads[i], states[i], weight, *own, stochastic=stochastic)
+            own = grads[i], states[i], weight, flags[i]
+            _write(rule, *own, *noise[i], stochastic=stochastic)
 
 
 def _write(
@@ -54,14 +54,17 @@ def _write(
     grad: Tensor,
     state: State,
     weight: Tensor,
-    seed: int,
-    turn: int,
+    good: Tensor | None,
+    seed: Seed,
+    turn: Seed,
     *,
     stochastic: bool,
 ) -> None:
     """By chunks of rows: computes the rule's update and writes the rounded weight."""
+    if good is not None:
+        grad = torch.where(good, grad, 0.0)
     if weight.dim() != 2:
-        (update,) = rule.update([grad], [state], [weight])
+        update = left_out(rule.update([grad], [state], [weight])[0], good)
         whole = RowRange.whole(weight.shape[0] if weight.dim() else 1)
         for chunk, rows in editable_rows(weight, whole, seed, turn, stochastic=stochastic):
             direction = (
@@ -74,16 +77,8 @@ def _write(
     if chunks is None:
         whole = RowRange.whole(weight.shape[0])
         for chunk, rows in editable_rows(weight, whole, seed, turn, stochastic=stochastic):
-            add_update_(chunk, updates(slice(rows.start, rows.stop)))
+            add_update_(chunk, left_out(updates(slice(rows.start, rows.stop)), good))
         return
     for piece in chunks:
-        update = updates(slice(piece.start, piece.start + piece.rows))
-        alpha, direction = update.alpha, update.direction
-        if isinstance(alpha, Tensor):
-            alpha, direction = 1.0, direction * alpha
-        # A decay that depends on the weight's RMS (Adafactor) is read back.
-        piece.write(direction, None, decay_factor=float(update.decay_factor), alpha=alpha)
-
-
-def _by_rows(weight: Tensor, stochastic: bool) -> bool:
-    return isinstance(weight, QuantizedWeight) or (stochastic and weight.dtype == torch.bfloat16)
+        update = left_out(updates(slice(piece.start, piece.start + piece.rows)), good)
+        piece.write(update.direction, None, decay_factor=update.decay_factor, alpha=update.alpha)

@@ -201,8 +201,28 @@ def stochastic_bfloat16(d: Draw) -> None:
     x = d.tensor(d.integer(4, 9000))
     x[0], x[1], x[2] = float("inf"), float("nan"), -float("inf")
     out = torch.empty(len(x), dtype=torch.bfloat16, device=d.device)
-    arguments = [x, out, d.seed(), d.integer(0, 1 << 40)]
+    arguments = [x, out, d.seed(), d.integer(0, 1 << 40), _device_seed(d)]
     exactly(run(d, "stochastic_bfloat16", arguments, [1]))
+
+
+def _device_seed(d: Draw) -> Tensor | None:
+    given: Tensor | None = d.one(None, torch.tensor(d.seed(), device=d.device))
+    return given
+
+
+def _device_sizes(d: Draw) -> Tensor | None:
+    """A decay factor and a step size that replace the numbers, or none."""
+    sizes: Tensor | None = d.one(None, torch.tensor([0.8, 0.3], device=d.device))
+    return sizes
+
+
+def step_seeds(d: Draw) -> None:
+    """The same seeds for lists that need one launch and several."""
+    count = d.one(1, 3, 20, 480)
+    steps = list(d.integers(count, high=256).float().mul_(65_521.0).unbind(0))
+    states = [d.seed(), *range(-7, count - 8)]
+    seeds = torch.empty(count, dtype=torch.int64, device=d.device)
+    exactly(run(d, "step_seeds", [steps, states, d.seed(), seeds], [3]))
 
 
 def _close(pairs: list[tuple[Tensor, Tensor]]) -> None:
@@ -350,6 +370,7 @@ def write_back(d: Draw) -> None:
     seed = d.one(None, d.seed())
     first = d.integer(0, 1 << 40)
     arguments = [weight, *_update(d, rows, columns), d.one(1.0, 0.9), 0.1, seed, first]
+    arguments += [_device_sizes(d), _device_seed(d)]
     exactly(run(d, "write_back", arguments, [0], keeps=True))
 
 
@@ -375,7 +396,7 @@ def write_back_int8(d: Draw) -> None:
     zeros = d.integers(count, high=256).to(kind)
     keep, alpha = d.one((1.0, 0.1), (0.9, 0.1), (1.0, 0.0))
     arguments = [codes, scales, zeros, *_update(d, rows, columns), group, keep, alpha]
-    arguments += [d.seed(), d.integer(0, 1 << 40)]
+    arguments += [d.seed(), d.integer(0, 1 << 40), _device_sizes(d), _device_seed(d)]
     exactly(run(d, "write_back_int8", arguments, [0, 1, 2], keeps=True))
 
 
@@ -393,6 +414,7 @@ EXACT = (
     gaussian,
     gaussian_list,
     stochastic_bfloat16,
+    step_seeds,
     limit_growth,
     write_back,
     write_back_list,

@@ -71,7 +71,7 @@ int main() {
     check("write_back_int8",
           lowrank_write_back_int8(codes.data(), scales.data(), zeros.data(), single, delta.data(),
                                   single, x.data(), single, factors.data(), 0, 1, kRows, kColumns,
-                                  group, 0.9f, 0.1f, 7, 0, nullptr));
+                                  group, 0.9f, 0.1f, 7, 0, nullptr, nullptr, nullptr));
   }
   check("rademacher", lowrank_rademacher(delta.data(), single, kNumel, 7, nullptr));
   const std::int64_t key = 7;
@@ -84,10 +84,15 @@ int main() {
   check("gaussian_list",
         lowrank_gaussian_list(2, normals, counts, nullptr, keys, single, 0.5f, nullptr));
   check("stochastic_bfloat16",
-        lowrank_stochastic_bfloat16(x.data(), half.data(), kNumel, 7, 0, nullptr));
-  check("write_back",
-        lowrank_write_back(half.data(), lowrank::kBfloat16, delta.data(), single, x.data(), single,
-                           factors.data(), 0, 1, kRows, kColumns, 0.9f, 0.1f, 1, 7, 0, nullptr));
+        lowrank_stochastic_bfloat16(x.data(), half.data(), kNumel, 7, 0, nullptr, nullptr));
+  const float step = 3.0f;
+  const float* steps[] = {&step, &step};
+  const std::uint64_t states[] = {5, 6};
+  std::int64_t seeds[2];
+  check("step_seeds", lowrank_step_seeds(2, steps, states, 7, seeds, nullptr));
+  check("write_back", lowrank_write_back(half.data(), lowrank::kBfloat16, delta.data(), single,
+                                         x.data(), single, factors.data(), 0, 1, kRows, kColumns,
+                                         0.9f, 0.1f, 1, 7, 0, nullptr, seeds, nullptr));
 
   void* written[] = {delta.data(), m.data()};
   const void* taken[] = {x.data(), x.data()};

@@ -35,7 +35,14 @@ def samples() -> dict[str, tuple[Any, ...]]:
         "rademacher": (x, 5),
         "gaussian": (x, 5, torch.tensor(7), 3),
         "gaussian_list": ([x.clone(), x.clone()], [5, 6], [], 0.5),
-        "stochastic_bfloat16": (x, torch.empty(SIZE, dtype=torch.bfloat16), 5, 0),
+        "stochastic_bfloat16": (
+            *(x, torch.empty(SIZE, dtype=torch.bfloat16), 5, 0),
+            torch.tensor(7),
+        ),
+        "step_seeds": (
+            *([torch.tensor(3.0), torch.tensor(4.0)], [5, -6], 7),
+            torch.zeros(2, dtype=torch.int64),
+        ),
         "adam": (
             *([x], [x.clone()], [x.abs()], [x.clone()], [], [], -1),
             *(0.9, 0.999, 1e-8, 1.0, None),
@@ -52,11 +59,14 @@ def samples() -> dict[str, tuple[Any, ...]]:
             *([torch.tensor(2.0), torch.tensor(0.0)], torch.rand(2)),
             *(torch.tensor([True, False]), torch.zeros(2), 1.01),
         ),
-        "write_back": (matrix, matrix.clone(), matrix.clone(), factors, 0.9, 0.1, None, 0),
+        "write_back": (
+            *(matrix, matrix.clone(), matrix.clone(), factors, 0.9, 0.1, None, 0),
+            *(torch.ones(2), torch.tensor(7)),
+        ),
         "write_back_list": ([matrix.clone()], [matrix], [factors], 0.9),
         "write_back_int8": (
             *(byte_matrix, groups, groups.clone(), matrix, None, None, 256),
-            *(0.9, 0.1, 5, 0),
+            *(0.9, 0.1, 5, 0, torch.ones(2), torch.tensor(7)),
         ),
     }
 

@@ -23,6 +23,7 @@ from lowrank.optimizers import (
 )
 from lowrank.optimizers.engine import chunks, devices
 from lowrank.optimizers.engine.geometry import Side
+from lowrank.optimizers.engine.gradients import SkippedUpdates
 from lowrank.optimizers.projectors import RandomProjector
 from lowrank.optimizers.storage import Int4Basis, Int8Basis
 
@@ -325,3 +326,40 @@ def test_what_is_not_finite_does_not_spread(name: str) -> None:
         results.append([w.detach() for n, w in model.named_parameters() if n != "mlp_1_0.weight"])
     for whole, broken in zip(*results, strict=True):
         torch.testing.assert_close(broken, whole, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *(("adamw_8bit", {}), ("adamw_8bit", {"min_8bit_size": 256}), ("galore_adafactor", {})),
+        *(("online_subspace_lion", {}), ("foam_adamw", {}), ("racs_adamw", {})),
+        *(("scale_sgd", {}), ("adamw", {"stochastic_rounding": True})),
+    ],
+    ids=str,
+)
+def test_no_rule_reads_whether_plain_gradients_are_finite(
+    name: str, options: dict[str, Any]
+) -> None:
+    """Without weight decay a plain parameter stays, and nothing in its state is infected."""
+    dtype = torch.bfloat16 if "stochastic_rounding" in options else torch.float32
+    others = []
+    for bad in (float("nan"), None):
+        model = Layers(dtype)
+        with devices.as_on_gpu():
+            optimizer = build(name, model, lr=1e-2, weight_decay=0.0, **options)
+            for step in range(3):
+                give_gradients(model, step)
+                before = model.head.weight.detach().clone()
+                if step == 1 and bad is not None:
+                    model.head.weight.grad.fill_(bad)
+                with mock.patch.object(SkippedUpdates, "usable", side_effect=AssertionError):
+                    optimizer.step()
+                stays = step == 1 and bad is not None
+                assert torch.equal(model.head.weight.detach(), before) == stays
+        for key, value in optimizer.state[model.head.weight].items():
+            if isinstance(value, Tensor):
+                assert bool(value.isfinite().all()), key
+        others.append([w.detach() for w in model.parameters() if w is not model.head.weight])
+        with nullcontext() if bad is None else pytest.warns(UserWarning, match="head.weight"):
+            assert optimizer.skipped_by_name() == ({} if bad is None else {"head.weight": 1})
+    assert all(map(torch.equal, *others))

@@ -101,3 +101,24 @@ def test_a_tensor_learning_rate_is_never_read_back() -> None:
         low = matrix(4, 6, 1)
         (update,) = rule.update([low], [rule.init(low.shape, low)], [low])
         assert update.alpha is lr
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("overwrites", [True, False])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_pieces_of_several_matrices_are_the_whole(
+    rows: int, overwrites: bool, signed: bool
+) -> None:
+    grads_b = torch.stack([matrix(rows, 5, i) for i in range(3)]).bfloat16()
+    alone = [{"exp_avg": matrix(rows, 5, 10 + i).float()} for i in range(3)]
+    joined = [{"exp_avg": state["exp_avg"].clone()} for state in alone]
+    weights = [torch.zeros(rows, 5, dtype=torch.bfloat16)] * 3
+    rule, good_b = Lion(lr=0.1, weight_decay=0.1, signed=signed), torch.tensor([True, False, True])
+    grads_b[1] = 0.0
+    wanted = rule.update(list(grads_b.unbind()), alone, weights)
+    found = rule.update_together(grads_b, joined, weights, good_b=good_b, overwrites=overwrites)
+    for i, (update, direction) in enumerate(zip(wanted, found.direction, strict=True)):
+        exact = update.direction.bfloat16() if good_b[i] else torch.zeros_like(direction)
+        torch.testing.assert_close(direction, exact, rtol=2**-7, atol=1e-6)
+        torch.testing.assert_close(joined[i]["exp_avg"], alone[i]["exp_avg"])
+    assert (found.alpha, found.decay_factor) == (wanted[0].alpha, wanted[0].decay_factor)

@@ -55,7 +55,7 @@ _LIST_BLOCKS, _BLOCK_ENTRIES = 320, 1 << 16
 #: Tensors of one launch of our kernels (cuda/device/lists.h).
 _MANY = 472
 _OWN_LISTS = {"adam", "adam_8bit", "adam_weights", "gaussian_list", "limit_growth"}
-_OWN_LISTS |= {"dequantize_groups_list", "dequantize_int4_list", "write_back_list"}
+_OWN_LISTS |= {"dequantize_groups_list", "dequantize_int4_list", "write_back_list", "step_seeds"}
 #: Tensors that one launch concatenates.
 _CONCATENATED = 128
 
@@ -248,6 +248,7 @@ def count_step(
     *,
     refreshing: bool = False,
     memory: int | None = None,
+    device_rate: bool = False,
     **options: Any,
 ) -> Launches:
     """What a step asks of a GPU for matrices of one shape with finite gradients.
@@ -259,6 +260,7 @@ def count_step(
         dtype: of weights and gradients.
         refreshing: all bases are refitted in it; between refreshes none is.
         memory: bytes of the GPU, by which scratch is bounded; None for one of 16 GiB or less.
+        device_rate: the learning rate is a tensor on the GPU.
         options: of `build`.
     """
     m, n = shape
@@ -269,6 +271,8 @@ def count_step(
         for layer in model.values():
             layer.weight = nn.Parameter(torch.empty(m, n, dtype=dtype, device="cuda"))
         with driverless(torch.device("cuda")):
+            if device_rate:
+                options["lr"] = torch.empty((), device="cuda")
             optimizer = build(method, model, **options)
             _settle(optimizer, ledger)
             for param in model.parameters():
