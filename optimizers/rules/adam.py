@@ -30,6 +30,7 @@ from .base import (
     ElementwiseRule,
     State,
     Update,
+    UpdateRule,
     add_updates_,
     numel,
     scalar,
@@ -396,3 +397,8 @@ class Adam(ElementwiseRule):
             add_updates_(targets, updates)
         for _, grad, state, weight in (own for own in rows if not own[0]):
             super().apply([grad], [state], [weight])
+
+
+def may_fuse(rule: UpdateRule) -> bool:
+    """Whether a rule takes torch's fused kernel where precision and strides allow it."""
+    return type(rule) is Adam and rule.fused and not (rule.capturable or rule.compiled)
