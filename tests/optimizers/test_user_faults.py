@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from support import tiny_model
 from torch import nn
 
-from lowrank.optimizers import GaLoreAdamW, build, convert, merge
+from lowrank.optimizers import GaLoreAdamW, build, convert, merge, read_official
 from lowrank.optimizers.weights import QuantizedWeight
 
 
@@ -317,3 +319,12 @@ def test_a_loaded_state_with_nan_is_named() -> None:
     ) as t:
         optimizer.load_state_dict(saved)
     assert len(t) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 cut short"], ids=repr)
+def test_files_that_torch_did_not_save_are_refused_by_name(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "optimizer.pt"
+    file.write_bytes(content)
+    with pytest.raises((ValueError, pickle.UnpicklingError)) as raised:
+        read_official(file)
+    assert isinstance(raised.value, pickle.UnpicklingError) or str(file) in str(raised.value)
