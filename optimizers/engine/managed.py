@@ -278,11 +278,11 @@ class ManagedOptimizer(Optimizer):
         try:
             with self._shown():
                 super().load_state_dict(state_dict)
+                warn_of_nonfinite(type(self).__name__, self.param_groups, self.state)
         finally:
             before.remove()
             after.remove()
         warn_of_changes(type(self).__name__, changed)
-        warn_of_nonfinite(type(self).__name__, self.param_groups, self.state)
 
     @property
     def skipped(self) -> int:
