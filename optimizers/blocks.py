@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .coverage import tell
 from .engine.parameters import whole_shape
-from .param_groups import _group, _parameters, no_match
+from .param_groups import _group, _parameters, no_match, plain_rate
 from .targets import Patterns, block_of, selector
 
 Named = list[tuple[str, nn.Parameter]]
@@ -75,7 +75,7 @@ def block_groups(
     """
     blocks, others = blocks_of(model, patterns)
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
-    rate = {} if plain_lr is None else {"lr": plain_lr}
+    rate = plain_rate(plain_lr)
     parts: list[tuple[Named, dict[str, Any]]] = [
         (named, {"block": number}) for number, named in enumerate(blocks.values())
     ]

@@ -10,6 +10,7 @@ Fira go on as the package would have (with `refresh="svd"` to its numbers).
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
@@ -59,11 +60,22 @@ def read_official(file: str | os.PathLike[str] | IO[bytes]) -> Any:
         What was saved, on the CPU, with a `ProjectorRecord` for each projector.
 
     Raises:
+        OSError: the file can't be read.
         pickle.UnpicklingError: it has objects of other classes.
+        ValueError: it is no file of `torch.save`, or not a whole one.
     """
     allowed: list[Any] = [(ProjectorRecord, name) for name in PROJECTORS]
     with torch.serialization.safe_globals(allowed):
-        return torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except (OSError, pickle.UnpicklingError):
+            raise
+        except Exception as error:  # Which type torch raises for other bytes depends on these.
+            called = file if isinstance(file, str | os.PathLike) else "the open file"
+            raise ValueError(
+                f"{called} can't be read ({type(error).__name__}): accepted is a whole file that "
+                "torch.save wrote"
+            ) from error
 
 
 def load_official_state(optimizer: LowRankOptimizer, state_dict: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from .coverage import projection_summary, tell, warn_of_left_out
+from .engine.options import check_lr
 from .engine.parameters import check_placement, whole_shape
 from .layers.base import FactoredLinear
 from .targets import Patterns, checked, selector
@@ -118,7 +119,7 @@ def param_groups(
     if not projected and not convolutions:
         raise no_match(model, patterns)
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
-    rate = {} if plain_lr is None else {"lr": plain_lr}
+    rate = plain_rate(plain_lr)
     groups = [
         _group(projected, {**decay, **options}),
         _group(convolutions, {**decay, **options}),
@@ -178,7 +179,7 @@ def factored_groups(
             "convert(name, model)"
         )
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
-    rate = {} if plain_lr is None else {"lr": plain_lr}
+    rate = plain_rate(plain_lr)
     groups = [
         _group(factors, {**decay, **method_options, "factors": True}),
         _group(decayed, {**decay, **rate}),
@@ -209,7 +210,7 @@ def plain_groups(
     """
     hidden, decayed, undecayed = split(model, patterns)
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
-    rate = {} if plain_lr is None else {"lr": plain_lr}
+    rate = plain_rate(plain_lr)
     if apart or plain_lr is not None:
         matrices = [_group(hidden, decay), _group(decayed, {**decay, **rate})]
     else:
@@ -234,6 +235,18 @@ def hidden_apart(model: nn.Module, how: str, **options: Any) -> tuple[Group, lis
         raise no_match(model, options.get("patterns"))
     warn_of_left_out(model, hidden["param_names"], how)
     return hidden, others
+
+
+def plain_rate(plain_lr: float | torch.Tensor | None) -> Group:
+    """The learning rate of what is not projected, as options of its groups; none without one.
+
+    Raises:
+        ValueError: it is no number of at least 0.
+    """
+    if plain_lr is None:
+        return {}
+    check_lr(plain_lr, "plain_lr")
+    return {"lr": plain_lr}
 
 
 def split(model: nn.Module, patterns: Patterns) -> tuple[list[tuple[str, nn.Parameter]], ...]:
@@ -292,9 +305,12 @@ def no_match(model: nn.Module, patterns: Patterns) -> ValueError:
             f"such as {found[0][0]}: accepted are patterns that match others"
         )
     lacking = f"has one of {named} in its name" if named else "is in a list of blocks, or named so"
+    others = ""
+    if any(_is_large_convolution(param) for param in model.parameters()):
+        others = ", or rank_ratio_cnn=4 with COAP's methods, which project its convolutions"
     return ValueError(
         f"no nn.Linear of {kind} {lacking}; accepted are patterns that match one, such as "
-        'patterns="all-linear"'
+        f'patterns="all-linear"{others}'
     )
 
 

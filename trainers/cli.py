@@ -267,3 +267,7 @@ def _shown_once() -> Callable[..., None]:
             sys.stderr.write(f"warning: {message}\n")
 
     return show
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -55,17 +55,24 @@ def check_unchanged(saved: RunConfig, now: RunConfig, checkpoint: Path, step: in
     changed = changed_keys(saved, now)
     if not changed:
         return
-    if all(key == "train.steps" or key.startswith("schedule.") for key, _, _ in changed):
-        reason = _why_not(saved, now, step)
-        if reason is None:
+    others = [item for item in changed if not _of_length(item[0])]
+    reason = _why_not(saved, now, step)
+    if reason is None:
+        if not others:
             return
-    else:
+        changed = others  # what could have changed alone is nothing to undo
+    if others:
         reason = ""
     if warmup_steps(saved) == warmup_steps(now):
         # A ratio that only follows the length is nothing that anyone gave.
         changed = [item for item in changed if item[0] != "schedule.warmup_ratio"] or changed
     keys = [key for key, _, _ in changed]
     raise ValueError(f"{_differences(changed)}{reason}; {advice(keys, checkpoint)}")
+
+
+def _of_length(key: str) -> bool:
+    """Whether a setting is the run's length, or of its schedule."""
+    return key == "train.steps" or key.startswith("schedule.")
 
 
 def advice(keys: list[str], checkpoint: Path) -> str:

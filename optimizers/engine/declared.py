@@ -16,6 +16,7 @@ from .keywords import Constructor, Keyword, documented, ordered
 from .options import COMMON_DEFAULTS, PROJECTION_DEFAULTS, Group, ProjectionOptions, make_plain
 from .rule_families import RuleFamily
 from .strategies import ON_CHANGE, check_strategy_options, strategy_option_owners, strategy_options
+from .warn import warn_user
 
 
 class DeclaredOptimizer(Optimizer):
@@ -94,6 +95,7 @@ class DeclaredOptimizer(Optimizer):
         super().__init__(_own_groups(collected), defaults)
         self._begin()
         self._warn_of_groups()
+        self._warn_of_fused()
 
     def _begin(self) -> None:
         """Called once all groups of the constructor are there."""
@@ -101,11 +103,13 @@ class DeclaredOptimizer(Optimizer):
     def _warn_of_groups(self) -> None:
         """Warns if no group is projected."""
         if self.projects and not any(ProjectionOptions.of(group) for group in self.param_groups):
-            warnings.warn(
+            warn_user(
                 f"{type(self).__name__}: no parameter group has a rank, so nothing is projected; "
-                "param_groups(model) makes groups that are",
-                stacklevel=3,
+                "param_groups(model) makes groups that are"
             )
+
+    def _warn_of_fused(self) -> None:
+        """Warns if `fused=True` has no effect on any group."""
 
     def _make_attributes(self) -> None:
         """Creates the attributes that are not part of the state."""

@@ -67,7 +67,7 @@ def finite(
     for positions in by_device.values():
         if on_gpu(tensors[positions[0]]):
             for position, largest in zip(
-                positions, _largest_of([tensors[i] for i in positions]), strict=True
+                positions, largest_of([tensors[i] for i in positions]), strict=True
             ):
                 good[position] = math.isfinite(largest)
             continue
@@ -104,7 +104,7 @@ def _agreed(good: list[bool], tensors: Sequence[Tensor], spread: Sequence[Proces
 _NOTHING: Mapping[int, bool] = {}
 
 
-def _largest_of(tensors: Sequence[Tensor]) -> list[float]:
+def largest_of(tensors: Sequence[Tensor]) -> list[float]:
     """The largest absolute entry of each tensor on a GPU; 0 of an empty one."""
     full = [i for i, tensor in enumerate(tensors) if tensor.numel()]
     norms = list(torch._foreach_norm([tensors[i] for i in full], torch.inf)) if full else []

@@ -184,7 +184,8 @@ DOCS: Mapping[str, str] = {
     "capturable": "keep step counts on the device, so that steps between refreshes can be captured "
     "in a CUDA graph (where the rule supports it).",
     "differentiable": "must be False; differentiating through `step` is not supported.",
-    "fused": "False avoids torch's fused Adam kernel, None and True use it where it applies.",
+    "fused": "torch's fused Adam kernel, for parameters that are not projected and whose moments "
+    "have their precision: None and True use it, False doesn't. True warns where it never applies.",
     "compile": "`torch.compile` the update of the moments (Adam-based rules).",
     "skip_nonfinite": "leave a parameter as it is for a step in which its gradient holds NaN or "
     "infinity; on a GPU, and under `capturable`, see docs/gpu_steps.md.",

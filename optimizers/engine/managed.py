@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,6 +17,7 @@ from .composition import Composition
 from .devices import capturing
 from .gradients import SkippedUpdates
 from .in_backward.state import Pending, save_pending, take_pending
+from .loaded import warn_of_nonfinite
 from .options import Group, make_plain
 from .plan import Plan, Snapshot
 from .prepare import MadeBy, Maker, drop_unused, follow, revise
@@ -243,6 +244,11 @@ class ManagedOptimizer(Optimizer):
             ValueError: the state doesn't fit these parameters, or is another method's; nothing is
                 changed then.
         """
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(
+                f"the saved state is a {type(state_dict).__name__}: accepted is what state_dict() "
+                "gave"
+            )
         found: dict[str, Any] = {}
         pending = Pending()
         changed: list[str] = []
@@ -272,6 +278,7 @@ class ManagedOptimizer(Optimizer):
         try:
             with self._shown():
                 super().load_state_dict(state_dict)
+                warn_of_nonfinite(type(self).__name__, self.param_groups, self.state)
         finally:
             before.remove()
             after.remove()

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
+from ..rules.adam import may_fuse
 from . import checks
 from .composition import Composition
 from .decision import decide
@@ -43,6 +44,7 @@ from .strategies import (
     projection_of,
     strategy_options,
 )
+from .warn import warn_user
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -79,6 +81,17 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
         self._in_use = InUse()
         self._equal = EqualOptions()
         self._sound: dict[int, bool] = {}
+
+    def _warn_of_fused(self) -> None:
+        asked = [plan for plan in self._plans.values() if plan.group["fused"]]
+        rules = [plan.core.rule for plan in asked if plan.params]
+        if rules and not any(may_fuse(rule) for rule in rules):
+            names = ", ".join(sorted({type(rule).__name__ for rule in rules}))
+            warn_user(
+                f"{type(self).__name__}: fused=True has no effect on {names}: it asks for torch's "
+                "fused kernel, which is plain Adam's, without capturable and compile; kernels of "
+                "this package are used wherever they apply"
+            )
 
     #: Whether any basis was refitted in this step.
     _refitted: bool = False

@@ -104,7 +104,7 @@ class ProjectionOptions:
         if self.rank_ratio_matrix is not None:
             checks.number("rank_ratio_matrix", self.rank_ratio_matrix, low=1.0)
         checks.integer("update_proj_gap", self.update_proj_gap, low=1)
-        checks.number("scale", self.scale)
+        checks.number("scale", self.scale, low=0.0)
         checks.choice("proj_type", self.proj_type, PROJ_TYPES)
         checks.choice("refresh", self.refresh, (None, *REFRESH_MODES))
         checks.choice("stagger", self.stagger, (None, True, False))
@@ -193,15 +193,17 @@ def make_plain(options: MutableMapping[str, Any], known: Collection[str] | None 
             options[name] = made
 
 
-def check_lr(lr: Any) -> None:
-    """Raises `ValueError` unless `lr` is a number >= 0 or a tensor with one such entry."""
+def check_lr(lr: Any, name: str = "lr") -> None:
+    """Raises `ValueError` unless a rate is a number >= 0 or a tensor with one such entry."""
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
-            raise ValueError(f"lr is a tensor of shape {tuple(lr.shape)}: accepted is one entry")
+            raise ValueError(
+                f"{name} is a tensor of shape {tuple(lr.shape)}: accepted is one entry"
+            )
         if lr.device.type != "cpu":
             return  # reading it would synchronise
         lr = lr.item()
-    checks.number("lr", lr, low=0.0, high=math.inf)
+    checks.number(name, lr, low=0.0, high=math.inf)
 
 
 def check_common(group: Mapping[str, Any]) -> None:

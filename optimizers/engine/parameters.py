@@ -151,13 +151,13 @@ def check_exchanged(
         left.remove(shape)
 
 
-def _check_experts(shape: torch.Size, called: str) -> None:
+def _check_experts(shape: torch.Size, name: str | None) -> None:
     """Raises `ValueError` for what is hardly E matrices: a convolution's kernels."""
     if min(shape[1:]) < SMALLEST_SIDE and shape.numel():
         raise ValueError(
-            f"{called} of shape {tuple(shape)} would be {shape[0]} matrices: accepted "
-            f"are matrices with sides of at least {SMALLEST_SIDE}; convolutions belong in a group "
-            "without rank (param_groups(model) sorts them)"
+            f"{name or 'the parameter'} of shape {tuple(shape)} would be {shape[0]} matrices: "
+            f"accepted are matrices with sides of at least {SMALLEST_SIDE}; convolutions belong in "
+            "a group without rank (param_groups(model) sorts them)"
         )
 
 
@@ -175,7 +175,7 @@ def check_param(param: Tensor, name: str | None, composition: Composition) -> No
                 f"{type(composition.rule).__name__}"
             )
         if composition.by_expert(shape):
-            _check_experts(shape, called)
+            _check_experts(shape, name)
         elif param.numel():
             composition.rule.check_part(shard_of(param, called).part(None), called)
         return
@@ -188,7 +188,7 @@ def check_param(param: Tensor, name: str | None, composition: Composition) -> No
             "norms and convolutions belong in a group without rank (param_groups(model) sorts them)"
         )
     if composition.by_expert(shape):
-        _check_experts(shape, called)
+        _check_experts(shape, name)
     if shape.numel():
         spread = dim == len(shape) and not shard_of(param).rows.processes.alone
         if spread and not (projector.SPREADS and dim == 2):

@@ -34,6 +34,7 @@ from ..engine.method import method
 from ..engine.optimizer import LowRankOptimizer
 from ..engine.options import Group
 from ..engine.rule_families import SCALE
+from ..param_groups import plain_rate
 from ..roles import Named, roles
 from ..targets import Patterns
 
@@ -63,7 +64,7 @@ def scale_groups(
     chosen = [name for name, _ in (*found.hidden, *found.transposed)]
     warn_of_left_out(model, chosen, "under SCALE")
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
-    rate = {} if plain_lr is None else {"lr": plain_lr}
+    rate = plain_rate(plain_lr)
     hidden, *others = [
         _group(found.hidden, {**decay, "normalise": "rows", "momentum": 0.0}),
         _group(found.transposed, {**decay, "normalise": "columns", "momentum": 0.0}),

@@ -30,6 +30,7 @@ from .base import (
     ElementwiseRule,
     State,
     Update,
+    UpdateRule,
     add_updates_,
     left_out,
     numel,
@@ -397,3 +398,8 @@ class Adam(ElementwiseRule):
         updates = self.update(zeroed(grads, good_b), states, weights)
         kept = zip(updates, good_b.unbind(), strict=True)
         add_updates_(weights, [left_out(update, good) for update, good in kept])
+
+
+def may_fuse(rule: UpdateRule) -> bool:
+    """Whether a rule takes torch's fused kernel where precision and strides allow it."""
+    return type(rule) is Adam and rule.fused and not (rule.capturable or rule.compiled)

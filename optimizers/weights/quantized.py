@@ -26,7 +26,7 @@ from lowrank.cuda import groups
 from .formats import FORMATS, GROUP_SIZES, Chunk, Format, Parts
 from .linear import quantized_embedding, quantized_linear
 from .operations import run
-from .read_entries import entries_of, lost_write
+from .read_entries import entries_of, is_view, lost_write
 
 #: What `Module.to` and the like call.
 _MOVES = (Tensor.to, Tensor.cuda, Tensor.float, Tensor.half, Tensor.bfloat16)
@@ -219,7 +219,7 @@ class QuantizedWeight(Tensor):
             if func == _SET_DATA:
                 return _set_data(*args)
             made = func(*args, **kwargs)
-        return entries_of(args[0], made) if func is Tensor.__getitem__ else made
+        return entries_of(made) if is_view(func) else made
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +13,7 @@ import torch
 from support import tiny_model
 from torch import nn
 
-from lowrank.optimizers import build, convert, merge
+from lowrank.optimizers import GaLoreAdamW, build, convert, merge, read_official
 from lowrank.optimizers.weights import QuantizedWeight
 
 
@@ -187,7 +190,7 @@ def test_a_layer_that_was_frozen_at_first_and_is_trained_later_is_named() -> Non
 def test_eps_may_be_zero() -> None:
     for name in ("galore_adamw", "adamw", "fira_adamw", "galore_adamw_8bit", "relora_adamw"):
         model = tiny_model()
-        optimizer = build(name, model, lr=1e-2, rank=4, eps=0)
+        optimizer = build(name, model, lr=1e-2, eps=0)
         for param in model.parameters():
             param.grad = torch.ones_like(param) if param.requires_grad else None
         optimizer.step()
@@ -210,3 +213,118 @@ def test_quantised_weights_move_after_a_step_that_was_skipped() -> None:
         optimizer.step()
     model.to(torch.bfloat16)
     assert all(param.dtype == torch.bfloat16 for param in model.parameters())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_writes_into_views_of_quantised_weights_raise(bits: int) -> None:
+    model = tiny_model()
+    build("galore_adamw", model, rank=4, weight_bits=bits)
+    weight = next(param for param in model.parameters() if isinstance(param, QuantizedWeight))
+    before = weight.dequantize()
+
+    def rows() -> None:
+        for row in weight.data:
+            row.fill_(0.0)
+
+    def by_index() -> None:
+        weight.data.T[0] = 0.0
+
+    writes = (
+        rows,
+        by_index,
+        lambda: weight.data.T.mul_(2.0),
+        lambda: weight.data.t().mul_(2.0),
+        lambda: weight.data.mT[0].zero_(),
+        lambda: weight.data.chunk(2)[0].zero_(),
+        lambda: torch.split(weight.data, 2)[0].zero_(),
+        lambda: weight.data.view(-1)[:4].zero_(),
+        lambda: weight.data.flatten().zero_(),
+        lambda: weight.detach().narrow(0, 0, 1).zero_(),
+        lambda: torch.transpose(weight.data, 0, 1).clamp_(0.0),
+        lambda: weight.data[0][:2].zero_(),
+        lambda: torch.add(weight.data[0], 1.0, out=weight.data.unbind()[0]),
+    )
+    for write in writes:
+        with pytest.raises(ValueError, match="writing into entries of a"):
+            write()
+    assert torch.equal(weight.dequantize(), before)
+    for read in (weight.data.T @ torch.ones(weight.shape[0]), weight.data.chunk(2)[0] + 1.0):
+        assert type(read) is torch.Tensor
+        read.zero_()
+    assert weight.T.requires_grad
+
+
+def test_a_negative_scale_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"scale=-1: accepted is a finite number of at least 0"):
+        build("galore_adamw", tiny_model(), scale=-1)
+
+
+@pytest.mark.parametrize("saved", [[], None, 3, "state"], ids=repr)
+def test_a_state_of_another_type_is_refused(saved: Any) -> None:
+    optimizer = build("galore_adamw", tiny_model(), rank=4)
+    with pytest.raises(ValueError, match=f"is a {type(saved).__name__}: accepted is what state_d"):
+        optimizer.load_state_dict(saved)
+
+
+def test_experts_without_names_are_called_by_their_shape_once() -> None:
+    group = {"params": [nn.Parameter(torch.zeros(3, 4, 5))], "rank": 2}
+    with pytest.raises(ValueError, match=r"^the parameter of shape \(3, 4, 5\) would be 3 matr"):
+        GaLoreAdamW([group])
+
+
+def test_a_network_of_convolutions_is_told_of_their_option() -> None:
+    network = nn.Sequential(nn.Conv2d(32, 64, 3), nn.Conv2d(64, 64, 3))
+    with pytest.raises(ValueError, match=r"rank_ratio_cnn=4 with COAP"):
+        build("coap_adamw", network)
+    assert build("coap_adamw", network, rank_ratio_cnn=4).param_groups[0]["rank_ratio_cnn"] == 4
+
+
+@pytest.mark.parametrize(
+    "name", ["galore_adamw", "adamw", "sltrain_adamw", "scale_sgd", "lisa_adamw"]
+)
+def test_a_wrong_rate_of_what_is_not_projected_is_called_by_its_name(name: str) -> None:
+    with pytest.raises(ValueError, match=r"plain_lr='1e-3': accepted is a finite number"):
+        build(name, tiny_model(), plain_lr="1e-3")
+
+
+def test_fused_without_a_fused_kernel_is_said_once() -> None:
+    for name in ("galore_adamw", "adamw", "sltrain_adamw", "fira_adamw"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            build(name, tiny_model(), rank=4, fused=True, foreach=None) if name != "adamw" else (
+                build(name, tiny_model(), fused=True)
+            )
+    for name in ("galore_adafactor", "online_subspace_lion", "galore_adamw_8bit"):
+        with pytest.warns(UserWarning, match="fused=True has no effect on") as told:
+            build(name, tiny_model(), rank=4, fused=True)
+        assert len(told) == 1
+    with pytest.warns(UserWarning, match="fused=True has no effect on Adam"):
+        build("galore_adamw", tiny_model(), rank=4, fused=True, compile=True)
+
+
+def test_a_loaded_state_with_nan_is_named() -> None:
+    model = tiny_model()
+    optimizer = build("galore_adamw", model, rank=4)
+    train_a_step(model, optimizer)
+    saved = optimizer.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.load_state_dict(saved)
+    name = optimizer.param_groups[0]["param_names"][1]
+    saved = copy.deepcopy(saved)
+    saved["state"][1]["exp_avg_sq"][0, 0] = float("nan")
+    saved["state"][2]["exp_avg"][0, 0] = float("inf")
+    with pytest.warns(
+        UserWarning, match=f"of {name} has NaN or infinity in exp_avg_sq, and 1"
+    ) as t:
+        optimizer.load_state_dict(saved)
+    assert len(t) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 cut short"], ids=repr)
+def test_files_that_torch_did_not_save_are_refused_by_name(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "optimizer.pt"
+    file.write_bytes(content)
+    with pytest.raises((ValueError, pickle.UnpicklingError)) as raised:
+        read_official(file)
+    assert isinstance(raised.value, pickle.UnpicklingError) or str(file) in str(raised.value)

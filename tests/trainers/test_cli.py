@@ -1,6 +1,7 @@
 import argparse
 import ast
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -241,3 +242,14 @@ def test_the_installed_command_runs(tiny: Callable[..., list[str]], tmp_path: Pa
     )
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_the_module_runs_as_a_program_as_torchrun_starts_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lowrank", "methods"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("lowrank.trainers.cli", run_name="__main__")
+    assert ended.value.code == 0
+    assert "galore_adamw" in capsys.readouterr().out

@@ -295,3 +295,9 @@ def test_rank_leaves_out_options_that_a_method_lacks(
     monkeypatch.setattr("lowrank.trainers.plan.planner.available", lambda: ["adamw", "coap_adamw"])
     plans = rank(tiny, sequence=16, device="cpu", options={"rank": 4, "reproject_factor": 3})
     assert {made.optimizer for made in plans} == {"adamw", "coap_adamw"}
+
+
+def test_options_without_effect_are_told(tiny: str) -> None:
+    made = planned(tiny, "adamw", options={"rank": 4, "betas": (0.9, 0.99)})
+    assert "rank=4 has no effect on adamw" in made.notes
+    assert not any("betas" in note for note in made.notes)

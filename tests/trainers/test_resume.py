@@ -11,7 +11,9 @@ import yaml
 from test_pretrain import crash
 from tiny_runs import comparable_metrics, summary
 
+from lowrank.trainers.config_io import from_mapping
 from lowrank.trainers.pretrain import resolve
+from lowrank.trainers.resume import check_unchanged, resumed_config
 
 Run = Callable[[list[str]], tuple[int, str, str]]
 Tiny = Callable[..., list[str]]
@@ -168,3 +170,20 @@ def test_checkpoints_with_the_layers_under_their_former_name_are_read(
     assert (folder / "checkpoints" / "step-00000008" / "layers.safetensors").is_file()
     assert comparable_metrics(folder) == comparable_metrics(whole)
     assert summary(folder)["weights_sha256"] == summary(whole)["weights_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "also"), [("constant", False), ("cosine", True)], ids=["allowed", "not allowed"]
+)
+def test_a_length_that_may_change_is_not_named_beside_what_may_not(
+    schedule: str, also: bool
+) -> None:
+    content: dict[str, Any] = {
+        "optimizer": {"rank": 4},
+        "train": {"steps": 10},
+        "schedule": {"name": schedule},
+    }
+    now = {**content, "optimizer": {"rank": 8}, "train": {"steps": 20}}
+    with pytest.raises(ValueError, match=r"optimizer\.rank is 8, but the run to resume") as raised:
+        check_unchanged(from_mapping(content), resumed_config(content, now), Path("checkpoint"), 5)
+    assert ("train.steps" in str(raised.value)) is also

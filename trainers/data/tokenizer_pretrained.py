@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..missing import require
 from .errors import first_line
+
+#: Seconds before the hub is asked a second time, and for which an answer is awaited.
+_WAIT, _TIMEOUT = 2.0, 10.0
 
 
 class PretrainedTokenizer:
@@ -107,6 +111,26 @@ class PretrainedTokenizer:
         return ids
 
 
+def _reach(name: str) -> None:
+    """Asks the hub for a tokenizer's repository, without the retries of each file's download.
+
+    Those add up to more than a minute where there is no network. Raises what the network raises;
+    what the hub answers, whatever it is, is left to the download.
+    """
+    hub = require("huggingface_hub", "train")
+    for wait in (_WAIT, None):
+        try:
+            hub.HfApi().model_info(name, timeout=_TIMEOUT)
+        except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError):
+            return
+        except Exception as error:  # Which type the network's errors have is no stable fact.
+            if wait is None or "Offline" in type(error).__name__:
+                raise
+            time.sleep(wait)
+        else:
+            return
+
+
 def _load(name: str) -> Any:
     transformers = require("transformers", "train")
     try:
@@ -114,6 +138,8 @@ def _load(name: str) -> Any:
             # What was fetched once needs no network again, and stays the same through a run's life.
             return transformers.AutoTokenizer.from_pretrained(name, local_files_only=True)
         except Exception:
+            if not Path(name).expanduser().is_dir():
+                _reach(name)
             return transformers.AutoTokenizer.from_pretrained(name)
     except Exception as error:  # The library and the network below it raise many types.
         place = "the folder" if Path(name).expanduser().is_dir() else "no such folder, and the hub"

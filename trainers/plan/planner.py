@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from lowrank.optimizers import available
 from lowrank.optimizers.engine import checks
+from lowrank.optimizers.registry import without_effect
 
 from ..config import RunConfig
 from ..models import network_config
@@ -82,7 +84,10 @@ def plan(
         available_bytes,
     )
     _check(setting)
-    return _planned(model, setting, available_bytes)
+    made = _planned(model, setting, available_bytes)
+    idle = without_effect(optimizer, options or {})
+    told = [f"{name}={(options or {})[name]!r} has no effect on {optimizer}" for name in idle]
+    return replace(made, notes=(*made.notes, *told))
 
 
 def rank(model: str, **arguments: Any) -> list[Plan]:

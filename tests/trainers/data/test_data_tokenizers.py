@@ -16,6 +16,7 @@ from lowrank.trainers.data import (
     Tokenizer,
     build_tokenizer,
     tokenizer_bpe,
+    tokenizer_pretrained,
 )
 from lowrank.trainers.data.cache import cache_folder
 from lowrank.trainers.data.tokenizer import END_OF_TEXT
@@ -207,6 +208,29 @@ def test_unknown_name_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None
     )
     with pytest.raises(ValueError, match=message):
         build_tokenizer(DataConfig(tokenizer="nobody/no-such"), 300)
+
+
+def test_without_a_network_a_name_is_refused_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    transformers = pytest.importorskip("transformers")
+    asked: list[str] = []
+    loads: list[dict[str, Any]] = []
+
+    def unreachable(self: object, name: str, timeout: float) -> None:
+        asked.append(name)
+        raise ConnectionError("Name or service not known")
+
+    def load(name: str, **keywords: Any) -> None:
+        loads.append(keywords)
+        raise OSError("nothing here")
+
+    monkeypatch.setattr(hub.HfApi, "model_info", unreachable)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load)
+    monkeypatch.setattr(tokenizer_pretrained, "_WAIT", 0.0)
+    with pytest.raises(ValueError, match="ConnectionError: Name or service not known"):
+        tokenizer_pretrained.PretrainedTokenizer("t5-base")
+    # Each of the library's own downloads would be tried six times.
+    assert (asked, loads) == (["t5-base"] * 2, [{"local_files_only": True}])
 
 
 def test_end_of_text_is_the_usual_one() -> None:
