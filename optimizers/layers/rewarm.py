@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..engine.rotation import Rotation
 from ..rules import Adam, Update, UpdateRule
-from ..rules.base import State, picked
+from ..rules.base import State
+from ..rules.updates import picked
 
 
 @dataclass(frozen=True)

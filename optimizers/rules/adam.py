@@ -31,18 +31,15 @@ from .base import (
     State,
     Update,
     UpdateRule,
-    add_updates_,
-    left_out,
     numel,
-    picked,
     scalar,
     steps_done,
-    zeroed,
 )
 from .fused_adam import FUSED_DTYPES, bias_corrections, fused_step
 from .kernel_sizes import joined_sizes, listed_sizes, with_rates
 from .precision import moments_dtype, moments_itemsize
 from .transport import transported_moments
+from .updates import add_updates_, left_out, picked, zeroed
 
 #: Of gradients that the compiled kernels know.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
@@ -392,12 +389,10 @@ class Adam(ElementwiseRule):
         good_b: Tensor | None,
     ) -> None:
         """By list operations, with directions of all at once."""
-        if good_b is None:
-            add_updates_(weights, self.update(grads, states, weights))
-            return
-        updates = self.update(zeroed(grads, good_b), states, weights)
-        kept = zip(updates, good_b.unbind(), strict=True)
-        add_updates_(weights, [left_out(update, good) for update, good in kept])
+        updates = self.update(grads if good_b is None else zeroed(grads, good_b), states, weights)
+        if good_b is not None:
+            updates = list(map(left_out, updates, good_b.unbind()))
+        add_updates_(weights, updates)
 
 
 def may_fuse(rule: UpdateRule) -> bool:

@@ -25,21 +25,12 @@ from ..engine.devices import on_gpu
 from ..engine.rotation import Rotation
 from ..engine.sharding import Part
 from .adam import KERNEL_DTYPES, Adam
-from .base import (
-    ElementwiseRule,
-    RowUpdates,
-    State,
-    Update,
-    UpdateRule,
-    add_updates_,
-    numel,
-    picked,
-    zeroed,
-)
+from .base import ElementwiseRule, RowUpdates, State, Update, UpdateRule, numel
 from .kernel_sizes import joined_sizes, listed_sizes
 from .quantizers import NATIVE, Native, Quantizer
 from .spread_blocks import cut_part, dequantize, quantize, scale_bytes, scale_traffic
 from .transport import transported_moments
+from .updates import add_updates_, picked, zeroed
 
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 

@@ -24,8 +24,9 @@ from ..engine.devices import on_gpu
 from ..engine.rotation import Rotation
 from ..engine.scratch import bounded_batches, device_scratch
 from ..engine.sharding import Part, part_of
-from .base import MOMENT_TRANSPORTS, State, Update, UpdateRule, numel, picked, scalar
+from .base import MOMENT_TRANSPORTS, State, Update, UpdateRule, numel, scalar
 from .precision import moments_dtype, moments_itemsize
+from .updates import picked
 
 ADJUSTMENTS = ("original", "match_rms_adamw")
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .adam import Adam
-from .base import State, Update, UpdateRule, left_out, scalar, zeroed
+from .base import State, Update, UpdateRule, scalar
+from .updates import left_out, zeroed
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from lowrank.cuda.noise import Seed
 
 from ..engine.geometry import RowRange
 from ..rules import UpdateRule
-from ..rules.base import State, add_update_, left_out, picked
+from ..rules.base import State
+from ..rules.updates import add_update_, left_out, picked
 from .fused import fused_rows
 from .rows import editable_rows, rounds
 
