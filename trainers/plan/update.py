@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from lowrank.optimizers import FactoredAdamW, LowRankOptimizer
+from lowrank.optimizers.engine.scratch import watching_batches
 
+from .deeper import Depths, PartRecorder, Step, deeper
 from .ledger import Ledger
 
 
@@ -30,13 +32,20 @@ class Update:
     refresh: int
     left: int = 0
 
-    def grown(self, small: Update, few: int, many: int, depth: int) -> Update:
-        """This of `many` blocks and another of `few` taken on to a deeper model."""
+    @staticmethod
+    def of(steps: Sequence[Step], peaks: Sequence[int] | None = None) -> Update:
+        """What simulated steps take, or these with other peaks."""
+        peaks = [step.peak for step in steps] if peaks is None else peaks
+        usual = [peak for step, peak in zip(steps, peaks, strict=True) if not step.renews]
+        left = max((step.left for step in steps if step.renews), default=0)
+        return Update(max(0, *usual, 0), max(0, *peaks), left)
 
-        def on(first: int, second: int) -> int:
-            return second + (second - first) * (depth - many) // (many - few)
-
-        return Update(on(small.step, self.step), on(small.refresh, self.refresh), self.left)
+    @staticmethod
+    def deeper(first: Sequence[Step], second: Sequence[Step], depths: Depths) -> Update | None:
+        """Of a deeper model, from steps of two shallow ones; None where it isn't certain."""
+        peaks = [deeper(few, many, depths) for few, many in zip(first, second, strict=True)]
+        known = [peak for peak in peaks if peak is not None]
+        return Update.of(second, known) if len(known) == len(peaks) else None
 
 
 def simulate(
@@ -46,7 +55,7 @@ def simulate(
     *,
     granularity: int,
     beside: bool = False,
-) -> Update:
+) -> list[Step]:
     """Takes steps with an optimizer of fake tensors, as the trainer would.
 
     Call it under `FakeTensorMode`. The model is left without gradients, and numbers of the state as
@@ -79,9 +88,8 @@ def simulate(
         (entries, {name: v for name, v in entries.items() if not isinstance(v, torch.Tensor)})
         for entries in optimizer.state.values()
     ]
-    usual: list[int] = []
-    renewing: list[int] = []
-    left = 0
+    steps: list[Step] = []
+    parts = PartRecorder(ledger)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), ledger:
         warnings.simplefilter("ignore")
         try:
@@ -96,14 +104,11 @@ def simulate(
                     before += sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
                 extra = max(0, ledger.now.total - before)
                 happened.clear()
-                ledger.restart()
-                optimizer.step()
-                added = max(0, ledger.peak.total - before)
-                if happened:
-                    renewing.append(max(0, added - extra))
-                    left = max(left, extra)
-                else:
-                    usual.append(added)
+                parts.start()
+                with watching_batches(parts):
+                    optimizer.step()
+                left = extra if happened else 0
+                steps.append(Step(parts.finish(before + left), bool(happened), left))
                 optimizer.zero_grad()
         finally:
             for param in model.parameters():
@@ -112,7 +117,7 @@ def simulate(
                 entries.update(former)
             for handle in handles:
                 handle.remove()
-    return Update(max(usual, default=0), max([*usual, *renewing]), left)
+    return steps
 
 
 def _next_refresh(optimizer: LowRankOptimizer) -> int:
