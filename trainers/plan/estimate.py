@@ -158,19 +158,19 @@ class Estimate:
         for name, param in _trained(fake):
             kind = _kind(fake, param)
             if name not in left and kind not in added:
-                one = Update.of(self._simulated(fake, [param], beside=True))
-                added[kind] = (
-                    one.step if layers else one.refresh
-                )  # events of layers wait for step()
+                steps = self._simulated(fake, [param], beside=True, renewing=not layers)
+                one = Update.of(steps)
+                # Events of layers wait for step().
+                added[kind] = one.step if layers else one.refresh
         scratch = {
             id(param): added[_kind(self._fake, param)]
             for name, param in _trained(self._fake)
             if name not in left
         }
-        rest = self._rest(fake, left, where)
+        rest = self._rest(fake, left, where, usual=left == usual)
         if left != usual:
             self._due_only = self._of_depth(left - usual)
-            between = self._rest(fake, usual, where, due=False, beside=True)
+            between = self._rest(fake, usual, where, renewing=False)
             rest = replace(rest, step=between.step)
         return rest, InBackward(scratch)
 
@@ -186,23 +186,36 @@ class Estimate:
         return inside * self._depth // len(blocks) + others
 
     def _rest(
-        self, fake: Fake, names: Set[str], where: str, *, due: bool = True, beside: bool = False
+        self,
+        fake: Fake,
+        names: Set[str],
+        where: str,
+        *,
+        usual: bool = True,
+        renewing: bool = True,
     ) -> Update:
         """Steps with the gradients that are left to them: in `fake` those of these names."""
         if not names:
             return Update(0, 0)
 
         def steps(of: Fake) -> list[Step]:
-            left = names if of is fake else _left_to_step(of, due=due)
+            left = names if of is fake else _left_to_step(of, due=renewing)
             kept = [param for name, param in _trained(of) if name in left]
-            return self._simulated(of, kept, beside=beside)
+            only = {"usual": usual, "renewing": renewing}
+            return self._simulated(of, kept, beside=not renewing, **only)
 
         return self._of_all_blocks(steps, where, fake)
 
     def _simulated(
-        self, fake: Fake, params: list[nn.Parameter] | None = None, *, beside: bool = False
+        self,
+        fake: Fake,
+        params: list[nn.Parameter] | None = None,
+        *,
+        beside: bool = False,
+        usual: bool = True,
+        renewing: bool = True,
     ) -> list[Step]:
-        """Steps with gradients of some parameters, or of all."""
+        """Steps with gradients of some parameters, or of all; see `simulate`."""
         layers = isinstance(fake.optimizer, FactoredAdamW)
 
         def differentiate() -> None:
@@ -219,6 +232,8 @@ class Estimate:
                 differentiate,
                 granularity=self._granularity,
                 beside=beside,
+                usual=usual,
+                renewing=renewing,
             )
 
     def phases(self, batch: int) -> dict[str, dict[str, int]]:

@@ -24,7 +24,7 @@ from .ledger import Ledger
 from .network import Blocks, Network, Source, find_blocks, place
 
 #: Blocks of two models that stand for more of them.
-DEPTHS = (2, 4)
+DEPTHS = (2, 3)
 
 #: Whole numbers by name, of one depth.
 Sizes = Counter[str]

@@ -55,6 +55,8 @@ def simulate(
     *,
     granularity: int,
     beside: bool = False,
+    usual: bool = True,
+    renewing: bool = True,
 ) -> list[Step]:
     """Takes steps with an optimizer of fake tensors, as the trainer would.
 
@@ -68,6 +70,11 @@ def simulate(
         granularity: bytes to which the allocator rounds up.
         beside: whether all that a backward pass has left, such as gradients of quantised weights,
             is counted elsewhere; else it is scratch, but for parameters' own gradients.
+        usual: whether a step is wanted in which nothing is due.
+        renewing: whether one is wanted, after the first, in which everything is.
+
+    Returns:
+        The first step, in which everything is due, and those that are wanted.
     """
     happened: list[Any] = []  # the trainer's hooks measure the new bases, which takes memory too
     handles = [optimizer.register_refresh_hook(happened.append)]
@@ -93,7 +100,8 @@ def simulate(
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), ledger:
         warnings.simplefilter("ignore")
         try:
-            for steps_done in (0, 1, _next_refresh(optimizer)):
+            later = (*((1,) * usual), *(_next_refresh(optimizer) if renewing else ()))
+            for steps_done in (0, *later):
                 for entries in optimizer.state.values():
                     ledger.know(entries["step"], float(steps_done))
                 before = ledger.now.total
@@ -120,10 +128,11 @@ def simulate(
     return steps
 
 
-def _next_refresh(optimizer: LowRankOptimizer) -> int:
-    """Steps after which all matrices are due."""
+def _next_refresh(optimizer: LowRankOptimizer) -> tuple[int, ...]:
+    """Steps after which all matrices are due; empty where nothing ever is."""
     gaps = [group.get("update_proj_gap") for group in optimizer.param_groups]
-    return max((gap for gap in gaps if isinstance(gap, int)), default=1)
+    known = [gap for gap in gaps if isinstance(gap, int)]
+    return (max(known),) if known else (1,) if isinstance(optimizer, FactoredAdamW) else ()
 
 
 def empty_gradients(
