@@ -7,7 +7,9 @@ settings that it changes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -113,5 +115,10 @@ def read_preset(model: str) -> dict[str, Any]:
     if not model.replace("_", "").isalnum() or not path.is_file():
         known = [item.name.removesuffix(".yaml") for item in FOLDER.iterdir()]
         raise ValueError(f"model.name is {model!r}; {nearest(model, known)}")
-    content: dict[str, Any] = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    return copy.deepcopy(_parsed(path.read_text(encoding="utf-8"), str(path)))
+
+
+@cache
+def _parsed(text: str, where: str) -> dict[str, Any]:
+    content: dict[str, Any] = parse_yaml(text, where)
     return content

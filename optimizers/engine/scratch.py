@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -32,40 +33,67 @@ class Bounded:
     """What was split into batches of bounded scratch.
 
     Attributes:
-        total: bytes of all of it.
-        largest: of the largest part, which can't be split.
+        sizes: bytes of its parts, which can't be split.
         bound: of a batch.
         refits: it is for refits of bases, rather than for updates.
     """
 
-    total: int
-    largest: int
+    sizes: tuple[int, ...]
     bound: int
     refits: bool
 
+    @property
+    def total(self) -> int:
+        """Bytes of all of it."""
+        return sum(self.sizes)
 
-#: Records splits, see `watching_batches`.
-_watched: list[Bounded] | None = None
+    @property
+    def largest_batch(self) -> int:
+        """Bytes of the largest batch."""
+        return max(sum(self.sizes[i] for i in batch) for batch in _batches(self.sizes, self.bound))
+
+
+class BatchWatcher(Protocol):
+    """Is told of what is split, see `watching_batches`."""
+
+    def begin(self, split: Bounded) -> None:
+        """The first batch is about to be worked on."""
+
+    def end(self) -> None:
+        """The last one was; those that began later have ended before."""
+
+
+#: See `watching_batches`.
+_watcher: BatchWatcher | None = None
 
 
 @contextmanager
-def watching_batches() -> Iterator[list[Bounded]]:
-    """Collects what is split inside of it, for those who plan the scratch of larger models."""
-    global _watched
-    former, seen = _watched, list[Bounded]()
-    _watched = seen
+def watching_batches(watcher: BatchWatcher) -> Iterator[None]:
+    """Tells of what is split inside of it, for those who plan the scratch of larger models."""
+    global _watcher
+    former, _watcher = _watcher, watcher
     try:
-        yield seen
+        yield
     finally:
-        _watched = former
+        _watcher = former
 
 
 def bounded_batches(
     sizes: Sequence[int], bound: int, *, refits: bool = False
 ) -> Iterator[list[int]]:
     """Positions of consecutive parts whose bytes are at most `bound` together, or of one part."""
-    if _watched is not None:
-        _watched.append(Bounded(sum(sizes), max(sizes, default=0), bound, refits))
+    watcher = _watcher
+    if watcher is None or not sizes:
+        yield from _batches(sizes, bound)
+        return
+    watcher.begin(Bounded(tuple(sizes), bound, refits))
+    try:
+        yield from _batches(sizes, bound)
+    finally:
+        watcher.end()
+
+
+def _batches(sizes: Sequence[int], bound: int) -> Iterator[list[int]]:
     batch: list[int] = []
     used = 0
     for position, size in enumerate(sizes):

@@ -141,6 +141,8 @@ class LisaAdamW(LowRankOptimizer):
             state[CALLS] = calls
         gap = next((g["update_proj_gap"] for g in self.param_groups if _turns(g)), None)
         if gap is not None and calls % gap == 0:
+            for plan in plans:
+                plan.release()  # or moments that are dropped would live on until the step's end
             self._draw()
 
     def _advance_group(self, plan: Plan, first: int, count: int, given: Given) -> None:
@@ -167,10 +169,11 @@ class LisaAdamW(LowRankOptimizer):
         weights = self._norms(own) if options["sampling"] == "norm" and calls else None
         seed = mix(options["seed"], "active layers", calls)
         active = draw_blocks(blocks, options["active_layers"], seed, weights)
-        for group in own:
-            if group.get("active") is not (group["block"] in active):
-                group["active"] = group["block"] in active
-                self._renew(group, calls)
+        changed = [group for group in own if group.get("active") is not (group["block"] in active)]
+        # What is dropped makes room for what is made.
+        for group in sorted(changed, key=lambda group: group["block"] in active):
+            group["active"] = group["block"] in active
+            self._renew(group, calls)
 
     def _renew(self, group: Group, calls: int) -> None:
         """Gives a group's parameters the states of its new composition."""

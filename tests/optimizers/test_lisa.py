@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -139,6 +140,33 @@ def test_memory_is_that_of_two_layers_and_of_all_else() -> None:
     assert state_bytes(optimizer) == expected == expected_state_bytes("lisa_adamw", model)
     train(model, optimizer, range(45))
     assert state_bytes(optimizer) == expected
+
+
+def test_moments_are_dropped_before_others_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = stack()
+    optimizer = build("lisa_adamw", model, update_proj_gap=2)
+    turns = [drawn(0, 0), drawn(0, 2)]
+    assert turns[0] - turns[1]
+    layers = {id(p): layer_of(name) for name, p in model.named_parameters()}
+    former = [
+        weakref.ref(value.untyped_storage())
+        for param, state in optimizer.state.items()
+        for value in (state["exp_avg"], state["exp_avg_sq"])
+        if layers[id(param)] in turns[0] - turns[1]
+    ]
+    alive: dict[int | None, int] = {}
+    make = LisaAdamW.make_state
+
+    def watched(self: LisaAdamW, param: Tensor, *arguments: Any) -> dict[str, Any]:
+        alive[layers[id(param)]] = sum(kept() is not None for kept in former)
+        return make(self, param, *arguments)
+
+    monkeypatch.setattr(LisaAdamW, "make_state", watched)
+    train(model, optimizer, range(1))
+    assert not alive
+    train(model, optimizer, range(1, 2))
+    assert alive.keys() == turns[0] ^ turns[1]
+    assert {alive[layer] for layer in turns[1] - turns[0]} == {0}
 
 
 def test_draws_cover_all_layers_evenly() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,11 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lowrank.optimizers import FactoredAdamW, expected_state_bytes, update_in_backward
 from lowrank.optimizers.engine.devices import as_on_gpu, assuming_memory
 from lowrank.optimizers.engine.parameters import unique_names
-from lowrank.optimizers.engine.scratch import Bounded, watching_batches
+from lowrank.optimizers.layers import FactoredLinear
 
 from ..loss import chunk_tokens
+from .deeper import Depths, Step
 from .driverless import driverless
-from .fakes import DEPTHS, Fake, batches_grow, blocks_of, depth_of_steps, faking, grown, made
+from .fakes import DEPTHS, Fake, blocks_of, faking, grown, made
 from .ledger import Ledger
 from .network import Blocks, Network, Source, new_network
 from .result import CATEGORIES
@@ -95,18 +96,21 @@ class Estimate:
         whole = new_network(setting.source, torch.device("meta"))
         blocks = blocks_of(whole, setting.source)
         _check_rank(setting, blocks)
+        self._whole = whole
         self._depth = len(blocks.items)
         self._vocabulary = len(whole.network.get_output_embeddings().weight)
         few, many = DEPTHS
-        scaled = blocks.equal and self._depth > many
+        #: Numbers of blocks that stand for all; None where all of them run.
+        self._depths = Depths(few, many, self._depth) if self._depth > many else None
+        if not blocks.equal:
+            self._depths = None
         with faking(self._mode), assuming_memory(setting.memory):
-            self._fake = self._made(few if scaled else self._depth)
+            self._fake = self._made(self._depth if self._depths is None else many)
             self._sizes = self._fake.sizes()
-            if scaled:
-                larger = self._made(few + 1).sizes()
-                self._sizes = grown(self._sizes, larger, few, self._depth)
+            if self._depths is not None:
+                self._sizes = grown(self._made(few).sizes(), self._sizes, self._depths)
             # Another one takes steps: what is due in the first one shows in its passes, too.
-            self._update, self._in_backward = self._updates(scaled)
+            self._update, self._in_backward = self._updates()
         self._parts: Parts | None = None
         if setting.strategy == "fsdp2":
             check_divisible(setting.optimizer, setting.options)
@@ -121,100 +125,101 @@ class Estimate:
 
     def _made(self, depth: int, device: str = "cpu") -> Fake:
         setting = self.setting
-        return made(setting.source, setting.optimizer, setting.options, device, depth)
+        return made(self._whole, setting.source, setting.optimizer, setting.options, device, depth)
 
-    def _updates(self, scaled: bool) -> tuple[Update, InBackward | None]:
+    def _updates(self) -> tuple[Update, InBackward | None]:
         """What the optimizer takes in its step, and in the backward pass.
 
         Steps of layers need real backward passes, which fake tensors allow on a CPU only.
         """
         where = "cpu" if isinstance(self._fake.optimizer, FactoredAdamW) else self.setting.device
         if self.setting.update_in_backward:
-            return self._in_passes(self._made(len(self._fake.blocks.items), where))
-        few, many = DEPTHS
-        if scaled and where != "cpu":
-            with watching_batches() as seen:
-                found = self._simulated(self._made(many, where))
-            return self._deeper(found, seen, where), None
-        depth = (
-            depth_of_steps(self._fake, self._depth, self.setting.device) if scaled else self._depth
-        )
-        found = self._simulated(self._made(many if depth is None else depth, where))
-        if depth is None:
-            small = self._simulated(self._made(few, where))
-            found = found.grown(small, few, many, self._depth)
-        return found, None
+            return self._in_passes(self._made(len(self._fake.blocks.items), where), where)
+        return self._of_all_blocks(lambda fake: self._simulated(fake), where), None
 
-    def _in_passes(self, fake: Fake) -> tuple[Update, InBackward]:
+    def _of_all_blocks(
+        self, steps: Callable[[Fake], list[Step]], where: str, ready: Fake | None = None
+    ) -> Update:
+        """What steps take with the whole model; `ready` is one that may be used for them."""
+        if self._depths is not None:
+            few, many = self._depths.few, self._depths.many
+            second = steps(self._made(many, where) if ready is None else ready)
+            found = Update.deeper(steps(self._made(few, where)), second, self._depths)
+            if found is not None:
+                return found
+        return Update.of(steps(self._made(self._depth, where)))
+
+    def _in_passes(self, fake: Fake, where: str) -> tuple[Update, InBackward]:
         """What the updates of single parameters add in the backward pass, and what is left."""
         layers = isinstance(fake.optimizer, FactoredAdamW)
-        left = self._left_to_step()
+        left = _left_to_step(self._fake)
         # What is due in the first step alone, as LoQT's bases are, is not left in others.
-        usual = self._left_to_step(due=False) if layers else left
+        usual = _left_to_step(self._fake, due=False) if layers else left
         added: dict[object, int] = {}
         for name, param in _trained(fake):
             kind = _kind(fake, param)
             if name not in left and kind not in added:
-                one = self._simulated(fake, [param], beside=True)
-                added[kind] = (
-                    one.step if layers else one.refresh
-                )  # events of layers wait for step()
+                steps = self._simulated(fake, [param], beside=True, renewing=not layers)
+                one = Update.of(steps)
+                # Events of layers wait for step().
+                added[kind] = one.step if layers else one.refresh
         scratch = {
             id(param): added[_kind(self._fake, param)]
             for name, param in _trained(self._fake)
             if name not in left
         }
-        rest = self._rest(fake, left)
+        rest = self._rest(fake, left, where, usual=left == usual)
         if left != usual:
-            few = len(self._fake.blocks.items)
-            inside = {
-                id(param) for block in self._fake.blocks.items for param in block.parameters()
-            }
-            for name, param in _trained(self._fake):
-                if name in left - usual:
-                    times = self._depth // few if id(param) in inside else 1
-                    self._due_only += param.nbytes * times
-            rest = replace(rest, step=self._rest(fake, usual, beside=True).step)
+            self._due_only = self._of_depth(left - usual)
+            between = self._rest(fake, usual, where, renewing=False)
+            rest = replace(rest, step=between.step)
         return rest, InBackward(scratch)
 
-    def _deeper(self, found: Update, seen: Sequence[Bounded], where: str) -> Update:
-        """What steps on a GPU take of the whole model, from those of the larger of `DEPTHS`."""
-        steps = batches_grow([own for own in seen if not own.refits], self._depth)
-        refits = batches_grow([own for own in seen if own.refits], self._depth)
-        if steps is None or refits is None or (refits and not steps):
-            return self._simulated(self._made(self._depth, where))
-        if not steps:
-            return found
-        small = self._simulated(self._made(DEPTHS[0], where))
-        grown = found.grown(small, *DEPTHS, self._depth)
-        return grown if refits else Update(grown.step, max(grown.step, found.refresh))
+    def _of_depth(self, names: Set[str]) -> int:
+        """Bytes of parameters of the few blocks, taken on to all of them."""
+        blocks, inside, others = self._fake.blocks.items, 0, 0
+        own = {id(param) for block in blocks for param in block.parameters()}
+        for name, param in _trained(self._fake):
+            if name in names and id(param) in own:
+                inside += param.nbytes
+            elif name in names:
+                others += param.nbytes
+        return inside * self._depth // len(blocks) + others
 
-    def _left_to_step(self, *, due: bool = True) -> frozenset[str]:
-        """Parameters whose gradients a backward pass leaves, with or without events of layers."""
-        ledger = Ledger()  # answers what is read back
-        states = self._fake.optimizer.state.values()
-        events = [(entries, entries["events"]) for entries in states if "events" in entries]
-        for entries in states:
-            ledger.know(entries["step"], 0.0)
-        for entries, _ in events if not due else ():
-            entries["events"] = _ALL_EVENTS
-        try:
-            with ledger, update_in_backward(self._fake.optimizer) as handle:  # raises if it can't
-                return frozenset(handle.whole())
-        finally:
-            for entries, former in events:
-                entries["events"] = former
+    def _rest(
+        self,
+        fake: Fake,
+        names: Set[str],
+        where: str,
+        *,
+        usual: bool = True,
+        renewing: bool = True,
+    ) -> Update:
+        """Steps with the gradients that are left to them: in `fake` those of these names."""
+        if not names:
+            return Update(0, 0)
 
-    def _rest(self, fake: Fake, names: frozenset[str], *, beside: bool = False) -> Update:
-        """Steps with the gradients that are left to them."""
-        kept = [param for name, param in _trained(fake) if name in names]
-        return self._simulated(fake, kept, beside=beside) if kept else Update(0, 0)
+        def steps(of: Fake) -> list[Step]:
+            left = names if of is fake else _left_to_step(of, due=renewing)
+            kept = [param for name, param in _trained(of) if name in left]
+            only = {"usual": usual, "renewing": renewing}
+            return self._simulated(of, kept, beside=not renewing, **only)
+
+        return self._of_all_blocks(steps, where, fake)
 
     def _simulated(
-        self, fake: Fake, params: list[nn.Parameter] | None = None, *, beside: bool = False
-    ) -> Update:
-        """Steps with gradients of some parameters, or of all."""
+        self,
+        fake: Fake,
+        params: list[nn.Parameter] | None = None,
+        *,
+        beside: bool = False,
+        usual: bool = True,
+        renewing: bool = True,
+    ) -> list[Step]:
+        """Steps with gradients of some parameters, or of all; see `simulate`."""
         layers = isinstance(fake.optimizer, FactoredAdamW)
+        if layers and params is not None:  # others' gradients need no layer
+            layers = any(param is own for own in _factors(fake) for param in params)
 
         def differentiate() -> None:
             if layers:
@@ -230,6 +235,8 @@ class Estimate:
                 differentiate,
                 granularity=self._granularity,
                 beside=beside,
+                usual=usual,
+                renewing=renewing,
             )
 
     def phases(self, batch: int) -> dict[str, dict[str, int]]:
@@ -326,11 +333,34 @@ def _check_rank(setting: Setting, blocks: Blocks) -> None:
         )
 
 
+def _left_to_step(fake: Fake, *, due: bool = True) -> Set[str]:
+    """Parameters whose gradients a backward pass leaves, with or without events of layers."""
+    ledger = Ledger()  # answers what is read back
+    states = fake.optimizer.state.values()
+    events = [(entries, entries["events"]) for entries in states if "events" in entries]
+    for entries in states:
+        ledger.know(entries["step"], 0.0)
+    for entries, _ in events if not due else ():
+        entries["events"] = _ALL_EVENTS
+    try:
+        with ledger, update_in_backward(fake.optimizer) as handle:  # raises if it can't
+            return frozenset(handle.whole())
+    finally:
+        for entries, former in events:
+            entries["events"] = former
+
+
 def _trained(fake: Fake) -> list[tuple[str, nn.Parameter]]:
     """The optimizer's parameters with the names that it has for them."""
     groups = fake.optimizer.param_groups
     params = [param for group in groups for param in group["params"]]
     return list(zip(unique_names(groups), params, strict=True))
+
+
+def _factors(fake: Fake) -> list[nn.Parameter]:
+    """Parameters of replaced layers."""
+    layers = (own for own in fake.model.modules() if isinstance(own, FactoredLinear))
+    return [param for layer in layers for param in layer.parameters()]
 
 
 def _kind(fake: Fake, param: nn.Parameter) -> tuple[object, ...]:

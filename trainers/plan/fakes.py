@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowrank.cuda.library import assuming_libraries
 from lowrank.optimizers import LowRankOptimizer, build, state_bytes_by_category
-from lowrank.optimizers.engine.scratch import SCRATCH_BYTES, Bounded, device_scratch
 
 from ..memory import held_bytes
 from ..models import checkpoint_activations
+from .deeper import Depths
 from .ledger import Ledger
-from .network import Blocks, Network, Source, find_blocks, new_network, place
+from .network import Blocks, Network, Source, find_blocks, place
 
-#: Blocks that stand for more of them.
-DEPTHS = (4, 8)
+#: Blocks of two models that stand for more of them.
+DEPTHS = (2, 3)
 
 #: Whole numbers by name, of one depth.
 Sizes = Counter[str]
@@ -67,23 +67,40 @@ class Fake:
 
 
 def made(
-    source: Source, optimizer: str, options: Mapping[str, Any], device: str, depth: int
+    whole: Network,
+    source: Source,
+    optimizer: str,
+    options: Mapping[str, Any],
+    device: str,
+    depth: int,
 ) -> Fake:
     """A model with its first blocks only; call it under `faking`.
+
+    Args:
+        whole: the model on the meta device, which stays as it is.
+        source: what it was made from.
+        optimizer: as for `plan`.
+        options: of `build`.
+        device: of the fake tensors.
+        depth: number of blocks.
 
     Raises:
         ValueError: as `build`, or the model has no blocks.
     """
-    model = new_network(source, torch.device("meta"))
-    blocks = blocks_of(model, source)
-    items = blocks.items[:depth]
-    blocks.parent._modules[blocks.name] = nn.ModuleList(items)
+    model = _copied(whole, blocks_of(whole, source), depth)
     place(model, torch.device(device))
     if source.checkpointing:
         checkpoint_activations(model.network)
     with torch.random.fork_rng(devices=[]), Ledger():  # which answers what is read back
         trained = build(optimizer, model.network, **options)
     return Fake(model, blocks_of(model, source), trained)
+
+
+def _copied(whole: Network, blocks: Blocks, depth: int) -> Network:
+    """The modules with the first blocks, their tensors shared."""
+    tensors = {id(tensor): tensor for tensor in (*whole.parameters(), *whole.buffers())}
+    with blocks.first(depth):
+        return copy.deepcopy(whole, tensors)
 
 
 def blocks_of(model: Network, source: Source) -> Blocks:
@@ -100,52 +117,6 @@ def blocks_of(model: Network, source: Source) -> Blocks:
     return blocks
 
 
-def grown(small: Sizes, large: Sizes, few: int, depth: int) -> Sizes:
-    """Sizes at a depth, from those at `few` blocks and at one more."""
-    return Counter(
-        {name: small[name] + (large[name] - small[name]) * (depth - few) for name in large}
-    )
-
-
-def depth_of_steps(fake: Fake, depth: int, device: str) -> int | None:
-    """Blocks with which an optimizer's scratch in its steps is what it is at a depth.
-
-    It works on lists of matrices together until they reach a bound: twice the bound is as good as
-    more. None where all blocks stay below it, so that scratch grows with each of them.
-
-    Args:
-        fake: a model with equal blocks.
-        depth: of the whole model.
-        device: where the steps are planned.
-    """
-    inside = {id(param) for param in fake.blocks.items[0].parameters()}
-    shapes: Counter[Any] = Counter()
-    gpu = device == "cuda"
-    for group in fake.optimizer.param_groups:
-        for param in group["params"]:
-            if id(param) in inside:
-                kind = param.shape if gpu else None  # those of one shape are worked on together
-                shapes[kind] += _entries(tuple(param.shape), group.get("rank")) * 4
-    block = max(shapes.values(), default=0)
-    bound = device_scratch(torch.device("cuda")) if gpu else SCRATCH_BYTES
-    if block * depth <= bound:
-        return None
-    return min(depth, max(DEPTHS[0], -(-2 * bound // block)))
-
-
-def batches_grow(seen: Sequence[Bounded], depth: int) -> bool | None:
-    """The same of a GPU, from what was split in steps of the larger of `DEPTHS`.
-
-    Single parameters, such as embeddings, are there at any depth.
-    """
-    many, several = DEPTHS[1], [own for own in seen if own.total > own.largest]
-    if all(own.total * depth <= own.bound * many for own in several):
-        return True
-    return False if all(own.total >= own.bound + own.largest for own in several) else None
-
-
-def _entries(shape: tuple[int, ...], rank: Any) -> int:
-    """Numbers that an update of a parameter works on."""
-    if len(shape) == 2 and isinstance(rank, int):
-        return min(rank, *shape) * max(shape)
-    return int(torch.Size(shape).numel())
+def grown(small: Sizes, large: Sizes, depths: Depths) -> Sizes:
+    """Sizes at a depth, from those of two others."""
+    return Counter({name: depths.line(small[name], large[name]) for name in large})

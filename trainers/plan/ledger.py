@@ -12,6 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -134,7 +135,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if hidden:
             self.rise(hidden, self.category)
         self._keep(func, made, values)
-        if func._schema.name.rpartition("::")[2] in _COMPARISONS:
+        if _compares(func):
             for tensor in made:
                 if tensor.dim() == 0:
                     self._compared[tensor] = True
@@ -213,6 +214,11 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             rows, columns = values[0].shape
             return int(rows), int(columns)
         return mask.numel(), mask.dim()
+
+
+@cache
+def _compares(func: Any) -> bool:
+    return func._schema.name.rpartition("::")[2] in _COMPARISONS
 
 
 def _created(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from lowrank.optimizers import FactoredAdamW, LowRankOptimizer
+from lowrank.optimizers.engine.scratch import watching_batches
 
+from .deeper import Depths, PartRecorder, Step, deeper
 from .ledger import Ledger
 
 
@@ -30,13 +32,20 @@ class Update:
     refresh: int
     left: int = 0
 
-    def grown(self, small: Update, few: int, many: int, depth: int) -> Update:
-        """This of `many` blocks and another of `few` taken on to a deeper model."""
+    @staticmethod
+    def of(steps: Sequence[Step], peaks: Sequence[int] | None = None) -> Update:
+        """What simulated steps take, or these with other peaks."""
+        peaks = [step.peak for step in steps] if peaks is None else peaks
+        usual = [peak for step, peak in zip(steps, peaks, strict=True) if not step.renews]
+        left = max((step.left for step in steps if step.renews), default=0)
+        return Update(max(0, *usual, 0), max(0, *peaks), left)
 
-        def on(first: int, second: int) -> int:
-            return second + (second - first) * (depth - many) // (many - few)
-
-        return Update(on(small.step, self.step), on(small.refresh, self.refresh), self.left)
+    @staticmethod
+    def deeper(first: Sequence[Step], second: Sequence[Step], depths: Depths) -> Update | None:
+        """Of a deeper model, from steps of two shallow ones; None where it isn't certain."""
+        peaks = [deeper(few, many, depths) for few, many in zip(first, second, strict=True)]
+        known = [peak for peak in peaks if peak is not None]
+        return Update.of(second, known) if len(known) == len(peaks) else None
 
 
 def simulate(
@@ -46,7 +55,9 @@ def simulate(
     *,
     granularity: int,
     beside: bool = False,
-) -> Update:
+    usual: bool = True,
+    renewing: bool = True,
+) -> list[Step]:
     """Takes steps with an optimizer of fake tensors, as the trainer would.
 
     Call it under `FakeTensorMode`. The model is left without gradients, and numbers of the state as
@@ -59,6 +70,11 @@ def simulate(
         granularity: bytes to which the allocator rounds up.
         beside: whether all that a backward pass has left, such as gradients of quantised weights,
             is counted elsewhere; else it is scratch, but for parameters' own gradients.
+        usual: whether a step is wanted in which nothing is due.
+        renewing: whether one is wanted, after the first, in which everything is.
+
+    Returns:
+        The first step, in which everything is due, and those that are wanted.
     """
     happened: list[Any] = []  # the trainer's hooks measure the new bases, which takes memory too
     handles = [optimizer.register_refresh_hook(happened.append)]
@@ -79,13 +95,13 @@ def simulate(
         (entries, {name: v for name, v in entries.items() if not isinstance(v, torch.Tensor)})
         for entries in optimizer.state.values()
     ]
-    usual: list[int] = []
-    renewing: list[int] = []
-    left = 0
+    steps: list[Step] = []
+    parts = PartRecorder(ledger)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), ledger:
         warnings.simplefilter("ignore")
         try:
-            for steps_done in (0, 1, _next_refresh(optimizer)):
+            later = (*((1,) * usual), *(_next_refresh(optimizer) if renewing else ()))
+            for steps_done in (0, *later):
                 for entries in optimizer.state.values():
                     ledger.know(entries["step"], float(steps_done))
                 before = ledger.now.total
@@ -96,14 +112,11 @@ def simulate(
                     before += sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
                 extra = max(0, ledger.now.total - before)
                 happened.clear()
-                ledger.restart()
-                optimizer.step()
-                added = max(0, ledger.peak.total - before)
-                if happened:
-                    renewing.append(max(0, added - extra))
-                    left = max(left, extra)
-                else:
-                    usual.append(added)
+                parts.start()
+                with watching_batches(parts):
+                    optimizer.step()
+                left = extra if happened else 0
+                steps.append(Step(parts.finish(before + left), bool(happened), left))
                 optimizer.zero_grad()
         finally:
             for param in model.parameters():
@@ -112,13 +125,14 @@ def simulate(
                 entries.update(former)
             for handle in handles:
                 handle.remove()
-    return Update(max(usual, default=0), max([*usual, *renewing]), left)
+    return steps
 
 
-def _next_refresh(optimizer: LowRankOptimizer) -> int:
-    """Steps after which all matrices are due."""
+def _next_refresh(optimizer: LowRankOptimizer) -> tuple[int, ...]:
+    """Steps after which all matrices are due; empty where nothing ever is."""
     gaps = [group.get("update_proj_gap") for group in optimizer.param_groups]
-    return max((gap for gap in gaps if isinstance(gap, int)), default=1)
+    known = [gap for gap in gaps if isinstance(gap, int)]
+    return (max(known),) if known else (1,) if isinstance(optimizer, FactoredAdamW) else ()
 
 
 def empty_gradients(
