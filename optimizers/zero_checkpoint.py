@@ -105,7 +105,7 @@ def _partitions(folder: Path) -> list[dict[str, Any]]:
     if not states or PARTITION not in states[0]:
         raise ValueError(
             f"{folder} doesn't say how its states are divided: accepted are checkpoints of this "
-            "package's optimizers, of version 0.3 or later"
+            "package's optimizers, by this version or a later one"
         )
     rest = [
         _load(folder / f"{before}{rank}{after}")["optimizer_state_dict"]
@@ -138,12 +138,10 @@ def _load_untrained(module: torch.nn.Module, models: list[dict[str, Any]]) -> No
     for name, tensor in module.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor) or tensor.requires_grad:
             continue
-        shape = whole_shape(tensor)
+        shape, value = whole_shape(tensor), stored.get(name)
         if name in fragments[0] and len(models) > 1:
             flat = torch.cat([own[name].reshape(-1) for own in fragments])
             value = flat[: shape.numel()].view(shape)
-        else:
-            value = stored.get(name)
         if not isinstance(value, Tensor) or value.shape != shape:
             raise ValueError(f"{name} isn't in the checkpoint with shape {tuple(shape)}")
         if not hasattr(tensor, "ds_id"):

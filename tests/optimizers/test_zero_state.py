@@ -16,8 +16,7 @@ from test_fsdp2_layers import EVERY
 from test_zero import engine_of, go_on, whole
 from torch import Tensor, nn
 
-from lowrank.optimizers import build, convert, merge
-from lowrank.optimizers.engine.zero import PARTITION
+from lowrank.optimizers import build, convert, load_zero_checkpoint, merge
 from lowrank.optimizers.engine.zero_state import (
     part_state,
     part_weights,
@@ -55,12 +54,12 @@ def dense(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return plain(merge(model))
 
 
-def files(folder: Path, name: str, world: int) -> list[Path]:
+def parts_of(folder: Path, name: str, world: int) -> list[Path]:
     return [folder / f"{name}-{rank}-of-{world}.pt" for rank in range(world)]
 
 
 def saving(rank: int, world: int, folder: Path, names: list[str]) -> dict[str, Any]:
-    """Trains some steps, and has each process save its part, and rank 0 one process's state.
+    """Trains some steps, and saves: the engine, each process its part, and one process alone.
 
     Returns:
         By method the weights of one process alone after all steps.
@@ -71,83 +70,91 @@ def saving(rank: int, world: int, folder: Path, names: list[str]) -> dict[str, A
         model, stage = trained(name), stage_of(position, world)
         engine = engine_of(model, build(name, model, **options(name)), stage, world)
         go_on(engine, range(SAVED), rank, world)
+        engine.save_checkpoint(str(folder / "engine"), name, client_state={"mine": position})
         found = engine.optimizer.state_dict()
         content: dict[str, Any] = {
             "parts": [found[key] for key in KEYS[stage]],
             "model": {**model.state_dict(), **whole(model)},
         }
-        torch.save(content, files(folder, name, world)[rank])
+        torch.save(content, parts_of(folder, name, world)[rank])
         # LoQT averages its gradients over all processes where parameters are plain.
         if rank == 0 or name == "loqt_adamw":
             model = trained(name)
             optimizer = build(name, model, **options(name))
             train(model, optimizer, range(SAVED))
-            torch.save(
-                {"optimizer": optimizer.state_dict(), "model": model.state_dict()},
-                folder / f"{name}.pt",
-            ) if rank == 0 else None
+            own = {"optimizer": optimizer.state_dict(), "model": model.state_dict()}
+            if rank == 0:
+                torch.save(own, folder / f"{name}.pt")
             train(model, optimizer, range(SAVED, STEPS))
             expected[name] = dense(name, model.state_dict())
     return expected
 
 
-def going_on(
-    rank: int, world: int, folder: Path, names: list[str], before: list[int]
-) -> dict[tuple[str, int], dict[str, Tensor]]:
-    """Weights after all steps, of engines that go on from states of other numbers of processes."""
+def from_parts(rank: int, world: int, folder: Path, names: list[str]) -> dict[str, Any]:
+    """One process without an engine goes on from two that had one."""
+    warnings.simplefilter("ignore")
+    made = {}
+    for name in names:
+        saved = [
+            torch.load(path, weights_only=True, mmap=True) for path in parts_of(folder, name, 2)
+        ]
+        model = trained(name)
+        model.load_state_dict(saved[0]["model"])
+        optimizer = build(name, model, **options(name))
+        states, flats = zip(*(part["parts"] for part in saved), strict=True)
+        weight = whole_weights(states, flats)
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        for number, param in enumerate(params):
+            assert torch.equal(weight(number).view(param.shape), param)
+        with pytest.raises(ValueError, match="rank 1 of 2 that DeepSpeed's ZeRO had divided it"):
+            optimizer.load_state_dict(states[1])
+        with pytest.raises(ValueError, match="in the place of rank 0 of 2 is that of rank 1 of 2"):
+            whole_state(optimizer, states[::-1])
+        found = whole_state(optimizer, states)
+        optimizer.load_state_dict({**found, "state": dict(found["state"])})
+        train(model, optimizer, range(SAVED, STEPS))
+        made[name, "alone"] = dense(name, model.state_dict())
+    return made
+
+
+def from_others(rank: int, world: int, folder: Path, names: list[str]) -> dict[str, Any]:
+    """Engines go on from one of fewer processes, at another stage, and from one process alone."""
     warnings.simplefilter("ignore")
     made = {}
     for position, name in enumerate(names):
-        for former in before:
-            model, stage = trained(name), stage_of(position, world)
-            if former == 1:
-                saved = torch.load(folder / f"{name}.pt", weights_only=True)
-            else:
-                parts = [
-                    torch.load(path, weights_only=True, mmap=True)
-                    for path in files(folder, name, former)
-                ]
-                saved = parts[0]
-            model.load_state_dict(saved["model"])
-            optimizer = build(name, model, **options(name))
-            params = [param for group in optimizer.param_groups for param in group["params"]]
-            named = {id(param): called for called, param in model.named_parameters()}
-            stored = [saved["model"][named[id(param)]] for param in params]
-            state = saved.get("optimizer")
-            weight = stored.__getitem__
-            if former > 1:
-                states, flats = zip(*(part["parts"] for part in parts), strict=True)
-                state, weight = whole_state(optimizer, states), whole_weights(states, flats)
-                for number, param in enumerate(params):
-                    assert torch.equal(weight(number).view(param.shape), stored[number])
-            if world == 1:
-                optimizer.load_state_dict({**state, "state": dict(state["state"])})
-                train(model, optimizer, range(SAVED, STEPS))
-                made[name, former] = dense(name, model.state_dict())
-                continue
-            engine = engine_of(model, optimizer, stage, world)
-            inner = engine.optimizer
-            if stage == 3:
-                inner.checkpoint_event_prologue()
-            own = part_state(optimizer, state)
-            if former == 1:
-                with pytest.raises(ValueError, match="load_zero_checkpoint, which divides it"):
-                    optimizer.load_state_dict(
-                        {**own, PARTITION: {**own[PARTITION], "rank": rank + 1}}
-                    )
-            now = inner.state_dict()
-            current = (
-                inner.fp32_partitioned_groups_flat
-                if stage == 3
-                else inner.single_partition_of_fp32_groups
-            )
-            divided = part_weights(optimizer._partitions, current, weight)
-            now.update(zip(KEYS[stage], (own, divided), strict=True))
-            inner.load_state_dict([now] * world, load_from_fp32_weights=True)
-            if stage == 3:
-                inner.checkpoint_event_epilogue()
-            go_on(engine, range(SAVED, STEPS), rank, world)
-            made[name, former] = dense(name, {**model.state_dict(), **whole(model)})
+        stage = stage_of(position, world)
+        model = trained(name)
+        engine = engine_of(model, build(name, model, **options(name)), stage, world)
+        client = load_zero_checkpoint(engine, folder / "engine", name)
+        assert (client["mine"], engine.global_steps) == (position, SAVED)
+        go_on(engine, range(SAVED, STEPS), rank, world)
+        made[name, "engine"] = dense(name, {**model.state_dict(), **whole(model)})
+
+        saved = torch.load(folder / f"{name}.pt", weights_only=True)
+        model = trained(name)
+        model.load_state_dict(saved["model"])
+        optimizer = build(name, model, **options(name))
+        named = {id(param): called for called, param in model.named_parameters()}
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        engine = engine_of(model, optimizer, stage, world)
+        inner = engine.optimizer
+        if stage == 3:
+            inner.checkpoint_event_prologue()
+        own = part_state(optimizer, saved["optimizer"])
+        now = inner.state_dict()
+        flats = part_weights(
+            optimizer._partitions,
+            getattr(inner, "fp32_partitioned_groups_flat" if stage == 3 else KEYS[stage][1]),
+            lambda number, stored=saved["model"], params=params, named=named: stored[
+                named[id(params[number])]
+            ],
+        )
+        now.update(zip(KEYS[stage], (own, flats), strict=True))
+        inner.load_state_dict([now] * world, load_from_fp32_weights=True)
+        if stage == 3:
+            inner.checkpoint_event_epilogue()
+        go_on(engine, range(SAVED, STEPS), rank, world)
+        made[name, "one"] = dense(name, {**model.state_dict(), **whole(model)})
     return made
 
 
@@ -166,12 +173,7 @@ def limit(name: str) -> float:
 )
 def test_other_numbers_of_processes_go_on(names: list[str], tmp_path: Path) -> None:
     expected = run(saving, 2, tmp_path, names)[0]
-    found = run(going_on, 3, tmp_path, names, [2, 1])[0]
-    alone = run(going_on, 1, tmp_path, names, [2])[0]
-    gaps = {
-        (name, world, former): distance(weights, expected[name])
-        for world, made in ((3, found), (1, alone))
-        for (name, former), weights in made.items()
-    }
+    made = run(from_others, 3, tmp_path, names)[0] | run(from_parts, 1, tmp_path, names)[0]
+    gaps = {key: distance(weights, expected[key[0]]) for key, weights in made.items()}
     assert len(gaps) == 3 * len(names)
     assert {key: gap for key, gap in gaps.items() if not gap <= limit(key[0])} == {}
