@@ -52,8 +52,8 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
         if stage == 3:
             settings += ("model.activation_checkpointing=true",)
         jobs[name] = Job(arguments(name, *settings), 2)
-        if stage > 1:
-            jobs[f"resumed {stage}"] = again(f"resumed {stage}", name, 2)
+        if stage == 3:  # of stage 2 a killed run does
+            jobs["resumed 3"] = again("resumed 3", name, 2)
     jobs["bfloat16"] = Job(arguments("bfloat16", ZERO, "model.dtype=bfloat16"), 2)
     jobs["resumed bfloat16"] = again("resumed bfloat16", "bfloat16", 2)
     for name, (source, size, *changed) in CHANGED.items():
@@ -64,7 +64,8 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     jobs["killed"] = Job(
         arguments("killed", *settings), 2, stop={"1": (SAVED + 1, int(signal.SIGKILL))}
     )
-    for name, size in (("killed, again", 2), ("killed, on four", 4)):
+    for name, size, stage in (("killed, again", 2, 2), ("killed, on four", 4, 1)):
+        settings = (ZERO, f"distributed.zero_stage={stage}")
         auto = ["pretrain", "--resume=auto", *arguments(name, *settings)[1:]]
         jobs[name] = Job(auto, size, copied=(str(base / "killed"), str(base / name)))
     quantised = ("optimizer.name=qgalore_adamw_8bit", "model.weight_bits=8")
@@ -79,7 +80,6 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 #: By name of the run: from which one it goes on, on how many processes, and changed settings.
 CHANGED = {
     "2 to 1": ("stage 2", 1),
-    "3 to 4": ("stage 3", 4, "distributed.zero_stage=1"),
     "1 to 3": ("one", 2, ZERO, "distributed.zero_stage=3"),
     "3 to fsdp2": ("stage 3", 2, "distributed.strategy=fsdp2", "distributed.zero_stage=1"),
 }
@@ -124,7 +124,7 @@ def test_two_processes_follow_one(stage: int, runs: tuple[Path, dict[str, Outcom
     assert outcomes[name].errors == ["", ""]
 
 
-@pytest.mark.parametrize("name", ["2", "3", "bfloat16"])
+@pytest.mark.parametrize("name", ["3", "bfloat16"])
 def test_a_run_goes_on_exactly(name: str, runs: tuple[Path, dict[str, Outcome]]) -> None:
     base, _ = runs
     straight = base / (name if name == "bfloat16" else f"stage {name}")
