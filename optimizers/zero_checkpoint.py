@@ -59,14 +59,16 @@ def load_zero_checkpoint(
     whole, weight = whole_state(optimizer, states), whole_weights(states, flats)
     models = _models(folder, len(saved))
     stage3 = engine.zero_optimization_stage() == 3
+    names, flats_now = (
+        (_KEYS[1], "fp32_partitioned_groups_flat") if stage3 else (_KEYS[0], _KEYS[0][1])
+    )
+    own, partitions = part_state(optimizer, whole), optimizer._partitions
+    assert partitions is not None
+    made = part_weights(partitions, getattr(inner, flats_now), weight)
+    kept = {key: saved[0][key] for key in _SCALER if key in saved[0]}
     _load_untrained(engine.module, models)
     if stage3:
         inner.checkpoint_event_prologue()
-    own, partitions = part_state(optimizer, whole), optimizer._partitions
-    assert partitions is not None
-    names = _KEYS[1] if stage3 else _KEYS[0]
-    made = part_weights(partitions, getattr(inner, _flats(stage3=stage3)), weight)
-    kept = {key: saved[0][key] for key in _SCALER if key in saved[0]}
     state = {**inner.state_dict(), **kept, **dict(zip(names, (own, made), strict=True))}
     inner.load_state_dict([state] * partitions.processes.world, load_from_fp32_weights=True)
     if stage3:
@@ -79,10 +81,6 @@ def load_zero_checkpoint(
     if engine.lr_scheduler is not None and first.get("lr_scheduler") is not None:
         engine.lr_scheduler.load_state_dict(first["lr_scheduler"])
     return {key: value for key, value in first.items() if key not in ("module", "optimizer")}
-
-
-def _flats(*, stage3: bool) -> str:
-    return "fp32_partitioned_groups_flat" if stage3 else "single_partition_of_fp32_groups"
 
 
 def _load(path: Path) -> dict[str, Any]:
