@@ -47,6 +47,7 @@ from .weights import Int8Weight as Int8Weight
 from .weights import QuantizedWeight as QuantizedWeight
 from .weights import dense_state_dict as dense_state_dict
 from .weights.convert import merge as merge
+from .zero_checkpoint import load_zero_checkpoint as load_zero_checkpoint
 
 if TYPE_CHECKING:  # at run time every class comes from `methods`
     from .methods.alice import AliceAdamW as AliceAdamW

@@ -9,6 +9,7 @@ from .data import Tokenizer, check_division, data_fingerprint
 from .distributed import World
 from .parts import saved_partitions
 from .strategies import strategy_of
+from .zero_checkpoint import says_its_parts
 
 
 def check_processes(config: RunConfig, size: int) -> None:
@@ -27,7 +28,7 @@ def check_processes(config: RunConfig, size: int) -> None:
 
 
 def check_partitions(checkpoint: Path, config: RunConfig, size: int) -> None:
-    """Refuses to go on from a checkpoint that is divided by DeepSpeed otherwise than the run.
+    """Refuses to divide a checkpoint of DeepSpeed anew that doesn't say how it is divided.
 
     Args:
         checkpoint: where to go on from.
@@ -40,19 +41,13 @@ def check_partitions(checkpoint: Path, config: RunConfig, size: int) -> None:
     processes, before = saved_partitions(checkpoint)
     strategy = strategy_of(config, size)
     now = config.distributed.zero_stage if strategy == "deepspeed" else 0
-    if before == now and (now == 0 or processes == size):
+    if not before or (before, processes) == (now, size) or says_its_parts(checkpoint, processes):
         return
-    written = _shared_by(processes, before)
-    accepted = (
-        f"{processes} processes with {_settings(before)}, as DeepSpeed's partitions can't be"
-        " divided anew"
-        if before
-        else "auto, ddp or fsdp2"
-    )
     raise ValueError(
-        f"{checkpoint} was written by {written}, and the run goes on with {_shared_by(size, now)};"
-        f" accepted: {accepted}, or a new run with another --output from these weights with --set"
-        f" model.initial={checkpoint}"
+        f"{checkpoint} was written by {_shared_by(processes, before)}, in an earlier version that"
+        f" doesn't say how it is divided, and the run goes on with {_shared_by(size, now)};"
+        f" accepted: {processes} processes with {_settings(before)}, or a new run with another"
+        f" --output from these weights with --set model.initial={checkpoint}"
     )
 
 

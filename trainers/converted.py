@@ -118,7 +118,7 @@ def _whole_layer(layer: FactoredLinear) -> FactoredLinear:
 
 
 @contextmanager
-def _opened(*paths: Path) -> Iterator[dict[str, Any]]:
+def opened(*paths: Path) -> Iterator[dict[str, Any]]:
     """For each tensor's name the file that has it; later files count."""
     open_file = require("safetensors", "train").safe_open
     with ExitStack() as stack:
@@ -134,7 +134,7 @@ def read_converted(network: nn.Module, weights: Path, layers: Path) -> None:
     """
     wanted = network.state_dict()
     state: dict[str, Tensor] = {}
-    with _opened(weights, layers) as files:
+    with opened(weights, layers) as files:
         for name in files.keys() & wanted.keys():
             like, file = wanted[name], files[name]
             if not isinstance(like, DTensor):
@@ -163,7 +163,7 @@ def read_untrained(network: nn.Module, weights: Path, layers: Path) -> None:
 
     The engine itself reads what it trains.
     """
-    with _opened(weights, *([layers] if layers.is_file() else [])) as files:
+    with opened(weights, *([layers] if layers.is_file() else [])) as files:
         for name, tensor in network.state_dict(keep_vars=True).items():
             if tensor.requires_grad or name not in files or name.endswith("_extra_state"):
                 continue

@@ -39,7 +39,8 @@ from .sharded_checkpoint import (
 )
 from .sharding import is_sharded
 from .state import TrainState, random_state, restore_random_state
-from .zero_engine import ZeroEngine
+from .zero_checkpoint import read_divided, stored_weights
+from .zero_engine import ZeroEngine, partition_name
 
 #: Quantised weights and converted layers of a checkpoint, where there are any.
 LAYERS = "layers.safetensors"
@@ -325,11 +326,7 @@ def read_parts(folder: Path, parts: Parts) -> None:
     saved = from_mapping(_with_data_shards(content["config"], len(ranks)))
     check_unchanged(saved, parts.config, folder, state.step)
     engine, world = parts.engine, parts.world
-    if engine is None:
-        with reading(folder, OPTIMIZER):
-            optimizer = read_optimizer(folder, parts.optimizer)
-    else:
-        optimizer = engine.read(folder, world)
+    optimizer = _read_optimizer(folder, parts)
     try:
         parts.stream.load_state_dict(_positions(ranks))
     except ValueError as error:
@@ -348,6 +345,29 @@ def read_parts(folder: Path, parts: Parts) -> None:
     parts.counts.copy_(counts)
     parts.state = state
     restore_random_state(own["random"], parts.world.device)
+
+
+def _read_optimizer(folder: Path, parts: Parts) -> dict[str, Any]:
+    """What the optimizer, or the engine around it, loads; every process must call it."""
+    engine, world = parts.engine, parts.world
+    processes, stage = saved_partitions(folder)
+    if not stage:
+        with reading(folder, OPTIMIZER):
+            whole = read_optimizer(folder, parts.optimizer)
+        if engine is None:
+            return whole
+        with (
+            reading(folder, WEIGHTS),
+            stored_weights(parts.model.network, folder / WEIGHTS, folder / LAYERS) as weight,
+        ):
+            return engine.divide(whole, weight)
+    if engine is not None and (processes, stage) == (world.size, engine.stage):
+        return engine.read(folder, world)
+    with reading(folder, partition_name(0, processes)):
+        whole, weight = read_divided(folder, processes, parts.optimizer)
+        if engine is None:
+            return read_optimizer(folder, parts.optimizer, whole)
+        return engine.divide(whole, weight)
 
 
 def _positions(ranks: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:

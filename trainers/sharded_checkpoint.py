@@ -196,16 +196,24 @@ def _plain_tensors(item: Any, path: str) -> Iterator[tuple[str, Tensor]]:
             yield from _plain_tensors(value, f"{path}.{at}")
 
 
-def read_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def read_optimizer(
+    folder: Path, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """A checkpoint's state of an optimizer, as this process's `load_state_dict` takes it.
 
     Tensors are sharded as the optimizer's own are now, or as its parameters of the same shape
     are, whether they were sharded when they were saved or not.
 
+    Args:
+        folder: the checkpoint.
+        optimizer: the one to go on with.
+        saved: the state, if it isn't in ``optimizer.pt``.
+
     Returns:
         The state. Every process must call it if tensors were saved sharded.
     """
-    saved = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+    if saved is None:
+        saved = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
     now = optimizer.state_dict()["state"]
     params = [param for group in optimizer.param_groups for param in group["params"]]
     wanted: dict[str, Tensor] = {}
@@ -244,17 +252,19 @@ def read_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> dict[str, 
             return type(item)(place(value, like) for value in item)
         return item
 
+    placed: dict[Any, dict[str, Any]] = {}
     for number, entries in saved["state"].items():
         param = params[number] if isinstance(number, int) and number < len(params) else None
-        for key, value in entries.items():
-            entries[key] = place(value, _model(now.get(number, {}).get(key), param))
+        placed[number] = {
+            key: place(value, _model(now.get(number, {}).get(key), param))
+            for key, value in entries.items()
+        }
     if wanted:
         alone = not dist.is_initialized()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             state_dict_loader.load(wanted, storage_reader=FileSystemReader(folder), no_dist=alone)
-    result: dict[str, Any] = saved
-    return result
+    return {**saved, "state": placed}
 
 
 def _model(now: Any, param: Tensor | None) -> Callable[[torch.Size], DTensor | None]:

@@ -3,8 +3,8 @@
 Stage 1 divides the optimizer's states and its float32 copy of the weights, stage 2 the gradients,
 too, and stage 3 the weights. The optimizer is the run's own; the engine reduces, clips, and decides
 whether a gradient is finite (tried with DeepSpeed 0.19.8). In a checkpoint each process has a file
-with its partition, read as ``torch.load(..., weights_only=True)`` reads it. Partitions can't be
-divided anew, so the number of processes and the stage stay those of the checkpoint.
+with its partition, read as ``torch.load(..., weights_only=True)`` reads it. `zero_checkpoint` makes
+other partitions of them.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lowrank.optimizers.engine.zero_state import part_state, part_weights
 
 from .checkpoint import DamagedCheckpointError
 from .config import RunConfig
@@ -30,6 +32,14 @@ from .models import LanguageModel, parameter_count
 
 #: DeepSpeed's default: the most entries that are reduced at once.
 _BUCKET = 500_000_000
+
+
+#: By stage: names of the optimizer's state and of the weights in DeepSpeed's own state.
+KEYS = {
+    1: ("base_optimizer_state", "single_partition_of_fp32_groups"),
+    2: ("base_optimizer_state", "single_partition_of_fp32_groups"),
+    3: ("optimizer_state_dict", "fp32_flat_groups"),
+}
 
 
 class ZeroEngine:
@@ -45,7 +55,7 @@ class ZeroEngine:
         self,
         config: RunConfig,
         model: LanguageModel,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Any,
         world: World,
     ) -> None:
         """Divides the model and the optimizer; every process must call it.
@@ -131,17 +141,30 @@ class ZeroEngine:
             DamagedCheckpointError: it isn't there, or holds something else.
         """
         path = folder / partition_name(world.rank, world.size)
-        if not path.is_file():
-            raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {path.name} is missing")
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_partition(path)
         if set(content) != set(self._keys()):
             raise DamagedCheckpointError(
                 f"checkpoint {folder} is damaged: {path.name} isn't of ZeRO stage {self.stage}"
             )
         return content
 
+    def divide(
+        self, optimizer: dict[str, Any], weight: Callable[[int, Tensor], Tensor]
+    ) -> dict[str, Any]:
+        """This process's partition of a whole state; every process must call it.
+
+        Args:
+            optimizer: a whole `state_dict` of the optimizer.
+            weight: gives the whole weight of a parameter, by its number and itself.
+        """
+        own = part_state(self._optimizer, optimizer)
+        partitions = self._optimizer._partitions
+        params = partitions.params
+        flats = part_weights(partitions, self._flats(), lambda n: weight(n, params[n]))
+        return dict(zip(self._keys(), (own, flats), strict=True))
+
     def load(self, content: dict[str, Any], world: World) -> None:
-        """Goes on from a partition that `read` gave; every process must call it.
+        """Goes on from a partition that `read` or `divide` gave; every process must call it.
 
         In stages 1 and 2 the model's weights are loaded before.
         """
@@ -155,9 +178,7 @@ class ZeroEngine:
 
     def _keys(self) -> tuple[str, str]:
         """Names of the optimizer's state and of the weights in DeepSpeed's own state."""
-        if self.stage == 3:
-            return "optimizer_state_dict", "fp32_flat_groups"
-        return "base_optimizer_state", "single_partition_of_fp32_groups"
+        return KEYS[self.stage]
 
     def _flats(self) -> list[Tensor]:
         inner = self.module.optimizer
@@ -227,6 +248,18 @@ def engine_config(config: RunConfig, size: int, entries: int) -> dict[str, Any]:
 def partition_name(rank: int, size: int) -> str:
     """The name of a process's file in a checkpoint."""
     return f"zero-{rank:05d}-of-{size:05d}.pt"
+
+
+def read_partition(path: Path, *, mapped: bool = False) -> dict[str, Any]:
+    """A process's file; with `mapped` what is used of it is read when it is used.
+
+    Raises:
+        DamagedCheckpointError: it isn't there.
+    """
+    if not path.is_file():
+        raise DamagedCheckpointError(f"checkpoint {path.parent} is damaged: {path.name} is missing")
+    found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    return found
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from .plan import Plan, Snapshot
 from .prepare import MadeBy, Maker, drop_unused, follow, revise
 from .saved_method import METHOD, changed_options, check_method, warn_of_changes
 from .seeds import seed_names
-from .zero import Partitions, show
+from .zero import PARTITION, Partitions, check_partition, partition_of, show
 
 if TYPE_CHECKING:
     from .in_backward.handle import InBackward
@@ -226,6 +226,8 @@ class ManagedOptimizer(Optimizer):
             pairs = zip(self.param_groups, groups, strict=True)
             marked = [self._marked(group, packed) or packed for group, packed in pairs]
             groups[:] = [{**group, METHOD: type(self).__name__} for group in marked]
+            if self._partitions is not None:
+                saved[PARTITION] = partition_of(self._partitions)
             save_pending(self._in_backward, self.param_groups, saved)
 
         hook = self.register_state_dict_post_hook(mark, prepend=True)
@@ -256,6 +258,7 @@ class ManagedOptimizer(Optimizer):
         def inspect(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
             nonlocal pending
             loaded, pending = take_pending(self._in_backward, self.param_groups, loaded)
+            check_partition(self._partitions, loaded)
             saved_groups = policy.checked_groups(self.param_groups, loaded)
             check_method(type(self), self.param_groups, saved_groups, self.defaults)
             changed.extend(

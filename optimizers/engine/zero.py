@@ -17,7 +17,7 @@ model's after the step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -45,12 +45,14 @@ class Place:
         offset: of the piece in it.
         start: first entry held, of the flattened parameter.
         entries: number of entries held, 0 for none.
+        partition: the number of the group or sub-group.
     """
 
     flat: Tensor
     offset: int
     start: int
     entries: int
+    partition: int = 0
 
     def of(self, flat: Tensor) -> Tensor:
         """The piece in the partition, or in its gradient."""
@@ -62,12 +64,13 @@ def partitioned(param: Tensor) -> bool:
     return hasattr(param, "_hp_mapping") or hasattr(param, "_z3_optimizer")
 
 
-def place_of(param: Any, flat: Tensor | None) -> tuple[Place, Any]:
+def place_of(param: Any, flat: Tensor | None, group: int) -> tuple[Place, Any]:
     """Where a parameter's piece is, and the process group that holds the others.
 
     Args:
         param: the parameter.
         flat: what its group holds now; not used in stage 3.
+        group: the group's number.
 
     Raises:
         ValueError: the piece is not in `flat`.
@@ -79,14 +82,14 @@ def place_of(param: Any, flat: Tensor | None) -> tuple[Place, Any]:
         entries = min(start + size, param.ds_numel) - start
         flat = engine.fp32_partitioned_groups_flat[sub_group]
         assert flat is not None
-        return Place(flat, offset, start, entries), param.ds_process_group
+        return Place(flat, offset, start, entries, sub_group), param.ds_process_group
     mapping = param._hp_mapping
     if flat is None:
         raise ValueError(f"{label(None, param)} is in no flat partition of DeepSpeed's ZeRO")
     if mapping is None:
-        return Place(flat, 0, 0, 0), param._dp_group
+        return Place(flat, 0, 0, 0, group), param._dp_group
     address, here = mapping.lp_fragment_address, mapping.hp_fragment_address
-    place = Place(flat, here.start, address.start, address.numel)
+    place = Place(flat, here.start, address.start, address.numel, group)
     return place, param._dp_group
 
 
@@ -108,8 +111,11 @@ class Partitions:
 
     Attributes:
         groups: copies of the groups that hold row blocks.
+        params: the parameters, group by group.
+        places: where the piece of each is.
         blocks: the block of each parameter.
         processes: those that hold the pieces.
+        stepping: numbers of the partitions that take the present step.
     """
 
     def __init__(
@@ -129,34 +135,36 @@ class Partitions:
             ValueError: a partition is on another device than its parameters (offload).
         """
         self._own: list[Group] = list(groups)
+        self.stepping: frozenset[int] = frozenset()
         self._checked: set[int] = set()
-        self._params = [param for own in params for param in own]
+        self.params = [param for own in params for param in own]
         flats = [
-            next(iter(group["params"]), None)
-            for group, own in zip(groups, params, strict=True)
+            (next(iter(group["params"]), None), number)
+            for number, (group, own) in enumerate(zip(groups, params, strict=True))
             for _ in own
         ]
-        found = [place_of(param, flat) for param, flat in zip(self._params, flats, strict=True)]
-        self._places = [place for place, _ in found]
+        found = [place_of(param, *flat) for param, flat in zip(self.params, flats, strict=True)]
+        self.places = [place for place, _ in found]
         self.processes = Processes.of(found[0][1])
-        for param, place in zip(self._params, self._places, strict=True):
+        for param, place in zip(self.params, self.places, strict=True):
             if param.device != place.flat.device:
                 raise ValueError(
                     f"{label(None, param)} on {param.device} has its partition on "
                     f"{place.flat.device}: accepted is ZeRO without offload_optimizer"
                 )
-        shapes = [whole_shape(param) for param in self._params]
-        cuts = layouts(self._places, shapes, self.processes)
+        shapes = [whole_shape(param) for param in self.params]
+        cuts = layouts(self.places, shapes, self.processes)
         self._fragments = [
             Fragment(
                 cut,
                 RowBlock(cut.shape, place.flat.detach()[:0], cut.rows(self.processes)),
                 place.of(place.flat),
             )
-            for place, cut in zip(self._places, cuts, strict=True)
+            for place, cut in zip(self.places, cuts, strict=True)
         ]
         own_blocks = [fragment.block for fragment in self._fragments]
-        self.blocks: dict[Tensor, RowBlock] = dict(zip(self._params, own_blocks, strict=True))
+        self.blocks: dict[Tensor, RowBlock] = dict(zip(self.params, own_blocks, strict=True))
+        self._numbers = {id(block): i for i, block in enumerate(own_blocks)}
         self._united: list[list[int]] = []
         blocks = iter(own_blocks)
         self.groups: list[Group] = []
@@ -175,9 +183,8 @@ class Partitions:
         Returns:
             For each layer whether they are in several partitions, which step in turn.
         """
-        places = {id(fragment.block): i for i, fragment in enumerate(self._fragments)}
-        united = [[places[id(block)] for block in own] for own in members]
-        apart = [len({id(self._places[i].flat) for i in own}) > 1 for own in united]
+        united = [[self._numbers[id(block)] for block in own] for own in members]
+        apart = [len({id(self.places[i].flat) for i in own}) > 1 for own in united]
         self._united = [own for own, several in zip(united, apart, strict=True) if several]
         return apart
 
@@ -210,14 +217,15 @@ class Partitions:
     def _fill(self, hidden: Sequence[Group]) -> list[Fragment]:
         """The fragments of partitions that have a gradient, with their entries."""
         known = {id(flat): flat.grad for group in hidden for flat in group["params"]}
-        gradients = [known.get(id(place.flat)) for place in self._places]
+        gradients = [known.get(id(place.flat)) for place in self.places]
         wanted = {i for i, gradient in enumerate(gradients) if gradient is not None}
+        self.stepping = frozenset(self.places[i].partition for i in wanted)
         for members in self._united:
             if wanted.intersection(members):
                 wanted.update(members)
         filled = []
         for i in sorted(wanted):
-            param, place, fragment = self._params[i], self._places[i], self._fragments[i]
+            param, place, fragment = self.params[i], self.places[i], self._fragments[i]
             gradient = gradients[i]
             fragment.weight = place.of(place.flat)
             fragment.gradient = None if gradient is None else place.of(gradient)
@@ -227,16 +235,53 @@ class Partitions:
             filled.append(fragment)
         return filled
 
+    def entries(self, block: RowBlock) -> Tensor:
+        """What this process has of a parameter's weight: its rows during a step, or its piece."""
+        if block.grad is not None:
+            return block.local
+        place = self.places[self._numbers[id(block)]]
+        return place.of(place.flat)
+
     def _copy_to_model(self, changed: Sequence[Fragment]) -> None:
         """Writes pieces to the model's weights, which the engine does only as it steps them."""
         found = {id(fragment): i for i, fragment in enumerate(self._fragments)}
         for fragment in changed:
             i = found[id(fragment)]
-            param, place = self._params[i], self._places[i]
+            param, place = self.params[i], self.places[i]
             own = getattr(param, "ds_tensor", None)
             start = place.start if own is None else 0
             whole = param.detach().view(-1) if own is None else own.detach()
             whole[start : start + place.entries].copy_(fragment.weight)
+
+
+#: The key of a `state_dict` that says which part of the state it is.
+PARTITION = "zero_partition"
+
+
+def partition_of(partitions: Partitions) -> dict[str, Any]:
+    """Which part this process has, in plain numbers.
+
+    Returns:
+        `world`, `rank`, and as `pieces` for each parameter [partition, offset in it, first entry of
+        the flattened parameter, number of entries].
+    """
+    processes = partitions.processes
+    pieces = [[p.partition, p.offset, p.start, p.entries] for p in partitions.places]
+    return {"world": processes.world, "rank": processes.rank, "pieces": pieces}
+
+
+def check_partition(partitions: Partitions | None, saved: Mapping[str, Any]) -> None:
+    """Raises `ValueError` if a `state_dict` is another part than this process's."""
+    found = saved.get(PARTITION)
+    if found is None or (partitions is None and found["world"] == 1):
+        return
+    if partitions is not None and found == partition_of(partitions):
+        return
+    raise ValueError(
+        f"the saved state is the part of rank {found['rank']} of {found['world']} that DeepSpeed's "
+        "ZeRO had divided it among: accepted are as many processes at the same stage, or "
+        "load_zero_checkpoint, which divides it anew"
+    )
 
 
 def show(optimizer: ManagedOptimizer, *, stepping: bool) -> AbstractContextManager[None]:

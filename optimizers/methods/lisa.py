@@ -25,16 +25,17 @@ On a LLaMA of 1M parameters (2 of 4 layers, periods of 10, 200 steps of the stan
 one seed) perplexity was 102.5 at a rate of 0.001, where AdamW has 103.3; 110.3 at 0.003, and 109.4
 by norm; 389 at 0.01.
 
-A layer is an element of the model's list of layers, norms and biases included (`blocks_of`). Under
-DistributedDataParallel and FSDP2 all processes draw alike; "norm" adds one all-reduce of N numbers
-a draw under FSDP2. DeepSpeed's ZeRO, whose partitions step one after another, is refused.
+A layer is an element of the model's list of layers, norms and biases included (`blocks_of`). On
+several processes all draw as one would; "norm" adds one all-reduce of N numbers a draw under FSDP2
+and DeepSpeed's ZeRO. ZeRO's partitions step one after another: the last one ends the step, and
+draws.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -49,8 +50,9 @@ from ..engine.method import method
 from ..engine.optimizer import LowRankOptimizer
 from ..engine.options import Group
 from ..engine.plan import Given, Plan
+from ..engine.row_block import RowBlock
 from ..engine.rule_families import TORCH_ADAMW
-from ..engine.sharding import shard_of
+from ..engine.sharding import Shard, shard_of
 from ..engine.warn import warn_user
 from ..rules import Resting
 
@@ -134,11 +136,24 @@ class LisaAdamW(LowRankOptimizer):
 
     # The step
 
+    def _make_attributes(self) -> None:
+        super()._make_attributes()
+        self._stepped: frozenset[int] = frozenset()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores a pickle or copy."""
+        self.__dict__.setdefault("_stepped", frozenset())
+        super().__setstate__(state)
+
     def _advance(self, plans: Sequence[Plan]) -> None:
         super()._advance(plans)
+        if not self._step_ended():
+            return
         calls = self._calls() + 1
-        for state in self.state.values():
-            state[CALLS] = calls
+        for group in self.param_groups:  # engines may have entries of their own in the state
+            for param in group["params"]:
+                if param in self.state:
+                    self.state[param][CALLS] = calls
         gap = next((g["update_proj_gap"] for g in self.param_groups if _turns(g)), None)
         if gap is not None and calls % gap == 0:
             for plan in plans:
@@ -149,11 +164,18 @@ class LisaAdamW(LowRankOptimizer):
         if not _rests(plan.group):
             super()._advance_group(plan, first, count, given)
 
-    def _adopted(self) -> None:
-        raise ValueError(
-            f"{type(self).__name__} in DeepSpeed's ZeRO, whose partitions step one after "
-            "another: accepted are DistributedDataParallel, fully_shard and ZeRO stage 0"
-        )
+    def _step_ended(self) -> bool:
+        """Whether the step is done: under ZeRO when each partition has taken it."""
+        partitions = self._partitions
+        if partitions is None:
+            return True
+        if not self._stepped.isdisjoint(partitions.stepping):
+            self._stepped = frozenset()  # an error ended the former step before its end
+        self._stepped |= partitions.stepping
+        if self._stepped != {place.partition for place in partitions.places}:
+            return False
+        self._stepped = frozenset()
+        return True
 
     # The draw
 
@@ -191,13 +213,19 @@ class LisaAdamW(LowRankOptimizer):
         spread = next((s.rows.processes for s in shards if not s.rows.processes.alone), None)
         squares: dict[int, Tensor] = {}
         for (block, param), shard in zip(pairs, shards, strict=True):
-            own = shard.local(param.detach()).double().square().sum()
+            own = self._entries(param, shard).double().square().sum()
             if spread is not None and shard.rows.processes.alone:
                 own = own / spread.world  # whole on each process
             squares[block] = squares[block] + own if block in squares else own
         total = torch.stack(list(squares.values()))
         total = total if spread is None else spread.sum(total)
         return dict(zip(squares, total.sqrt().tolist(), strict=True))
+
+    def _entries(self, param: Tensor, shard: Shard) -> Tensor:
+        """The entries of a parameter that are here."""
+        if isinstance(param, RowBlock) and self._partitions is not None:
+            return self._partitions.entries(param)
+        return shard.local(param.detach())
 
 
 def _turns(group: Group) -> bool:

@@ -31,6 +31,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, distributed
 
+from lowrank.cuda.noise import mix, signed_seed
+
 from ..engine import checks
 from ..engine.chunks import wide_dtype
 from ..engine.in_backward.refusals import _wrappers
@@ -171,7 +173,8 @@ class SparseLoCo:
             for error, shared, param in zip(self._errors, self._shared, self._params, strict=True)
         ]
         finite = all(bool(error.isfinite().all()) for error in errors)
-        self._compare("steps", [self.steps, self.message_bytes, int(finite)], finite=True)
+        numbers = [self.steps, self._checksum(), int(finite)]
+        self._compare("steps and options", numbers, finite=True)
         pairs = list(zip(self._formats, errors, strict=True))
         message = torch.cat([own.encode(error) for own, error in pairs])
         messages = message.new_empty(self._world, len(message))
@@ -231,6 +234,11 @@ class SparseLoCo:
         weights = torch.arange(1, sums.numel() + 1, dtype=torch.float64, device=sums.device)
         folded = (sums.flatten() * weights).cpu()
         return [len(self._params), *folded.sum().view(1).view(torch.int64).tolist(), 0]
+
+    def _checksum(self) -> int:
+        """A number that differs where options of the exchange do; the inner optimizer's may."""
+        rates = [self.inner_steps, float(self.outer_lr), float(self.error_decay)]
+        return signed_seed(mix(0, repr((self._formats, rates))))
 
     def _compare(self, what: str, numbers: list[int], *, finite: bool = False) -> None:
         """Raises on all workers if three numbers differ; the third is whether it's finite."""

@@ -224,6 +224,9 @@ def faults(rank: int, groups: dict[int, Any]) -> dict[str, str]:
     outer = SparseLoCo(adamw(model), **{**OPTIONS, "density": 0.1 if rank else 0.2})
     found["options"] = said(worker, model, rank, outer, range(3))
     model = double_block()
+    outer = SparseLoCo(adamw(model), **{**OPTIONS, "outer_lr": 0.7 if rank else 0.8})
+    found["rates"] = said(worker, model, rank, outer, range(3))
+    model = double_block()
     outer = SparseLoCo(adamw(model), **OPTIONS)
     if rank == 2:
         next(model.parameters()).data[0, 0] = float("nan")
@@ -261,7 +264,8 @@ def test_two_to_four_workers(tmp_path: Path) -> None:
         faults = made[rank]["faults"]
         assert faults["models"].startswith("ValueError: SparseLoCo: parameters of the workers")
         assert "DistributedDataParallel, which averages" in faults["wrapped"]
-        assert faults["options"].startswith("RuntimeError: SparseLoCo: steps of the workers")
+        for key in ("options", "rates"):
+            assert faults[key].startswith("RuntimeError: SparseLoCo: steps and options of the work")
         assert "workers [2] are not finite at step 3" in faults["nan"]
         assert "parameters have changed" in faults["changed"]
     assert "not all 2 workers came to an exchange (step 3 here)" in made[0]["faults"]["missing"]

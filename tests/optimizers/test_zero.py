@@ -11,9 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from fsdp2_runs import ALL as EVERY
-from fsdp2_runs import QUICK as FEW
-from fsdp2_runs import Case, limit, options_of
+from fsdp2_runs import ALL, QUICK, Case, limit, options_of
 from sharded import block, distance, run, tokens, train
 from torch import Tensor, nn
 from torch.nn import functional
@@ -22,8 +20,6 @@ from lowrank.optimizers import LowRankOptimizer, build
 
 pytest.importorskip("deepspeed")
 PRELOAD = ("deepspeed",)
-#: LISA refuses ZeRO's partitions.
-QUICK, ALL = ([case for case in cases if case[0] != "lisa_adamw"] for cases in (FEW, EVERY))
 
 
 def quiet_deepspeed(world: int) -> Any:
@@ -157,6 +153,35 @@ def test_checkpoints_go_on_exactly(stage: int, tmp_path: Path) -> None:
         assert torch.equal(weight, again[name]), name
 
 
+def turns(rank: int, world: int, stage: int, zero: dict[str, int]) -> tuple[float, int]:
+    """LISA's distance from one process, and entries of moments of layers out of their turn."""
+    made: list[tuple[dict[str, Tensor], list[list[int]]]] = []
+    resting = 0
+    for alone in (False, True):
+        model = block()
+        optimizer: Any = build("lisa_adamw", model, lr=1e-2, update_proj_gap=2, sampling="norm")
+        drawn = []
+        engine = None if alone else engine_of(model, optimizer, stage, world, zero=zero)
+        for step in range(7):
+            drawn.append(optimizer.active_blocks())
+            if engine is None:
+                train(model, optimizer, range(step, step + 1))
+            else:
+                go_on(engine, range(step, step + 1), rank, world)
+        weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+        made.append((weights if engine is None else whole(model), drawn))
+        if engine is not None:
+            saved = optimizer.state_dict()
+            rests = [g for g in saved["param_groups"] if g.get("block") is not None]
+            rests = [g for g in rests if g["block"] not in optimizer.active_blocks()]
+            states = [saved["state"][number] for g in rests for number in g["params"]]
+            resting = sum(s["exp_avg"].numel() + s["exp_avg_sq"].numel() for s in states)
+            assert states
+    assert made[0][1] == made[1][1]
+    assert len({tuple(active) for active in made[0][1]}) > 1
+    return distance(made[0][0], made[1][0]), resting
+
+
 def groups_and_refusals(rank: int, world: int, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for stage, zero in ((1, {}), (3, {"sub_group_size": 200})):
@@ -173,6 +198,7 @@ def groups_and_refusals(rank: int, world: int, folder: Path) -> dict[str, Any]:
                 go_on(engine_of(model, optimizer, stage, world, zero=zero), range(9), rank, world)
                 weights[alone] = whole(model)
         found[f"stage {stage}"] = distance(weights[False], weights[True])
+    found["turns"] = [turns(rank, world, 1, {}), turns(rank, world, 3, {"sub_group_size": 200})]
     said = []
     for prepare, options in (
         (lambda model, optimizer: train(model, optimizer, range(1)), {}),
@@ -209,6 +235,9 @@ def test_several_groups_and_sub_groups_and_what_is_refused(tmp_path: Path) -> No
     found, other = run(groups_and_refusals, 2, tmp_path)
     assert found["stage 1"] <= 1e-5
     assert found["stage 3"] <= 1e-5
+    for gap, resting in found["turns"]:
+        assert gap <= 1e-5
+        assert resting == 0
     assert "taken a step before deepspeed.initialize" in found["said"][0]
     assert "accepted is round_robin_gradients=false" in found["said"][1]
     assert "a weight of shape (64, 256) in 8 bits: accepted are dense weights" in found["said"][2]

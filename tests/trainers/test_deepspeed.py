@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -15,7 +17,10 @@ from test_lost import own_lines
 from test_sharded_runs import losses
 from tiny_runs import TINY, comparable_metrics, summary
 
+from lowrank.trainers.agreement import check_partitions
 from lowrank.trainers.checkpoint import verify
+from lowrank.trainers.config_io import from_mapping
+from lowrank.trainers.parts import saved_config
 
 pytestmark = pytest.mark.slow
 PRELOAD = (*processes.PRELOAD, "deepspeed")
@@ -47,21 +52,20 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
         if stage == 3:
             settings += ("model.activation_checkpointing=true",)
         jobs[name] = Job(arguments(name, *settings), 2)
-        if stage > 1:
-            jobs[f"resumed {stage}"] = again(f"resumed {stage}", name, 2)
+        if stage == 3:  # of stage 2 a killed run does
+            jobs["resumed 3"] = again("resumed 3", name, 2)
     jobs["bfloat16"] = Job(arguments("bfloat16", ZERO, "model.dtype=bfloat16"), 2)
     jobs["resumed bfloat16"] = again("resumed bfloat16", "bfloat16", 2)
-    jobs["four"] = again("four", "stage 2", 4)
-    jobs["alone"] = again("alone", "stage 2", 1)
-    jobs["other stage"] = again("other stage", "stage 2", 2, "--set", "distributed.zero_stage=1")
-    jobs["other strategy"] = again("other strategy", "one", 2, "--set", ZERO)
+    for name, (source, size, *changed) in CHANGED.items():
+        jobs[name] = again(name, source, size, *(("--set", *changed) if changed else ()))
     full = {"1": (-SAVED, FULL_PARTITION)}
     jobs["full"] = Job(arguments("full", ZERO), 2, stop=full)
     settings = (ZERO, "distributed.zero_stage=2", "distributed.timeout=30")
     jobs["killed"] = Job(
         arguments("killed", *settings), 2, stop={"1": (SAVED + 1, int(signal.SIGKILL))}
     )
-    for name, size in (("killed, again", 2), ("killed, on four", 4)):
+    for name, size, stage in (("killed, again", 2, 2), ("killed, on four", 4, 1)):
+        settings = (ZERO, f"distributed.zero_stage={stage}")
         auto = ["pretrain", "--resume=auto", *arguments(name, *settings)[1:]]
         jobs[name] = Job(auto, size, copied=(str(base / "killed"), str(base / name)))
     quantised = ("optimizer.name=qgalore_adamw_8bit", "model.weight_bits=8")
@@ -73,16 +77,14 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     return base, outcomes
 
 
+#: By name of the run: from which one it goes on, on how many processes, and changed settings.
+CHANGED = {
+    "2 to 1": ("stage 2", 1),
+    "1 to 3": ("one", 2, ZERO, "distributed.zero_stage=3"),
+    "3 to fsdp2": ("stage 3", 2, "distributed.strategy=fsdp2", "distributed.zero_stage=1"),
+}
 #: By name of the run: what its one line says.
 REFUSED = {
-    "four": (
-        "was written by 2 processes with distributed.strategy=deepspeed and"
-        " distributed.zero_stage=2, and the run goes on with 4 processes"
-    ),
-    "alone": "and the run goes on with 1 process without DeepSpeed; accepted: 2 processes with",
-    "other stage": "with 2 processes with distributed.strategy=deepspeed and distributed.zero_st",
-    "other strategy": "was written by 1 process without DeepSpeed, and the run goes on with 2",
-    "killed, on four": "and the run goes on with 4 processes with distributed.strategy=deepspeed",
     "quantised": "distributed.strategy='deepspeed' with optimizer.name='qgalore_adamw_8bit' and",
 }
 
@@ -122,13 +124,44 @@ def test_two_processes_follow_one(stage: int, runs: tuple[Path, dict[str, Outcom
     assert outcomes[name].errors == ["", ""]
 
 
-@pytest.mark.parametrize("name", ["2", "3", "bfloat16"])
+@pytest.mark.parametrize("name", ["3", "bfloat16"])
 def test_a_run_goes_on_exactly(name: str, runs: tuple[Path, dict[str, Outcome]]) -> None:
     base, _ = runs
     straight = base / (name if name == "bfloat16" else f"stage {name}")
     resumed = base / f"resumed {name}"
     assert comparable_metrics(resumed) == comparable_metrics(straight)
     assert summary(resumed)["weights_sha256"] == summary(straight)["weights_sha256"]
+
+
+@pytest.mark.parametrize("name", [*CHANGED, "killed, on four"])
+def test_other_processes_and_stages_go_on(name: str, runs: tuple[Path, dict[str, Outcome]]) -> None:
+    base, outcomes = runs
+    assert f"resuming at step {SAVED} of {STEPS}" in outcomes[name].outputs[0]
+    found, expected = losses(base / name), losses(base / "one")
+    assert [item[:2] for item in found] == [item[:2] for item in expected]
+    assert [item[2] for item in found] == pytest.approx([item[2] for item in expected], abs=1e-5)
+    assert summary(base / name)["tokens"] == summary(base / "one")["tokens"]
+
+
+def test_an_earlier_version_has_not_said_how_it_divided(
+    runs: tuple[Path, dict[str, Outcome]], tmp_path: Path
+) -> None:
+    base, _ = runs
+    saved = tmp_path / "saved"
+    shutil.copytree(base / "stage 1" / "checkpoints" / "step-00000004", saved)
+    for path in saved.glob("zero-*.pt"):
+        content = torch.load(path, weights_only=True)
+        del content["base_optimizer_state"]["zero_partition"]
+        torch.save(content, path)
+    config = from_mapping(saved_config(saved))
+    check_partitions(saved, config, 2)
+    message = (
+        "was written by 2 processes with distributed.strategy=deepspeed and"
+        " distributed.zero_stage=1, in an earlier version that doesn't say how it is divided, and"
+        " the run goes on with 1 process without DeepSpeed; accepted: 2 processes with"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_partitions(saved, config, 1)
 
 
 @pytest.mark.parametrize("stage", STAGES)

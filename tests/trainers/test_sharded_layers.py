@@ -30,7 +30,11 @@ RUNS = {
     "sst fsdp2": (SST, (FSDP2,)),
 }
 #: By name: how a run on its third step goes on, if not as it began.
-OTHERWISE = {"relora fsdp2 alone": ("relora fsdp2", 1)}
+OTHERWISE = {
+    "relora fsdp2 alone": ("relora fsdp2", 1),
+    "relora zero 3 alone": ("relora zero 3", 1),
+    "loqt zero 2 alone": ("loqt zero 2", 1),
+}
 
 
 @pytest.fixture(scope="module")
