@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowrank.optimizers import FactoredAdamW, LowRankOptimizer, build
 from lowrank.optimizers.engine.devices import assuming_memory
+from lowrank.optimizers.engine.scratch import watching_batches
 
 from .driverless import driverless
-from .fakes import faking
+from .fakes import DEPTHS, batches_grow, faking
 from .launches import LaunchCounter, Launches, settle
 from .ledger import Ledger
-from .network import place
+from .network import find_blocks, place
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,21 @@ class Steps:
 
 def count_steps(
     method: str,
-    model: nn.Module,
+    make: Callable[[], nn.Module],
     *,
     memory: int | None = None,
     options: Mapping[str, Any] | None = None,
     refreshing: bool = True,
 ) -> Steps:
-    """Counts steps of a method on a model of meta tensors, which becomes one of fakes of a GPU.
+    """Counts steps of a method on a model.
+
+    Of more equal blocks than the larger of `DEPTHS` a step follows from those of both: either all
+    batches of matrices grow with the depth, or there are more of them. Where neither is certain all
+    blocks take part.
 
     Args:
         method: a name that `build` accepts.
-        model: on "meta"; it is of no use afterwards.
+        make: makes the model, of tensors on "meta".
         memory: bytes of the GPU, by which scratch is bounded; None for one of 16 GiB or less.
         options: of `build`.
         refreshing: count a step with a refresh, too.
@@ -55,11 +60,74 @@ def count_steps(
     Raises:
         ValueError: as `build`, or the method replaces layers, which need real backward passes.
     """
+
+    def count(depth: int | None) -> Steps:
+        model = make()
+        if depth is not None:
+            blocks = find_blocks(model)
+            assert blocks is not None
+            blocks.parent._modules[blocks.name] = nn.ModuleList(blocks.items[:depth])
+        return _steps(method, model, memory, options or {}, refreshing=refreshing)
+
+    blocks = find_blocks(make())
+    few, many = DEPTHS
+    if blocks is None or not blocks.equal or len(blocks.items) <= many:
+        return count(None)
+    depth = len(blocks.items)
+    with watching_batches() as seen, assuming_memory(memory or 0):
+        larger = count(many)
+        grows = [
+            batches_grow([own for own in seen if own.refits == refits], depth)
+            for refits in (False, True)
+        ]
+    if None in grows:
+        return count(None)
+    smaller = count(few)
+    return Steps(
+        _grown(smaller.usual, larger.usual, depth),
+        None
+        if smaller.refreshing is None or larger.refreshing is None
+        else _grown(smaller.refreshing, larger.refreshing, depth),
+        larger.gap,
+    )
+
+
+def _grown(few: Launches, many: Launches, depth: int) -> Launches:
+    """A step of a deeper model than those of `DEPTHS`."""
+    smaller, larger = DEPTHS
+    times, left = divmod(depth - larger, larger - smaller)
+
+    def on(first: int, second: int) -> int:
+        return second + times * (second - first) + left * (second - first) // (larger - smaller)
+
+    numbers = {
+        name: on(getattr(few, name), getattr(many, name))
+        for name in ("reads", "sends", "operations", "filled", "products", "passes")
+    }
+    found = Launches(**numbers)
+    for name in many.by_name | few.by_name:
+        found.by_name[name] = on(few.by_name[name], many.by_name[name])
+    for work in many.work | few.work:
+        # Batches that grow are other work: that of fewer matrices is taken away as often as that
+        # of more is added, so that sums are those of the depth.
+        found.work[work] = on(few.work[work], many.work[work])
+    return found
+
+
+def _steps(
+    method: str,
+    model: nn.Module,
+    memory: int | None,
+    options: Mapping[str, Any],
+    *,
+    refreshing: bool,
+) -> Steps:
+    """Those of a model on "meta", which becomes one of fakes of a GPU."""
     device = torch.device("cuda")
     with faking(FakeTensorMode()), assuming_memory(memory or 0), Ledger() as ledger:
         place(model, device)
         with driverless(device), torch.random.fork_rng(devices=[]):
-            optimizer = build(method, model, **(options or {}))
+            optimizer = build(method, model, **options)
             if isinstance(optimizer, FactoredAdamW):
                 raise ValueError(
                     f"optimizer={method!r} replaces layers, whose steps need what real backward "

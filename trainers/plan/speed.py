@@ -9,10 +9,10 @@ from .cards import card_name
 from .work import Work
 
 #: TB/s of memory; dense TFLOP/s in bf16 (sums in fp32), TF32, fp32 and fp64; GB/s that one card
-#: sends to others (NVLink, or PCIe x16, in one direction). From NVIDIA's data sheets of the cards (SXM
-#: forms of A100, H100, H200 and B200; without sparsity, which doubles some sheets' figures), for
-#: GeForce from the white papers of GA102, AD102 and Blackwell. fp64 is that of tensor cores where
-#: there are such. Cards without products in bf16 (V100, T4) have no line.
+#: sends to others (NVLink, or PCIe x16, in one direction). From NVIDIA's data sheets of the cards
+#: (SXM forms of A100, H100, H200 and B200; without sparsity, which doubles some sheets' figures),
+#: for GeForce from the white papers of GA102, AD102 and Blackwell. fp64 is that of tensor cores
+#: where there are such. Cards without products in bf16 (V100, T4) have no line.
 DATA_SHEETS: dict[str, tuple[float, float, float, float, float, float]] = {
     "3080": (0.760, 59.5, 29.8, 29.8, 0.465, 32),
     "3090": (0.936, 71.0, 35.6, 35.6, 0.556, 32),

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from lowrank.optimizers import expected_step_traffic
 
@@ -237,7 +238,10 @@ def _modelled(model: str, setting: Setting, speed: Speed, passes: Passes) -> Ste
     check_rank(setting, blocks)
     wire, notes = _wire(setting, whole, blocks, speed)
     steps = count_steps(
-        setting.optimizer, whole.network, memory=setting.memory, options=setting.options
+        setting.optimizer,
+        lambda: cast("nn.Module", _network(setting).network),
+        memory=setting.memory,
+        options=setting.options,
     )
     refreshing = steps.refreshing
     return StepTime(
