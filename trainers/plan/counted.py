@@ -78,7 +78,7 @@ def count_steps(
         larger = count(many)
         grows = [
             batches_grow([own for own in seen if own.refits == refits], depth)
-            for refits in (False, True)
+            for refits in ((False, True) if refreshing else (False,))
         ]
     if None in grows:
         return count(None)
