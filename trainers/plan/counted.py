@@ -12,10 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowrank.optimizers import FactoredAdamW, LowRankOptimizer, build
 from lowrank.optimizers.engine.devices import assuming_memory
-from lowrank.optimizers.engine.scratch import watching_batches
+from lowrank.optimizers.engine.scratch import Bounded, watching_batches
 
 from .driverless import driverless
-from .fakes import DEPTHS, batches_grow, faking
+from .fakes import DEPTHS, faking
 from .launches import LaunchCounter, Launches, settle
 from .ledger import Ledger
 from .network import find_blocks, place
@@ -74,13 +74,9 @@ def count_steps(
     if blocks is None or not blocks.equal or len(blocks.items) <= many:
         return count(None)
     depth = len(blocks.items)
-    with watching_batches() as seen, assuming_memory(memory or 0):
+    with watching_batches() as seen:
         larger = count(many)
-        grows = [
-            batches_grow([own for own in seen if own.refits == refits], depth)
-            for refits in ((False, True) if refreshing else (False,))
-        ]
-    if None in grows:
+    if not all(_certain(own, depth) for own in seen if refreshing or not own.refits):
         return count(None)
     smaller = count(few)
     return Steps(
@@ -92,25 +88,31 @@ def count_steps(
     )
 
 
+def _certain(seen: Bounded, depth: int) -> bool:
+    """Whether growth says how what was split of the larger of `DEPTHS` is split at a depth."""
+    one = seen.total <= seen.largest or seen.total * depth <= seen.bound * DEPTHS[1]
+    return one or seen.total >= seen.bound + seen.largest
+
+
 def _grown(few: Launches, many: Launches, depth: int) -> Launches:
     """A step of a deeper model than those of `DEPTHS`."""
     smaller, larger = DEPTHS
-    times, left = divmod(depth - larger, larger - smaller)
+    times = (depth - larger) / (larger - smaller)
 
-    def on(first: int, second: int) -> int:
-        return second + times * (second - first) + left * (second - first) // (larger - smaller)
+    def on(first: float, second: float) -> float:
+        return second + times * (second - first)
 
     numbers = {
-        name: on(getattr(few, name), getattr(many, name))
+        name: round(on(getattr(few, name), getattr(many, name)))
         for name in ("reads", "sends", "operations", "filled", "products", "passes")
     }
     found = Launches(**numbers)
     for name in many.by_name | few.by_name:
-        found.by_name[name] = on(few.by_name[name], many.by_name[name])
+        found.by_name[name] = round(on(few.by_name[name], many.by_name[name]))
     for work in many.work | few.work:
         # Batches that grow are other work: that of fewer matrices is taken away as often as that
         # of more is added, so that sums are those of the depth.
-        found.work[work] = on(few.work[work], many.work[work])
+        found.work[work] = on(few.work.get(work, 0.0), many.work.get(work, 0.0))
     return found
 
 
@@ -130,8 +132,8 @@ def _steps(
             optimizer = build(method, model, **options)
             if isinstance(optimizer, FactoredAdamW):
                 raise ValueError(
-                    f"optimizer={method!r} replaces layers, whose steps need what real backward "
-                    "passes hand over: times are modelled of methods that don't"
+                    f"optimizer={method!r} replaces layers: modelled are times of methods that "
+                    "don't, as such layers need real backward passes"
                 )
             settle(optimizer, ledger)
             _differentiate(optimizer)

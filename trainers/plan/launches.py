@@ -111,7 +111,7 @@ class Launches:
     by_name: Counter[str] = field(default_factory=Counter)
     pieces: int = 0
     scratch: int = 0
-    work: Counter[Work] = field(default_factory=Counter)
+    work: dict[Work, float] = field(default_factory=dict)
 
     @property
     def launches(self) -> int:
@@ -174,7 +174,8 @@ class LaunchCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             found.sends += 1
         launches, filled = _launches(func, name, args, given)
         found.by_name[label] += launches
-        found.work[work_of(func, label, args, kwargs, made, launches)] += 1
+        work = work_of(func, label, args, kwargs, made, launches)
+        found.work[work] = found.work.get(work, 0.0) + 1
         dense = self._is_dense(given, made)
         if name not in _PRODUCTS and not dense:
             # One that has as many entries takes the place of an operation that isn't cut.

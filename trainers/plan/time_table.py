@@ -29,7 +29,7 @@ def time_table(made: StepTime) -> str:
         times = [milliseconds(t) for t in (part.device, part.host, part.seconds)]
         rows.append([part.name, f"{part.launches:,.0f}", *times])
     if made.refreshing is not None:
-        label = f"refresh, a {made.gap}th of what it adds"
+        label = f"refresh, what it adds / {made.gap} steps"
         rows.append([label, "", "", "", milliseconds(made.refresh)])
     if made.wire is not None:
         rows.append(["collectives", "", "", "", milliseconds(made.wire)])
@@ -64,11 +64,12 @@ def _assumptions(made: StepTime) -> str:
 def ranking_of_times(found: Sequence[StepTime | NotModelled]) -> str:
     """Several methods with one model, in the order given, one a line."""
     rows = [["optimizer", "launches", "optimizer ms", "refresh ms", "step ms", "tokens/s", "share"]]
-    lacking: list[str] = []
+    lacking: dict[str, list[str]] = {}
     first: StepTime | None = None
     for one in found:
         if isinstance(one, NotModelled):
-            lacking.append(f"not modelled: {one.why}")
+            why = one.why.removeprefix(f"optimizer={one.optimizer!r} ")
+            lacking.setdefault(why, []).append(one.optimizer)
             continue
         first = first or one
         rows.append(
@@ -84,7 +85,8 @@ def ranking_of_times(found: Sequence[StepTime | NotModelled]) -> str:
         )
     about = [] if first is None else ["", f"on {first.speed.name}, {MODELLED}", _assumptions(first)]
     notes = [] if first is None else [f"note: {note}" for note in first.notes]
-    return "\n".join([*columns(rows), *about, *notes, *lacking])
+    left = [f"not modelled: {', '.join(names)}: {why}" for why, names in lacking.items()]
+    return "\n".join([*columns(rows), *about, *notes, *left])
 
 
 def milliseconds(seconds: float) -> str:

@@ -21,7 +21,7 @@ from .counted import count_steps
 from .estimate import Setting, check_rank
 from .fakes import blocks_of
 from .launches import Launches
-from .network import Blocks, Network, new_network
+from .network import Network, new_network
 from .passes import Passes, passes_of
 from .planner import asked, options_by_method
 from .sharded import check_divisible
@@ -234,9 +234,8 @@ def _passes(setting: Setting) -> Passes:
 
 def _modelled(model: str, setting: Setting, speed: Speed, passes: Passes) -> StepTime:
     whole = _network(setting)
-    blocks = blocks_of(whole, setting.source)
-    check_rank(setting, blocks)
-    wire, notes = _wire(setting, whole, blocks, speed)
+    check_rank(setting, blocks_of(whole, setting.source))
+    wire, notes = collectives(setting, whole, speed)
     steps = count_steps(
         setting.optimizer,
         lambda: cast("nn.Module", _network(setting).network),
@@ -270,8 +269,8 @@ def _part_of_passes(passes: Passes, accumulation: int, speed: Speed) -> Part:
     )
 
 
-def _wire(
-    setting: Setting, whole: Network, blocks: Blocks, speed: Speed
+def collectives(
+    setting: Setting, whole: Network, speed: Speed
 ) -> tuple[float | None, tuple[str, ...]]:
     """Seconds of collectives, and what they leave out.
 
