@@ -10,13 +10,14 @@ import functools
 import importlib
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from .files import Json
 from .methods import CORE, OTHERS, Method
-from .record import NO_TIME, Record, Row
+from .record import Record, Row
 from .section import Context
 from .workload import Model, made
 
@@ -37,7 +38,7 @@ class Modelled:
 
     def __init__(self, record: Record, context: Context) -> None:
         self._record, self._context = record, context
-        self._known: dict[tuple[str, str], Part] = {}
+        self._known: dict[tuple[Model, str], Part] = {}
         self._speed: Any = None
         self.problem: str | None = None
         try:
@@ -75,21 +76,21 @@ class Modelled:
             return
         methods = {method.label: method for method in (*CORE, *OTHERS) if method.name}
         end = time.monotonic() + MOST
+        lacking: list[str] = []
         for row in list(self._record.rows):
             graph = row.name.endswith(GRAPH)
             method = methods.get(row.name.removesuffix(GRAPH))
             model = self._context.size.models.get(row.group)
             if method is None or model is None or "modelled_ms" in row.details:
                 continue
-            label = f"{row.group} {row.name}: modelled"
-            if self._context.clock.left() < 2.0:
-                self._record.skip(label, NO_TIME)
-                continue
-            if time.monotonic() > end and (model.name, method.label) not in self._known:
-                self._record.skip(label, f"counting had its {MOST:.0f} s")
+            known = _key(model, method) in self._known
+            if not known and (time.monotonic() > end or self._context.clock.left() < 2.0):
+                lacking.append(f"{row.group} {row.name}")
                 continue
             work = functools.partial(self._beside, row, model, method, graph=graph)
-            self._record.attempt(label, work, clean=False)
+            self._record.attempt(f"{row.group} {row.name}: modelled", work, clean=False)
+        if lacking:
+            self._record.skip(f"modelled: {', '.join(lacking)}", f"{MOST:.0f} s are for counting")
 
     def _beside(self, row: Row, model: Model, method: Method, *, graph: bool) -> None:
         found = self._part(model, method)
@@ -109,7 +110,7 @@ class Modelled:
 
     def _part(self, model: Model, method: Method) -> Part:
         """A step's times by the model."""
-        key = (model.name, method.label)
+        key = _key(model, method)
         if key not in self._known:
             memory = None
             if self._context.on_gpu:
@@ -124,6 +125,11 @@ class Modelled:
             )
             self._known[key] = self._timing.part_of("step", counted.usual, self._speed)
         return self._known[key]
+
+
+def _key(model: Model, method: Method) -> tuple[Model, str]:
+    """What steps have in common that ask the same: small models differ in their names alone."""
+    return replace(model, name=""), method.label
 
 
 def _milliseconds(part: Part) -> Json:

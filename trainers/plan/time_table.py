@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from .table import columns
 from .timing import NotModelled, StepTime
+from .work import SOLVERS
 
 MODELLED = "modelled, not measured"
 
@@ -58,7 +59,8 @@ def _assumptions(made: StepTime) -> str:
     costs = f"{1e6 * speed.launch:.3g} us of the host and {1e6 * speed.kernel:.3g} us of the card"
     shares = ", ".join(f"{share:.0%} for {name}" for name, share in speed.assumed.items())
     told = f"shares of the data sheet's rates: {shares}; " if shares else ""
-    return f"assumed: {told}a launch takes at least {costs}"
+    solvers = f"; eigenvalues and SVDs run at {SOLVERS:.0%} of the rate of products"
+    return f"assumed: {told}a launch takes at least {costs}{solvers}"
 
 
 def ranking_of_times(found: Sequence[StepTime | NotModelled]) -> str:

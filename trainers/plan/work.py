@@ -145,7 +145,8 @@ def _placed(args: Any) -> int:
     return entries * int(args[0].element_size())
 
 
-_Shape = tuple[int, int, int]
+#: The share of the rate of products that eigenvalues and singular values are taken to run at.
+SOLVERS = 0.02
 #: Operations of a decomposition of (batch, d, k), and the share of the rate of products that it is
 #: taken to reach. Shares are assumptions: eigenvalues of symmetric matrices are known to stay below
 #: 3 % of what a card computes in products.
@@ -157,8 +158,8 @@ _DECOMPOSITIONS: dict[str, tuple[Callable[[int, int], float], float]] = {
     "linalg_qr": (lambda d, k: 4.0 * d * k * k - 4 / 3 * k**3, 0.05),
     "linalg_householder_product": (lambda d, k: 2.0 * d * k * k, 0.05),
     "geqrf": (lambda d, k: 2.0 * d * k * k, 0.05),
-    "_linalg_eigh": (lambda d, k: 9.0 * k**3, 0.02),
-    "_linalg_svd": (lambda d, k: 6.0 * d * k * k + 20.0 * k**3, 0.02),
+    "_linalg_eigh": (lambda d, k: 9.0 * k**3, SOLVERS),
+    "_linalg_svd": (lambda d, k: 6.0 * d * k * k + 20.0 * k**3, SOLVERS),
 }
 _SOLVING, _SOLVING_SHARE = "linalg_solve_triangular", 0.3
 
