@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .clock import Clock
-from .files import read
+from .files import Json, read
 from .record import NO_TIME, DeviceLost, Record
 from .supervisor import DEVICE_LOST, NO_DEVICE
 from .workload import SIZES, Size
@@ -99,7 +99,7 @@ def read_rates(path: Path | None) -> Rates | None:
     """The rates of the section that measured them."""
     facts = read(path).get("facts", {}) if path is not None else {}
     rates = facts.get("rates", {})
-    known = {name: rates.get(name) or None for name in Rates.__dataclass_fields__}
+    known: Json = {name: rates.get(name) or None for name in Rates.__dataclass_fields__}
     needed = (known["copy"], known["bf16"], known["fp32"])
     return Rates(**known) if all(needed) else None
 

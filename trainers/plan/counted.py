@@ -102,11 +102,9 @@ def _grown(few: Launches, many: Launches, depth: int) -> Launches:
     def on(first: float, second: float) -> float:
         return second + times * (second - first)
 
-    numbers = {
-        name: round(on(getattr(few, name), getattr(many, name)))
-        for name in ("reads", "sends", "operations", "filled", "products", "passes")
-    }
-    found = Launches(**numbers)
+    found = Launches()
+    for name in ("reads", "sends", "operations", "filled", "products", "passes"):
+        setattr(found, name, round(on(getattr(few, name), getattr(many, name))))
     for name in many.by_name | few.by_name:
         found.by_name[name] = round(on(few.by_name[name], many.by_name[name]))
     for work in many.work | few.work:
