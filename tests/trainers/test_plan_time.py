@@ -251,4 +251,5 @@ def test_methods_are_ranked_by_the_whole_step(monkeypatch: pytest.MonkeyPatch) -
     assert isinstance(found[-1], NotModelled)
     told = ranking_of_times(found)
     assert [line.split()[0] for line in told.splitlines()[:3]] == ["optimizer", *names[2::-2]]
+    assert [line.split()[1] for line in told.splitlines()[:3]] == ["rank", "-", "4"]
     assert "not modelled: sltrain_adamw: replaces layers" in told

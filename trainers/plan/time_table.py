@@ -19,6 +19,8 @@ def time_table(made: StepTime) -> str:
         str(setting["dtype"]),
         f"{setting['batch']} x {setting['sequence']:,} tokens",
     ]
+    if _rank(made) != "-":
+        words.append(f"rank {_rank(made)}")
     if setting["accumulation"] > 1:
         words.append(f"{setting['accumulation']} micro-batches")
     if setting["checkpointing"]:
@@ -77,6 +79,7 @@ def ranking_of_times(found: Sequence[StepTime | NotModelled]) -> str:
         rows.append(
             [
                 one.optimizer,
+                _rank(one),
                 f"{one.step.launches:,.0f}",
                 milliseconds(one.optimizer_seconds),
                 milliseconds(one.refresh),
@@ -89,6 +92,11 @@ def ranking_of_times(found: Sequence[StepTime | NotModelled]) -> str:
     notes = [] if first is None else [f"note: {note}" for note in first.notes]
     left = [f"not modelled: {', '.join(names)}: {why}" for why, names in lacking.items()]
     return "\n".join([*columns(rows), *about, *notes, *left])
+
+
+def _rank(made: StepTime) -> str:
+    """The rank that a preset or an option says; methods of a preset have different ones."""
+    return str(made.setting["options"].get("rank", "-"))
 
 
 def milliseconds(seconds: float) -> str:
