@@ -67,7 +67,18 @@ def _assumptions(made: StepTime) -> str:
 
 def ranking_of_times(found: Sequence[StepTime | NotModelled]) -> str:
     """Several methods with one model, in the order given, one a line."""
-    rows = [["optimizer", "launches", "optimizer ms", "refresh ms", "step ms", "tokens/s", "share"]]
+    rows = [
+        [
+            "optimizer",
+            "rank",
+            "launches",
+            "optimizer ms",
+            "refresh ms",
+            "step ms",
+            "tokens/s",
+            "share",
+        ]
+    ]
     lacking: dict[str, list[str]] = {}
     first: StepTime | None = None
     for one in found:
