@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lowrank.optimizers.registry import without_effect
+
 from .table import columns
 from .timing import NotModelled, StepTime
 from .work import SOLVERS
@@ -107,7 +109,10 @@ def ranking_of_times(found: Sequence[StepTime | NotModelled]) -> str:
 
 def _rank(made: StepTime) -> str:
     """The rank that a preset or an option says; methods of a preset have different ones."""
-    return str(made.setting["options"].get("rank", "-"))
+    options = made.setting["options"]
+    if "rank" in without_effect(made.optimizer, options):
+        return "-"
+    return str(options.get("rank", "-"))
 
 
 def milliseconds(seconds: float) -> str:
