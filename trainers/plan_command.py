@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _TEXT = """\
 Says what a run takes before anything is allocated: bytes by category and phase, whether they fit,
 the largest micro-batch that does, and what several processes send. docs/memory.md says how true it
-is.
+is. With --time it says how long a step should take on a card instead (docs/time.md).
 """
 _EXAMPLES = """\
 examples:
@@ -25,6 +25,7 @@ examples:
   lowrank plan --model ../model/config.json --optimizer fira_adamw --memory 80GB --option rank=256
   lowrank plan --model llama_7b --optimizer galore_adamw --world 8 --strategy fsdp2 --card H100
   lowrank plan --model llama_9m --optimizer galore_adamw --sequence 256 --device cpu --measure
+  lowrank plan --model llama_7b --optimizer galore_adamw --card H100 --time
 """
 
 
@@ -32,7 +33,7 @@ def add_parser(commands: Any) -> None:
     """Adds the subcommand to the command line's."""
     plan = commands.add_parser(
         "plan",
-        help="say what memory a run takes",
+        help="say what memory or time a run takes",
         description=_TEXT,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -68,6 +69,7 @@ def add_parser(commands: Any) -> None:
         dest="options",
         help="an option of the method, such as rank=256; repeat it for more",
     )
+    add("--time", action="store_true", help="with --card: model a step's time instead")
     add("--plot", metavar="FILE", type=Path, help="with --all: a chart, as .png, .svg or .pdf")
     add("--json", action="store_true", help="print numbers for programs")
     add("--measure", action="store_true", help="print what real steps take beside it")
@@ -105,6 +107,9 @@ def run(options: argparse.Namespace) -> None:
         )
     }
     arguments["options"] = _options(options.options)
+    if options.time:
+        _time(options, arguments)
+        return
     if options.all:
         plans = rank(options.model, **arguments)
         if options.plot is not None:
@@ -129,6 +134,22 @@ def run(options: argparse.Namespace) -> None:
         _print({**made.to_dict(), "measured": dict(found.peaks)})
     else:
         _print(f"{table(made)}\n\n{beside(made, found)}")
+
+
+def _time(options: argparse.Namespace, arguments: dict[str, Any]) -> None:
+    """Prints modelled times."""
+    from .plan.time_table import ranking_of_times, time_table
+    from .plan.timing import rank_times, step_time
+
+    for name, given in (("--plot", options.plot), ("--measure", options.measure)):
+        if given:
+            raise ValueError(f"{name} with --time: times are modelled; accepted is one of the two")
+    if options.all:
+        found = rank_times(options.model, **arguments)
+        _print([one.to_dict() for one in found] if options.json else ranking_of_times(found))
+        return
+    made = step_time(options.model, options.optimizer or "galore_adamw", **arguments)
+    _print(made.to_dict() if options.json else time_table(made))
 
 
 def _measure_all(plans: Sequence[Plan], record: Record | None, as_json: bool) -> None:

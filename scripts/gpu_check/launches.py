@@ -18,6 +18,7 @@ from torch import nn
 from . import tracing
 from .files import Json
 from .methods import CORE, OTHERS, Method
+from .modelled import Modelled
 from .record import NO_TIME, Record
 from .section import Context
 from .workload import Model, gradient
@@ -31,12 +32,12 @@ Counter = Callable[..., Any]
 
 def run(record: Record, context: Context) -> None:
     """Measures the main methods first."""
-    count = counter(record)
+    count, modelled = counter(record), Modelled(record, context)
     model = context.size.models["1b"]
     for method in (*CORE, *OTHERS):
         if method.name is None:
             continue
-        work = functools.partial(compare, record, context, model, method, count)
+        work = functools.partial(compare, record, context, model, method, count, modelled)
         if context.clock.left() < 2.0:
             record.skip(method.label, NO_TIME)
             continue
@@ -55,7 +56,12 @@ def counter(record: Record) -> Counter | None:
 
 
 def compare(
-    record: Record, context: Context, model: Model, method: Method, count: Counter | None
+    record: Record,
+    context: Context,
+    model: Model,
+    method: Method,
+    count: Counter | None,
+    modelled: Modelled,
 ) -> None:
     """A step that is measured beside the same step counted."""
     shape, number = (model.hidden, model.hidden), 4 * model.layers
@@ -63,9 +69,10 @@ def compare(
     if context.on_gpu and torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(context.device).total_memory
     counted = counts(method, model, shape, number, count, memory)
+    times = modelled.of_launches(counted.pop("found", None))
     measured = observed(method, model, shape, number, context)
     unit, key = ("launches",) * 2 if "launches" in measured else ("operations", "started")
-    details = measured | {"counted": counted}
+    details = measured | {"counted": counted} | times
     note = f"{number} matrices; "
     aim = None
     if counted.get("launches") is None:
@@ -77,6 +84,8 @@ def compare(
         note += f", {measured['synchronizing']} waits, {measured['device_ms']:.3g} ms of kernels"
     else:
         note += f", {measured['host_reads']} reads"
+    if times:
+        note += f", {times['modelled_device_ms']:.3g} ms of kernels modelled"
     record.add("step", method.label, measured[key], unit, aim=aim, note=note, details=details)
 
 
@@ -88,7 +97,10 @@ def counts(
     count: Counter | None,
     memory: int | None = None,
 ) -> Json:
-    """ "launches" and "reads" that are counted, or "problem"; `memory` is the card's."""
+    """ "launches" and "reads" that are counted, and what "found" them, or "problem".
+
+    `memory` is the card's.
+    """
     if count is None:
         return {"launches": None, "problem": f"this checkout has no {COUNTING}"}
     try:
@@ -96,7 +108,12 @@ def counts(
     except Exception as error:  # of the counting alone: the step is measured all the same
         return {"launches": None, "problem": f"{type(error).__name__}: {error}"[:300]}
     launches = found.operations + found.filled + found.products + found.passes
-    return {"launches": launches, "reads": found.reads, "by_name": dict(found.by_name)}
+    return {
+        "launches": launches,
+        "reads": found.reads,
+        "by_name": dict(found.by_name),
+        "found": found,
+    }
 
 
 def observed(

@@ -15,6 +15,7 @@ from .files import Json
 from .record import Record
 from .section import Context
 
+LAUNCH = "a small operation, host included"
 #: Dense bf16 TFLOP/s and TB/s that cards are sold with.
 PUBLISHED = {"H100": (989.0, 3.35), "H200": (989.0, 4.8), "A100": (312.0, 2.04)}
 #: Shares of those that a card in good order reaches.
@@ -46,11 +47,12 @@ def run(record: Record, context: Context) -> None:
     if context.on_gpu:
         record.attempt("tf32", lambda: gemm("tf32", torch.float32, side, tf32=True))
     record.attempt("fp64", lambda: gemm("fp64", torch.float64, side // 4))
-    rows = {"copy": "copy", "bf16": "bf16 GEMM", "fp32": "fp32 GEMM"}
-    record.facts["rates"] = {
-        key: (record.value("rate", name) or 0.0) * 1e9 for key, name in rows.items()
-    }
+    rows = {"copy": "copy"} | {name: f"{name} GEMM" for name in ("bf16", "fp32", "tf32", "fp64")}
+    rates = {key: (record.value("rate", name) or 0.0) * 1e9 for key, name in rows.items()}
+    record.facts["rates"] = rates
     record.attempt("launch", lambda: _launch(record, context))
+    rates["launch"] = 1e-3 * (record.value("rate", LAUNCH) or 0.0)
+    record.save()
 
 
 def copy_rate(clock: Clock, numel: int) -> float:
@@ -77,7 +79,7 @@ def _launch(record: Record, context: Context) -> None:
     """What a launch costs the host: many steps are bound by it."""
     x = torch.zeros(1, device=context.device)
     timing = context.clock.measure(lambda: [x.add_(1) for _ in range(1000)], most=5)
-    record.add("rate", "a small operation, host included", timing.median, "us")
+    record.add("rate", LAUNCH, timing.median, "us")
 
 
 def machine(context: Context) -> Json:

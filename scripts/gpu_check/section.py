@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .clock import Clock
-from .files import read
+from .files import Json, read
 from .record import NO_TIME, DeviceLost, Record
 from .supervisor import DEVICE_LOST, NO_DEVICE
 from .workload import SIZES, Size
@@ -37,11 +37,17 @@ class Rates:
         copy: bytes a millisecond of a large copy, read and written.
         bf16: floating-point operations a millisecond of a bf16 matrix product.
         fp32: of an fp32 one.
+        tf32: of one in TF32, which GPUs have.
+        fp64: of an fp64 one.
+        launch: milliseconds of a small operation, host included.
     """
 
     copy: float
     bf16: float
     fp32: float
+    tf32: float | None = None
+    fp64: float | None = None
+    launch: float | None = None
 
 
 @dataclass(frozen=True)
@@ -93,8 +99,9 @@ def read_rates(path: Path | None) -> Rates | None:
     """The rates of the section that measured them."""
     facts = read(path).get("facts", {}) if path is not None else {}
     rates = facts.get("rates", {})
-    known = {name: rates.get(name) for name in Rates.__dataclass_fields__}
-    return Rates(**known) if all(known.values()) else None
+    known: Json = {name: rates.get(name) or None for name in Rates.__dataclass_fields__}
+    needed = (known["copy"], known["bf16"], known["fp32"])
+    return Rates(**known) if all(needed) else None
 
 
 def main(given: list[str] | None = None) -> int:

@@ -16,6 +16,7 @@ from lowrank.optimizers import state_bytes_by_category
 from . import tracing
 from .files import Json
 from .methods import CORE, OTHERS, Method
+from .modelled import Modelled
 from .record import NO_TIME, Record
 from .section import Context
 from .workload import SIZES, Model, fill, made
@@ -44,6 +45,7 @@ def run(record: Record, context: Context) -> None:
     record.attempt("warm up", steps.warm_up)
     for label, work in steps.plan():
         record.attempt(label, work)
+    Modelled(record, context).fill()
 
 
 def check_gradients(optimizer: Optimizer) -> None:

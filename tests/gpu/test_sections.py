@@ -48,6 +48,9 @@ def test_rates_are_measured_and_read_by_the_others(file: Path) -> None:
     rates = part("section").read_rates(file)
     assert rates.copy == pytest.approx(1e9 * record.value("rate", "copy"))
     assert rates.bf16 == pytest.approx(1e9 * record.value("rate", "bf16 GEMM"))
+    assert rates.fp64 == pytest.approx(1e9 * record.value("rate", "fp64 GEMM"))
+    assert rates.tf32 is None  # which a CPU has not
+    assert rates.launch == pytest.approx(1e-3 * record.value("rate", part("rates").LAUNCH))
     assert record.facts["torch"] == torch.__version__
     assert part("section").read_rates(file.parent / "none") is None
 
@@ -78,18 +81,23 @@ def test_kernels_compares_all_cases_and_measures_all_kernels(file: Path) -> None
 
 
 @pytest.mark.slow
-def test_steps_measures_every_method_at_every_size(file: Path) -> None:
+def test_steps_measures_every_method_at_every_size(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(part("modelled"), "MOST", 1.0)
     record = ran("steps", file)
     methods = part("methods")
     both = {method.label for method in (*methods.CORE, *methods.OTHERS)}
     for name, expected in (("60m", both), ("1b", both), ("7b", {m.label for m in methods.CORE})):
         found = {row.name for row in record.rows if row.group == name}
-        assert {label for label in found if not label.endswith("plain torch")} == expected
+        measured = {label for label in found if not label.endswith(("plain torch", ": modelled"))}
+        assert measured == expected
     row = next(row for row in record.rows if row.name == "galore_adamw")
     assert row.details["of_floor"] == pytest.approx(row.value / row.details["floor_ms"])
     assert row.details["operations"] > 10
     assert row.aim is None  # a CPU's sizes say nothing
     assert "x AdamW" in row.note
+    assert record.value("60m", "galore_adamw: modelled") == row.details["modelled_ms"]
 
 
 @pytest.mark.slow

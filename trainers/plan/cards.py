@@ -49,12 +49,21 @@ def card_bytes(name: str) -> int:
     """The memory of a card, such as "4090", "RTX 4090", "H100" or "A100-40GB".
 
     Raises:
+        ValueError: as `card_name`.
+    """
+    return CARDS[card_name(name)] << 20
+
+
+def card_name(name: str) -> str:
+    """A card's name as `CARDS` has it.
+
+    Raises:
         ValueError: it isn't known, or comes in several sizes; the message names the known ones.
     """
     wanted = _plain(name)
-    for known, mebibytes in CARDS.items():
+    for known in CARDS:
         if _plain(known) == wanted:
-            return mebibytes << 20
+            return known
     starting = [known for known in CARDS if wanted and _plain(known).startswith(wanted)]
     if starting:
         raise ValueError(f"card={name!r} comes as {', '.join(starting)}: accepted is one of these")

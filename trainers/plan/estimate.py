@@ -95,7 +95,7 @@ class Estimate:
         self._due_only = 0
         whole = new_network(setting.source, torch.device("meta"))
         blocks = blocks_of(whole, setting.source)
-        _check_rank(setting, blocks)
+        check_rank(setting, blocks)
         self._whole = whole
         self._depth = len(blocks.items)
         self._vocabulary = len(whole.network.get_output_embeddings().weight)
@@ -322,7 +322,7 @@ class Estimate:
         return tuple(notes)
 
 
-def _check_rank(setting: Setting, blocks: Blocks) -> None:
+def check_rank(setting: Setting, blocks: Blocks) -> None:
     """Raises `ValueError` for a rank that `build` would reduce for each matrix."""
     rank = setting.options.get("rank")
     shapes = [param.shape for param in blocks.items[0].parameters() if param.dim() == 2]

@@ -38,14 +38,16 @@ from lowrank.optimizers.engine.devices import assuming_memory
 from .driverless import driverless
 from .fakes import faking
 from .ledger import Ledger
+from .work import Work, work_of
 
 _aten = torch.ops.aten
 _READ = _aten._local_scalar_dense.default
 _PRODUCTS = {"mm", "addmm", "addmm_"}
 #: Products where the matrices are of a weight's size, else operations.
 _BATCHED = {"bmm", "baddbmm", "baddbmm_"}
-_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsafe_view", "alias"}
-_FREE |= {"detach_", "set_", "resize_", "_reshape_alias", "lift_fresh"}
+#: Operations that launch nothing.
+FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsafe_view", "alias"}
+FREE |= {"detach_", "set_", "resize_", "_reshape_alias", "lift_fresh"}
 #: Their results' sizes are read back.
 _SIZED_BY_DATA = {"nonzero", "masked_select", "_unique2", "unique_dim"}
 #: torch's multi_tensor_apply: tensors of one launch by the number of lists, blocks of one launch,
@@ -97,6 +99,7 @@ class Launches:
         by_name: launches of each operation.
         pieces: into how many a pass or product cuts a matrix, at most.
         scratch: bytes that the step takes at its highest moment.
+        work: what each operation moves and computes, and how often there is one like it.
     """
 
     reads: int = 0
@@ -108,6 +111,12 @@ class Launches:
     by_name: Counter[str] = field(default_factory=Counter)
     pieces: int = 0
     scratch: int = 0
+    work: dict[Work, float] = field(default_factory=dict)
+
+    @property
+    def launches(self) -> int:
+        """All of them."""
+        return self.operations + self.filled + self.products + self.passes
 
 
 class LaunchCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -132,10 +141,17 @@ class LaunchCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **(kwargs or {}))
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        self._count(func, args, given, made)
+        self._count(func, args, kwargs or {}, given, made)
         return out
 
-    def _count(self, func: Any, args: Any, given: list[Tensor], made: list[Tensor]) -> None:
+    def _count(
+        self,
+        func: Any,
+        args: Any,
+        kwargs: dict[str, Any],
+        given: list[Tensor],
+        made: list[Tensor],
+    ) -> None:
         if func.namespace == "prim":
             return
         if func is _READ and given[0].is_cuda:
@@ -146,7 +162,7 @@ class LaunchCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         found, name = self.found, func._schema.name.rpartition("::")[2]
         on_device = [tensor.is_cuda for tensor in (*given, *made)]
-        if not any(on_device) or name in _FREE or func.is_view:
+        if not any(on_device) or name in FREE or func.is_view:
             return
         self._read_of = None
         label = name if func.namespace == "aten" else f"{func.namespace}::{name}"
@@ -158,6 +174,8 @@ class LaunchCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             found.sends += 1
         launches, filled = _launches(func, name, args, given)
         found.by_name[label] += launches
+        work = work_of(func, label, args, kwargs, made, launches)
+        found.work[work] = found.work.get(work, 0.0) + 1
         dense = self._is_dense(given, made)
         if name not in _PRODUCTS and not dense:
             # One that has as many entries takes the place of an operation that isn't cut.
@@ -274,11 +292,11 @@ def count_step(
             if device_rate:
                 options["lr"] = torch.empty((), device="cuda")
             optimizer = build(method, model, **options)
-            _settle(optimizer, ledger)
+            settle(optimizer, ledger)
             for param in model.parameters():
                 param.grad = torch.empty(m, n, dtype=dtype, device="cuda")
             optimizer.step()  # makes what all later steps use
-            _settle(optimizer, ledger, refreshing=refreshing)
+            settle(optimizer, ledger, refreshing=refreshing)
             ledger.restart()
             held = ledger.now.total
             with LaunchCounter(shape, options.get("rank", 0)) as counter:
@@ -288,8 +306,8 @@ def count_step(
     return found
 
 
-def _settle(optimizer: LowRankOptimizer, ledger: Ledger, *, refreshing: bool = False) -> None:
-    """As after a first step, which fitted all bases, or before the next one that does."""
+def settle(optimizer: LowRankOptimizer, ledger: Ledger, *, refreshing: bool = False) -> None:
+    """Sets step counts: as after a first step, which fitted all bases, or as before a refresh."""
     for group in optimizer.param_groups:
         steps = float(group.get("update_proj_gap", 1)) if refreshing else 1.0
         for param in group["params"]:

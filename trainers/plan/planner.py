@@ -75,6 +75,48 @@ def plan(
         ValueError: something is unknown or out of range, or doesn't go together.
         MissingExtraError: `transformers` is not installed.
     """
+    setting = asked(
+        model,
+        optimizer,
+        memory=memory,
+        card=card,
+        sequence=sequence,
+        batch=batch,
+        accumulation=accumulation,
+        world=world,
+        strategy=strategy,
+        device=device,
+        dtype=dtype,
+        weight_bits=weight_bits,
+        checkpointing=checkpointing,
+        update_in_backward=update_in_backward,
+        options=options,
+    )
+    made = _planned(model, setting, setting.memory)
+    idle = without_effect(optimizer, options or {})
+    told = [f"{name}={(options or {})[name]!r} has no effect on {optimizer}" for name in idle]
+    return replace(made, notes=(*made.notes, *told))
+
+
+def asked(
+    model: str,
+    optimizer: str,
+    *,
+    memory: str | int | None = None,
+    card: str | None = None,
+    sequence: int = 2048,
+    batch: int = 1,
+    accumulation: int = 1,
+    world: int = 1,
+    strategy: str | None = None,
+    device: str = "cuda",
+    dtype: str | None = None,
+    weight_bits: int | None = None,
+    checkpointing: bool | None = None,
+    update_in_backward: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> Setting:
+    """What is planned, checked; for arguments and errors see `plan`."""
     available_bytes = _memory(memory, card)
     setting = Setting(
         read_source(model, sequence, dtype, checkpointing),
@@ -84,10 +126,7 @@ def plan(
         available_bytes,
     )
     _check(setting)
-    made = _planned(model, setting, available_bytes)
-    idle = without_effect(optimizer, options or {})
-    told = [f"{name}={(options or {})[name]!r} has no effect on {optimizer}" for name in idle]
-    return replace(made, notes=(*made.notes, *told))
+    return setting
 
 
 def rank(model: str, **arguments: Any) -> list[Plan]:
@@ -101,15 +140,26 @@ def rank(model: str, **arguments: Any) -> list[Plan]:
     Raises:
         ValueError: as `plan`, or no method has an option.
     """
-    options = dict(arguments.pop("options", None) or {})
+    plans = [
+        plan(model, name, options=own, **arguments)
+        for name, own in options_by_method(arguments.pop("options", None) or {})
+    ]
+    return sorted(plans, key=lambda made: made.peak)
+
+
+def options_by_method(options: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Every method of `available()` with those of the options that it has.
+
+    Raises:
+        ValueError: no method has an option.
+    """
     for option in options:
         if not any(known(name, option) for name in available()):
             raise ValueError(f"option {option!r}: no optimizer has it")
-    plans = []
-    for name in available():
-        own = {option: value for option, value in options.items() if known(name, option)}
-        plans.append(plan(model, name, options=own, **arguments))
-    return sorted(plans, key=lambda made: made.peak)
+    return [
+        (name, {option: value for option, value in options.items() if known(name, option)})
+        for name in available()
+    ]
 
 
 def plan_run(config: RunConfig, world: int, device: str) -> Plan:

@@ -228,7 +228,7 @@ def trace(
     """
     run = min(depth, RUN) if blocks.equal else depth
     ledger = Ledger(granularity)
-    with blocks.first(run), ledger, _untraced():
+    with blocks.first(run), ledger, untraced():
         held = [*model.parameters(), *model.buffers()]
         ledger.hold(held, "weights")
         weights = Counter(ledger.now.parts)
@@ -266,7 +266,7 @@ def _grown(
 
 
 @contextlib.contextmanager
-def _untraced() -> Iterator[None]:
+def untraced() -> Iterator[None]:
     """Lets transformers ask whether sequences are packed, as it does with real tensors.
 
     For fake ones it would assume so, and attention would need a mask.
