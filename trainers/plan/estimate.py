@@ -15,7 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lowrank.optimizers import FactoredAdamW, expected_state_bytes, update_in_backward
 from lowrank.optimizers.engine.devices import as_on_gpu, assuming_memory
 from lowrank.optimizers.engine.parameters import unique_names
-from lowrank.optimizers.layers import FactoredLinear
 
 from ..loss import chunk_tokens
 from .deeper import Depths, Step
@@ -217,9 +216,8 @@ class Estimate:
         renewing: bool = True,
     ) -> list[Step]:
         """Steps with gradients of some parameters, or of all; see `simulate`."""
-        layers = isinstance(fake.optimizer, FactoredAdamW)
-        if layers and params is not None:  # others' gradients need no layer
-            layers = any(param is own for own in _factors(fake) for param in params)
+        # What layers hand over is for events, which a single parameter's update has none of.
+        layers = isinstance(fake.optimizer, FactoredAdamW) and renewing | (params is None)
 
         def differentiate() -> None:
             if layers:
@@ -355,12 +353,6 @@ def _trained(fake: Fake) -> list[tuple[str, nn.Parameter]]:
     groups = fake.optimizer.param_groups
     params = [param for group in groups for param in group["params"]]
     return list(zip(unique_names(groups), params, strict=True))
-
-
-def _factors(fake: Fake) -> list[nn.Parameter]:
-    """Parameters of replaced layers."""
-    layers = (own for own in fake.model.modules() if isinstance(own, FactoredLinear))
-    return [param for layer in layers for param in layer.parameters()]
 
 
 def _kind(fake: Fake, param: nn.Parameter) -> tuple[object, ...]:

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowrank.cuda.library import assuming_libraries
 from lowrank.optimizers import LowRankOptimizer, build, state_bytes_by_category
+from lowrank.optimizers.engine.devices import as_on_gpu
 
 from ..memory import held_bytes
 from ..models import checkpoint_activations
@@ -91,7 +92,8 @@ def made(
     place(model, torch.device(device))
     if source.checkpointing:
         checkpoint_activations(model.network)
-    with torch.random.fork_rng(devices=[]), Ledger():  # which answers what is read back
+    # A ledger answers what is read back; layers are converted in the larger pieces of a GPU.
+    with torch.random.fork_rng(devices=[]), Ledger(), as_on_gpu():
         trained = build(optimizer, model.network, **options)
     return Fake(model, blocks_of(model, source), trained)
 
