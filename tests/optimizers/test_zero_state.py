@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 SAVED, STEPS = 6, 10
 #: One of each form of state: rows and columns, codes and scales, factors, layers that take turns.
 SOME = ["galore_adamw_8bit", "galore_adafactor", "lisa_adamw", "switchlora_adamw"]
-EACH = [*(name for name, _ in ALL), *(name for name, _ in EVERY)]
+EACH = list(dict.fromkeys(name for name, _ in (*ALL, *EVERY)))
 KEYS = {
     1: ("base_optimizer_state", "single_partition_of_fp32_groups"),
     3: ("optimizer_state_dict", "fp32_flat_groups"),
