@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowrank.optimizers import FactoredAdamW, LowRankOptimizer, build
 from lowrank.optimizers.engine.devices import assuming_memory
-from lowrank.optimizers.engine.scratch import Bounded, watching_batches
+from lowrank.optimizers.engine.scratch import BatchWatcher, Bounded, watching_batches
 
 from .driverless import driverless
 from .fakes import DEPTHS, faking
@@ -74,9 +74,10 @@ def count_steps(
     if blocks is None or not blocks.equal or len(blocks.items) <= many:
         return count(None)
     depth = len(blocks.items)
-    with watching_batches() as seen:
+    seen = _Splits()
+    with watching_batches(seen):
         larger = count(many)
-    if not all(_certain(own, depth) for own in seen if refreshing or not own.refits):
+    if not all(_certain(own, depth) for own in seen.found if refreshing or not own.refits):
         return count(None)
     smaller = count(few)
     return Steps(
@@ -88,10 +89,26 @@ def count_steps(
     )
 
 
-def _certain(seen: Bounded, depth: int) -> bool:
+class _Splits(BatchWatcher):
+    """All that is split."""
+
+    def __init__(self) -> None:
+        self.found: list[Bounded] = []
+
+    def begin(self, split: Bounded) -> None:
+        """See `BatchWatcher.begin`."""
+        self.found.append(split)
+
+    def end(self) -> None:
+        """See `BatchWatcher.end`."""
+        return
+
+
+def _certain(split: Bounded, depth: int) -> bool:
     """Whether growth says how what was split of the larger of `DEPTHS` is split at a depth."""
-    one = seen.total <= seen.largest or seen.total * depth <= seen.bound * DEPTHS[1]
-    return one or seen.total >= seen.bound + seen.largest
+    largest = max(split.sizes)
+    one = split.total <= largest or split.total * depth <= split.bound * DEPTHS[1]
+    return one or split.total >= split.bound + largest
 
 
 def _grown(few: Launches, many: Launches, depth: int) -> Launches:
