@@ -210,7 +210,7 @@ def half_precision(rank: int, world: int) -> dict[str, Any]:
         go_on(engine, range(6), rank, world)
         apart = 0.0
         partitions = optimizer._partitions
-        for param, place in zip(partitions._params, partitions._places, strict=True):
+        for param, place in zip(partitions.params, partitions.places, strict=True):
             own = getattr(param, "ds_tensor", None)
             start = place.start if own is None else 0
             held = (param if own is None else own).detach().flatten()
