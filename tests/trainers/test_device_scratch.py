@@ -16,8 +16,19 @@ from lowrank.optimizers.engine.scratch import (
 )
 from lowrank.trainers.plan import plan
 from lowrank.trainers.plan.cards import card_bytes
-from lowrank.trainers.plan.fakes import batches_grow
+from lowrank.trainers.plan.deeper import Depths, Part, Step, deeper
 from lowrank.trainers.plan.launches import count_step
+
+
+class Seen(list[Bounded]):
+    """What was split."""
+
+    def begin(self, split: Bounded) -> None:
+        self.append(split)
+
+    def end(self) -> None:
+        """Nothing is noted of it."""
+
 
 CUDA = torch.device("cuda")
 #: How far a step may go beyond what its batch is thought to take: weights in eight bits and Fira's
@@ -34,7 +45,8 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_takes_what_bounds_it(name: str) -> None:
-    with watching_batches() as seen:
+    seen = Seen()
+    with watching_batches(seen):
         found = count_step(name, (1376, 512), 16, rank=128)
     thought = [own.total for own in seen if not own.refits][-1]
     assert 0.9 * thought <= found.scratch <= BEYOND.get(name, 1.1) * thought
@@ -60,20 +72,53 @@ def test_larger_cards_take_fewer_batches(monkeypatch: pytest.MonkeyPatch) -> Non
     assert large.scratch == pytest.approx(6 * each, rel=0.01)
 
 
-def test_batches_and_those_of_deeper_models() -> None:
-    with watching_batches() as seen:
+def test_batches() -> None:
+    seen = Seen()
+    with watching_batches(seen):
         assert list(bounded_batches([3, 3, 3, 9, 1], 6)) == [[0, 1], [2], [3], [4]]
         assert list(bounded_batches([], 6)) == []
-    assert seen[0] == Bounded(19, 9, 6, refits=False)
+    assert seen == [Bounded((3, 3, 3, 9, 1), 6, refits=False)]
+    assert (seen[0].total, seen[0].largest_batch) == (19, 9)
 
-    def of(*totals: int) -> list[Bounded]:
-        return [Bounded(total, 1, 100, refits=False) for total in totals]
 
-    assert batches_grow(of(50, 1), 16) is True
-    assert batches_grow(of(51), 16) is None
-    assert batches_grow(of(101, 300), 64) is False
-    assert batches_grow(of(50, 300), 16) is None
-    assert batches_grow([Bounded(500, 500, 100, refits=False)], 16) is True  # an embedding
+DEPTHS = Depths(2, 3, 10)
+
+
+def test_lists_of_deeper_models() -> None:
+    """An embedding, two matrices a block, and a head."""
+    sizes = [(7, *(1, 2) * depth, 7) for depth in (2, 3, 10)]
+    assert DEPTHS.sizes(sizes[0], sizes[1]) == sizes[2]
+    assert DEPTHS.sizes([5], [5]) == (5,)
+    assert DEPTHS.sizes([1, 2], [1, 2, 3, 4]) == (1, 2, *(3, 4) * 8)
+    assert DEPTHS.sizes([1, 2, 3], [4, 5, 6, 7]) is None
+    assert DEPTHS.sizes([1, 1, 1], [1, 1]) is None
+
+
+@pytest.mark.parametrize("bound", [4, 8, 12, 24, 1000])
+def test_steps_of_deeper_models(bound: int) -> None:
+    """Each block holds 5, a matrix takes 10 of what its batch is bounded by 4 of."""
+
+    def step(depth: int) -> Step:
+        split = Bounded((4,) * depth, bound, refits=False)
+        held = 5 * depth
+        full = Part(split, held, held + 10 * split.largest_batch // 4)
+        return Step((Part(None, 0, held), full, Part(None, held, held + 1)), renews=False)
+
+    assert deeper(step(2), step(3), DEPTHS) == step(10).peak
+
+
+def test_steps_that_differ_are_no_guide() -> None:
+    def step(*splits: Bounded, renews: bool = False) -> Step:
+        parts = tuple(Part(split, 0, 1) for split in splits)
+        return Step((Part(None, 0, 1), *parts), renews)
+
+    two, three = (Bounded((4,) * depth, 8, refits=False) for depth in (2, 3))
+    assert deeper(step(two), step(three), DEPTHS) == 1
+    assert deeper(step(two), step(three, three), DEPTHS) is None
+    assert deeper(step(two), step(three, renews=True), DEPTHS) is None
+    assert deeper(step(two), step(Bounded((4, 4, 5), 8, refits=False)), DEPTHS) == 1
+    assert deeper(step(two), step(Bounded((5, 4, 5), 8, refits=False)), DEPTHS) is None
+    assert deeper(step(two), step(Bounded((4,) * 3, 9, refits=False)), DEPTHS) is None
 
 
 @pytest.mark.exhaustive

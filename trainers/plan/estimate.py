@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lowrank.optimizers import FactoredAdamW, expected_state_bytes, update_in_backward
 from lowrank.optimizers.engine.devices import as_on_gpu, assuming_memory
 from lowrank.optimizers.engine.parameters import unique_names
+from lowrank.optimizers.registry import without_effect
 
 from ..loss import chunk_tokens
 from .deeper import Depths, Step
@@ -312,7 +313,11 @@ class Estimate:
         )
 
     def _notes(self) -> tuple[str, ...]:
-        notes = []
+        setting = self.setting
+        notes = [
+            f"{option}={setting.options[option]!r} has no effect on {setting.optimizer}"
+            for option in without_effect(setting.optimizer, setting.options)
+        ]
         if self.setting.device == "cuda":
             notes.append("attention as by fused kernels, which save no L x L scores")
         if self._parts is not None:
