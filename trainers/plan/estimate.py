@@ -217,8 +217,10 @@ class Estimate:
         renewing: bool = True,
     ) -> list[Step]:
         """Steps with gradients of some parameters, or of all; see `simulate`."""
-        # What layers hand over is for events, which a single parameter's update has none of.
-        layers = isinstance(fake.optimizer, FactoredAdamW) and renewing | (params is None)
+        layers = isinstance(fake.optimizer, FactoredAdamW)
+        if layers and params is not None:
+            # What layers hand over is for events, which a single parameter's update has none of.
+            layers = renewing and any("events" in own for own in fake.optimizer.state.values())
 
         def differentiate() -> None:
             if layers:
