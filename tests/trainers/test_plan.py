@@ -102,12 +102,15 @@ def test_few_blocks_stand_for_many(
 
 @pytest.mark.parametrize(
     "optimizer",
-    with_representative(available(), ("qgalore_adamw_8bit",)),
+    with_representative(
+        ("qgalore_adamw_8bit", "ldadam_adamw", "galore_muon", "sltrain_adamw", "adamw"),
+        ("qgalore_adamw_8bit",),
+    ),
 )
 def test_few_blocks_stand_for_many_where_batches_are_full(
     tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two matrices and a half of one shape are worked on together, of refits one and a half."""
+    """Bounds so small show what batches of several shapes have that differs from their sizes."""
     monkeypatch.setattr(scratch, "DEVICE_SCRATCH_BYTES", 10_000)
     for module in (scratch, batching):
         monkeypatch.setattr(module, "SCRATCH_BYTES", 6_000)
@@ -118,7 +121,7 @@ def test_few_blocks_stand_for_many_where_batches_are_full(
     whole = planned(deep, optimizer, **arguments)
     assert scaled.phases["forward"] == whole.phases["forward"]
     for name in ("step", "refresh"):
-        assert scaled.peaks[name] == pytest.approx(whole.peaks[name], rel=0.01), name
+        assert scaled.peaks[name] == pytest.approx(whole.peaks[name], rel=0.03), name
 
 
 def test_options_without_effect_are_said(tiny: str) -> None:
