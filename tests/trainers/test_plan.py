@@ -12,6 +12,7 @@ import transformers
 from representative import with_representative
 
 from lowrank.optimizers import available, build, expected_state_bytes, state_bytes
+from lowrank.optimizers.engine import batching, scratch
 from lowrank.trainers.cli import main
 from lowrank.trainers.plan import Plan, card_bytes, measure, memory_bytes, plan, rank
 from lowrank.trainers.plan import estimate as estimating
@@ -97,6 +98,36 @@ def test_few_blocks_stand_for_many(
     whole = planned(deep, optimizer)
     assert scaled.phases == whole.phases
     assert scaled.parameters == whole.parameters
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    with_representative(
+        ("qgalore_adamw_8bit", "ldadam_adamw", "galore_muon", "sltrain_adamw", "adamw"),
+        ("qgalore_adamw_8bit",),
+    ),
+)
+def test_few_blocks_stand_for_many_where_batches_are_full(
+    tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bounds so small show what batches of several shapes have that differs from their sizes."""
+    monkeypatch.setattr(scratch, "DEVICE_SCRATCH_BYTES", 10_000)
+    for module in (scratch, batching):
+        monkeypatch.setattr(module, "SCRATCH_BYTES", 6_000)
+    deep = write_config(tmp_path, num_hidden_layers=7)
+    arguments: dict[str, Any] = {"device": "cuda", "options": {}}
+    scaled = planned(deep, optimizer, **arguments)
+    monkeypatch.setattr("lowrank.trainers.plan.estimate.DEPTHS", (7, 7))
+    whole = planned(deep, optimizer, **arguments)
+    assert scaled.phases["forward"] == whole.phases["forward"]
+    for name in ("step", "refresh"):
+        assert scaled.peaks[name] == pytest.approx(whole.peaks[name], rel=0.03), name
+
+
+def test_options_without_effect_are_said(tiny: str) -> None:
+    assert not planned(tiny).notes
+    made = planned(tiny, "adamw", options={"rank": 4})
+    assert made.notes == ("rank=4 has no effect on adamw",)
 
 
 @pytest.mark.slow

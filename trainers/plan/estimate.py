@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lowrank.optimizers import FactoredAdamW, expected_state_bytes, update_in_backward
 from lowrank.optimizers.engine.devices import as_on_gpu, assuming_memory
 from lowrank.optimizers.engine.parameters import unique_names
+from lowrank.optimizers.registry import without_effect
 
 from ..loss import chunk_tokens
 from .deeper import Depths, Step
@@ -216,8 +217,10 @@ class Estimate:
         renewing: bool = True,
     ) -> list[Step]:
         """Steps with gradients of some parameters, or of all; see `simulate`."""
-        # What layers hand over is for events, which a single parameter's update has none of.
-        layers = isinstance(fake.optimizer, FactoredAdamW) and renewing | (params is None)
+        layers = isinstance(fake.optimizer, FactoredAdamW)
+        if layers and params is not None:
+            # What layers hand over is for events, which a single parameter's update has none of.
+            layers = renewing and any("events" in own for own in fake.optimizer.state.values())
 
         def differentiate() -> None:
             if layers:
@@ -312,7 +315,11 @@ class Estimate:
         )
 
     def _notes(self) -> tuple[str, ...]:
-        notes = []
+        setting = self.setting
+        notes = [
+            f"{option}={setting.options[option]!r} has no effect on {setting.optimizer}"
+            for option in without_effect(setting.optimizer, setting.options)
+        ]
         if self.setting.device == "cuda":
             notes.append("attention as by fused kernels, which save no L x L scores")
         if self._parts is not None:

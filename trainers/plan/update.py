@@ -102,6 +102,8 @@ def simulate(
         try:
             later = (*((1,) * usual), *(_next_refresh(optimizer) if renewing else ()))
             for steps_done in (0, *later):
+                if len(steps) == 2 and steps_done == 1 and not any(own.renews for own in steps):
+                    break  # once more what the second was
                 for entries in optimizer.state.values():
                     ledger.know(entries["step"], float(steps_done))
                 before = ledger.now.total
