@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from lowrank.optimizers import available
 from lowrank.optimizers.engine import checks
-from lowrank.optimizers.registry import without_effect
 
 from ..config import RunConfig
 from ..models import network_config
@@ -92,10 +90,7 @@ def plan(
         update_in_backward=update_in_backward,
         options=options,
     )
-    made = _planned(model, setting, setting.memory)
-    idle = without_effect(optimizer, options or {})
-    told = [f"{name}={(options or {})[name]!r} has no effect on {optimizer}" for name in idle]
-    return replace(made, notes=(*made.notes, *told))
+    return _planned(model, setting, setting.memory)
 
 
 def asked(
