@@ -77,7 +77,8 @@ class Usage:
     @property
     def name(self) -> str:
         """The kernel's name, without its template's arguments."""
-        for digits in re.finditer(r"\d+", self.symbol):
+        # The last that fits: the file's name and hashes come before it.
+        for digits in reversed([*re.finditer(r"\d+", self.symbol)]):
             for start in range(len(digits[0])):  # a hash before it may end with digits
                 name = self.symbol[digits.end() :][: int(digits[0][start:])]
                 if name.endswith("_kernel") and len(name) == int(digits[0][start:]):

@@ -36,6 +36,9 @@ def test_what_ptxas_says_is_read() -> None:
         "_ZN7lowrank39_GLOBAL__N__22030a21_7_adam_cu_c378742311rows_kernelIfLi472EEEvNS0_7TensorsE"
     )
     assert Usage(within, "sm_80", 1).name == "rows_kernel"
+    # A hash that ends with the length of all that follows it.
+    hashed = "_ZN7lowrank46_GLOBAL__N__1f2f6142_8_noise_cu_1f2f617720gaussian_list_kernelEv"
+    assert Usage(hashed, "sm_80", 1).name == "gaussian_list_kernel"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from lowrank.trainers.config_io import from_mapping
 from lowrank.trainers.plan import measure
 from lowrank.trainers.plan.fakes import faking, made
 from lowrank.trainers.plan.measure import Measured
-from lowrank.trainers.plan.network import Source, read_source
+from lowrank.trainers.plan.network import Source, new_network, read_source
 from lowrank.trainers.plan.options import method_options
 from lowrank.trainers.plan.planner import plan_run
 from lowrank.trainers.plan.record import Record
@@ -89,7 +89,8 @@ def test_a_second_simulation_finds_the_same_refreshes_due(optimizer: str) -> Non
     config = LlamaConfig(**shape, vocab_size=32, num_hidden_layers=1)
     source = Source("tiny", config, torch.float32, checkpointing=False)
     with faking(FakeTensorMode()):
-        fake = made(source, optimizer, {"rank": 4, "lr": 1e-3}, "cpu", 1)
+        whole = new_network(source, torch.device("meta"))
+        fake = made(whole, source, optimizer, {"rank": 4, "lr": 1e-3}, "cpu", 1)
 
         def differentiate() -> None:
             empty_gradients(fake.model, None, replace=False)
@@ -98,7 +99,8 @@ def test_a_second_simulation_finds_the_same_refreshes_due(optimizer: str) -> Non
             simulate(fake.optimizer, fake.model, differentiate, granularity=1) for _ in range(3)
         )
     assert first == second == third
-    assert first.refresh > first.step
+    assert [step.renews for step in first] == [True, False, True]
+    assert first[2].peak > first[1].peak
 
 
 @pytest.mark.parametrize(
