@@ -252,6 +252,7 @@ def test_any_finite_input_gets_its_nearest_code(
     values: list[float], block: int, signed: bool
 ) -> None:
     x = torch.tensor(values)
+    x = torch.where(x.abs() < 2.0**-126, 0.0, x)  # blocks of these are stored as zeros
     x = x if signed else x.abs()
     codes, absmax = quantize_blockwise(x, signed, block)
     best = brute_force_distances(normalised(x, absmax, block), signed)
