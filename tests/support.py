@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +15,16 @@ from lowrank.optimizers.layers import FactoredLinear, QuantizedLowRankLinear
 ROOT = Path(__file__).resolve().parent.parent
 #: Real English text in C4's layout, where a checkout has it beside it.
 ENGLISH = ROOT.parent / "shared" / "data" / "en"
+
+
+@contextmanager
+def capturing() -> Iterator[None]:
+    """A graph is captured, as far as an optimizer finds out."""
+    with (
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True),
+    ):
+        yield
 
 
 def hashed(count: int, stream: int) -> Tensor:

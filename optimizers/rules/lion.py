@@ -102,7 +102,6 @@ class Lion(ElementwiseRule):
     ) -> Update:
         """See `UpdateRule.update_together`."""
         lr: Any = self.lr if self.capturable else scalar(self.lr)
-        beta1, beta2 = self.betas
         stored: list[Tensor] = [state["exp_avg"] for state in states]
         decay_factor = 1.0 - lr * self.weight_decay if self.weight_decay else 1.0
         alpha = lr if self.decay_first else lr * decay_factor
@@ -110,11 +109,19 @@ class Lion(ElementwiseRule):
             direction_b = self._advance_in_pieces(grads_b, stored, good_b, overwrites=overwrites)
             return Update(direction_b, alpha, decay_factor)
         wide = grads_b.dtype if stored[0].dtype == grads_b.dtype else wide_dtype(grads_b)
-        moments = stored if stored[0].dtype == wide else [moment.to(wide) for moment in stored]
         direction_b = (
             grads_b if overwrites and grads_b.dtype == wide else grads_b.to(wide, copy=True)
         )
-        directions = list(direction_b.unbind(0))
+        self._advance(direction_b, stored)
+        if good_b is not None:
+            direction_b.mul_(good_b.view(-1, 1, 1))
+        return Update(direction_b, alpha, decay_factor)
+
+    def _advance(self, direction_b: Tensor, stored: list[Tensor]) -> None:
+        """In place: gradients in the width of the arithmetic become directions; momentum."""
+        beta1, beta2 = self.betas
+        wide, directions = direction_b.dtype, list(direction_b.unbind(0))
+        moments = stored if stored[0].dtype == wide else [moment.to(wide) for moment in stored]
         # With D = b1 M + (1 - b1) G there is G - M = (D - M) / (1 - b1), which needs no other copy.
         torch._foreach_lerp_(directions, moments, beta1)
         torch._foreach_lerp_(moments, directions, (1 - beta2) / (1 - beta1))
@@ -122,9 +129,6 @@ class Lion(ElementwiseRule):
             torch._foreach_copy_(stored, moments)
         if self.signed:
             direction_b.sign_()
-        if good_b is not None:
-            direction_b.mul_(good_b.view(-1, 1, 1))
-        return Update(direction_b, alpha, decay_factor)
 
     def _advance_in_pieces(
         self,
@@ -138,26 +142,17 @@ class Lion(ElementwiseRule):
 
         In two pieces of rows: what is as wide as the moments has half of the entries.
         """
-        beta1, beta2 = self.betas
         wide = wide_dtype(grads_b)
         direction_b = grads_b if overwrites else torch.empty_like(grads_b)
         half = -(-grads_b.shape[1] // 2)
         for rows in (slice(0, half), slice(half, None)):
-            own = [moment[rows] for moment in stored]
-            moments = own if own[0].dtype == wide else [moment.to(wide) for moment in own]
             ahead_b = grads_b[:, rows].to(wide)
-            ahead = list(ahead_b.unbind(0))
-            torch._foreach_lerp_(ahead, moments, beta1)
-            torch._foreach_lerp_(moments, ahead, (1 - beta2) / (1 - beta1))
-            if moments is not own:
-                torch._foreach_copy_(own, moments)
-            if self.signed:
-                ahead_b.sign_()
+            self._advance(ahead_b, [moment[rows] for moment in stored])
             if good_b is None:
                 direction_b[:, rows].copy_(ahead_b)
             else:
                 torch.mul(ahead_b, good_b.view(-1, 1, 1), out=direction_b[:, rows])
-            del moments, ahead, ahead_b  # before the next piece's
+            del ahead_b  # before the next piece's
         return direction_b
 
     def transport_moments(

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -15,16 +12,6 @@ from torch.utils._pytree import tree_leaves
 #: Operations that need a number on the host, or whose results' sizes depend on data.
 READING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim"}
 READING |= {"is_nonzero", "equal"}
-
-
-@contextmanager
-def capturing() -> Iterator[None]:
-    """A graph is captured, as far as an optimizer finds out."""
-    with (
-        mock.patch.object(torch.cuda, "is_available", return_value=True),
-        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True),
-    ):
-        yield
 
 
 class Recorded(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from recorded import Recorded, capturing
-from support import matrix
+from recorded import Recorded
+from support import capturing, matrix
 from torch import Tensor, nn
 
 from lowrank.cuda import status

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import pytest
-import torch
+from support import capturing
 
 from lowrank.optimizers import available
 from lowrank.optimizers.engine.method import TABLE
@@ -76,16 +73,6 @@ def test_the_counter_counts() -> None:
     assert found.reads == 0
     assert sum(found.by_name.values()) == found.operations + found.products + found.passes
     assert count_step("ldadam_adamw", LLAMA_60M, 2, rank=128).reads > 0  # each step refits
-
-
-@contextmanager
-def capturing() -> Iterator[None]:
-    """A graph is captured, as far as the optimizer finds out."""
-    with (
-        mock.patch.object(torch.cuda, "is_available", return_value=True),
-        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True),
-    ):
-        yield
 
 
 #: One of each kind; the others are slow tests.
