@@ -22,10 +22,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+if sys.platform != "win32":
+    import fcntl
 
 SOURCES = Path(__file__).resolve().parent
 DEVICE = "liblowrank_cuda.so"
@@ -257,6 +261,26 @@ def build(folder: Path) -> dict[str, Any]:
     if wanted not in ("0", "1", "auto"):
         raise BuildError(f"LOWRANK_CUDA is {wanted!r}: accepted are 0, 1 and auto")
     folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder):
+        return build_if_changed(folder, wanted)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Waits until no other process compiles into the folder."""
+    if sys.platform == "win32":
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def build_if_changed(folder: Path, wanted: str) -> dict[str, Any]:
+    """Compiles the libraries, unless those in the folder are of these sources; see `build`."""
     inputs = digest()
     former = read_report(folder)
     if former.get("digest") == inputs and all((folder / name).exists() for name in files(former)):

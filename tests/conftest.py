@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import forked
 import pytest
-import torch
 from compiling import OBJECTS
+from support import seed_generators
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,9 +39,10 @@ def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
     """Has the server of processes load what the selected tests need, see `forked`."""
     for module in {getattr(item, "module", None) for item in session.items}:
         forked.load(getattr(module, "PRELOAD", ()))
+    forked.freeze()  # thousands of tests
     return (yield)
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    torch.manual_seed(0)
+    seed_generators(0)

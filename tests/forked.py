@@ -6,6 +6,7 @@ Each process would take longer to import them than most tests take, so a server 
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable
@@ -55,7 +56,17 @@ def start(work: Callable[..., None], arguments: tuple[Any, ...], count: int) -> 
     import torch.multiprocessing as mp
 
     context()
-    mp.start_processes(work, arguments, nprocs=count, start_method="forkserver")
+    mp.start_processes(_call, (work, arguments), nprocs=count, start_method="forkserver")
+
+
+def freeze() -> None:
+    """Takes what is loaded out of the garbage collector, whose rounds would look through it."""
+    gc.freeze()
+
+
+def _call(rank: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    freeze()
+    work(rank, *arguments)
 
 
 def run(work: Work, world: int, folder: Path, *arguments: Any) -> list[Any]:

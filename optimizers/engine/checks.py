@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -42,7 +43,12 @@ def same(value: Any, other: Any) -> bool:
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Returns the known name closest to `name`, or None when none is close."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return _nearest(name, tuple(sorted(known)), cutoff)
+
+
+@lru_cache(maxsize=256)  # each loaded group of parameters asks again for the same names
+def _nearest(name: str, known: tuple[str, ...], cutoff: float) -> str | None:
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return matches[0] if matches else None
 
 

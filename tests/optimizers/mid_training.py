@@ -22,7 +22,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from support import set_gradients, tiny_model
+from support import equal, set_gradients, tiny_model
 from table import TABLE, Row, identifier
 from torch import Tensor, nn
 
@@ -123,18 +123,6 @@ def snapshot(model: nn.Module, optimizer: LowRankOptimizer) -> list[Any]:
             for name, value in optimizer.state[param].items():
                 held += [name, value.clone() if isinstance(value, Tensor) else value]
     return held
-
-
-def equal(first: Any, second: Any) -> bool:
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return (
-            first.shape == second.shape
-            and first.dtype == second.dtype
-            and bool(((first == second) | ((first != first) & (second != second))).all())
-        )
-    if isinstance(first, list) and isinstance(second, list):
-        return len(first) == len(second) and all(map(equal, first, second))
-    return type(first) is type(second) and bool(first == second)
 
 
 def finite(values: list[Tensor]) -> bool:

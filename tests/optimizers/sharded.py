@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from forked import run as run  # for tests
-from support import hashed
+from support import hashed, seed_generators
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -39,7 +39,7 @@ class Block(nn.Module):
 
 
 def block(seed: int = 0) -> Block:
-    torch.manual_seed(seed)
+    seed_generators(seed)
     return Block()
 
 

@@ -218,6 +218,7 @@ def _become(job: Job, rank: int, port: int, folder: Path, zero: bool) -> None:
             _prepare_deepspeed()
             _disturb()
         _skip_report()
+        forked.freeze()
         # A shell ignores interrupts for what it runs in the background, and children inherit that.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if str(rank) in job.stop:
