@@ -71,4 +71,6 @@ def included(source: Path, folders: Sequence[Path]) -> Iterator[Path]:
 
 
 if __name__ == "__main__":
+    # A sanitizer that is loaded into the tests' process would watch the compiler too.
+    os.environ.pop("LD_PRELOAD", None)
     sys.exit(main(*sys.argv[1:]))

@@ -27,12 +27,12 @@ def caching_compiler(compiler: str, *more: str) -> str:
     return str(script)
 
 
-def made_before(nvcc: str, library: Path) -> str:
-    """A program that takes nvcc's place and links a library that is there already.
+def made_before(compiler: str, library: Path) -> str:
+    """A program that takes a compiler's place and links a library that is there already.
 
-    For builds whose files are counted: nvcc takes longer than all else in them.
+    For builds whose files are counted: compiling takes longer than all else in them.
     """
-    script = Path(os.environ[OBJECTS]) / "nvcc-made-before"
+    script = Path(os.environ[OBJECTS]) / f"made-before-{library.name}"
     partial = script.with_name(f"{script.name}.{os.getpid()}")
     lines = [
         "#!/bin/sh",
@@ -40,7 +40,7 @@ def made_before(nvcc: str, library: Path) -> str:
         'case " $* " in',
         '  *" -c "*) : > "$last" ;;',
         f'  *" -shared "*) cp {shlex.quote(str(library))} "$last" ;;',
-        f'  *) exec {shlex.quote(nvcc)} "$@" ;;',
+        f'  *) exec {shlex.quote(compiler)} "$@" ;;',
         "esac",
     ]
     partial.write_text("\n".join(lines) + "\n")

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import forked
 import pytest
 from compiling import OBJECTS
-from support import seed_generators
+from seeding import seed_generators
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from seeding import seed_generators
 from torch import Tensor, nn
 
 from lowrank.optimizers.layers import FactoredLinear, QuantizedLowRankLinear
@@ -26,14 +27,6 @@ def capturing() -> Iterator[None]:
         mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True),
     ):
         yield
-
-
-def seed_generators(number: int) -> None:
-    """Seeds the generators; `torch.manual_seed` takes milliseconds for devices that are missing."""
-    if torch.cuda.is_available():
-        torch.manual_seed(number)
-    else:
-        torch.default_generator.manual_seed(number)
 
 
 def equal(first: Any, second: Any) -> bool:

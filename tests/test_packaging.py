@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from compiling import UNOPTIMISED, caching_compiler, made_before
+from compiling import made_before
 from support import ROOT
 
 from lowrank.cuda import build
@@ -163,13 +163,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compilers() -> dict[str, str]:
-    """A host compiler that shares objects with other builds of this session, and no nvcc's work."""
+    """Compilers that link what was compiled when the package was installed, where it was."""
     chosen = {}
-    if compiler := build.find_compiler():
-        chosen["CXX"] = caching_compiler(compiler, UNOPTIMISED)
-    installed = FOLDER / build.DEVICE
-    if (nvcc := build.find_nvcc()) and installed.exists():
-        chosen["CUDACXX"] = made_before(nvcc, installed)
+    host, device = FOLDER / build.HOSTS["DEFAULT"][0], FOLDER / build.DEVICE
+    if (compiler := build.find_compiler()) and host.exists():
+        chosen["CXX"] = made_before(compiler, host)
+    if (nvcc := build.find_nvcc()) and device.exists():
+        chosen["CUDACXX"] = made_before(nvcc, device)
     return chosen
 
 

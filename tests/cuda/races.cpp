@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr std::int64_t kRows = 37, kColumns = 150, kNumel = kRows * kColumns;
+constexpr std::int64_t kRows = 11, kColumns = 150, kNumel = kRows * kColumns;
 constexpr std::int64_t kGroup = 256, kGroups = (kNumel + kGroup - 1) / kGroup;
 
 int failures = 0;

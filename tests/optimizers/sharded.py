@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from forked import run as run  # for tests
-from support import hashed, seed_generators
+from seeding import seed_generators
+from support import hashed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
