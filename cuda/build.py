@@ -322,7 +322,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     try:
         report = build(Path(arguments[0]))
-    except BuildError as error:
+    except (BuildError, OSError) as error:  # a folder that can't be written, a full disk
         sys.stderr.write(f"error: {error}\n")
         return 1
     sys.stdout.write(json.dumps(report, indent=2) + "\n")

@@ -13,7 +13,7 @@ from .devices import on_gpu
 from .options import Group
 from .parameters import label, names, unique_names
 from .processes import Processes
-from .sharding import local_part
+from .sharding import is_dtensor, local_part
 from .warn import warn_user
 
 
@@ -310,13 +310,24 @@ def _ignore(position: int) -> None:
     """Counts nothing."""
 
 
+def may_read(group: Group) -> bool:
+    """Whether a step may look at numbers on the host: no graph is captured.
+
+    Under `capturable` that is on a CPU, which has no graphs, with parameters that are whole here;
+    spread ones are decided on together, or not at all.
+    """
+    if not group["capturable"]:
+        return True
+    return all(own.device.type == "cpu" and not is_dtensor(own) for own in group["params"])
+
+
 @dataclass(frozen=True)
 class Checks:
     """What a step does about gradients that are not finite.
 
     Attributes:
         on: `skip_nonfinite`.
-        reads: flags may be read back: no graph is captured.
+        reads: flags may be read back, see `may_read`.
         skipped: counts them.
         decided: by parameter id what is known already, see `decision`.
     """

@@ -19,7 +19,7 @@ from .decision import decide
 from .declared import DeclaredOptimizer
 from .devices import capturing
 from .equal_options import EqualOptions
-from .gradients import Checks, check_gradients
+from .gradients import Checks, check_gradients, may_read
 from .managed import ManagedOptimizer
 from .options import (
     OF_SOME_METHOD,
@@ -363,7 +363,7 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
         return param.grad is not None or (known is not None and known.updated(param))
 
     def _checks(self, group: Group) -> Checks:
-        return Checks(group["skip_nonfinite"], not group["capturable"], self._skipped, self._sound)
+        return Checks(group["skip_nonfinite"], may_read(group), self._skipped, self._sound)
 
 
 @contextlib.contextmanager

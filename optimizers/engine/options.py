@@ -174,6 +174,9 @@ OF_SOME_METHOD: set[str] = set()
 #: Keys of a group that are not options: parameters, and rates that a scheduler may change.
 NO_OPTIONS = ("params", "param_names", "lr", "initial_lr")
 
+#: Names of rates, which may be tensors: captured steps read them anew.
+RATES = ("lr", "initial_lr", "plain_lr")
+
 
 def make_plain(options: MutableMapping[str, Any], known: Collection[str] | None = None) -> None:
     """In place: converts NumPy numbers, and tensors whose name is in `known`, to Python numbers.
@@ -185,7 +188,7 @@ def make_plain(options: MutableMapping[str, Any], known: Collection[str] | None 
         if name in ("params", "param_names"):
             continue
         if isinstance(value, Tensor) and (
-            name in NO_OPTIONS or (known is not None and name not in known)
+            name in RATES or (known is not None and name not in known)
         ):
             continue
         made = checks.plain(value)

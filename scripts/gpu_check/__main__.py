@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ MINUTES = 6.0
 LEAST = {"build": 150.0}
 #: Seconds of those for the rates and for starting processes.
 RATES, RESERVE = 20.0, 5.0
+#: Exit status where results have no place.
+NO_OUTPUT = 2
 #: Most seconds of the rates: the first import of torch on a machine reads gigabytes.
 COLD = 60.0
 
@@ -93,13 +96,16 @@ def limit(name: str, chosen: list[str], left: float, scale: float) -> float:
 
 def main() -> int:
     """Runs the sections; returns the exit status."""
-    options = arguments()
     signal.signal(signal.SIGTERM, _interrupt)
+    # Also where the other arguments end it.
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--links", type=Path)
+    links = own.parse_known_args()[0].links
     try:
-        return check(options)
+        return check(arguments())
     finally:
-        if options.links is not None:
-            shutil.rmtree(options.links, ignore_errors=True)
+        if links is not None:
+            shutil.rmtree(links, ignore_errors=True)
 
 
 def _interrupt(number: int, frame: Any) -> None:
@@ -110,7 +116,13 @@ def check(options: argparse.Namespace) -> int:
     """Runs the sections and the summary."""
     begin = time.monotonic()
     end = begin + 60 * options.minutes - RESERVE
-    options.output.mkdir(parents=True, exist_ok=True)
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=options.output).close()
+    except OSError as error:
+        why = error.strerror or error
+        sys.stderr.write(f"gpu-check: --output {options.output} can't be written into: {why}\n")
+        return NO_OUTPUT
     common = ["--root", str(options.root), "--device", options.device, "--size", options.size]
     results: dict[str, Json] = {}
     interrupted = False

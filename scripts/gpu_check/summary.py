@@ -125,6 +125,8 @@ def _table(content: Json, aims: int, folder: Path) -> list[str]:
         lines.append(f"skipped: {'; '.join(reasons)[:1500]}")
     missed = len(content["aims_missed"])
     verdict = "correctness holds" if not content["failures"] else "correctness was NOT shown"
+    if not content["failures"] and not any(one["checks"] for one in content["sections"].values()):
+        verdict = "correctness was not looked at"
     if content["interrupted"]:
         verdict = f"interrupted; so far: {verdict}"
     lines.append(

@@ -54,6 +54,17 @@ def test_without_cuda_the_host_library_is_made_once(
     assert (tmp_path / build.files(report)[0]).exists()
 
 
+def test_a_folder_that_can_not_be_written_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").touch()
+    assert build.main([str(tmp_path / "taken")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert "taken" in said
+
+
 def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "find_nvcc", lambda: None)
     monkeypatch.setattr(build, "find_compiler", lambda: None)

@@ -251,6 +251,50 @@ def test_what_was_not_shown_is_named(
     assert "correctness was NOT shown" in printed
 
 
+def test_where_nothing_was_compared_correctness_is_not_claimed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "summary.json"
+    done = {"launches": section()}
+    report = part("summary").report
+    assert report(path, done, chosen=["launches"], seconds=1.0, cut=False) == 0
+    printed = capsys.readouterr().out
+    assert "correctness was not looked at" in printed
+    assert "holds" not in printed
+
+
+@pytest.mark.parametrize(
+    ("given", "status", "said"),
+    [
+        (["--only=speed"], 2, "'speed' is no section"),
+        (["--output=taken"], 2, "gpu-check: --output taken can't be written into: File exists"),
+        (["--output=/proc/1/x"], 2, "gpu-check: --output /proc/1/x can't be written into"),
+    ],
+)
+def test_wrong_use_is_said_and_leaves_no_links(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    given: list[str],
+    status: int,
+    said: str,
+) -> None:
+    main = part("__main__")
+    links = tmp_path / "links"
+    links.mkdir()
+    (tmp_path / "taken").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(main.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(main.sys, "argv", ["x", "--root", "r", "--links", str(links), *given])
+    try:
+        found = main.main()
+    except SystemExit as end:
+        found = end.code
+    assert found == status
+    assert said in capsys.readouterr().err
+    assert not links.exists()
+
+
 def test_an_interruption_has_a_status_of_its_own(tmp_path: Path) -> None:
     status, found = reported(tmp_path, cut=True, build=section(checks=[check()]))
     assert status == 130

@@ -143,6 +143,28 @@ def test_a_capture_without_the_option_speaks() -> None:
     assert all(map(torch.equal, before, entries(model)))
 
 
+@pytest.mark.parametrize("name", ["galore_adamw", "fira_adamw", "galore_adamw_8bit", "adamw"])
+def test_on_a_cpu_gradients_are_checked_with_the_option(name: str) -> None:
+    model, optimizer = made(name, capturable=True)
+    gradients(model, 0)
+    optimizer.step()
+    before = entries(model)
+    gradients(model, 1)
+    for param in model.parameters():
+        param.grad.view(-1)[0] = torch.nan
+    with pytest.warns(UserWarning, match="non-finite gradient of"):
+        optimizer.step()
+    assert all(map(torch.equal, before, entries(model)))
+    assert optimizer.skipped == len(list(model.parameters()))
+
+
+def test_the_rate_of_what_is_not_projected_stays_a_tensor() -> None:
+    rate = torch.tensor(1e-3)
+    model, _ = made("galore_adamw", capturable=True)
+    optimizer = build("galore_adamw", model, lr=1e-2, plain_lr=rate, capturable=True)
+    assert optimizer.param_groups[-1]["lr"] is rate
+
+
 def test_the_recording_refuses_what_reads() -> None:
     flags = torch.tensor([True, False])
     for reading in (lambda: flags.any().item(), lambda: flags.nonzero(), lambda: flags[flags]):

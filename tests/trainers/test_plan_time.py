@@ -243,6 +243,24 @@ def test_the_table_of_a_method(capsys: Any) -> None:
     assert "assumed: shares of the data sheet's rates: 85% for copies" in told
 
 
+def test_quantised_weights_and_what_does_not_fit_are_said(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["plan", "--time", "--model=llama_9m", "--card=4090", "--sequence=64"]
+    assert main([*command, "--optimizer=qgalore_adamw_8bit"]) == 0
+    told = capsys.readouterr().out
+    assert "weights in 8 bits" in told
+    assert "note: the passes are those of dense weights" in told
+    assert "more than the card's memory" not in told
+    monkeypatch.setitem(CARDS, "4090", 100)
+    names = ("galore_adamw_8bit", "adamw")
+    monkeypatch.setattr("lowrank.trainers.plan.planner.available", lambda: names)
+    assert main([*command, "--all"]) == 0
+    told = capsys.readouterr().out
+    assert "in 8 bits" not in told
+    assert "note: adamw: weights, gradients and the optimizer's state alone take more" in told
+
+
 def test_methods_are_ranked_by_the_whole_step(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("galore_adamw", "sltrain_adamw", "adamw")
     monkeypatch.setattr("lowrank.trainers.plan.planner.available", lambda: names)

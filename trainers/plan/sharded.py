@@ -39,6 +39,12 @@ class Parts:
     sent: int
 
 
+def quantised_bits(optimizer: str, options: Mapping[str, Any]) -> int | None:
+    """Bits of the weights that a method quantises with these options; None where all are dense."""
+    bits: int | None = options.get("weight_bits", TABLE[optimizer].conversion.weight_bits)
+    return bits
+
+
 def check_divisible(optimizer: str, options: Mapping[str, Any]) -> None:
     """Raises `ValueError` for weights that FSDP2 can't divide, or in a way that isn't planned."""
     conversion = TABLE[optimizer].conversion
@@ -47,7 +53,7 @@ def check_divisible(optimizer: str, options: Mapping[str, Any]) -> None:
             f"strategy='fsdp2' with optimizer={optimizer!r}: planned are methods that don't "
             "replace layers"
         )
-    bits = options.get("weight_bits", conversion.weight_bits)
+    bits = quantised_bits(optimizer, options)
     if bits is not None:
         raise ValueError(
             f"strategy='fsdp2' with weight_bits={bits} of {optimizer!r}: accepted is 16 (None), as "

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lowrank.optimizers.registry import without_effect
 
+from .sharded import quantised_bits
 from .table import columns
 from .timing import NotModelled, StepTime
 from .work import SOLVERS
@@ -23,6 +24,9 @@ def time_table(made: StepTime) -> str:
     ]
     if _rank(made) != "-":
         words.append(f"rank {_rank(made)}")
+    bits = quantised_bits(made.optimizer, setting["options"])
+    if bits is not None:
+        words.append(f"weights in {bits} bits")
     if setting["accumulation"] > 1:
         words.append(f"{setting['accumulation']} micro-batches")
     if setting["checkpointing"]:
@@ -102,9 +106,21 @@ def ranking_of_times(found: Sequence[StepTime | NotModelled]) -> str:
             ]
         )
     about = [] if first is None else ["", f"on {first.speed.name}, {MODELLED}", _assumptions(first)]
-    notes = [] if first is None else [f"note: {note}" for note in first.notes]
+    notes = _notes([one for one in found if isinstance(one, StepTime)])
     left = [f"not modelled: {', '.join(names)}: {why}" for why, names in lacking.items()]
     return "\n".join([*columns(rows), *about, *notes, *left])
+
+
+def _notes(found: Sequence[StepTime]) -> list[str]:
+    """Each note once, with the methods that it is about, unless it is about all."""
+    about: dict[str, list[str]] = {}
+    for one in found:
+        for note in one.notes:
+            about.setdefault(note, []).append(one.optimizer)
+    return [
+        f"note: {note}" if len(names) == len(found) else f"note: {', '.join(names)}: {note}"
+        for note, names in about.items()
+    ]
 
 
 def _rank(made: StepTime) -> str:

@@ -15,7 +15,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from lowrank.optimizers import expected_step_traffic
+from lowrank.optimizers import (
+    expected_state_bytes,
+    expected_step_traffic,
+    expected_weight_bytes,
+)
 
 from .counted import count_steps
 from .estimate import Setting, check_rank
@@ -24,7 +28,7 @@ from .launches import Launches
 from .network import Network, new_network
 from .passes import Passes, passes_of
 from .planner import asked, options_by_method
-from .sharded import check_divisible
+from .sharded import check_divisible, quantised_bits
 from .speed import Speed, card_speed
 
 
@@ -254,8 +258,28 @@ def _modelled(model: str, setting: Setting, speed: Speed, passes: Passes) -> Ste
         gap=steps.gap,
         wire=wire,
         tokens=setting.batch * setting.accumulation * setting.sequence * setting.world,
-        notes=(*passes.notes, *notes),
+        notes=(*passes.notes, *notes, *_of_weights(setting, whole)),
     )
+
+
+def _of_weights(setting: Setting, whole: Network) -> list[str]:
+    """What a time doesn't say: that quantised weights cost passes, and that a run can't be."""
+    notes = []
+    if quantised_bits(setting.optimizer, setting.options) is not None:
+        notes.append(
+            "the passes are those of dense weights: dequantising quantised ones is left out"
+        )
+    if setting.memory is not None and setting.strategy != "fsdp2":
+        method, network = setting.optimizer, cast("nn.Module", whole.network)
+        held = sum(param.nbytes for param in whole.parameters() if param.requires_grad)
+        held += expected_weight_bytes(method, network, **setting.options)
+        held += expected_state_bytes(method, network, **setting.options)
+        if held > setting.memory:
+            notes.append(
+                "weights, gradients and the optimizer's state alone take more than the card's "
+                "memory; the plan without times says what fits"
+            )
+    return notes
 
 
 def _part_of_passes(passes: Passes, accumulation: int, speed: Speed) -> Part:
