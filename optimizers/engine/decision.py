@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed
 
 from .equal_options import EqualOptions, unequal
-from .gradients import finite
+from .gradients import finite, may_read
 from .options import Group
 from .plan import Given, Plan
 from .processes import Processes
@@ -70,7 +70,7 @@ def _shared(
     """For each group of processes the parameters to decide on, and what is checked of each."""
     found: dict[Processes, list[tuple[Tensor, Tensor]]] = {}
     for plan, given in zip(plans, givens, strict=True):
-        checked = plan.group["skip_nonfinite"] and not plan.group["capturable"]
+        checked = plan.group["skip_nonfinite"] and may_read(plan.group)
         projected = plan.core.projection is not None
         for i in given.chosen(plan):
             param, processes = plan.params[i], plan.shards[i].rows.processes

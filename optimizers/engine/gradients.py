@@ -314,7 +314,7 @@ def may_read(group: Group) -> bool:
     """Whether a step may look at numbers on the host: no graph is captured.
 
     Under `capturable` that is on a CPU, which has no graphs, with parameters that are whole here;
-    spread ones are decided on together, or not at all.
+    a DTensor's gradients are not checked under it.
     """
     if not group["capturable"]:
         return True
