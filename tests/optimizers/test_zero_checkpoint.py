@@ -91,11 +91,13 @@ def test_what_is_not_restored_is_told(tmp_path: Path) -> None:
     (made,) = run(cases, 1, tmp_path)
     assert made["head"]
     assert "head.weight, which requires a gradient but is not in the optimizer" in made["stage 3"]
-    assert "the checkpoint has a learning rate scheduler and the engine has none" in (
-        made["no scheduler"]
+    assert (
+        "the checkpoint has a learning rate scheduler and the engine has none"
+        in (made["no scheduler"])
     )
-    assert "the engine has a learning rate scheduler and the checkpoint has none" in (
-        made["new scheduler"]
+    assert (
+        "the engine has a learning rate scheduler and the checkpoint has none"
+        in (made["new scheduler"])
     )
     assert "is not of LambdaLR, the engine's" in made["other scheduler"]
     assert made["left"] == 2
