@@ -52,12 +52,17 @@ def load_zero_checkpoint(
             not all that the model trains or keeps, or can't be read; or one of engine and
             checkpoint alone has a learning rate scheduler.
     """
+    stage = engine.zero_optimization_stage()
+    if stage not in (1, 2, 3):
+        raise ValueError(
+            f"the engine has ZeRO stage {stage}: accepted are 1, 2 and 3, and "
+            "engine.load_checkpoint for stage 0"
+        )
     inner = engine.optimizer
     optimizer = getattr(inner, "optimizer", None)
     if not isinstance(optimizer, ManagedOptimizer):
         raise ValueError(
-            f"the engine's optimizer is {type(optimizer).__name__}: accepted are this package's, "
-            "under ZeRO 1 to 3"
+            f"the engine's optimizer is {type(optimizer).__name__}: accepted are this package's"
         )
     folder = Path(load_dir)
     folder = folder / (tag or (folder / "latest").read_text().strip())
@@ -69,7 +74,7 @@ def load_zero_checkpoint(
     scheduler = models[0].get("lr_scheduler") if load_lr_scheduler_states else None
     if load_lr_scheduler_states:
         _check_scheduler(engine.lr_scheduler, scheduler, folder)
-    stage3 = engine.zero_optimization_stage() == 3
+    stage3 = stage == 3
     names, flats_now = (
         (_KEYS[1], "fp32_partitioned_groups_flat") if stage3 else (_KEYS[0], _KEYS[0][1])
     )

@@ -73,6 +73,8 @@ def cases(rank: int, world: int, folder: Path) -> dict[str, Any]:
     load_zero_checkpoint(engine, folder, "2")
     made["taken"] = engine.lr_scheduler.last_batch_iteration
 
+    made["stage 0"] = told(headless(0, 1)[1], folder, "1")
+
     path = folder / "1" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     made["half"] = told(headless(1, 1)[1], folder, "1")
@@ -102,4 +104,5 @@ def test_what_is_not_restored_is_told(tmp_path: Path) -> None:
     assert "is not of LambdaLR, the engine's" in made["other scheduler"]
     assert made["left"] == 2
     assert made["taken"] == 1
+    assert made["stage 0"].startswith("the engine has ZeRO stage 0: accepted are 1, 2 and 3")
     assert "zero_pp_rank_0_mp_rank_00_optim_states.pt can't be read" in made["half"]
