@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from .config import RunConfig
 from .data import Tokenizer, check_division, data_fingerprint
@@ -10,6 +13,53 @@ from .distributed import World
 from .parts import saved_partitions
 from .strategies import strategy_of
 from .zero_checkpoint import says_its_parts
+
+#: Settings that are each process's own matter.
+_OWN = ("train.device", "distributed.timeout")
+
+
+def check_same_request(settings: Mapping[str, Any], resume: str | None, world: World) -> None:
+    """Refuses processes that were started with other settings than rank 0, whose count for all.
+
+    Paths are not compared: working folders and mounts may differ.
+
+    Args:
+        settings: what this process was given explicitly, by section.
+        resume: of `--resume`.
+        world: the process group; every process must call this.
+
+    Raises:
+        ValueError: one line that names the setting and the rank.
+    """
+    if world.size == 1:
+        return
+    how = resume if resume in (None, "auto") else "FOLDER"
+    first, *others = world.gather({**dict(_flat(settings)), "--resume": how})
+    for rank, other in enumerate(others, start=1):
+        for key in sorted(first.keys() | other.keys()):
+            own, leading = other.get(key), first.get(key)
+            if own == leading or key in _OWN or (_is_path(own) and _is_path(leading)):
+                continue
+            raise ValueError(
+                f"{key} is {_given(own)} on rank {rank} and {_given(leading)} on rank 0; start all"
+                " processes with the same settings"
+            )
+
+
+def _flat(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str) and os.sep in value
+
+
+def _given(value: object) -> str:
+    return "not given" if value is None else repr(value)
 
 
 def check_processes(config: RunConfig, size: int) -> None:

@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from .agreement import check_partitions, check_processes, check_same_data, check_shared
+from .agreement import (
+    check_partitions,
+    check_processes,
+    check_same_data,
+    check_same_request,
+    check_shared,
+)
 from .checkpoint import CheckpointStore
 from .config import RunConfig
 from .config_io import Layer, from_mapping, merge, read_layer, write_config
@@ -87,6 +93,7 @@ def pretrain(request: Request, console: Console) -> Path:
     """
     device, timeout = _joining(request)
     with join(device, timeout=timeout) as world:
+        check_same_request(request.settings, request.resume, world)
         place, config = _locate(request, world, console)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)

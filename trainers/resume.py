@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .choice import follows_length
-from .config import RunConfig, warmup_steps
+from .config import DistributedConfig, RunConfig, warmup_steps
 from .config_io import Layer, changed_keys, from_mapping, merge
 from .schedules import run_multiplier
 
@@ -20,7 +20,8 @@ def resumed_config(saved: Layer, settings: Layer) -> RunConfig:
     """The settings of a run that goes on: its own, and over them those given now.
 
     A run that is given another length keeps its warmup's steps: `schedule.warmup_ratio`, which
-    counts them in shares of the length, follows unless it is given, too.
+    counts them in shares of the length, follows unless it is given, too. With another strategy than
+    DeepSpeed's the stage of ZeRO goes back to its default.
 
     Args:
         saved: the run's configuration.
@@ -29,6 +30,9 @@ def resumed_config(saved: Layer, settings: Layer) -> RunConfig:
     Raises:
         ValueError: a key or a value is not accepted.
     """
+    divided = settings.get("distributed")
+    if isinstance(divided, dict) and divided.get("strategy", "deepspeed") != "deepspeed":
+        settings = merge({"distributed": {"zero_stage": DistributedConfig().zero_stage}}, settings)
     before, now = from_mapping(saved), from_mapping(merge(saved, settings))
     schedule = settings.get("schedule") or {}
     if now.train.steps == before.train.steps or "warmup_ratio" in schedule:

@@ -58,7 +58,7 @@ def find_copies(params: Sequence[Tensor], groups: Sequence[Group]) -> Copies:
     made = Copies([], [])
     if not _several():
         return made
-    found: dict[ProcessGroup, None] = dict.fromkeys(_engines(groups))
+    found: dict[ProcessGroup, None] = dict.fromkeys(engine_groups(groups))
     for param in params:
         if is_dtensor(param):
             mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
@@ -92,7 +92,7 @@ def _several() -> bool:
     return available and distributed.get_world_size() > 1
 
 
-def _engines(groups: Sequence[Group]) -> list[ProcessGroup]:
+def engine_groups(groups: Sequence[Group]) -> list[ProcessGroup]:
     """The processes of DeepSpeed's engine, if one without ZeRO takes this optimizer's steps."""
     loaded = sys.modules.get("deepspeed.runtime.engine")
     if loaded is None:

@@ -144,7 +144,12 @@ def options_of_state(saved: Group) -> Group:
 
 
 def checked_groups(groups: Sequence[Group], state_dict: Mapping[str, Any]) -> list[Group]:
-    """The saved groups; raises `ValueError` unless they are as many and as large as the groups."""
+    """The saved groups.
+
+    Raises:
+        ValueError: they are not as many and as large as the groups, or have the same parameters in
+            another order.
+    """
     for key, kind in (("state", Mapping), ("param_groups", list)):
         if not isinstance(state_dict.get(key), kind):
             raise ValueError(f"the saved state has no {key}: accepted is what state_dict() gave")
@@ -159,6 +164,14 @@ def checked_groups(groups: Sequence[Group], state_dict: Mapping[str, Any]) -> li
         raise ValueError(
             f"the saved state has parameter groups of {saved_sizes} parameters; "
             f"accepted are {sizes}, this optimizer's"
+        )
+    own, before = unique_names(groups), unique_names(saved_groups)
+    # Other names alone may be those of a wrapped or compiled model.
+    if own != before and sorted(own) == sorted(before):
+        number = next(i for i, name in enumerate(own) if name != before[i])
+        raise ValueError(
+            f"the saved state has {before[number]} where this optimizer has {own[number]}, and "
+            "states go by position: accepted are the same parameters in the same order"
         )
     return saved_groups
 

@@ -64,6 +64,20 @@ def partitioned(param: Tensor) -> bool:
     return hasattr(param, "_hp_mapping") or hasattr(param, "_z3_optimizer")
 
 
+def _check_cut(param: Any, name: str | None) -> None:
+    """Raises `ValueError` for a parameter that DeepSpeed left out, as it does frozen ones."""
+    found = hasattr(param, "_hp_mapping")
+    if hasattr(param, "_z3_optimizer"):
+        engine = param._z3_optimizer
+        found = engine.get_param_id(param) in engine.grad_position
+    if not found:
+        raise ValueError(
+            f"{label(name, param)} is in the optimizer, but in no partition of DeepSpeed's ZeRO, "
+            "which leaves out what doesn't require a gradient: accepted is requires_grad=False "
+            "before the optimizer is built, or True until after deepspeed.initialize"
+        )
+
+
 def place_of(param: Any, flat: Tensor | None, group: int) -> tuple[Place, Any]:
     """Where a parameter's piece is, and the process group that holds the others.
 
@@ -132,12 +146,16 @@ class Partitions:
             names: their names.
 
         Raises:
-            ValueError: a partition is on another device than its parameters (offload).
+            ValueError: a partition is on another device than its parameters (offload), or a
+                parameter is in none.
         """
         self._own: list[Group] = list(groups)
         self.stepping: frozenset[int] = frozenset()
         self._checked: set[int] = set()
         self.params = [param for own in params for param in own]
+        for own, called in zip(params, names, strict=True):
+            for param, name in zip(own, called, strict=True):
+                _check_cut(param, name)
         flats = [
             (next(iter(group["params"]), None), number)
             for number, (group, own) in enumerate(zip(groups, params, strict=True))

@@ -18,7 +18,7 @@ from torch import Tensor, distributed
 from .composition import Composition
 from .parameters import unique_names, whole_shape
 from .state import template
-from .state_dict import options_of_state
+from .state_dict import checked_groups, options_of_state
 from .zero import PARTITION, Partitions, partition_of
 
 if TYPE_CHECKING:
@@ -205,14 +205,7 @@ class _Expected:
         ]
         self.names = unique_names(groups)
         self.compositions: list[Composition] = []
-        sizes = [len(group["params"]) for group in groups]
-        saved_sizes = [len(group["params"]) for group in saved["param_groups"]]
-        if sizes != saved_sizes:
-            raise ValueError(
-                f"the saved state has parameter groups of {saved_sizes} parameters; accepted are "
-                f"{sizes}, this optimizer's"
-            )
-        for group in saved["param_groups"]:
+        for group in checked_groups(groups, saved):
             composition = optimizer._meaning(options_of_state(group))
             self.compositions += [composition] * len(group["params"])
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..engine.composition import Composition
+from ..engine.copies import engine_groups
 from ..engine.optimizer import LowRankOptimizer, out_of_dynamo
 from ..engine.options import Group
 from ..engine.parameters import label, names
@@ -257,7 +258,10 @@ class FactoredAdamW(LowRankOptimizer):
     def _compare_buffers(self) -> None:
         """In the first step compares what all processes have whole."""
         if not self._compared:
-            group = None if self._partitions is None else self._partitions.processes.group
+            if self._partitions is not None:
+                group = self._partitions.processes.group
+            else:
+                group = next(iter(engine_groups(self.param_groups)), None)
             check_buffers([(link.name, link.layer) for link in self._links], group)
             self._compared = True
 

@@ -115,11 +115,11 @@ def check_replicas(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
 def check_buffers(
     layers: Sequence[tuple[str, FactoredLinear]], zero: ProcessGroup | None = None
 ) -> None:
-    """Compares what FSDP2 or ZeRO leaves whole in layers between processes; each calls this.
+    """Compares what FSDP2 or DeepSpeed leaves whole in layers between processes; each calls this.
 
     Args:
         layers: the layers and their names.
-        zero: the processes among which ZeRO has cut their parameters.
+        zero: the processes of DeepSpeed's engine.
 
     Raises:
         RuntimeError: buffers or host tensors differ between processes.

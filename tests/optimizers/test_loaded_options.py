@@ -13,7 +13,7 @@ import torch
 from support import set_gradients, tiny_model
 from table import TABLE, Row, identifier, train
 
-from lowrank.optimizers import LowRankOptimizer, build
+from lowrank.optimizers import AdamW, LowRankOptimizer, build
 from lowrank.optimizers.engine.sharding import Part
 from lowrank.optimizers.rules.folded import FoldedAdam
 
@@ -196,3 +196,15 @@ def test_a_state_saved_right_after_loading_is_the_loaded_one() -> None:
     second = build("galore_adamw", tiny_model(), rank=4)
     second.load_state_dict(state)
     assert second.state_dict()["param_groups"] == state["param_groups"]
+
+
+def test_the_same_parameters_in_another_order_are_refused() -> None:
+    """Same shapes: their moments would change places without a word."""
+
+    def named(*order: str) -> LowRankOptimizer:
+        return AdamW([(name, torch.nn.Parameter(torch.ones(3, 2))) for name in order], lr=0.1)
+
+    saved = named("first", "second").state_dict()
+    with pytest.raises(ValueError, match="has first where this optimizer has second, and states"):
+        named("second", "first").load_state_dict(saved)
+    named("module.second", "module.first").load_state_dict(saved)

@@ -245,6 +245,9 @@ def refusals(rank: int, world: int) -> dict[str, str]:
         engine = engine_of(model, build(name, model, rank=4), 1, world)
         found[name] = said(go_on, engine, range(1), rank, world)
         found["late"] = said(convert, "sst_adamw", block_in(engine))
+    model = convert("loqt_adamw", block(seed=rank), rank=4, seed=rank)
+    engine = engine_of(model, build("loqt_adamw", model, rank=4), 0, world)
+    found["loqt_adamw, stage 0"] = said(go_on, engine, range(1), rank, world)
     return found
 
 
@@ -293,7 +296,7 @@ def test_what_is_refused(two_ranks: dict[str, Any]) -> None:
     found = two_ranks["said"]
     assert found["dense"].startswith("SparseLowRankLinear is cut by ZeRO stage 3")
     assert "inside DeepSpeed's ZeRO" in found["late"]
-    for name in ("loqt_adamw", "switchlora_adamw"):
+    for name in ("loqt_adamw", "switchlora_adamw", "loqt_adamw, stage 0"):
         assert found[name].startswith("frozen weights of attn.q differ between processes")
 
 

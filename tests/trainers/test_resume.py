@@ -187,3 +187,14 @@ def test_a_length_that_may_change_is_not_named_beside_what_may_not(
     with pytest.raises(ValueError, match=r"optimizer\.rank is 8, but the run to resume") as raised:
         check_unchanged(from_mapping(content), resumed_config(content, now), Path("checkpoint"), 5)
     assert ("train.steps" in str(raised.value)) is also
+
+
+def test_another_strategy_needs_no_stage_of_zero() -> None:
+    content: dict[str, Any] = {"distributed": {"strategy": "deepspeed", "zero_stage": 2}}
+    for strategy in ("ddp", "fsdp2", "auto"):
+        now = resumed_config(content, {"distributed": {"strategy": strategy}})
+        assert (now.distributed.strategy, now.distributed.zero_stage) == (strategy, 1)
+    for kept in ({}, {"distributed": {"strategy": "deepspeed"}}):
+        assert resumed_config(content, kept).distributed.zero_stage == 2
+    with pytest.raises(ValueError, match=r"distributed\.zero_stage is 3"):
+        resumed_config(content, {"distributed": {"strategy": "ddp", "zero_stage": 3}})
