@@ -222,9 +222,8 @@ def cautious_rule(group: Group) -> CautiousFactored:
     """
     checks.choice("momentum_bits", group["momentum_bits"], BITS)
     checks.integer("min_quantized_size", group["min_quantized_size"], low=0)
-    names = ("lr", "eps", "weight_decay", "nesterov", "cautious", "min_quantized_size")
-    for name in ("nesterov", "cautious"):
-        checks.choice(name, group[name], (True, False))
+    checks.choice("cautious", group["cautious"], (True, False))
+    names = ("lr", "eps", "weight_decay", "cautious", "min_quantized_size")
     own = {name: group[name] for name in names}
     return CautiousFactored(**own, **_whole_moments(group), bits=group["momentum_bits"])
 

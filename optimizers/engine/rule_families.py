@@ -349,7 +349,7 @@ LORA_PRE = RuleFamily(
 CAUTIOUS = RuleFamily(
     (
         _LR,
-        Keyword("betas", (0.9, 0.95), "decay rates of momentum and second moment."),
+        Keyword("betas", (0.9, 0.99), "decay rates of momentum and second moment."),
         *_TORCH_ADAM,
         Keyword(
             "momentum_bits",
@@ -357,7 +357,6 @@ CAUTIOUS = RuleFamily(
             "bits of the stored momentum: 4, 8 or 32 (`moments_dtype`); None for no momentum, "
             "which is Adafactor.",
         ),
-        Keyword("nesterov", True, "look ahead by one momentum step."),
         Keyword("cautious", True, "entries whose momentum disagrees with the gradient rest."),
         Keyword("min_quantized_size", 4096, "smaller matrices have a momentum in 32 bits."),
         Keyword("decay_rate", -0.8, "without momentum: of Adafactor's second moment, at most 0."),

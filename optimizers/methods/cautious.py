@@ -1,13 +1,13 @@
-"""Cautious Adafactor: factored second moments, a 4-bit Nesterov momentum, cautious updates.
+"""Cautious Adafactor: factored second moments, a 4-bit momentum, cautious updates.
 
 A composition of this package's own from published parts: the second moment of Adafactor (Shazeer
-and Stern, 2018), the look-ahead of NAdam (Dozat, 2016), the mask of the cautious optimizers (Liang
-et al., 2024), and momentum in four bits (Li et al., 2023, arXiv 2309.01507). For a hidden matrix of
-m x n (`rules.cautious`):
+and Stern, 2018), the mask of the cautious optimizers (Liang et al., 2024, arXiv 2411.16085), and a
+momentum in four bits (Li et al., 2023, arXiv 2309.01507). For a hidden matrix of m x n
+(`rules.cautious`):
 
     R <- b2 R + (1 - b2) mean_columns(G o G),    C <- b2 C + (1 - b2) mean_rows(G o G)
     M <- b1 M + (1 - b1) G
-    D_ij = (b1 M + (1 - b1) G)_ij / (1 - b1^(t + 1)) / (sqrt(R_i C_j / mean(R) / (1 - b2^t)) + eps)
+    D_ij = M_ij / (1 - b1^t) / (sqrt(R_i C_j / mean(R) / (1 - b2^t)) + eps)
     W <- (1 - lr wd) W - lr D o K / max(mean of K in the row, 1e-3),    K = [D o G > 0]
 
 All else (embeddings, head, norms, biases) gets Adafactor without momentum at its own rate
@@ -40,7 +40,7 @@ def cautious_groups(model: nn.Module, **options: Any) -> list[Group]:
 
 @method(
     "cautious_adafactor",
-    summary="Cautious Adafactor: factored second moments, 4-bit Nesterov momentum",
+    summary="Cautious Adafactor: factored second moments, 4-bit momentum",
     state="m n / 2 bytes",
     groups=cautious_groups,
 )

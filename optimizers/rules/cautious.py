@@ -1,21 +1,20 @@
-"""Adam with a factored second moment, a quantised Nesterov momentum and cautious updates.
+"""Adam with a factored second moment, a quantised momentum and cautious updates.
 
 For a gradient G of m x n entries at step t, with the second moment of Adafactor (Shazeer and Stern,
-2018, arXiv 1804.04235) and the look-ahead of NAdam (Dozat, 2016):
+2018, arXiv 1804.04235):
 
     R <- b2 R + (1 - b2) mean_columns(G o G),    C <- b2 C + (1 - b2) mean_rows(G o G)
     V_ij = R_i C_j / mean(R) / (1 - b2^t)
     M <- b1 M + (1 - b1) G
-    D = (b1 M + (1 - b1) G) / (1 - b1^(t + 1)) / (sqrt(V) + eps)
+    D = M / (1 - b1^t) / (sqrt(V) + eps)
     K_ij = 1 where D_ij G_ij > 0, else 0   (Liang et al., "Cautious Optimizers", arXiv 2411.16085)
     W <- (1 - lr wd) W - lr D o K / max(mean of K in the row, 1e-3)
 
-with D from M / (1 - b1^t) without Nesterov, and D itself unless cautious. So an entry whose
-momentum disagrees with its gradient rests, and the others of its row make up for it; the cited
-paper takes the mean of K over the tensor, the row's needs no second pass over it and no
-communication where rows are spread. M is stored in four or eight bits after its use
-(`rules.row_quantized`), or as it is. Memory: the factors, 4 (m + n) bytes, and of M
-m (ceil(n bits / 8) + 4 ceil(n / 128)) bytes. No m x n temporary is made.
+and D itself unless cautious. So an entry whose momentum disagrees with its gradient rests, and the
+others of its row make up for it; the cited paper takes the mean of K over the tensor, the row's
+needs no second pass over it and no communication where rows are spread. M is stored in four or
+eight bits after its use (`rules.row_quantized`), or as it is. Memory: the factors, 4 (m + n) bytes,
+and of M m (ceil(n bits / 8) + 4 ceil(n / 128)) bytes. No m x n temporary is made.
 """
 
 from __future__ import annotations
@@ -52,7 +51,6 @@ class CautiousFactored(TwoPassRule):
         betas: (b1, b2).
         eps: the denominator's constant.
         weight_decay: decoupled, times lr, before the update.
-        nesterov: look ahead by one momentum step.
         cautious: entries whose momentum disagrees with the gradient rest.
         bits: of the stored momentum, one of `BITS`.
         min_quantized_size: a gradient with fewer entries has a momentum of `moments_dtype`.
@@ -63,10 +61,9 @@ class CautiousFactored(TwoPassRule):
     SCRATCH: ClassVar[int] = 4
 
     lr: float | Tensor
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
     weight_decay: float = 0.0
-    nesterov: bool = True
     cautious: bool = True
     bits: int = 4
     min_quantized_size: int = 4096
@@ -156,7 +153,7 @@ class CautiousFactored(TwoPassRule):
     def _updates(self, own: _Own) -> RowUpdates:
         by_row, by_column = self._roots(own)
         beta1, count = self.betas[0], int(own.state["step"])
-        correction = 1 - beta1 ** (count + 1 if self.nesterov else count)
+        correction = 1 - beta1**count
         lr = scalar(self.lr)
         decay_factor = 1.0 - lr * self.weight_decay if self.weight_decay else 1.0
 
@@ -164,9 +161,8 @@ class CautiousFactored(TwoPassRule):
             chunk = own.grad[rows].to(by_row.dtype)
             moment = self._load(own, rows).to(chunk.dtype).lerp_(chunk, 1 - beta1)
             self._save(own, rows, moment)
-            ahead = moment.lerp(chunk, 1 - beta1) if self.nesterov else moment.clone()
             denominator = (by_row[rows, None] * by_column).add_(self.eps)
-            direction = ahead.div_(denominator.mul_(correction))
+            direction = moment.div_(denominator.mul_(correction))
             if self.cautious:
                 direction.mul_(self._caution(direction, chunk, own.part))
             return Update(direction, lr, decay_factor)

@@ -65,9 +65,8 @@ def cautious(
     weight: Tensor,
     *,
     lr: float,
-    nesterov: bool = True,
     mask: bool = True,
-    betas: tuple[float, float] = (0.9, 0.95),
+    betas: tuple[float, float] = (0.9, 0.99),
     stored: Callable[[Tensor, int], Tensor] = lambda m, t: m,
     weight_decay: float = 0.0,
 ) -> Tensor:
@@ -79,8 +78,7 @@ def cautious(
         c = b2 * c + (1 - b2) * g.square().mean(0)
         v = torch.outer(r, c) / r.mean() / (1 - b2**t)
         m = b1 * m + (1 - b1) * g
-        ahead = (b1 * m + (1 - b1) * g) / (1 - b1 ** (t + 1)) if nesterov else m / (1 - b1**t)
-        d = ahead / (v.sqrt() + 1e-8)
+        d = m / (1 - b1**t) / (v.sqrt() + 1e-8)
         if mask:
             k = (d * g > 0).double()
             d = d * k / k.mean(1, keepdim=True).clamp(min=1e-3)
