@@ -41,7 +41,7 @@ def cautious_groups(model: nn.Module, **options: Any) -> list[Group]:
 @method(
     "cautious_adafactor",
     summary="Cautious Adafactor: factored second moments, 4-bit momentum",
-    state="m n / 2 bytes",
+    state="m + n, and 17 m n / 32 bytes",
     groups=cautious_groups,
 )
 class CautiousAdafactor(LowRankOptimizer):
