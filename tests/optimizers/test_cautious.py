@@ -201,6 +201,33 @@ def test_bf16_weights_train_like_fp32() -> None:
     assert float((made[torch.bfloat16] - made[torch.float32]).abs().max()) < 5e-3
 
 
+class Moe(nn.Module):
+    """Three experts of 12 x 10 in one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Module()
+        self.mlp.experts = nn.Parameter(0.1 * matrix(36, 10, 5).view(3, 12, 10))
+
+
+@pytest.mark.parametrize("bits", [4, 32])
+def test_each_expert_is_a_matrix(bits: int) -> None:
+    stacked = Moe()
+    single = [nn.Parameter(expert.clone()) for expert in stacked.mlp.experts.detach()]
+    options = {"lr": 1e-2, "momentum_bits": bits, "min_quantized_size": 0}
+    made = build("cautious_adafactor", stacked, **options)
+    others = [CautiousAdafactor([weight], **options) for weight in single]
+    for step in range(4):
+        grads = [matrix(12, 10, 9 * i + step) for i in range(3)]
+        grads[1] = grads[1] if step else torch.zeros(12, 10).double()
+        stacked.mlp.experts.grad = torch.stack(grads)
+        made.step()
+        for weight, grad, other in zip(single, grads, others, strict=True):
+            train(other, weight, [grad])
+    for i, weight in enumerate(single):
+        assert torch.equal(stacked.mlp.experts[i], weight)
+
+
 def spread(rank: int, world: int, folder: Path) -> dict[tuple[int, int], Tensor]:
     """A weight of 7 x 256 after some steps, spread along each of its dimensions."""
     mesh, made = DeviceMesh("cpu", torch.arange(world)), {}
