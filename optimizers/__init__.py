@@ -57,6 +57,7 @@ if TYPE_CHECKING:  # at run time every class comes from `methods`
     from .methods.baselines import AdamW as AdamW
     from .methods.baselines import AdamW8bit as AdamW8bit
     from .methods.baselines import Muon as Muon
+    from .methods.cautious import CautiousAdafactor as CautiousAdafactor
     from .methods.coap import CoapAdafactor as CoapAdafactor
     from .methods.coap import CoapAdafactor8bit as CoapAdafactor8bit
     from .methods.coap import CoapAdamW as CoapAdamW

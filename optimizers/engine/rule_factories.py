@@ -12,6 +12,7 @@ from ..rules import (
     Adafactor8bit,
     Adam,
     Adam8bit,
+    CautiousFactored,
     FactoredAdam,
     FoldedAdam,
     Lion,
@@ -21,6 +22,7 @@ from ..rules import (
     RowColumnScaled,
     VectorAdam,
 )
+from ..rules.cautious import BITS
 from ..rules.folded import FOLDS
 from ..rules.muon import ADJUSTMENTS
 from ..rules.normalised import AXES
@@ -210,6 +212,33 @@ def _whole_moments(group: Group) -> dict[str, Any]:
     checks.betas(group["betas"])
     checks.number("eps", group["eps"], low=0.0)
     return {"betas": tuple(group["betas"]), "moments_dtype": _moments_dtype(group)}
+
+
+def cautious_rule(group: Group) -> CautiousFactored:
+    """Cautious Adam with a factored second moment, from `momentum_bits` and Adam's options.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    checks.choice("momentum_bits", group["momentum_bits"], BITS)
+    checks.integer("min_quantized_size", group["min_quantized_size"], low=0)
+    checks.choice("cautious", group["cautious"], (True, False))
+    names = ("lr", "eps", "weight_decay", "cautious", "min_quantized_size")
+    own = {name: group[name] for name in names}
+    return CautiousFactored(**own, **_whole_moments(group), bits=group["momentum_bits"])
+
+
+def factored_without_momentum_rule(group: Group) -> Adafactor:
+    """Adafactor at the group's learning rate, from `decay_rate` and `clip_threshold`.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    checks.number("clip_threshold", group["clip_threshold"], low=0.0, low_open=True)
+    checks.number("decay_rate", group["decay_rate"], high=0.0)
+    names = ("lr", "weight_decay", "clip_threshold", "decay_rate")
+    own = {name: group[name] for name in names}
+    return Adafactor(**own, scale_parameter=False, relative_step=False)
 
 
 def adafactor_rule(group: Group) -> Adafactor:

@@ -17,7 +17,9 @@ from .rule_factories import (
     adafactor_rule,
     adam8bit_rule,
     adam_rule,
+    cautious_rule,
     factored_rule,
+    factored_without_momentum_rule,
     folded_rule,
     lion_rule,
     momentum_rule,
@@ -102,6 +104,10 @@ def _momentum(group: Group, *, projected: bool = False) -> UpdateRule:
 def _muon(group: Group, *, projected: bool = False) -> UpdateRule:
     rule = muon_rule(group)
     return rule if projected else adam_rule(group)
+
+
+def _cautious(group: Group, *, projected: bool = False) -> UpdateRule:
+    return cautious_rule(group) if projected else factored_without_momentum_rule(group)
 
 
 def _or_adam(make: Callable[[Group], UpdateRule]) -> Callable[..., UpdateRule]:
@@ -337,4 +343,24 @@ LORA_PRE = RuleFamily(
         Keyword("ridge", 1e-5, "added to Gram matrices, relative to their diagonal; above 0."),
     ),
     _or_adam(factored_rule),
+)
+
+#: Cautious Adam with factored second moments where a group has momentum, Adafactor elsewhere.
+CAUTIOUS = RuleFamily(
+    (
+        _LR,
+        Keyword("betas", (0.9, 0.99), "decay rates of momentum and second moment."),
+        *_TORCH_ADAM,
+        Keyword(
+            "momentum_bits",
+            4,
+            "bits of the stored momentum: 4, 8 or 32 (`moments_dtype`); None for no momentum, "
+            "which is Adafactor.",
+        ),
+        Keyword("cautious", True, "entries whose momentum disagrees with the gradient rest."),
+        Keyword("min_quantized_size", 4096, "smaller matrices have a momentum in 32 bits."),
+        Keyword("decay_rate", -0.8, "without momentum: of Adafactor's second moment, at most 0."),
+        Keyword("clip_threshold", 1.0, "without momentum: largest RMS of Adafactor's update."),
+    ),
+    _cautious,
 )

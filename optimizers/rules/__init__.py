@@ -5,6 +5,7 @@ from .adafactor8bit import Adafactor8bit
 from .adam import Adam
 from .adam8bit import Adam8bit
 from .base import MOMENT_TRANSPORTS, Update, UpdateRule
+from .cautious import CautiousFactored
 from .factored_moments import FactoredAdam
 from .folded import FoldedAdam
 from .lion import Lion
@@ -21,6 +22,7 @@ __all__ = [
     "Adafactor8bit",
     "Adam",
     "Adam8bit",
+    "CautiousFactored",
     "FactoredAdam",
     "FoldedAdam",
     "Lion",

@@ -1,4 +1,4 @@
-"""SCALE, RACS, FOAM, LoRA-Pre, Alice and LDAdam in plain fp64 tensors, from their papers' rules."""
+"""Newer methods in plain fp64 tensors, from their papers' rules."""
 
 from __future__ import annotations
 
@@ -57,6 +57,33 @@ def racs(
                 u = u / (max(float(u.norm()) / (stored + 1e-8), limiter) / limiter)
             stored = float(u.norm())
         w = w * (1 - lr * weight_decay) - lr * scale * u
+    return w
+
+
+def cautious(
+    grads: Sequence[Tensor],
+    weight: Tensor,
+    *,
+    lr: float,
+    mask: bool = True,
+    betas: tuple[float, float] = (0.9, 0.99),
+    stored: Callable[[Tensor, int], Tensor] = lambda m, t: m,
+    weight_decay: float = 0.0,
+) -> Tensor:
+    """`stored`: the momentum as it is read back after step t."""
+    w, (b1, b2) = weight.double().clone(), betas
+    m, r, c = torch.zeros_like(w), 0.0, 0.0
+    for t, g in enumerate(map(Tensor.double, grads), 1):
+        r = b2 * r + (1 - b2) * g.square().mean(1)
+        c = b2 * c + (1 - b2) * g.square().mean(0)
+        v = torch.outer(r, c) / r.mean() / (1 - b2**t)
+        m = b1 * m + (1 - b1) * g
+        d = m / (1 - b1**t) / (v.sqrt() + 1e-8)
+        if mask:
+            k = (d * g > 0).double()
+            d = d * k / k.mean(1, keepdim=True).clamp(min=1e-3)
+        w = w * (1 - lr * weight_decay) - lr * d
+        m = stored(m, t)
     return w
 
 

@@ -205,6 +205,12 @@ TABLE = (
     Row("racs_adamw", optimizers.RacsAdamW),
     Row("scale_sgd", optimizers.ScaleSGD, capturable=True),
     Row(
+        "cautious_adafactor",
+        optimizers.CautiousAdafactor,
+        {"min_quantized_size": 64},
+        bits8=True,
+    ),
+    Row(
         "dlrt_adamw",
         optimizers.DLRTAdamW,
         quiet={"update_proj_gap": 100},

@@ -23,6 +23,7 @@ COLUMNS: list[Case] = [
     ("flora_adafactor", {"proj_type": "reverse_std"}),
     ("galore_adafactor", {"beta1": 0.9}),
     ("galore_muon", {}),
+    ("cautious_adafactor", {"momentum_bits": 32}),
     ("coap_adafactor_8bit", {}),
     ("galore_adamw", {"refresh": "randomized", "moments": "rotate"}),
     ("galore_adamw_8bit", {"proj_type": "full"}),

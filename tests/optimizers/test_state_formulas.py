@@ -159,6 +159,13 @@ def formula(name: str, c: Counts, s: int) -> int:
         return c.total(galore, plain) + 8 * c.layers * (5 * h + 2 * inner)
     if name == "dlrt_adamw":  # of S; three step counts a matrix
         return c.total(lambda m, n: 2 * s * min(2 * r, m, n) ** 2 + 8, plain)
+    if name == "cautious_adafactor":  # in rows of h entries, of inner ones in down projections
+
+        def own(m: int, n: int) -> int:
+            return m * (ceil(n / 2) + 4 * ceil(n / 128)) + 4 * (m + n)
+
+        layer = 4 * own(h, h) + 2 * own(inner, h) + own(h, inner)
+        return c.total(lambda m, n: 0, factored[0]) + c.layers * layer
     if name == "foam_adamw":  # blocks of 4 lie in rows: of inner entries in the down projections
         blocks = 4 * h * ceil(h / 4) + 2 * inner * ceil(h / 4) + h * ceil(inner / 4)
         return c.total(lambda m, n: 0, plain) + 2 * s * c.layers * blocks
