@@ -121,13 +121,14 @@ def test_resumed_equals_uninterrupted(optimizer: str, tiny: Tiny, run: Run, tmp_
         "flora_adafactor": ["optimizer.update_proj_gap=8"],
         "lisa_adamw": ["model.num_hidden_layers=3", "optimizer.active_layers=1"],
     }.get(optimizer, [])
-    run(tiny(whole, 10, *gap, optimizer=optimizer))
+    _, _, said = run(tiny(whole, 10, *gap, optimizer=optimizer))  # of options without effect
     arguments = tiny(broken, 10, "--resume=auto", *gap, optimizer=optimizer)
     crash(run, arguments, 2)  # before there is a checkpoint
     crash(run, arguments, 5)
     crash(run, arguments, 7)
     status, _, errors = run(arguments)
-    assert (status, errors) == (0, "")
+    assert status == 0
+    assert set(errors.splitlines()) <= set(said.splitlines())
     assert comparable_metrics(broken) == comparable_metrics(whole)
     assert summary(broken)["weights_sha256"] == summary(whole)["weights_sha256"]
     assert summary(broken)["unigram_val_loss"] == summary(whole)["unigram_val_loss"]
