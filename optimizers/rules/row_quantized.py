@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowrank.cuda.groups import reciprocal
+from lowrank.cuda.int4 import pack, unpack
 from lowrank.cuda.noise import mix, uniform
 
 #: Entries that share a scale.
@@ -91,13 +92,13 @@ def dequantize(codes_kw: Tensor, scales_kb: Tensor, columns: int, bits: int) -> 
 
 
 def _packed(codes_kn: Tensor) -> Tensor:
-    """Two codes a byte, the first in the lower half."""
-    pairs = functional.pad(codes_kn.bitwise_and(15), (0, codes_kn.shape[1] % 2))
-    return pairs[:, ::2] | pairs[:, 1::2].bitwise_left_shift(4)
+    """Two codes a byte, none of two rows."""
+    halves = functional.pad(codes_kn.bitwise_and(15), (0, codes_kn.shape[1] % 2))
+    return pack(halves.flatten()).view(len(codes_kn), -1)
 
 
 def _unpacked(packed_kw: Tensor, columns: int) -> Tensor:
     """Codes of eight bits, as their sign says."""
-    pairs = torch.stack([packed_kw.bitwise_and(15), packed_kw.bitwise_right_shift(4)], -1)
-    codes = pairs.view(len(packed_kw), -1)[:, :columns]
+    halves = unpack(packed_kw.flatten(), 2 * packed_kw.numel())
+    codes = halves.view(len(packed_kw), -1)[:, :columns]
     return codes.bitwise_xor(8).sub_(8)

@@ -323,7 +323,10 @@ def test_build_gives_hidden_matrices_the_rank() -> None:
         build("lora_pre_adamw", tiny_model(), ridge=0.0)
 
 
-@pytest.mark.parametrize("name", ["scale_sgd", "racs_adamw", "foam_adamw", "lora_pre_adamw"])
+BF16 = ("scale_sgd", "racs_adamw", "foam_adamw", "lora_pre_adamw", "cautious_adafactor")
+
+
+@pytest.mark.parametrize("name", BF16)
 def test_bf16_weights_train_like_fp32(name: str) -> None:
     made = {}
     for dtype in (torch.float32, torch.bfloat16):
