@@ -36,7 +36,7 @@ settings that matter, for --set (the folder's config.yaml lists all of them):
   data.sequence_length, data.packing=pack|pad, data.tokenizer=bpe|bytes|NAME, data.text_key=FIELD
   schedule.name=cosine|linear|wsd|constant, schedule.warmup_ratio
   eval.every, eval.tokens, checkpoint.every, checkpoint.keep
-  model.dtype=float32|bfloat16, model.activation_checkpointing, model.compile
+  model.dtype=float32|bfloat16, model.activation_checkpointing, model.autocast, model.compile
   model.weight_bits=16|8|4, model.compressed_activations=COLUMNS
   distributed.strategy=auto|ddp|fsdp2|deepspeed (under torchrun), distributed.timeout
   log.wandb=true, log.memory_steps=N (peaks by phase of the first N steps, beside the plan's)

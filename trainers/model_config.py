@@ -40,6 +40,8 @@ class ModelConfig:
             backward pass are compressed (CompAct); 0 keeps them whole. Gradients of these weights
             are then exact on average only.
         compression_gap: steps between draws of the random projections.
+        autocast: compute products in bfloat16 (`torch.autocast`) with float32 weights; gradients
+            and the optimizer's state stay float32.
         compile: run the blocks through `torch.compile`.
         initial: a checkpoint's folder (a run's or Hugging Face's, with `model.safetensors`) whose
             weights the run starts from, "" for random ones; ReLoRA's full-rank warm start.
@@ -59,6 +61,7 @@ class ModelConfig:
     activation_checkpointing: bool = False
     compressed_activations: int = 0
     compression_gap: int = 50
+    autocast: bool = False
     compile: bool = False
     initial: str = ""
 
@@ -83,6 +86,12 @@ class ModelConfig:
             value = getattr(self, key)
             require(value > 0, f"model.{key}", value, "a positive number")
         require(self.dtype in DTYPES, "model.dtype", self.dtype, " or ".join(DTYPES))
+        require(
+            not self.autocast or self.dtype == "float32",
+            "model.autocast",
+            self.autocast,
+            f"false with model.dtype={self.dtype}, whose products are in bfloat16 anyway",
+        )
         rank = self.compressed_activations
         require(rank >= 0, "model.compressed_activations", rank, "0 (off) or a number of columns")
         require(

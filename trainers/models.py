@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.optimizers import Compression
+from lowrank.optimizers import Compression, QuantizedWeight
 
 from .config import ModelConfig
 from .loss import chunked_cross_entropy
@@ -21,9 +21,10 @@ class LanguageModel(nn.Module):
     checkpoints see.
     """
 
-    def __init__(self, network: Any) -> None:
+    def __init__(self, network: Any, autocast: bool = False) -> None:
         super().__init__()
         self.network = network
+        self.autocast = autocast
         self.compression: Compression | None = None
 
     def begin_step(self, step: int) -> None:
@@ -38,8 +39,28 @@ class LanguageModel(nn.Module):
             inputs: (B, L) int64 token numbers.
             targets: (B, L) int64 numbers of the tokens that follow; -100 where none is predicted.
         """
-        hidden = self.network.model(input_ids=inputs, use_cache=False).last_hidden_state
-        return chunked_cross_entropy(hidden, self.network.lm_head.weight, targets)
+        head = self.network.lm_head.weight
+        return summed_loss(self.network.model, head, inputs, targets, self.autocast)
+
+
+def summed_loss(
+    decoder: nn.Module, head: Tensor, inputs: Tensor, targets: Tensor, autocast: bool
+) -> Tensor:
+    """The loss of a decoder and an output head, in nats, summed over the targets that count.
+
+    Args:
+        decoder: from token numbers to hidden states, a model of `transformers`.
+        head: (V, d) weight.
+        inputs: (B, L) int64 token numbers.
+        targets: (B, L) int64 numbers of the tokens that follow; -100 where none is predicted.
+        autocast: whether products are in bfloat16 whatever the weights are in.
+    """
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=autocast):
+        hidden = decoder(input_ids=inputs, use_cache=False).last_hidden_state
+    if autocast:  # here, because it doesn't reach into the loss's own passes
+        hidden = hidden.to(torch.bfloat16)
+        head = head if isinstance(head, QuantizedWeight) else head.to(torch.bfloat16)
+    return chunked_cross_entropy(hidden, head, targets)
 
 
 def build_model(
@@ -86,7 +107,7 @@ def prepared(network: Any, config: ModelConfig) -> LanguageModel:
         checkpoint_activations(network)
     if config.compile:
         network.model.compile()
-    return LanguageModel(network)
+    return LanguageModel(network, config.autocast)
 
 
 def checkpoint_activations(network: Any) -> None:

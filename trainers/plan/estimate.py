@@ -66,6 +66,7 @@ class Setting:
             "strategy": self.strategy,
             "device": self.device,
             "dtype": str(self.source.dtype).removeprefix("torch."),
+            "autocast": self.source.autocast,
             "checkpointing": self.source.checkpointing,
             "update_in_backward": self.update_in_backward,
             "options": dict(self.options),

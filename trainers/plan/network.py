@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from ..config import DTYPES, ModelConfig
 from ..config_io import from_mapping, nearest
-from ..loss import chunked_cross_entropy
 from ..missing import require
-from ..models import network_config
+from ..models import network_config, summed_loss
 from ..preset import preset_layer, preset_names
 
 #: Attributes of a block, beside its shapes, by which models tell unequal blocks apart.
@@ -36,26 +35,28 @@ class Source:
         config: a `transformers` configuration.
         dtype: of weights, gradients and activations.
         checkpointing: whether each block is recomputed in the backward pass.
+        autocast: whether products are in bfloat16 all the same.
     """
 
     name: str
     config: Any
     dtype: torch.dtype
     checkpointing: bool
+    autocast: bool = False
 
 
 class Network(nn.Module):
     """A causal language model whose forward pass returns the trainer's chunked loss."""
 
-    def __init__(self, network: Any) -> None:
+    def __init__(self, network: Any, autocast: bool = False) -> None:
         super().__init__()
         self.network = network
+        self.autocast = autocast
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The summed loss; see `LanguageModel`."""
         decoder, head = self.network.base_model, self.network.get_output_embeddings()
-        hidden = decoder(input_ids=inputs, use_cache=False).last_hidden_state
-        return chunked_cross_entropy(hidden, head.weight, targets)
+        return summed_loss(decoder, head.weight, inputs, targets, self.autocast)
 
 
 def read_source(
@@ -140,7 +141,7 @@ def new_network(source: Source, device: torch.device) -> Network:
             "are models with one"
         )
     network.train()
-    return Network(network)
+    return Network(network, source.autocast)
 
 
 @contextlib.contextmanager

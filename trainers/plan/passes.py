@@ -70,7 +70,7 @@ def passes_of(model: Network, source: Source, batch: int, sequence: int) -> Pass
     forward = 2.0 * tokens * (multiplied + len(blocks.items) * sequence * width)
     held = sum(param.nbytes for param in model.parameters())
     times = 4 if source.checkpointing else 3
-    unit = "bf16" if source.dtype.itemsize == 2 else _wide()
+    unit = "bf16" if source.autocast or source.dtype.itemsize == 2 else _wide()
     launches = _launches(model, blocks, source, batch, sequence)
     return Passes(times * forward, times * held, unit, launches, notes)
 

@@ -184,6 +184,7 @@ def plan_run(config: RunConfig, world: int, device: str) -> Plan:
         network_config(model, length),
         getattr(torch, model.dtype),
         model.activation_checkpointing,
+        model.autocast,
     )
     setting = Setting(
         source,

@@ -27,6 +27,8 @@ def _heading(plan: Plan) -> str:
     ]
     if setting["accumulation"] > 1:
         words.append(f"{setting['accumulation']} micro-batches")
+    if setting["autocast"]:
+        words.append("products in bfloat16")
     if setting["checkpointing"]:
         words.append("activation checkpointing")
     if setting["update_in_backward"]:
