@@ -48,6 +48,10 @@ def test_explicit_settings_beat_method_beats_size_beats_default() -> None:
         ({"train": 3}, "train is 3; accepted: a mapping"),
         ({"model": {"compile": 1}}, "model.compile is 1; accepted: true or false"),
         ({"model": {"dtype": "float16"}}, "model.dtype is 'float16'; accepted: float32 or bf"),
+        (
+            {"model": {"autocast": True, "dtype": "bfloat16"}},
+            "model.autocast is True; accepted: false with model.dtype=bfloat16",
+        ),
         ({"model": {"num_attention_heads": 7}}, "model.num_attention_heads is 7"),
         (
             {"schedule": {"name": "cos"}},

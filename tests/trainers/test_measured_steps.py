@@ -9,11 +9,12 @@ from tiny_runs import TINY, write_corpus
 from lowrank.trainers.cli import main
 
 
-@pytest.fixture
-def ran(tmp_path: Path) -> Path:
+@pytest.fixture(params=["false", "true"])
+def ran(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     data, folder = write_corpus(tmp_path / "data"), tmp_path / "run"
     arguments = ["pretrain", f"--data={data}", "--steps=5", f"--output={folder}", *TINY]
-    assert main([*arguments, "log.memory_steps=4", "model.hidden_size=64"]) == 0
+    settings = ("log.memory_steps=4", "model.hidden_size=64", "model.vocab_size=1000")
+    assert main([*arguments, *settings, f"model.autocast={request.param}"]) == 0
     return folder
 
 

@@ -64,6 +64,28 @@ def test_bfloat16_holds_every_weight_in_bfloat16() -> None:
     assert torch.isfinite(loss)
 
 
+def test_autocast_computes_products_in_bfloat16_over_float32_weights() -> None:
+    whole = build_model(SMALL, 16, 0, CPU)
+    mixed = build_model(ModelConfig(**{**SMALL.__dict__, "autocast": True}), 16, 0, CPU)
+    computed = set()
+    for name, layer in mixed.network.model.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            assert layer.weight.dtype == torch.float32, name
+            layer.register_forward_hook(lambda *args: computed.add(args[2].dtype))
+    loss, expected = mixed(*batch()), whole(*batch())
+    assert computed == {torch.bfloat16}
+    assert loss.dtype == torch.float32
+    assert loss != expected
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)
+    loss.backward()
+    expected.backward()
+    for one, other in zip(mixed.parameters(), whole.parameters(), strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        assert one.grad.dtype == torch.float32
+        assert (one.grad - other.grad).norm() < 0.02 * other.grad.norm()
+
+
 def test_smallest_preset_has_its_documented_size() -> None:
     values = preset_layer("llama_9m", "galore_adamw")["model"]
     model = build_model(ModelConfig(**values), 256, 0, CPU)

@@ -138,6 +138,7 @@ def test_resumed_equals_uninterrupted(optimizer: str, tiny: Tiny, run: Run, tmp_
     "settings",
     [
         ("model.dtype=bfloat16",),
+        ("model.autocast=true",),
         ("data.packing=pad", "train.accumulation=3"),
         ("optimizer.refresh=randomized",),
         ("optimizer.refresh=warm", "schedule.name=wsd"),
