@@ -86,7 +86,7 @@ def test_the_grid_is_what_a_method_has_and_its_entry_leaves_open() -> None:
     free, fixed, factored = parse_methods(
         "galore_adamw,adamw+lr=0.1+betas=[0.9,0.9]+plain_rule=own,galore_adafactor"
     )
-    assert grid_of(free).betas == (None, (0.9, 0.95))
+    assert grid_of(free).betas == (None, (0.9, 0.95), (0.5, 0.99))
     assert grid_of(free).rules == ("own", "adamw", "adafactor")
     assert grid_of(fixed).betas == (None,)
     assert grid_of(fixed).rules == ("own",)
