@@ -15,11 +15,12 @@ from .engine.composition import Composition
 from .engine.low_rank_gradients import examine
 from .engine.method import TABLE, Method
 from .engine.optimizer import LowRankOptimizer
-from .engine.options import ProjectionOptions, make_plain
+from .engine.options import OWN_RATES, ProjectionOptions, make_plain
 from .engine.parameters import check_placement, whole_shape
 from .engine.replaced import Watch
 from .engine.strategies import PROJECTORS, RESIDUALS, SCHEDULES, STORAGES
 from .engine.warn import warn_user
+from .head_rate import with_head_rate
 from .layers.convert import check_converted, factored_layers, meta_copy
 from .layers.optimizer import FactoredAdamW
 from .pretrained import save_dense_weights
@@ -162,7 +163,7 @@ def _sort_options(method: Method, options: dict[str, Any]) -> _Sorted:
         if name in (_EVERYWHERE if method.optimizer.projects else constructor):
             keywords[name] = value
         elif name in groups:
-            own = ("patterns", "plain_lr", *method.optimizer.hidden_keys)
+            own = ("patterns", *OWN_RATES, *method.optimizer.hidden_keys)
             if method.optimizer.projects or name in own:
                 group_options[name] = value
             else:
@@ -238,9 +239,10 @@ def build(
         model: the model whose parameters are trained.
         lr: learning rate; the class's default when None.
         **options: group options (`rank`, `update_proj_gap`, `scale`, `proj_type`, `refresh`,
-            `patterns`, `plain_lr`, ...) and constructor keywords of the class. Projection options
-            of a method that has no projection are checked, and a warning says that they have no
-            effect.
+            `patterns`, ...), rates of their own for embeddings, head, norms and biases
+            (`plain_lr`) and for the output head alone (`head_lr`), and constructor keywords of the
+            class. Projection options of a method that has no projection are checked, and a warning
+            says that they have no effect.
 
     Returns:
         A `torch.optim.Optimizer`.
@@ -261,11 +263,11 @@ def build(
         # Quantising loses the dense weights, so that options are tried before.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            template = _template(method, method.groups(model, **group_options), keywords)
+            template = _template(method, _groups(method, model, group_options), keywords)
             for group in template.param_groups:
                 template.compose(group)
     convert(name, model, **options)
-    groups = method.groups(model, **group_options)
+    groups = _groups(method, model, group_options)
     for option in options.keys() & keywords.keys():
         if all(option in group for group in groups) and option not in group_options:
             raise ValueError(
@@ -361,6 +363,14 @@ def expected_step_traffic(name: str, model: nn.Module, world: int, **options: An
     return total + compared
 
 
+def _groups(method: Method, model: nn.Module, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """The groups of a model, by their options."""
+    own = {name: value for name, value in options.items() if name != "head_lr"}
+    groups = list(method.groups(model, **own))
+    rate = options.get("head_lr")
+    return groups if rate is None else with_head_rate(model, groups, rate)
+
+
 def _template(
     method: Method, groups: Sequence[dict[str, Any]], keywords: dict[str, Any]
 ) -> LowRankOptimizer:
@@ -379,7 +389,7 @@ def _compositions(
     group_options, keywords, _ = _sort_options(method, options)
     if method.conversion.replaces_layers:
         model = convert(name, meta_copy(model), **options)
-    groups = method.groups(model, **group_options)
+    groups = _groups(method, model, group_options)
     template = _template(method, groups, keywords)
     for group, completed in zip(groups, template.param_groups, strict=True):
         yield template.compose(completed), completed, list(group["params"])

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from lowrank.optimizers import LowRankOptimizer, accepts, build
+from lowrank.optimizers.engine.options import OWN_RATES
 from lowrank.optimizers.param_groups import split
 
 from .config import RunConfig
@@ -50,12 +51,12 @@ def build_named(
         return _told(_build(name, network, lr, options), total_steps)
     _, matrices, vectors = split(network, options.get("patterns"))
     plain = [param for _, param in (*matrices, *vectors)]
-    own = {key: value for key, value in options.items() if key != "plain_lr"}
+    own = {key: value for key, value in options.items() if key not in OWN_RATES}
     with _frozen(plain):
         hidden = _told(_build(name, network, lr, own), total_steps)
     numbers = {id(param) for param in plain}
     rest = [p for p in network.parameters() if p.requires_grad and id(p) not in numbers]
-    shared = ("betas", "weight_decay") if rule == "adamw" else ("weight_decay",)
+    shared = ("head_lr", "weight_decay", *(("betas",) if rule == "adamw" else ()))
     with _frozen(rest):
         other = build(
             rule,
