@@ -20,9 +20,9 @@ from .engine.parameters import check_placement, whole_shape
 from .engine.replaced import Watch
 from .engine.strategies import PROJECTORS, RESIDUALS, SCHEDULES, STORAGES
 from .engine.warn import warn_user
-from .head_rate import with_head_rate
 from .layers.convert import check_converted, factored_layers, meta_copy
 from .layers.optimizer import FactoredAdamW
+from .own_rates import APART, with_own_rates
 from .pretrained import save_dense_weights
 from .traffic import compared_bytes, step_bytes
 
@@ -240,9 +240,9 @@ def build(
         lr: learning rate; the class's default when None.
         **options: group options (`rank`, `update_proj_gap`, `scale`, `proj_type`, `refresh`,
             `patterns`, ...), rates of their own for embeddings, head, norms and biases
-            (`plain_lr`) and for the output head alone (`head_lr`), and constructor keywords of the
-            class. Projection options of a method that has no projection are checked, and a warning
-            says that they have no effect.
+            (`plain_lr`), for embeddings alone (`embedding_lr`) and the output head alone
+            (`head_lr`), and constructor keywords of the class. Projection options of a method that
+            has no projection are checked, and a warning says that they have no effect.
 
     Returns:
         A `torch.optim.Optimizer`.
@@ -365,10 +365,8 @@ def expected_step_traffic(name: str, model: nn.Module, world: int, **options: An
 
 def _groups(method: Method, model: nn.Module, options: dict[str, Any]) -> list[dict[str, Any]]:
     """The groups of a model, by their options."""
-    own = {name: value for name, value in options.items() if name != "head_lr"}
-    groups = list(method.groups(model, **own))
-    rate = options.get("head_lr")
-    return groups if rate is None else with_head_rate(model, groups, rate)
+    own = {name: value for name, value in options.items() if name not in APART}
+    return with_own_rates(model, method.groups(model, **own), options)
 
 
 def _template(

@@ -56,7 +56,7 @@ def build_named(
         hidden = _told(_build(name, network, lr, own), total_steps)
     numbers = {id(param) for param in plain}
     rest = [p for p in network.parameters() if p.requires_grad and id(p) not in numbers]
-    shared = ("head_lr", "weight_decay", *(("betas",) if rule == "adamw" else ()))
+    shared = (*OWN_RATES[1:], "weight_decay", *(("betas",) if rule == "adamw" else ()))
     with _frozen(rest):
         other = build(
             rule,

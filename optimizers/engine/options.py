@@ -175,10 +175,10 @@ OF_SOME_METHOD: set[str] = set()
 NO_OPTIONS = ("params", "param_names", "lr", "initial_lr")
 
 #: Names of rates, which may be tensors: captured steps read them anew.
-RATES = ("lr", "initial_lr", "plain_lr", "head_lr")
+RATES = ("lr", "initial_lr", "plain_lr", "embedding_lr", "head_lr")
 
-#: Rates that `build` has for what is not projected: of all of it, and of the output head.
-OWN_RATES = ("plain_lr", "head_lr")
+#: Rates that `build` has for what is not projected, of all of it and of parts.
+OWN_RATES = RATES[2:]
 
 
 def make_plain(options: MutableMapping[str, Any], known: Collection[str] | None = None) -> None:

@@ -52,13 +52,15 @@ def test_embeddings_and_head_follow_the_rule_that_is_asked_for(rule: str) -> Non
 
 
 @pytest.mark.parametrize("rule", ["own", "adamw", "adafactor"])
-def test_the_head_has_its_rate_under_any_rule(rule: str) -> None:
+def test_embeddings_and_head_have_their_rates_under_any_rule(rule: str) -> None:
     model = tiny_model()
     options = {"rank": 4, "plain_rule": rule, "plain_lr": 3e-3, "head_lr": 1e-3}
+    options["embedding_lr"] = 5e-3
     optimizer = build_named("galore_adamw", model, 1e-2, options, total_steps=10)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert rates[id(model.lm_head.weight)] == 1e-3
-    assert rates[id(model.embed_tokens.weight)] == 3e-3
+    assert rates[id(model.embed_tokens.weight)] == 5e-3
+    assert rates[id(model.norm.weight)] == 3e-3
     assert rates[id(model.self_attn["q_proj"].weight)] == 1e-2
 
 

@@ -1,4 +1,4 @@
-"""`head_lr`: the output head has a rate of its own, under every method."""
+"""`head_lr` and `embedding_lr`: rates of their own, under every method."""
 
 from __future__ import annotations
 
@@ -37,23 +37,25 @@ def rates(optimizer: torch.optim.Optimizer) -> dict[int, float]:
 
 @pytest.mark.filterwarnings("ignore:.*no effect")
 @pytest.mark.parametrize("name", available())
-def test_the_head_alone_has_the_rate(name: str) -> None:
+def test_embeddings_and_head_have_their_rates(name: str) -> None:
     heads = {"heads": 2} if name == "galore_plus_adamw" else {}
     options = {"rank": 4, "plain_lr": 3e-2, **heads}
     model, other = Model(), Model()
-    made = build(name, model, lr=1e-3, head_lr=5e-3, **options)
+    apart = {"head_lr": 5e-3, "embedding_lr": 6e-3}
+    wanted = {"lm_head.weight": 5e-3, "embed.weight": 6e-3}
+    made = build(name, model, lr=1e-3, **apart, **options)
     plain = build(name, other, lr=1e-3, **options)
     theirs = dict(zip(dict(other.named_parameters()), other.parameters(), strict=True))
     for called, param in model.named_parameters():
         if id(param) in rates(made):
-            expected = 5e-3 if called == "lm_head.weight" else rates(plain)[id(theirs[called])]
+            expected = wanted.pop(called, rates(plain)[id(theirs[called])])
             assert rates(made)[id(param)] == expected, called
-    assert rates(made)[id(model.lm_head.weight)] == 5e-3
+    assert not wanted
     assert sum(len(g["params"]) for g in made.param_groups) == len(rates(plain))
     assert all(len(g["params"]) == len(g["param_names"]) for g in made.param_groups)
     set_gradients(model, 0)
     made.step()
-    assert state_bytes(made) == expected_state_bytes(name, Model(), head_lr=5e-3, **options)
+    assert state_bytes(made) == expected_state_bytes(name, Model(), **apart, **options)
 
 
 def moved(head_lr: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -75,8 +77,10 @@ def test_a_step_is_of_that_size(rate: float | Tensor) -> None:
 
 
 def test_what_has_no_head_of_its_own_says_so() -> None:
-    with pytest.raises(ValueError, match=r"head_lr=0.01: the head's weight is an embedding's too"):
+    with pytest.raises(ValueError, match=r"head_lr=0.01: an embedding and the head share a weig"):
         build("galore_adamw", Model(tied=True), head_lr=0.01, rank=4)
+    with pytest.raises(ValueError, match=r"embedding_lr=0.01: an embedding and the head share"):
+        build("galore_adamw", Model(tied=True), embedding_lr=0.01, rank=4)
     frozen = Model()
     frozen.lm_head.weight.requires_grad_(False)
     with pytest.raises(ValueError, match=r"head_lr=0.01: the model has no output head that is tr"):

@@ -1,0 +1,73 @@
+"""Learning rates of their own for a model's embeddings and for its output head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .engine.options import Group, check_lr
+from .param_groups import _tied
+from .roles import head_of
+
+#: Options of `build`, and what they are the rates of.
+APART = {"embedding_lr": "embedding", "head_lr": "output head"}
+
+
+def with_own_rates(
+    model: nn.Module, groups: Sequence[Group], options: Mapping[str, Any]
+) -> list[Group]:
+    """Groups in which embeddings and head have groups of their own, where there is a rate for them.
+
+    Args:
+        model: the model. Its embeddings are `nn.Embedding`; its head is
+            `model.get_output_embeddings()`, or where a model has no such method its last linear
+            layer.
+        groups: of all parameters that are trained.
+        options: `embedding_lr` and `head_lr`; None is no rate of its own.
+
+    Raises:
+        ValueError: a rate is no number of at least 0, the model has no such weight that is trained,
+            or it is an embedding's and the head's at once.
+    """
+    made = list(groups)
+    for option, called in APART.items():
+        rate = options.get(option)
+        if rate is None:
+            continue
+        check_lr(rate, option)
+        wanted = _weights(model, option)
+        if wanted & _tied(model):
+            raise ValueError(
+                f"{option}={rate}: an embedding and the head share a weight; accepted is plain_lr"
+            )
+        if not any(param in wanted for group in made for param in group["params"]):
+            raise ValueError(f"{option}={rate}: the model has no {called} that is trained")
+        made = [part for group in made for part in _parted(group, wanted, {"lr": rate})]
+    # The first group is there even where it is empty, as methods make it.
+    return [group for at, group in enumerate(made) if group["params"] or at == 0]
+
+
+def _weights(model: nn.Module, option: str) -> set[Tensor]:
+    if option == "head_lr":
+        head = head_of(model)
+        return set() if head is None else {head}
+    kinds = nn.Embedding | nn.EmbeddingBag
+    return {module.weight for module in model.modules() if isinstance(module, kinds)}
+
+
+def _parted(group: Group, wanted: set[Tensor], changed: Group) -> list[Group]:
+    """A group without some parameters, and one of these with changed options."""
+    apart = [param in wanted for param in group["params"]]
+    if not any(apart):
+        return [group]
+    parts = []
+    for inside, more in ((False, {}), (True, changed)):
+        part = {**group, **more}
+        for key in ("params", "param_names"):
+            if key in group:
+                pairs = zip(group[key], apart, strict=True)
+                part[key] = [value for value, own in pairs if own is inside]
+        parts.append(part)
+    return parts
