@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -53,13 +54,15 @@ def summed_loss(
         head: (V, d) weight.
         inputs: (B, L) int64 token numbers.
         targets: (B, L) int64 numbers of the tokens that follow; -100 where none is predicted.
-        autocast: whether products are in bfloat16 whatever the weights are in.
+        autocast: whether products are in bfloat16 whatever the weights are in; else as they are
+            where this is called.
     """
-    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=autocast):
+    half = torch.bfloat16
+    with torch.autocast(inputs.device.type, half) if autocast else contextlib.nullcontext():
         hidden = decoder(input_ids=inputs, use_cache=False).last_hidden_state
     if autocast:  # here, because it doesn't reach into the loss's own passes
-        hidden = hidden.to(torch.bfloat16)
-        head = head if isinstance(head, QuantizedWeight) else head.to(torch.bfloat16)
+        hidden = hidden.to(half)
+        head = head if isinstance(head, QuantizedWeight) else head.to(half)
     return chunked_cross_entropy(hidden, head, targets)
 
 

@@ -74,6 +74,9 @@ def test_autocast_computes_products_in_bfloat16_over_float32_weights() -> None:
             layer.register_forward_hook(lambda *args: computed.add(args[2].dtype))
     loss, expected = mixed(*batch()), whole(*batch())
     assert computed == {torch.bfloat16}
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(whole(*batch()), loss, rtol=1e-3, atol=0)
+        assert whole(*batch()) != expected
     assert loss.dtype == torch.float32
     assert loss != expected
     torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)
