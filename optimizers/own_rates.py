@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from .engine.options import Group, check_lr
-from .param_groups import _tied
 from .roles import head_of
 
 #: Options of `build`, and what they are the rates of.
@@ -32,18 +31,20 @@ def with_own_rates(
             or it is an embedding's and the head's at once.
     """
     made = list(groups)
-    for option, called in APART.items():
-        rate = options.get(option)
-        if rate is None:
-            continue
+    rates = {option: options[option] for option in APART if options.get(option) is not None}
+    if not rates:
+        return made
+    weights = {option: _weights(model, option) for option in APART}
+    shared = set.intersection(*weights.values())
+    for option, rate in rates.items():
         check_lr(rate, option)
-        wanted = _weights(model, option)
-        if wanted & _tied(model):
+        wanted = weights[option]
+        if shared:
             raise ValueError(
                 f"{option}={rate}: an embedding and the head share a weight; accepted is plain_lr"
             )
         if not any(param in wanted for group in made for param in group["params"]):
-            raise ValueError(f"{option}={rate}: the model has no {called} that is trained")
+            raise ValueError(f"{option}={rate}: the model has no {APART[option]} that is trained")
         made = [part for group in made for part in _parted(group, wanted, {"lr": rate})]
     # The first group is there even where it is empty, as methods make it.
     return [group for at, group in enumerate(made) if group["params"] or at == 0]

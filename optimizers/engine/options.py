@@ -174,11 +174,11 @@ OF_SOME_METHOD: set[str] = set()
 #: Keys of a group that are not options: parameters, and rates that a scheduler may change.
 NO_OPTIONS = ("params", "param_names", "lr", "initial_lr")
 
-#: Names of rates, which may be tensors: captured steps read them anew.
-RATES = ("lr", "initial_lr", "plain_lr", "embedding_lr", "head_lr")
-
 #: Rates that `build` has for what is not projected, of all of it and of parts.
-OWN_RATES = RATES[2:]
+OWN_RATES = ("plain_lr", "embedding_lr", "head_lr")
+
+#: Names of rates, which may be tensors: captured steps read them anew.
+RATES = ("lr", "initial_lr", *OWN_RATES)
 
 
 def make_plain(options: MutableMapping[str, Any], known: Collection[str] | None = None) -> None:

@@ -88,3 +88,11 @@ def test_what_has_no_head_of_its_own_says_so() -> None:
     for rate in (-1.0, "fast", float("nan")):
         with pytest.raises(ValueError, match="head_lr"):
             build("adamw", Model(), head_lr=rate)
+
+
+def test_embeddings_may_share_a_weight_with_each_other() -> None:
+    model = Model()
+    model.again = nn.Embedding(WORDS, WIDTH)
+    model.again.weight = model.embed.weight
+    made = build("adamw", model, lr=1e-3, embedding_lr=6e-3)
+    assert rates(made)[id(model.embed.weight)] == 6e-3
