@@ -18,7 +18,7 @@ from . import compatibility
 from .build import DEVICE, HOSTS, read_report
 
 FOLDER = Path(__file__).resolve().parent / "_lib"
-ABI = 5
+ABI = 6
 KERNELS = ("native", "torch")
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -70,6 +70,10 @@ SIGNATURES: dict[str, list[type]] = {
     "adam_weights": [
         *[_INT, *[_POINTER] * 5, _INT, _INT, _DOUBLE, _DOUBLE],
         *[*[_FLOAT] * 4, _POINTER],
+    ],
+    "cautious_rows": [
+        *[_POINTER, _INT, *[_POINTER] * 5, _LONG, _LONG, _INT, _INT, *[_FLOAT] * 4],
+        *[_SEED, _SEED, _LONG],
     ],
     "limit_growth": [_INT, *[_POINTER] * 4, _FLOAT],
     "write_back": [

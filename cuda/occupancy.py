@@ -38,6 +38,7 @@ LIMITS = {
     "round_stochastic_kernel": 48,
     "step_seeds_kernel": 48,
     "limit_growth_kernel": 64,
+    "cautious_rows_kernel": 64,
     "write_kernel": 64,
     "write_list_kernel": 64,
     "write_stochastic_kernel": 64,

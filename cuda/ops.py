@@ -16,6 +16,7 @@ import torch
 from . import (
     adam,
     blockwise,
+    cautious,
     groups,
     growth,
     int4,
@@ -121,6 +122,13 @@ OPERATIONS: dict[str, tuple[str, Implementation, Implementation]] = {
         + _SIZES,
         adam.adam_8bit,
         native_update.adam_8bit,
+    ),
+    "cautious_rows": (
+        "Tensor grad, Tensor(a!) codes, Tensor(b!) scales, Tensor by_row, Tensor by_column, "
+        "Tensor(c!) direction, int bits, bool cautious, float share, float eps, float correction, "
+        "int seed, int first, int stride",
+        cautious.cautious_rows,
+        cautious.cautious_rows_compiled,
     ),
     "limit_growth": (
         "Tensor(a!)[] stored, Tensor norms, Tensor? good, Tensor(b!) factors, float limit",

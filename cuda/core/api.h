@@ -11,7 +11,7 @@
 #define LOWRANK_API extern "C" __attribute__((visibility("default")))
 
 // Which version of this interface the library has; changed with any signature.
-#define LOWRANK_ABI 5
+#define LOWRANK_ABI 6
 
 LOWRANK_API int lowrank_abi();
 // What an error code means.
@@ -122,6 +122,17 @@ LOWRANK_API int lowrank_adam_weights(int count, void* const* weights, const void
                                      const std::int64_t* numels, int dtype, int state_dtype,
                                      double beta1, double beta2, float eps, float size, float keep,
                                      float alpha, const float* device_sizes, void* stream);
+
+// A cautious update of `rows` contiguous rows, with a momentum in codes of 4 or 8 `bits` and a scale
+// for each 128 entries of a row: advances the momentum and writes the direction. `share` is 1 - b1,
+// `correction` 1 - b1^t, `each` 1 / columns; the mask is applied where `cautious` is not 0. Entry
+// (i, j) has position first + i * stride + j in the noise that rounds four bits.
+LOWRANK_API int lowrank_cautious_rows(const void* grad, int dtype, std::uint8_t* codes,
+                                      float* scales, const float* by_row, const float* by_column,
+                                      float* direction, std::int64_t rows, std::int64_t columns,
+                                      int bits, int cautious, float share, float eps,
+                                      float correction, float each, std::uint64_t seed,
+                                      std::uint64_t first, std::int64_t stride, void* stream);
 
 // Fira's limiter on `count` norms: writes a factor for each and advances what stored[i] points to.
 // Those without a flag in `good`, if that is not null, keep it and have a factor of 1.

@@ -13,7 +13,7 @@ For a gradient G of m x n entries at step t, with the second moment of Adafactor
 and D itself unless cautious. So an entry whose momentum disagrees with its gradient rests, and the
 others of its row make up for it; the cited paper takes the mean of K over the tensor, the row's
 needs no second pass over it and no communication where rows are spread. M is stored in four or
-eight bits after its use (`rules.row_quantized`), or as it is. Memory: the factors, 4 (m + n) bytes,
+eight bits after its use (`cuda.row_quantized`), or as it is. Memory: the factors, 4 (m + n) bytes,
 and of M m (ceil(n bits / 8) + 4 ceil(n / 128)) bytes. No m x n temporary is made.
 """
 
@@ -27,9 +27,12 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from lowrank.cuda import row_quantized
+from lowrank.cuda.cautious import advance, agreeing, cautious_factors, directed
+from lowrank.cuda.noise import signed_seed
+
 from ..engine.chunks import row_chunks, wide_dtype
 from ..engine.sharding import Part, part_of
-from . import row_quantized
 from .adafactor import FACTOR_AXES
 from .base import RowUpdates, State, TwoPassRule, Update, numel, scalar
 from .precision import moments_dtype, moments_itemsize
@@ -38,8 +41,6 @@ ROW, COLUMN = FACTOR_AXES
 KEY, SCALES = "exp_avg", "exp_avg_scales"
 #: Accepted numbers of bits; 32 stores the momentum in `moments_dtype`.
 BITS = (4, 8, 32)
-#: Least share of a row's entries that its update is divided by.
-LEAST_SHARE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -152,22 +153,40 @@ class CautiousFactored(TwoPassRule):
 
     def _updates(self, own: _Own) -> RowUpdates:
         by_row, by_column = self._roots(own)
-        beta1, count = self.betas[0], int(own.state["step"])
-        correction = 1 - beta1**count
         lr = scalar(self.lr)
         decay_factor = 1.0 - lr * self.weight_decay if self.weight_decay else 1.0
+        direct = self._quantized if SCALES in own.state else self._stored
 
         def update(rows: slice) -> Update:
-            chunk = own.grad[rows].to(by_row.dtype)
-            moment = self._load(own, rows).to(chunk.dtype).lerp_(chunk, 1 - beta1)
-            self._save(own, rows, moment)
-            denominator = (by_row[rows, None] * by_column).add_(self.eps)
-            direction = moment.div_(denominator.mul_(correction))
-            if self.cautious:
-                direction.mul_(self._caution(direction, chunk, own.part))
-            return Update(direction, lr, decay_factor)
+            return Update(direct(own, rows, by_row[rows], by_column), lr, decay_factor)
 
         return update
+
+    def _quantized(self, own: _Own, rows: slice, by_row: Tensor, by_column: Tensor) -> Tensor:
+        """The direction of some rows; their quantised momentum is advanced."""
+        grad, state, part = own.grad[rows], own.state, own.part
+        direction = torch.empty(grad.shape, dtype=by_row.dtype, device=grad.device)
+        spread = part.axis == 1
+        beta1, count = self.betas[0], int(state["step"])
+        stride = part.shape[1]
+        first = (own.start + rows.start) * stride + (part.start if spread else 0)
+        torch.ops.lowrank.cautious_rows(
+            *(grad, state[KEY][rows], state[SCALES][rows], by_row, by_column, direction),
+            *(self.bits, self.cautious and not spread, 1 - beta1, self.eps, 1 - beta1**count),
+            *(signed_seed(row_quantized.seed_of(count)), first, stride),
+        )
+        return self._cautious(direction, grad, part) if self.cautious and spread else direction
+
+    def _stored(self, own: _Own, rows: slice, by_row: Tensor, by_column: Tensor) -> Tensor:
+        """The direction of some rows; their momentum is advanced as it is stored."""
+        stored: Tensor = own.state[KEY][rows]
+        grad = own.grad[rows].to(by_row.dtype)
+        beta1 = self.betas[0]
+        moment = advance(stored.to(grad.dtype, copy=True), grad, 1 - beta1)
+        stored.copy_(moment)
+        correction = 1 - beta1 ** int(own.state["step"])
+        direction = directed(moment, by_row, by_column, self.eps, correction)
+        return self._cautious(direction, grad, own.part) if self.cautious else direction
 
     def _roots(self, own: _Own) -> tuple[Tensor, Tensor]:
         """Advances the second moment; roots of its factors by row and column."""
@@ -186,27 +205,11 @@ class CautiousFactored(TwoPassRule):
         return (row_m / mean).sqrt_(), (column_n / correction).sqrt_()
 
     @staticmethod
-    def _caution(direction: Tensor, grad: Tensor, part: Part) -> Tensor:
-        """K over its mean in each row."""
-        agrees = (direction.sign() * grad.sign() > 0).to(direction.dtype)
-        counts = part.sum_along(1, agrees.sum(1, keepdim=True))
-        return agrees.div_(counts.div_(part.shape[1]).clamp_(min=LEAST_SHARE))
-
-    def _load(self, own: _Own, rows: slice) -> Tensor:
-        """Some rows of the momentum, a new tensor."""
-        stored: Tensor = own.state[KEY][rows]
-        if SCALES not in own.state:
-            return stored.clone()
-        scales: Tensor = own.state[SCALES][rows]
-        return row_quantized.dequantize(stored, scales, own.grad.shape[1], self.bits)
-
-    def _save(self, own: _Own, rows: slice, moment: Tensor) -> None:
-        stored: Tensor = own.state[KEY]
-        if SCALES not in own.state:
-            stored[rows] = moment
-            return
-        noise = own.noise(rows) if self.bits == min(BITS) else None
-        stored[rows], own.state[SCALES][rows] = row_quantized.quantize(moment, self.bits, noise)
+    def _cautious(direction: Tensor, grad: Tensor, part: Part) -> Tensor:
+        """Masked in place, with counts over whole rows."""
+        agrees = agreeing(direction, grad)
+        counts = part.sum_along(1, agrees.sum(1, keepdim=True).to(direction.dtype))
+        return direction.mul_(cautious_factors(agrees, counts, part.shape[1]))
 
     def first_moment(self, state: State) -> Tensor | None:
         """The momentum, dequantised."""
@@ -236,15 +239,3 @@ class _Own:
     state: State
     part: Part
     start: int
-
-    def noise(self, rows: slice) -> Tensor:
-        """For stochastic rounding of some rows in this step."""
-        part, columns = self.part, self.grad.shape[1]
-        first = part.start if part.axis == 1 else 0
-        return row_quantized.noise_of(
-            range(self.start + rows.start, self.start + rows.stop),
-            range(first, first + columns),
-            part.shape[1],
-            int(self.state["step"]),
-            self.grad.device,
-        )

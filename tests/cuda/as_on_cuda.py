@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 #: Exact, or rounded once to the nearest number, on every device.
 _SAME = {
     *("add", "sub", "rsub", "mul", "reciprocal", "neg", "abs", "round", "floor", "where"),
+    *("sign", "logical_and", "logical_or", "constant_pad_nd"),
     *("eq", "ne", "lt", "le", "gt", "ge", "isfinite", "isnan", "isinf", "any", "bucketize"),
     *("bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_left_shift", "bitwise_right_shift"),
     *("promote_types", "result_type", "empty", "empty_like", "zeros", "zeros_like", "ones"),
@@ -54,8 +55,9 @@ class AsOnCuda(TorchDispatchMode):
             written.add_(0.0)  # -0 becomes 0
             return result
         double = base == "sqrt" and args[0].dtype == torch.float64  # see normal.normals
+        counted = base == "sum" and args[0].dtype == torch.bool
         contracted = kwargs.get("alpha", 1) not in (1, -1)  # a + alpha b with one rounding
-        if contracted or (base not in _SAME and base != "div" and not double):
+        if contracted or (base not in _SAME and base != "div" and not (double or counted)):
             raise AssertionError(f"{func} need not have the same bits on every device")
         return result
 

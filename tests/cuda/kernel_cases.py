@@ -14,6 +14,7 @@ from outputs import Output, patterns
 from torch import Tensor
 
 from lowrank.cuda import ops
+from lowrank.cuda.row_quantized import blocks, code_bytes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -329,6 +330,22 @@ def adam_8bit(d: Draw) -> None:
             _close([(ours, theirs)])
 
 
+def cautious_rows(d: Draw) -> None:
+    """Codes, scales and directions are the same to the bit."""
+    rows, columns, bits = d.integer(1, 40), d.integer(1, 300), d.one(4, 8)
+    grad = d.tensor(rows, columns, dtype=d.one(*DTYPES))
+    if d.one(True, False, False):
+        grad[0, -1] = d.one(float("nan"), float("inf"))
+    codes = d.integers(rows, code_bytes(columns, bits), high=256)
+    scales = d.tensor(rows, blocks(columns)).abs()
+    roots = [d.tensor(count).abs() for count in (rows, columns)]
+    direction = torch.empty(rows, columns, device=d.device)
+    arguments = [grad, codes, scales, *roots, direction, bits, d.one(True, False)]
+    arguments += [0.1, 1e-8, d.one(0.1, 1.0), d.seed(), d.integer(0, 1 << 40)]
+    arguments += [columns + d.integer(0, 50)]
+    exactly(run(d, "cautious_rows", arguments, [1, 2, 5], keeps=True))
+
+
 def limit_growth(d: Draw) -> None:
     """Factors and norms are the same to the bit, whatever the norms are."""
     count = d.one(1, 3, 20, 480)
@@ -415,6 +432,7 @@ EXACT = (
     gaussian_list,
     stochastic_bfloat16,
     step_seeds,
+    cautious_rows,
     limit_growth,
     write_back,
     write_back_list,

@@ -55,6 +55,10 @@ def samples() -> dict[str, tuple[Any, ...]]:
             *([x], [codes], [groups], [codes.clone()], [groups.clone()], [x.clone()]),
             *(0.9, 0.999, 1e-8, 1.0, torch.ones(1, 2)),
         ),
+        "cautious_rows": (
+            *(matrix, packed.view(20, 15), torch.ones(20, 1), torch.rand(20), torch.rand(30)),
+            *(matrix.clone(), 4, True, 0.1, 1e-8, 0.5, 7, 3, 30),
+        ),
         "limit_growth": (
             *([torch.tensor(2.0), torch.tensor(0.0)], torch.rand(2)),
             *(torch.tensor([True, False]), torch.zeros(2), 1.01),

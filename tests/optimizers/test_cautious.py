@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from lowrank.cuda import row_quantized
 from lowrank.cuda.noise import mix, uniform
 from lowrank.optimizers import CautiousAdafactor, build, expected_state_bytes, state_bytes
 from lowrank.optimizers.engine.processes import Processes
 from lowrank.optimizers.engine.sharding import Part
-from lowrank.optimizers.rules import CautiousFactored, row_quantized
+from lowrank.optimizers.rules import CautiousFactored
 
 SHAPES = ((14, 9), (9, 150))
 
@@ -41,7 +42,7 @@ def read_back(moment: Tensor, step: int, bits: int) -> Tensor:
     made = torch.empty_like(moment)
     for start in range(0, moment.shape[1], 128):
         block = moment[:, start : start + 128].float()
-        scale = block.abs().amax(1, keepdim=True) / largest
+        scale = block.abs().amax(1, keepdim=True) * (1 / largest)
         codes = (block * (1 / scale) + noise[:, start : start + 128]).floor()
         made[:, start : start + 128] = (codes.clamp(-largest, largest) * scale).double()
     return made
@@ -92,7 +93,7 @@ def test_four_bits_are_unbiased_and_decay() -> None:
     assert row_quantized.dequantize(codes, scales, 128, 4)[0, 1] == pytest.approx(1.0)
     means = []
     for step in range(400):
-        noise = row_quantized.noise_of(range(1), range(128), 128, step, start.device)
+        noise = row_quantized.noise_of(1, 128, row_quantized.seed_of(step), 0, 128, start.device)
         codes, scales = row_quantized.quantize(0.3 * start + 0.7 * 7 * (start == 7), 4, noise)
         means.append(float(row_quantized.dequantize(codes, scales, 128, 4)[0, 1:].mean()))
     assert sum(means) / 400 == pytest.approx(0.3, abs=0.01)
@@ -100,10 +101,12 @@ def test_four_bits_are_unbiased_and_decay() -> None:
 
 def test_noise_is_that_of_the_place() -> None:
     device = torch.device("cpu")
-    whole = row_quantized.noise_of(range(6), range(20), 20, 5, device)
-    part = row_quantized.noise_of(range(2, 5), range(8, 15), 20, 5, device)
+    seed = row_quantized.seed_of(5)
+    whole = row_quantized.noise_of(6, 20, seed, 0, 20, device)
+    part = row_quantized.noise_of(3, 7, seed, 2 * 20 + 8, 20, device)
     assert torch.equal(part, whole[2:5, 8:15])
-    assert not torch.equal(whole, row_quantized.noise_of(range(6), range(20), 20, 6, device))
+    another = row_quantized.seed_of(6)
+    assert not torch.equal(whole, row_quantized.noise_of(6, 20, another, 0, 20, device))
 
 
 def test_zero_gradients_and_dead_rows() -> None:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lowrank.cuda.groups import reciprocal
-from lowrank.cuda.int4 import pack, unpack
-from lowrank.cuda.noise import mix, uniform
+from .groups import reciprocal
+from .int4 import pack, unpack
+from .noise import mix, uniform
 
 #: Entries that share a scale.
 WIDTH = 128
@@ -50,19 +50,28 @@ def empty(rows: int, columns: int, bits: int, device: torch.device) -> tuple[Ten
     return codes, torch.zeros(rows, blocks(columns), device=device)
 
 
-def noise_of(rows: range, columns: range, whole: int, step: int, device: torch.device) -> Tensor:
+def seed_of(step: int) -> int:
+    """The seed of a step's noise."""
+    return mix(NOISE, step)
+
+
+def noise_of(
+    rows: int, columns: int, seed: int, first: int, stride: int, device: torch.device
+) -> Tensor:
     """Numbers of [0, 1) for some entries of a matrix, the same however it is cut.
 
     Args:
-        rows: of the matrix.
-        columns: of the matrix.
-        whole: number of all its columns.
-        step: the step count.
-        device: of the result, fp32 of shape (rows, columns).
+        rows: here.
+        columns: here.
+        seed: see `seed_of`.
+        first: the position of the first entry in the whole matrix.
+        stride: from one row to the next: the columns of the whole matrix.
+        device: of the result.
+
+    Returns:
+        fp32 of shape (rows, columns).
     """
-    seed = mix(NOISE, step)
-    lines = uniform(len(rows) * whole, seed, rows.start * whole, device).view(len(rows), whole)
-    return lines[:, columns.start : columns.stop]
+    return uniform(rows * stride, seed, first, device).view(rows, stride)[:, :columns]
 
 
 def quantize(rows_kn: Tensor, bits: int, noise_kn: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -76,10 +85,12 @@ def quantize(rows_kn: Tensor, bits: int, noise_kn: Tensor | None = None) -> tupl
     largest = LARGEST[bits]
     count, columns = rows_kn.shape
     padded = functional.pad(rows_kn.float(), (0, -columns % WIDTH)).view(count, -1, WIDTH)
-    scales_kb = padded.abs().amax(-1).div_(largest)
+    # Times the reciprocal, as core/cautious.h says.
+    scales_kb = padded.abs().amax(-1).mul_(1 / largest)
     units = (padded * reciprocal(scales_kb).unsqueeze(-1)).view(count, -1)[:, :columns]
     units = units.round() if noise_kn is None else units.add(noise_kn).floor_()
-    codes = units.clamp_(-largest, largest).to(torch.int8).view(torch.uint8)
+    units = torch.where(units.isnan(), 0.0, units.clamp_(-largest, largest))
+    codes = units.to(torch.int8).view(torch.uint8)
     return codes if bits == 8 else _packed(codes), scales_kb
 
 
