@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lowrank.cuda import blockwise, groups, int4, rademacher, using_kernels
+from lowrank.cuda import blockwise, groups, int4, rademacher, row_quantized, using_kernels
 from lowrank.cuda.noise import stochastic_bfloat16
 from lowrank.optimizers import GaLoreAdamW8bit, LowRankOptimizer, QGaLoreAdamW8bit
 
@@ -32,6 +32,8 @@ def operations(numel: int) -> dict[str, Callable[[], Any]]:
     m8, v8 = (blockwise.quantize_blockwise(t, s) for t, s in ((m, True), (v, False)))
     delta = torch.empty_like(wide)
     matrix, codes = half.view(-1, 1024), affine[0].view(-1, 1024)
+    rows = row_quantized.empty(len(matrix), 1024, 4, wide.device)
+    roots, shaped = (torch.rand(len(matrix)), torch.rand(1024)), wide.view(-1, 1024)
     numbers = (0.9, 0.999, 1e-8, 1e-3, None)
     ops = torch.ops.lowrank
     return {
@@ -46,6 +48,10 @@ def operations(numel: int) -> dict[str, Callable[[], Any]]:
         "random signs": partial(rademacher, (numel,), 7),
         "8-bit Adam": lambda: ops.adam_8bit(
             [wide], [m8[0]], [m8[1]], [v8[0]], [v8[1]], [delta], *numbers
+        ),
+        "cautious rows": lambda: ops.cautious_rows(
+            *(shaped, *rows, *roots, delta.view(-1, 1024)),
+            *(4, True, 0.1, 1e-8, 0.5, 7, 0, 1024),
         ),
         "INT8 write-back": lambda: ops.write_back_int8(
             codes, *affine[1:], matrix, None, None, 256, 1.0, 1e-3, 7, 0

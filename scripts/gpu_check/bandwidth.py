@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank.cuda import blockwise, gaussian, groups, int4, rademacher, using_kernels
+from lowrank.cuda import (
+    blockwise,
+    gaussian,
+    groups,
+    int4,
+    rademacher,
+    row_quantized,
+    using_kernels,
+)
 
 from .record import NO_TIME, Record
 from .section import Context
@@ -73,6 +81,12 @@ def kernels(numel: int, device: torch.device) -> dict[str, Kernel]:
         v, v_scale = blockwise.quantize_blockwise(zeros(torch.float32), False)
         return lambda: ops.adam_8bit([grad], [m], [m_scale], [v], [v_scale], [out], *numbers)
 
+    def cautious() -> Call:
+        codes, scales = row_quantized.empty(rows, 1024, 4, device)
+        roots = torch.rand(rows, device=device), torch.rand(1024, device=device)
+        fixed = matrix(), codes, scales, *roots, zeros(torch.float32)
+        return lambda: ops.cautious_rows(*fixed, 4, True, 0.1, 1e-8, 0.5, 7, 0, 1024)
+
     def write_back(seed: int | None, residual: bool) -> Call:
         weight, delta = matrix(), matrix()
         grad = matrix() if residual else None
@@ -119,6 +133,7 @@ def kernels(numel: int, device: torch.device) -> dict[str, Kernel]:
         "Adam, fp32 moments": Kernel(20.0, lambda: adam(fp32), held=True),
         "Adam and weight, fp32 moments": Kernel(22.0, adam_weights, held=True),
         "Adam, 8-bit moments": Kernel(8.0, adam_8bit, held=True),
+        "cautious rows, 4-bit momentum": Kernel(7.06, cautious),
         "int8 requantise": Kernel(4.0, write_back_int8, held=True),
         "weight + stochastic bf16": Kernel(6.0, lambda: write_back(7, False), held=True),
         "int4 pack": Kernel(2.5, lambda: pack("asymmetric", 256), held=True),

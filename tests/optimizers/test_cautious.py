@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from lowrank.cuda import row_quantized
+from lowrank.cuda import row_quantized, status, using_kernels
 from lowrank.cuda.noise import mix, uniform
 from lowrank.optimizers import CautiousAdafactor, build, expected_state_bytes, state_bytes
 from lowrank.optimizers.engine.processes import Processes
@@ -245,3 +245,18 @@ def test_rows_or_columns_may_be_spread(tmp_path: Path) -> None:
         torch.testing.assert_close(
             weight, made[bits, -1], rtol=1e-9, atol=1e-11, msg=f"{bits}, {dim}"
         )
+
+
+@pytest.mark.skipif(status("host").library is None, reason="the host's library is not compiled")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_has_the_bits_of_plain_torch(bits: int, dtype: torch.dtype) -> None:
+    made = []
+    for kernels in ("native", "torch"):
+        weight = nn.Parameter((0.2 * matrix(70, 150, 0)).to(dtype))
+        optimizer = CautiousAdafactor([weight], lr=0.02, momentum_bits=bits, weight_decay=0.1)
+        with using_kernels(kernels):
+            train(optimizer, weight, gradients((70, 150)))
+        made.append([weight.detach(), *optimizer.state[weight].values()])
+    for ours, theirs in zip(*made, strict=True):
+        assert not isinstance(ours, Tensor) or torch.equal(ours, theirs)
