@@ -43,6 +43,8 @@ class FactoredLinear(nn.Module):
     FROZEN: ClassVar[tuple[str, ...]] = ()
     #: Attributes with numbers that determine the function; new ones come last.
     SETTINGS: ClassVar[tuple[str, ...]] = ()
+    #: Whether a backward pass leaves the optimizer more than gradients of parameters.
+    LEAVES_MORE: ClassVar[bool] = False
 
     in_features: int
     out_features: int

@@ -96,6 +96,7 @@ class QuantizedLowRankLinear(FactoredLinear):
 
     FACTORS: ClassVar[tuple[str, ...]] = ("factor",)
     SETTINGS: ClassVar[tuple[str, ...]] = ("scale",)
+    LEAVES_MORE: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -85,6 +85,9 @@ class HeldRows:
             at: as in `pick`.
             values: k rows, or a number.
         """
+        if self.processes.alone:
+            self.local[at] = values
+            return
         here, own = self._held(at)
         self.local[own] = values[here] if isinstance(values, Tensor) else values
 

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lowrank.optimizers import FactoredAdamW, expected_state_bytes, update_in_backward
 from lowrank.optimizers.engine.devices import as_on_gpu, assuming_memory
 from lowrank.optimizers.engine.parameters import unique_names
+from lowrank.optimizers.layers.base import FactoredLinear
 from lowrank.optimizers.registry import without_effect
 
 from ..loss import chunk_tokens
@@ -131,7 +132,7 @@ class Estimate:
     def _updates(self) -> tuple[Update, InBackward | None]:
         """What the optimizer takes in its step, and in the backward pass.
 
-        Steps of layers need real backward passes, which fake tensors allow on a CPU only.
+        Steps of some layers need real backward passes, which fake tensors allow on a CPU only.
         """
         where = "cpu" if isinstance(self._fake.optimizer, FactoredAdamW) else self.setting.device
         if self.setting.update_in_backward:
@@ -218,7 +219,7 @@ class Estimate:
         renewing: bool = True,
     ) -> list[Step]:
         """Steps with gradients of some parameters, or of all; see `simulate`."""
-        layers = isinstance(fake.optimizer, FactoredAdamW)
+        layers = any(isinstance(m, FactoredLinear) and m.LEAVES_MORE for m in fake.model.modules())
         if layers and params is not None:
             # What layers hand over is for events, which a single parameter's update has none of.
             layers = renewing and any("events" in own for own in fake.optimizer.state.values())
