@@ -85,11 +85,13 @@ class HeldRows:
             at: as in `pick`.
             values: k rows, or a number.
         """
-        if self.processes.alone:
+        if not self.processes.alone:
+            here, at = self._held(at)
+            values = values[here] if isinstance(values, Tensor) else values
+        if isinstance(values, Tensor):
             self.local[at] = values
-            return
-        here, own = self._held(at)
-        self.local[own] = values[here] if isinstance(values, Tensor) else values
+        else:
+            self.local.index_fill_(0, at, values)
 
     def _held(self, at: Tensor) -> tuple[Tensor, Tensor]:
         """Which of some positions are here, and where in `local`."""

@@ -124,8 +124,9 @@ class SwitchedLinear(FactoredLinear):
         rows, other = both[side], both[1 - side]
         candidates = self.candidates_a if side == 0 else self.candidates_b
         selected = self.selected[side]
-        places = torch.arange(first, first + count) % r
-        fresh = (int(selected[first - 1]) + 1 + torch.arange(count)) % len(candidates)
+        start = int(selected[first - 1]) + 1
+        places = torch.tensor([(first + i) % r for i in range(count)])
+        fresh = torch.tensor([(start + i) % len(candidates) for i in range(count)])
         at = places.to(rows.local.device)
         old = rows.pick(at)
         new = candidates[fresh.to(candidates.device)].to(at.device)

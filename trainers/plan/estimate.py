@@ -93,6 +93,8 @@ class Estimate:
         self._granularity = GRANULARITY[setting.device]
         self._traces: dict[int, Trace] = {}
         self._mode = FakeTensorMode()
+        #: A model of few blocks on the CPU whose optimizer has taken no steps.
+        self._unused: Fake | None = None
         #: Bytes of gradients that are kept for a step with a refresh only.
         self._due_only = 0
         whole = new_network(setting.source, torch.device("meta"))
@@ -110,7 +112,8 @@ class Estimate:
             self._fake = self._made(self._depth if self._depths is None else many)
             self._sizes = self._fake.sizes()
             if self._depths is not None:
-                self._sizes = grown(self._made(few).sizes(), self._sizes, self._depths)
+                self._unused = self._made(few)
+                self._sizes = grown(self._unused.sizes(), self._sizes, self._depths)
             # Another one takes steps: what is due in the first one shows in its passes, too.
             self._update, self._in_backward = self._updates()
         self._parts: Parts | None = None
@@ -146,7 +149,10 @@ class Estimate:
         if self._depths is not None:
             few, many = self._depths.few, self._depths.many
             second = steps(self._made(many, where) if ready is None else ready)
-            found = Update.deeper(steps(self._made(few, where)), second, self._depths)
+            unused = self._unused if where == "cpu" else None
+            self._unused = None
+            first = steps(self._made(few, where) if unused is None else unused)
+            found = Update.deeper(first, second, self._depths)
             if found is not None:
                 return found
         return Update.of(steps(self._made(self._depth, where)))
