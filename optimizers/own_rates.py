@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .engine.options import Group, check_lr
-from .roles import head_of
+from .roles import EMBEDDINGS, head_of
 
 #: Options of `build`, and what they are the rates of.
 APART = {"embedding_lr": "embedding", "head_lr": "output head"}
@@ -54,8 +54,7 @@ def _weights(model: nn.Module, option: str) -> set[Tensor]:
     if option == "head_lr":
         head = head_of(model)
         return set() if head is None else {head}
-    kinds = nn.Embedding | nn.EmbeddingBag
-    return {module.weight for module in model.modules() if isinstance(module, kinds)}
+    return {module.weight for module in model.modules() if isinstance(module, EMBEDDINGS)}
 
 
 def _parted(group: Group, wanted: set[Tensor], changed: Group) -> list[Group]:

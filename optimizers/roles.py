@@ -12,6 +12,8 @@ from .param_groups import _parameters, no_match
 from .targets import Patterns, is_transposed, selector
 
 Named = list[tuple[str, nn.Parameter]]
+#: Modules whose weight is an embedding.
+EMBEDDINGS = nn.Embedding, nn.EmbeddingBag
 
 
 class Roles(NamedTuple):
@@ -74,7 +76,7 @@ def roles(model: nn.Module, patterns: Patterns = None) -> Roles:
             kind = found.vectors
         elif param is head:
             kind = found.head
-        elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        elif isinstance(module, EMBEDDINGS):
             kind = found.embeddings
         elif patterns is not None and not selects(name, param, module):
             kind = found.others

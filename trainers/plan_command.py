@@ -60,6 +60,7 @@ def add_parser(commands: Any) -> None:
         action=argparse.BooleanOptionalAction,
         help="recompute each block in the backward pass (default: the preset's choice)",
     )
+    add("--autocast", action="store_true", help="products in bfloat16 over float32 weights")
     add("--update-in-backward", action="store_true", help="free gradients as they are used")
     add(
         "--option",
@@ -103,7 +104,7 @@ def run(options: argparse.Namespace) -> None:
         name: getattr(options, name)
         for name in (
             *("memory", "card", "sequence", "batch", "accumulation", "world", "strategy"),
-            *("device", "dtype", "weight_bits", "checkpointing", "update_in_backward"),
+            *("device", "dtype", "weight_bits", "checkpointing", "autocast", "update_in_backward"),
         )
     }
     arguments["options"] = _options(options.options)

@@ -272,6 +272,7 @@ def test_cards_and_sizes() -> None:
         (["--sequence=0"], "sequence=0: accepted is an integer of at least 1"),
         (["--device=gpu"], "device='gpu': accepted are 'cuda', 'cpu'"),
         (["--dtype=float8"], "dtype='float8': accepted are float32, bfloat16"),
+        (["--autocast", "--dtype=bfloat16"], "autocast=True with dtype='bfloat16': accepted is"),
         (["--weight-bits=5"], "weight_bits=5: accepted are 16, 8, 4"),
         (["--option=rank"], "--option 'rank': accepted is KEY=VALUE"),
         (["--option=rnk=3"], "unknown option of galore_adamw 'rnk'; did you mean 'rank'?"),

@@ -132,7 +132,17 @@ def test_what_is_recorded_is_not_measured_again(
 
     monkeypatch.setattr("lowrank.trainers.plan.truth.measure", measure)
     setting = dict.fromkeys(
-        ("sequence", "batch", "accumulation", "dtype", "checkpointing", "options", "device"), None
+        (
+            "sequence",
+            "batch",
+            "accumulation",
+            "dtype",
+            "checkpointing",
+            "autocast",
+            "options",
+            "device",
+        ),
+        None,
     )
     setting |= {"world": 1, "update_in_backward": False}
     made: Any = SimpleNamespace(model="m", optimizer="muon", parameters=9, setting=setting)

@@ -56,6 +56,7 @@ def measure(
     device: str = "cpu",
     dtype: str | None = None,
     checkpointing: bool | None = None,
+    autocast: bool = False,
     update_in_backward: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> Measured:
@@ -73,13 +74,14 @@ def measure(
         device: "cpu", where the profiler's record of allocations is read, or a GPU.
         dtype: of the weights.
         checkpointing: recompute each block.
+        autocast: products in bfloat16 over float32 weights.
         update_in_backward: update parameters in the backward pass.
         options: of `build`.
 
     Raises:
         ValueError: as `plan`.
     """
-    source = read_source(model, sequence, dtype, checkpointing)
+    source = read_source(model, sequence, dtype, checkpointing, autocast)
     where = torch.device(device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(

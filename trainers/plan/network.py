@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -60,7 +60,11 @@ class Network(nn.Module):
 
 
 def read_source(
-    model: str, sequence: int, dtype: str | None = None, checkpointing: bool | None = None
+    model: str,
+    sequence: int,
+    dtype: str | None = None,
+    checkpointing: bool | None = None,
+    autocast: bool = False,
 ) -> Source:
     """Reads a preset or a configuration file.
 
@@ -69,12 +73,23 @@ def read_source(
         sequence: tokens of a sequence.
         dtype: "float32" or "bfloat16"; None for the model's own.
         checkpointing: None for the preset's choice, off for configuration files.
+        autocast: products in bfloat16 over weights in float32.
 
     Raises:
         ValueError: there is no such preset or file, it isn't that of a causal language model, or
-            the dtype is another one.
+            the dtype is another one, or not float32 with `autocast`.
         MissingExtraError: `transformers` is not installed.
     """
+    source = _source(model, sequence, dtype, checkpointing)
+    if autocast and source.dtype != torch.float32:
+        raise ValueError(
+            f"autocast=True with dtype={str(source.dtype).removeprefix('torch.')!r}: accepted is "
+            "'float32'"
+        )
+    return replace(source, autocast=autocast)
+
+
+def _source(model: str, sequence: int, dtype: str | None, checkpointing: bool | None) -> Source:
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: accepted are {', '.join(DTYPES)}")
     path = Path(model)

@@ -41,6 +41,7 @@ def plan(
     dtype: str | None = None,
     weight_bits: int | None = None,
     checkpointing: bool | None = None,
+    autocast: bool = False,
     update_in_backward: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> Plan:
@@ -66,6 +67,7 @@ def plan(
         dtype: "float32" or "bfloat16"; None for the model's own.
         weight_bits: 16 for dense weights, 8 or 4 for quantised ones; None for the method's own.
         checkpointing: recompute each block in the backward pass; None for the preset's choice.
+        autocast: products in bfloat16 over float32 weights, as `model.autocast` of the trainer.
         update_in_backward: free each block's gradients as soon as they are used.
         options: of `build`, such as `rank`.
 
@@ -87,6 +89,7 @@ def plan(
         dtype=dtype,
         weight_bits=weight_bits,
         checkpointing=checkpointing,
+        autocast=autocast,
         update_in_backward=update_in_backward,
         options=options,
     )
@@ -108,13 +111,14 @@ def asked(
     dtype: str | None = None,
     weight_bits: int | None = None,
     checkpointing: bool | None = None,
+    autocast: bool = False,
     update_in_backward: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> Setting:
     """What is planned, checked; for arguments and errors see `plan`."""
     available_bytes = _memory(memory, card)
     setting = Setting(
-        read_source(model, sequence, dtype, checkpointing),
+        read_source(model, sequence, dtype, checkpointing, autocast),
         optimizer,
         *(sequence, batch, accumulation, world, strategy, device, update_in_backward),
         method_options(model, optimizer, options or {}, weight_bits),

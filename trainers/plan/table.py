@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from .result import CATEGORIES, PHASES, Plan
 
 _GB = 1e9
+#: What a heading says of autocast.
+AUTOCAST = "products in bfloat16"
 
 
 def table(plan: Plan) -> str:
@@ -28,7 +30,7 @@ def _heading(plan: Plan) -> str:
     if setting["accumulation"] > 1:
         words.append(f"{setting['accumulation']} micro-batches")
     if setting["autocast"]:
-        words.append("products in bfloat16")
+        words.append(AUTOCAST)
     if setting["checkpointing"]:
         words.append("activation checkpointing")
     if setting["update_in_backward"]:

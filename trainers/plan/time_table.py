@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lowrank.optimizers.registry import without_effect
 
 from .sharded import quantised_bits
-from .table import columns
+from .table import AUTOCAST, columns
 from .timing import NotModelled, StepTime
 from .work import SOLVERS
 
@@ -29,6 +29,8 @@ def time_table(made: StepTime) -> str:
         words.append(f"weights in {bits} bits")
     if setting["accumulation"] > 1:
         words.append(f"{setting['accumulation']} micro-batches")
+    if setting["autocast"]:
+        words.append(AUTOCAST)
     if setting["checkpointing"]:
         words.append("activation checkpointing")
     if setting["strategy"]:

@@ -33,6 +33,7 @@ def measured(plan: Plan, record: Record | None = None) -> Measured:
         device=setting["device"],
         dtype=setting["dtype"],
         checkpointing=setting["checkpointing"],
+        autocast=setting["autocast"],
         update_in_backward=setting["update_in_backward"],
         options=setting["options"],
     )
