@@ -103,7 +103,18 @@ def test_a_method_whose_runs_fail_is_left_out_of_the_search() -> None:
     assert set(found) == {"adafactor"}
 
 
-def test_rates_found_before_are_refined_on_three_points(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("best", "tried", "edge"),
+    [
+        (0.01, [0.005, 0.01, 0.02], []),
+        (0.02, [0.005, 0.01, 0.02, 0.04], []),
+        (0.0025, [0.005, 0.01, 0.02, 0.0025, 0.00125], []),
+        (9.0, [0.005, 0.01, 0.02, 0.04, 0.08], ["lr"]),
+    ],
+)
+def test_rates_found_before_are_refined(
+    best: float, tried: list[float], edge: list[str], tmp_path: Path
+) -> None:
     (entry,) = parse_methods("galore_adamw")
     path = tmp_path / "results.json"
     path.write_text(
@@ -115,12 +126,29 @@ def test_rates_found_before_are_refined_on_three_points(tmp_path: Path) -> None:
 
     def run_all(asked: Sequence[Run]) -> dict[str, Outcome]:
         runs.extend(run.config.optimizer.lr for run in asked)
-        losses = {run.key: {"val_loss": 5 - run.config.optimizer.lr} for run in asked}
-        return {key: Outcome(Path(), "", summary) for key, summary in losses.items()}
+        losses = {run.key: abs(best - run.config.optimizer.lr) for run in asked}
+        return {key: Outcome(Path(), "", {"val_loss": loss}) for key, loss in losses.items()}
 
     found = refine([entry], rates, Trainer({}).make, run_all, lambda _: None)
-    assert runs == [0.005, 0.01, 0.02]
-    assert found["galore_adamw"] == {"lr": 0.02, "plain_lr": 0.03, "val_loss": 4.98, "tried": 3}
+    assert runs == tried
+    chosen = min(tried, key=lambda lr: abs(best - lr))
+    assert found["galore_adamw"] == {
+        **{"lr": chosen, "plain_lr": 0.03, "val_loss": abs(best - chosen)},
+        **{"tried": len(tried), "edge": edge},
+    }
+
+
+def test_rates_whose_runs_fail_are_left_as_far_as_they_are_known() -> None:
+    (entry,) = parse_methods("galore_adamw")
+    rates = {"galore_adamw": {"lr": 0.01, "plain_lr": 0.03}}
+
+    def first_only(asked: Sequence[Run]) -> dict[str, Outcome]:
+        return {asked[0].key: Outcome(Path(), "", {"val_loss": 3.0})}
+
+    make = Trainer({}).make
+    found = refine([entry], rates, make, first_only, lambda _: None)["galore_adamw"]
+    assert (found["lr"], found["tried"]) == (0.005, 1)
+    assert not refine([entry], rates, make, lambda _: {}, lambda _: None)
 
 
 def test_files_without_rates_are_refused(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def add_compare(commands: Any) -> argparse.ArgumentParser:
         metavar="PATH",
         type=Path,
         help="settings found by an earlier comparison (its folder) or a file of rates; with --tune"
-        " three points of lr around them",
+        " three points of lr around them, or up to five",
     )
     add("--jobs", "--workers", metavar="N", type=int, default=1, help="runs at a time (default 1)")
     add("--output", metavar="FOLDER", type=Path, help="default runs/comparison")

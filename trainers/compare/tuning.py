@@ -28,8 +28,9 @@ RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 #: Adam's betas beside the method's own; in short runs a low b1 is best for embeddings and head.
 BETAS = ((0.9, 0.999), (0.9, 0.95), (0.5, 0.99))
 START = 3e-3
-#: Factors of lr that are tried around rates found before.
-REFINE = (0.5, 1.0, 2.0)
+#: Factors of lr that are tried around rates found before, and how many at most: further ones follow
+#: while the best lies at an end.
+REFINE, MOST_REFINED = (0.5, 1.0, 2.0), 5
 
 
 @dataclass(frozen=True)
@@ -192,32 +193,34 @@ def refine(
 ) -> dict[str, dict[str, Any]]:
     """Tries half, all and twice the `lr` that was found before, with everything else as found.
 
+    While the best lies at an end, the next factor of two beyond it follows.
+
     Returns:
-        The best options by label, with `val_loss`.
+        The best options by label, with `val_loss`, `tried` and `edge`.
     """
-    asked = {
-        (entry.label, factor): make(entry, _scaled(rates[entry.label], factor))
-        for entry in entries
-        for factor in REFINE
-    }
-    say(f"tuning: {len(asked)} runs of {len(entries)} methods around the rates found before")
-    done = run_all(list(asked.values()))
-    found: dict[str, dict[str, Any]] = {}
-    for entry in entries:
-        losses = {
-            factor: done[asked[entry.label, factor].key].loss
-            for factor in REFINE
-            if asked[entry.label, factor].key in done
+    losses: dict[str, dict[float, float]] = {entry.label: {} for entry in entries}
+    going: dict[str, Sequence[float]] = dict.fromkeys(losses, REFINE)
+    while going:
+        asked = {
+            (entry.label, factor): make(entry, _scaled(rates[entry.label], factor))
+            for entry in entries
+            for factor in going.get(entry.label, ())
         }
-        if losses:
-            factor = min(losses, key=lambda each: losses[each])
-            options = _scaled(rates[entry.label], factor)
-            found[entry.label] = {**options, "val_loss": losses[factor], "tried": len(losses)}
-    return found
+        say(f"tuning: {len(asked)} runs of {len(going)} methods around the rates found before")
+        done = run_all(list(asked.values()))
+        for (label, factor), run in asked.items():
+            if run.key in done:
+                losses[label][factor] = done[run.key].loss
+        going = {
+            label: (_beyond(losses[label]),)
+            for label in going
+            if len(REFINE) <= len(losses[label]) < MOST_REFINED and _ends(losses[label])
+        }
+    return {label: _refined(rates[label], own) for label, own in losses.items() if own}
 
 
 def refine_count() -> int:
-    """Runs that `refine` takes of a method."""
+    """The fewest runs that `refine` takes of a method."""
     return len(REFINE)
 
 
@@ -257,6 +260,28 @@ def _tuned(points: Mapping[Point, float]) -> Tuned:
     ends = (RATES[0], RATES[-1])
     edge = tuple(name for name in ("lr", "plain_lr") if getattr(point, name) in ends)
     return Tuned(point, points[point], len(points), edge)
+
+
+def _best_factor(losses: Mapping[float, float]) -> float:
+    return min(losses, key=lambda factor: (losses[factor], factor))
+
+
+def _ends(losses: Mapping[float, float]) -> bool:
+    """Whether the best factor is the smallest or the largest one."""
+    return _best_factor(losses) in (min(losses), max(losses))
+
+
+def _beyond(losses: Mapping[float, float]) -> float:
+    """The factor after the best one, away from the others."""
+    best = _best_factor(losses)
+    return best / 2 if best == min(losses) else best * 2
+
+
+def _refined(rates: Mapping[str, Any], losses: Mapping[float, float]) -> dict[str, Any]:
+    factor = _best_factor(losses)
+    loss = losses[factor] if math.isfinite(losses[factor]) else None
+    edge = ["lr"] if _ends(losses) else []
+    return {**_scaled(rates, factor), "val_loss": loss, "tried": len(losses), "edge": edge}
 
 
 def _beside(rate: float) -> list[float]:
