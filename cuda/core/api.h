@@ -123,10 +123,10 @@ LOWRANK_API int lowrank_adam_weights(int count, void* const* weights, const void
                                      double beta1, double beta2, float eps, float size, float keep,
                                      float alpha, const float* device_sizes, void* stream);
 
-// A cautious update of `rows` contiguous rows, with a momentum in codes of 4 or 8 `bits` and a scale
-// for each 128 entries of a row: advances the momentum and writes the direction. `share` is 1 - b1,
-// `correction` 1 - b1^t, `each` 1 / columns; the mask is applied where `cautious` is not 0. Entry
-// (i, j) has position first + i * stride + j in the noise that rounds four bits.
+// A cautious update of `rows` contiguous rows, with a momentum in codes of 4 or 8 `bits` and a
+// scale for each 128 entries of a row: advances the momentum and writes the direction, masked where
+// `cautious` is not 0. `share` is 1 - b1, `correction` 1 - b1^t, `each` 1 / columns. Entry (i, j)
+// has position first + i * stride + j in the noise that rounds four bits.
 LOWRANK_API int lowrank_cautious_rows(const void* grad, int dtype, std::uint8_t* codes,
                                       float* scales, const float* by_row, const float* by_column,
                                       float* direction, std::int64_t rows, std::int64_t columns,

@@ -27,9 +27,8 @@ __device__ __forceinline__ void read_pair(const std::uint8_t* codes, std::int64_
 
 template <bool kFour>
 __device__ __forceinline__ void write_pair(const float (&m)[kPair], float inverse,
-                                           std::uint64_t seed, std::uint64_t first,
-                                           std::int64_t at, std::int64_t columns,
-                                           std::uint8_t* codes) {
+                                           std::uint64_t seed, std::uint64_t first, std::int64_t at,
+                                           std::int64_t columns, std::uint8_t* codes) {
   int fresh[kPair] = {};
 #pragma unroll
   for (int h = 0; h < kPair; ++h) {

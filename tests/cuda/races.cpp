@@ -104,6 +104,14 @@ int main() {
   float* const last[] = {&stored};
   check("limit_growth", lowrank_limit_growth(1, last, &norm, nullptr, &factor, 1.01f, nullptr));
 
+  std::vector<float> row_scales(2 * kRows, 0.5f), roots(kRows, 0.3f);
+  for (const int bits : {4, 8}) {
+    check("cautious_rows",
+          lowrank_cautious_rows(x.data(), single, codes.data(), row_scales.data(), roots.data(),
+                                factors.data(), delta.data(), kRows, kColumns, bits, 1, 0.1f, 1e-8f,
+                                0.5f, 1.0f / kColumns, 7, 0, kColumns, nullptr));
+  }
+
   const void* grads[] = {x.data()};
   void* exp_avgs[] = {m.data()};
   void* exp_avg_sqs[] = {v.data()};
