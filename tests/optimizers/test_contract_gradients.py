@@ -101,7 +101,10 @@ def test_zero_gradients_from_the_start(row: Row) -> None:
         param.grad = torch.zeros_like(param)
     for _ in range(2):
         optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(before, trained(model), strict=True))
+    # SST's step normalises columns anew, by norms whose last bit depends on the processor.
+    limit = 1e-6 if row.name == "sst_adamw" else 0.0
+    for old, param in zip(before, trained(model), strict=True):
+        torch.testing.assert_close(param.detach(), old, rtol=0.0, atol=limit)
     train(model, optimizer, range(3))
     for old, param in zip(before, trained(model), strict=True):
         assert param.isfinite().all()

@@ -69,8 +69,8 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 def test_losses_are_those_of_one_process(name: str, runs: tuple[Path, dict[str, Outcome]]) -> None:
     base, _ = runs
     found, expected = losses(base / name), losses(base / name.split()[0])
-    # A bfloat16 has steps of 2^-8 of its value.
-    limit = 1e-3 if name.startswith("sst") else 1e-5
+    # A bfloat16 has steps of 2^-8 of its value; a last bit may flip a code of LoQT's four bits.
+    limit = {"sst": 1e-3, "loqt": 1e-4}.get(name.split()[0], 1e-5)
     assert [item[2] for item in found] == pytest.approx([item[2] for item in expected], abs=limit)
     events = [
         [
@@ -106,4 +106,5 @@ def test_a_checkpoint_is_dense_and_whole(name: str, runs: tuple[Path, dict[str, 
             assert value.shape == found[key].shape, key
             if file != LAYERS:
                 far = float((value.float() - found[key].float()).norm() / value.float().norm())
-                assert far < (2**-8 if value.dtype is torch.bfloat16 else 1e-3), key
+                flipped = 2e-2 if name.startswith("loqt") else 1e-3
+                assert far < (2**-8 if value.dtype is torch.bfloat16 else flipped), key
