@@ -4,6 +4,7 @@
 #include "../core/api.h"
 #include "../core/blockwise.h"
 #include "../core/weight.h"
+#include "largest.h"
 #include "parallel.h"
 
 using namespace lowrank;
@@ -83,15 +84,6 @@ void advance_block(const G* __restrict__ grad, const std::uint8_t* __restrict__ 
     m[i] = m_entry;
     v[i] = v_entry;
   }
-}
-
-// The largest magnitude, NaN if there is one: as integers, which vectorise.
-float largest(const float* x, std::int64_t length) {
-  std::uint32_t magnitude = 0;
-  for (std::int64_t i = 0; i < length; ++i) {
-    magnitude = std::max(magnitude, bits_of(x[i]) & 0x7FFFFFFFu);
-  }
-  return float_of(magnitude);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #include "../core/cautious.h"
 
 #include "../core/api.h"
+#include "largest.h"
 #include "parallel.h"
 
 using namespace lowrank;
@@ -44,15 +45,6 @@ int advance(const G* __restrict__ grad, float* __restrict__ m, const float* __re
   return agreeing;
 }
 
-// The largest magnitude, NaN if there is one: as integers, which vectorise.
-float largest_of(const float* x, std::int64_t length) {
-  std::uint32_t magnitude = 0;
-  for (std::int64_t i = 0; i < length; ++i) {
-    magnitude = std::max(magnitude, bits_of(x[i]) & 0x7FFFFFFFu);
-  }
-  return float_of(magnitude);
-}
-
 template <bool kFour>
 void write_codes(const float* __restrict__ m, std::int64_t length, float inverse,
                  std::uint64_t seed, std::uint64_t first, std::uint8_t* __restrict__ codes) {
@@ -92,7 +84,7 @@ void row_update(const G* grad, std::uint8_t* codes, float* scales, float row,
     std::uint8_t* own = codes + (kFour ? start / 2 : start);
     read_codes<kFour>(own, length, *scales, m);
     agreeing += advance(grad + start, m, by_column + start, direction + start, length, row, step);
-    *scales = RowCodes<kFour>::scale(largest_of(m, length));
+    *scales = RowCodes<kFour>::scale(largest(m, length));
     write_codes<kFour>(m, length, reciprocal(*scales), seed,
                        first + static_cast<std::uint64_t>(start), own);
   }
