@@ -106,3 +106,10 @@ def format_perplexity(value: float | None) -> str:
     if value >= 1000:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 100 else f"{value:.2f}"
+
+
+def format_value(value: object) -> str:
+    """A setting's value: numbers in short, a pair in parentheses."""
+    if isinstance(value, list | tuple):
+        return f"({', '.join(map(format_value, value))})"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -199,3 +199,17 @@ def test_a_run_that_broke_off_is_no_result(tmp_path: Path) -> None:
     assert json.loads(json.dumps(as_dict(found)))["rows"]
     assert "inf" in as_csv(found)
     assert "broke off" in render_compare(found, "c")
+
+
+def test_the_page_has_every_setting_that_was_tried(results: Results) -> None:
+    best = {"lr": 0.003, "plain_lr": 0.03, "embedding_lr": 0.1, "betas": [0.9, 0.95]}
+    trials = [{**best, "val_loss": 4.25}, {**best, "lr": 0.01, "val_loss": None}]
+    found = {**trials[0], "tried": 2, "edge": ["embedding_lr"], "trials": trials}
+    page = render_compare(replace(results, rates={"adamw": found}), "tuned")
+    assert "All 2 that were tried" in page
+    rows = re.findall(r'<tr><th scope="row">adamw</th>.*?</tr>', page)
+    cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in rows]
+    same = ["0.03", "0.1", "0.03", "(0.9, 0.95)", "own"]
+    assert ["0.003", *same, "4.2500", "2"] in cells
+    assert ["0.003", *same, "4.2500"] in cells
+    assert ["0.01", *same, "--"] in cells

@@ -12,14 +12,15 @@ import pytest
 from lowrank.trainers.compare.entries import Entry, parse_methods
 from lowrank.trainers.compare.plan import Run, make_run
 from lowrank.trainers.compare.pool import Outcome
+from lowrank.trainers.compare.refining import read_rates, refine
 from lowrank.trainers.compare.setting import Setting
 from lowrank.trainers.compare.tuning import (
     RATES,
     Point,
+    declared,
     grid_of,
-    read_rates,
-    record,
-    refine,
+    moved_apart,
+    neighbours,
     tune,
 )
 
@@ -48,8 +49,10 @@ class Trainer:
     def loss(self, run: Run) -> float:
         best, options = self.best[run.entry.label], run.config.optimizer.options
         loss = 4.0
-        for name, value in (("lr", run.config.optimizer.lr), ("plain_lr", options["plain_lr"])):
-            loss += abs(RATES.index(value) - RATES.index(getattr(best, name)))
+        given = {"lr": run.config.optimizer.lr, **options}
+        for name, wanted in best.rates().items():
+            value = given.get(name, given["plain_lr"])
+            loss += abs(RATES.index(value) - RATES.index(wanted))
         betas = options.get("betas")
         loss += 0.5 * ((None if betas is None else tuple(betas)) != best.betas)
         return loss + 0.5 * (options.get("plain_rule", "own") != best.plain_rule)
@@ -68,18 +71,54 @@ def test_the_search_finds_each_best_point() -> None:
     trainer = Trainer(BEST)
     entries = parse_methods(",".join(BEST))
     found = tune(entries, trainer.make, trainer.run_all, lambda _: None)
-    assert {label: one.point for label, one in found.items()} == BEST
-    assert found["galore_adamw"].edge == ("lr",)
-    assert sum(one.tried for one in found.values()) == len(trainer.seen)
-    assert record(found["adamw"]) == {
-        "lr": 1e-3,
-        "plain_lr": 3e-2,
-        "betas": [0.9, 0.95],
-        "plain_rule": "adafactor",
-        "val_loss": 4.0,
-        "tried": found["adamw"].tried,
-        "edge": [],
-    }
+    for label, point in BEST.items():
+        assert point.options().items() <= found[label].items()
+    assert found["galore_adamw"]["edge"] == ["lr"]
+    assert sum(one["tried"] for one in found.values()) == len(trainer.seen)
+    trials = found["adamw"].pop("trials")
+    tried = found["adamw"].pop("tried")
+    assert found["adamw"] == {**BEST["adamw"].options(), "val_loss": 4.0, "edge": []}
+    assert len(trials) == tried
+    assert {"lr": 3e-3, "plain_lr": 3e-3, "val_loss": 8.0} in trials
+
+
+APART = {
+    "adamw": Point(1e-3, 1e-2, embedding_lr=1e-1, head_lr=3e-3),
+    "official:galore_adamw": Point(1e-2, 1e-2, None, "adafactor", 1e-1, 3e-3),
+}
+
+
+@pytest.mark.slow
+def test_the_search_moves_rates_of_embeddings_and_head_apart_when_asked() -> None:
+    trainer = Trainer(APART)
+    entries = parse_methods(",".join(APART))
+    found = tune(entries, trainer.make, trainer.run_all, lambda _: None, apart=True)
+    for label, point in APART.items():
+        assert point.options().items() <= found[label].items()
+    assert found["adamw"]["edge"] == ["embedding_lr"]
+    assert "embedding_lr" in declared(True)
+    assert "embedding_lr" not in declared(False)
+
+
+def test_packages_have_one_rate_for_embeddings_and_head_under_their_own_rule() -> None:
+    ours, package, factored, given = parse_methods(
+        "galore_adamw,official:galore_adamw,official:galore_adamw+plain_rule=adafactor,"
+        "adamw+embedding_lr=0.05+plain_rule=own"
+    )
+    assert grid_of(ours, apart=True).apart == ("own", "adamw", "adafactor")
+    assert grid_of(package, apart=True).apart == ("adamw", "adafactor")
+    assert grid_of(factored, apart=True).apart == ("own",)
+    assert grid_of(ours).apart == ()
+    tried = moved_apart(Point(1e-3, 1e-2), grid_of(given, apart=True))
+    assert {(point.embedding_lr, point.head_lr) for point in tried} == {(None, 3e-3), (None, 3e-2)}
+
+
+def test_back_under_the_own_rule_a_package_has_one_rate_again() -> None:
+    (package,) = parse_methods("official:galore_adamw")
+    apart = Point(1e-3, 1e-2, None, "adafactor", 1e-1, 3e-3)
+    back = [p for p in neighbours(apart, grid_of(package, True)) if p.plain_rule == "own"]
+    assert len(back) == 3
+    assert {(point.embedding_lr, point.head_lr) for point in back} == {(None, None)}
 
 
 def test_the_grid_is_what_a_method_has_and_its_entry_leaves_open() -> None:
@@ -131,6 +170,10 @@ def test_rates_found_before_are_refined(
 
     found = refine([entry], rates, Trainer({}).make, run_all, lambda _: None)
     assert runs == tried
+    trials = found["galore_adamw"].pop("trials")
+    assert trials == [
+        {"lr": lr, "plain_lr": 0.03, "val_loss": abs(best - lr)} for lr in sorted(tried)
+    ]
     chosen = min(tried, key=lambda lr: abs(best - lr))
     assert found["galore_adamw"] == {
         **{"lr": chosen, "plain_lr": 0.03, "val_loss": abs(best - chosen)},
@@ -165,7 +208,7 @@ def test_what_is_found_is_what_runs_are_made_with() -> None:
     trainer = Trainer(BEST)
     (entry,) = parse_methods("adamw")
     found = tune([entry], trainer.make, trainer.run_all, lambda _: None)["adamw"]
-    made = make_run(SETTING, entry, 0, record(found)).config.optimizer
-    again = make_run(SETTING, entry, 0, found.point.options()).config.optimizer
+    made = make_run(SETTING, entry, 0, found).config.optimizer
+    again = make_run(SETTING, entry, 0, BEST["adamw"].options()).config.optimizer
     assert made == again
     assert not {"val_loss", "tried", "edge"} & set(made.options)

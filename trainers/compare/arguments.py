@@ -57,6 +57,12 @@ def add_compare(commands: Any) -> argparse.ArgumentParser:
         default=None,
         help="search one grid of lr, plain_lr, betas and the rule of embeddings and head first",
     )
+    add(
+        "--tune-embeddings",
+        action="store_true",
+        default=None,
+        help="with --tune, search rates of embeddings and of the head of their own as well",
+    )
     add("--tuning-seed", metavar="N", type=int, help="seed of the tuning runs (default 100)")
     add(
         "--rates",
@@ -101,6 +107,7 @@ def asked_for(options: argparse.Namespace) -> Asked:
         settings=merge(*(parse_override(text) for text in options.overrides)),
         equal=options.equal,
         tune=options.tune,
+        tune_apart=options.tune_embeddings,
         tuning_seed=options.tuning_seed,
         rates=options.rates,
         jobs=options.jobs,

@@ -14,15 +14,17 @@ from typing import Any
 from rich.console import Console
 
 from ..loop import TrainingError
-from . import tables, tuning
+from . import tables
 from .decide import Asked, decide
 from .entries import Entry
 from .estimate import estimate, show
 from .plan import Run
 from .pool import Outcome, Pool, Say, open_pool, outcome
 from .prepare import Plan, prepare
+from .refining import refine
 from .results import Results, make_rows
 from .setting import read_setting, write_setting
+from .tuning import declared, tune
 
 
 class Ended(KeyboardInterrupt):
@@ -128,10 +130,9 @@ def _rates(
         return plan.run(entry, setting.tuning_seed, options)
 
     before = [entry for entry in plan.entries if entry.label in known]
-    found = tuning.refine(before, known, make, run_all, say) if before else {}
+    found = refine(before, known, make, run_all, say) if before else {}
     rest = [entry for entry in plan.entries if entry.label not in known]
-    searched = tuning.tune(rest, make, run_all, say)
-    return found | {label: tuning.record(one) for label, one in searched.items()}
+    return found | tune(rest, make, run_all, say, setting.tune_apart)
 
 
 def _results(
@@ -154,7 +155,7 @@ def _results(
         "settings": dict(setting.settings),
         "tuned": setting.tune,
         "tuning_seed": setting.tuning_seed if setting.tune else None,
-        "grid": tuning.declared() if setting.tune else None,
+        "grid": declared(setting.tune_apart) if setting.tune else None,
         "versions": dict(setting.versions),
     }
     return Results(

@@ -11,8 +11,8 @@ from ..config_io import merge
 from ..data import data_fingerprint
 from ..data.config import DataConfig
 from ..preset import read_preset
-from . import tuning
 from .entries import parse_methods
+from .refining import read_rates
 from .setting import NO_METHODS, Setting, joined, read_setting, versions
 
 
@@ -30,6 +30,7 @@ class Asked:
         settings: further settings of all runs, a layer of the configuration.
         equal: "steps", "tokens" or "memory".
         tune: search the grid first.
+        tune_apart: rates of embeddings and head of their own are in the grid.
         tuning_seed: of the tuning runs.
         rates: where settings found before are.
         jobs: runs at a time.
@@ -46,6 +47,7 @@ class Asked:
     settings: Mapping[str, Any] = field(default_factory=dict)
     equal: str | None = None
     tune: bool | None = None
+    tune_apart: bool | None = None
     tuning_seed: int | None = None
     rates: Path | None = None
     jobs: int = 1
@@ -86,8 +88,9 @@ def decide(asked: Asked) -> Setting:
         settings=settings,
         equal=asked.equal or base.equal,
         tune=base.tune if asked.tune is None else asked.tune,
+        tune_apart=base.tune_apart if asked.tune_apart is None else asked.tune_apart,
         tuning_seed=base.tuning_seed if asked.tuning_seed is None else asked.tuning_seed,
-        rates=tuning.read_rates(asked.rates) if asked.rates is not None else base.rates,
+        rates=read_rates(asked.rates) if asked.rates is not None else base.rates,
         data_sha256=str(data_fingerprint(source)["sha256"]),
         versions=versions(),
     )

@@ -14,9 +14,10 @@ from rich.console import Console
 from ..units import format_duration
 from .plan import Run, tokens_per_step
 from .pool import Say, open_pool, outcome
+from .refining import FACTORS
 from .results import optimizer_times
 from .setting import Setting
-from .tuning import START, Point, grid_of, neighbours, refine_count
+from .tuning import START, Point, grid_of, moved_apart, neighbours
 
 #: Steps that are measured, those at the start among them, which are left out of the median.
 STEPS = 6
@@ -139,5 +140,6 @@ def _tuning_runs(setting: Setting, run: Run) -> int:
     if not setting.tune:
         return 0
     if run.entry.label in setting.rates:
-        return refine_count()
-    return 1 + len(neighbours(Point(START, START), grid_of(run.entry)))
+        return len(FACTORS)
+    start, grid = Point(START, START), grid_of(run.entry, setting.tune_apart)
+    return 1 + len(neighbours(start, grid)) + len(moved_apart(start, grid))

@@ -22,7 +22,7 @@ from .setting import Setting
 _FREE = ("log", "checkpoint", "distributed")
 _HASH = 12
 #: What a search remarks beside the options that it chose.
-FOUND = ("val_loss", "tried", "edge")
+FOUND = ("val_loss", "tried", "edge", "trials")
 
 
 @dataclass(frozen=True)

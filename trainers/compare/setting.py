@@ -39,6 +39,7 @@ class Setting:
         equal: "steps"; "tokens": a method whose steps are larger takes fewer; "memory": ranks are
             chosen so that weights and state take as much as the first method's.
         tune: whether rates are searched for; else they are the presets', or those of `rates`.
+        tune_apart: whether rates of embeddings and head of their own are in the grid.
         tuning_seed: of the tuning runs.
         rates: what was found before, by label: a layer of optimizer settings for each.
         data_sha256: of the data.
@@ -53,6 +54,7 @@ class Setting:
     settings: Mapping[str, Any] = field(default_factory=dict)
     equal: str = "steps"
     tune: bool = False
+    tune_apart: bool = False
     tuning_seed: int = TUNING_SEED
     rates: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     data_sha256: str = ""
@@ -69,6 +71,8 @@ class Setting:
             raise ValueError(
                 f"--tuning-seed is {self.tuning_seed}; accepted: a whole number from 0 to 2^32-1"
             )
+        if self.tune_apart and not self.tune:
+            raise ValueError("--tune-embeddings without --tune; accepted: both, or --tune alone")
         if self.tune and self.tuning_seed in self.seeds:
             raise ValueError(
                 f"--seeds has {self.tuning_seed}, on which rates are tuned; accepted: others, or"

@@ -12,8 +12,9 @@ from ..compare.memory import CATEGORIES
 from ..compare.results import Results, Row
 from ..compare.tables import CSV, JSON, TIMES, front, write_spread
 from ..files import real_name, write_text
-from ..units import MISSING, format_bytes, format_count, format_seconds
+from ..units import MISSING, format_bytes, format_count, format_seconds, format_value
 from .compare_figures import course_figures, difference_figure, memory_figure, plane_figure
+from .compare_tuning import tuning_table
 from .html import details, figures, notice, page, section, table
 from .memory_figures import category_label
 from .write import REPORT_NAME
@@ -53,7 +54,7 @@ def render_compare(results: Results, name: str) -> str:
             section("Learning", figures(course_figures(results))),
             section("Memory", figures([memory_figure(results)]), _memory_table(results)),
             section("Time", _time_table(results)),
-            section("Tuning", _tuning_table(results)),
+            section("Tuning", tuning_table(results)),
             section("Runs", _run_table(results)),
             section("Setting", _about(results)),
             f"<footer>{escape(CSV)} and {escape(JSON)} beside this page hold all figures; the"
@@ -180,47 +181,6 @@ def _milliseconds(value: float | None) -> str:
     return MISSING if value is None else format_seconds(value / 1e3)
 
 
-def _tuning_table(results: Results) -> str:
-    if not results.rates:
-        return ""
-    head = ("method", "lr", "plain_lr", "betas", "plain_rule", "Loss there", "Runs")
-    rows = [
-        (
-            label,
-            f"{options.get('lr', math.nan):g}",
-            f"{options.get('plain_lr', options.get('lr', math.nan)):g}",
-            _pair(options.get("betas")),
-            str(options.get("plain_rule", "own")),
-            _loss(options.get("val_loss")),
-            str(options.get("tried", MISSING)),
-        )
-        for label, options in results.rates.items()
-    ]
-    grid: Mapping[str, Any] = results.about.get("grid") or {}
-    declared = [(key, ", ".join(map(_value, values))) for key, values in grid.items()]
-    seed = results.about.get("tuning_seed")
-    text = "Settings found by an earlier search." if seed is None else f"Tuned on seed {seed}."
-    return (
-        table(rows, head=head, numeric=True)
-        + f'<p class="lead">{escape(text)}</p>'
-        + (details("The grid", table(declared)) if declared else "")
-    )
-
-
-def _pair(value: object) -> str:
-    return "own" if value is None else _value(value)
-
-
-def _value(value: object) -> str:
-    if isinstance(value, list | tuple):
-        return f"({', '.join(map(_value, value))})"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _loss(value: object) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else MISSING
-
-
 def _run_table(results: Results) -> str:
     head = ("run", "Validation loss", "Perplexity", "Steps", "Skipped", "Optimizer", "Worst step")
     rows = [_run(item) for row in results.ordered for item in _seeds(row)]
@@ -254,7 +214,7 @@ def _about(results: Results) -> str:
         else:
             rows.append((key, _written(value)))
     options = [
-        (row.entry.label, ", ".join(f"{k}={_value(v)}" for k, v in row.options.items()))
+        (row.entry.label, ", ".join(f"{k}={format_value(v)}" for k, v in row.options.items()))
         for row in results.ordered
     ]
     return table(rows) + details("Options of each method", table(options))
@@ -262,7 +222,7 @@ def _about(results: Results) -> str:
 
 def _written(value: object) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}={_value(item)}" for key, item in value.items())
+        return ", ".join(f"{key}={format_value(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(map(_value, value))
-    return _value(value)
+        return ", ".join(map(format_value, value))
+    return format_value(value)
