@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lowrank.optimizers.engine.method import TABLE
-from lowrank.optimizers.own_rates import APART
+from lowrank.optimizers.plain_parts import APART
 
 from ..choice import PLAIN_RULES, accepts_betas
 from ..official import is_official
