@@ -74,9 +74,7 @@ def _official(name: str, network: nn.Module, lr: float, options: dict[str, Any])
             lr=options.get("plain_lr", lr),
             **{key: options[key] for key in shared if key in options},
         )
-    if isinstance(hidden, JoinedOptimizer):
-        return hidden.with_part(other)
-    return JoinedOptimizer([hidden, other])
+    return hidden.with_part(other)
 
 
 def follows_length(config: RunConfig) -> bool:
