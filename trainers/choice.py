@@ -16,7 +16,6 @@ from lowrank.optimizers.engine.plain_rules import PLAIN_RULES
 from lowrank.optimizers.param_groups import split
 
 from .config import RunConfig
-from .joined import JoinedOptimizer
 from .official import build_official, is_official, method_of
 
 
