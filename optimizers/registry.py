@@ -22,7 +22,7 @@ from .engine.strategies import PROJECTORS, RESIDUALS, SCHEDULES, STORAGES
 from .engine.warn import warn_user
 from .layers.convert import check_converted, factored_layers, meta_copy
 from .layers.optimizer import FactoredAdamW
-from .own_rates import APART, with_own_rates
+from .plain_parts import APART, with_own_rates, with_plain_rule
 from .pretrained import save_dense_weights
 from .traffic import compared_bytes, step_bytes
 
@@ -163,7 +163,7 @@ def _sort_options(method: Method, options: dict[str, Any]) -> _Sorted:
         if name in (_EVERYWHERE if method.optimizer.projects else constructor):
             keywords[name] = value
         elif name in groups:
-            own = ("patterns", *OWN_RATES, *method.optimizer.hidden_keys)
+            own = ("patterns", "plain_rule", *OWN_RATES, *method.optimizer.hidden_keys)
             if method.optimizer.projects or name in own:
                 group_options[name] = value
             else:
@@ -239,10 +239,12 @@ def build(
         model: the model whose parameters are trained.
         lr: learning rate; the class's default when None.
         **options: group options (`rank`, `update_proj_gap`, `scale`, `proj_type`, `refresh`,
-            `patterns`, ...), rates of their own for embeddings, head, norms and biases
+            `patterns`, ...); rates of their own for embeddings, head, norms and biases
             (`plain_lr`), for embeddings alone (`embedding_lr`) and the output head alone
-            (`head_lr`), and constructor keywords of the class. Projection options of a method that
-            has no projection are checked, and a warning says that they have no effect.
+            (`head_lr`); a rule for all of these other than the method's (`plain_rule`: "adamw" or
+            "adafactor", see `engine.plain_rules`); and constructor keywords of the class.
+            Projection options of a method that has no projection are checked, and a warning says
+            that they have no effect.
 
     Returns:
         A `torch.optim.Optimizer`.
@@ -365,8 +367,9 @@ def expected_step_traffic(name: str, model: nn.Module, world: int, **options: An
 
 def _groups(method: Method, model: nn.Module, options: dict[str, Any]) -> list[dict[str, Any]]:
     """The groups of a model, by their options."""
-    own = {name: value for name, value in options.items() if name not in APART}
-    return with_own_rates(model, method.groups(model, **own), options)
+    own = {name: value for name, value in options.items() if name not in (*APART, "plain_rule")}
+    groups = with_own_rates(model, method.groups(model, **own), options)
+    return with_plain_rule(model, groups, options)
 
 
 def _template(

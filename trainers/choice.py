@@ -10,17 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from lowrank.optimizers import LowRankOptimizer, accepts, build
+from lowrank.optimizers import accepts, build
 from lowrank.optimizers.engine.options import OWN_RATES
+from lowrank.optimizers.engine.plain_rules import PLAIN_RULES
 from lowrank.optimizers.param_groups import split
 
 from .config import RunConfig
-from .joined import JoinedOptimizer
 from .official import build_official, is_official, method_of
-
-#: What `optimizer.plain_rule` may be; "own" is what the method itself gives to what it doesn't
-#: project.
-PLAIN_RULES = ("own", "adamw", "adafactor")
 
 
 def build_named(
@@ -29,7 +25,7 @@ def build_named(
     """Builds an optimizer by name, with a method's layers put into the network where it has such.
 
     The option ``plain_rule`` trains embeddings, head and norms by AdamW or Adafactor, whatever the
-    method would do with them.
+    method or package would do with them.
 
     Args:
         name: a method, or ``official:METHOD``.
@@ -42,18 +38,31 @@ def build_named(
         ValueError: the optimizer's name, an option or its value is not accepted.
     """
     options = dict(options)
-    rule = options.pop("plain_rule", "own")
+    rule = options.get("plain_rule", "own")
     if rule not in PLAIN_RULES:
         raise ValueError(f"optimizer.plain_rule is {rule!r}; accepted: {', '.join(PLAIN_RULES)}")
-    if not is_official(name) and accepts(name, "total_steps"):
+    if is_official(name):
+        return _official(name, network, lr, options)
+    if accepts(name, "total_steps"):
         options.setdefault("total_steps", total_steps)
+    optimizer = build(name, network, lr=lr, **options)
+    optimizer.warn_of_length(total_steps)
+    return optimizer
+
+
+def _official(name: str, network: nn.Module, lr: float, options: dict[str, Any]) -> Any:
+    """A package's optimizer, with one of ours for embeddings, head and norms where a rule is given.
+
+    Packages know no rule beside their own.
+    """
+    rule = options.pop("plain_rule", "own")
     if rule == "own":
-        return _told(_build(name, network, lr, options), total_steps)
+        return build_official(name, network, lr, options)
     _, matrices, vectors = split(network, options.get("patterns"))
     plain = [param for _, param in (*matrices, *vectors)]
     own = {key: value for key, value in options.items() if key not in OWN_RATES}
     with _frozen(plain):
-        hidden = _told(_build(name, network, lr, own), total_steps)
+        hidden = build_official(name, network, lr, own)
     numbers = {id(param) for param in plain}
     rest = [p for p in network.parameters() if p.requires_grad and id(p) not in numbers]
     shared = (*OWN_RATES[1:], "weight_decay", *(("betas",) if rule == "adamw" else ()))
@@ -64,15 +73,7 @@ def build_named(
             lr=options.get("plain_lr", lr),
             **{key: options[key] for key in shared if key in options},
         )
-    if isinstance(hidden, JoinedOptimizer):
-        return hidden.with_part(other)
-    return JoinedOptimizer([hidden, other])
-
-
-def is_single_process(config: RunConfig) -> bool:
-    """Whether the optimizer works on one process only."""
-    rule = config.optimizer.options.get("plain_rule", "own")
-    return is_official(config.optimizer.name) or rule != "own"
+    return hidden.with_part(other)
 
 
 def follows_length(config: RunConfig) -> bool:
@@ -86,19 +87,6 @@ def accepts_betas(name: str) -> bool:
     """Whether a method or a package has Adam's `betas`."""
     method = method_of(name)
     return accepts(method, "betas") and "adafactor" not in method
-
-
-def _build(name: str, network: nn.Module, lr: float, options: Mapping[str, Any]) -> Any:
-    if is_official(name):
-        return build_official(name, network, lr, options)
-    return build(name, network, lr=lr, **options)
-
-
-def _told(optimizer: Any, steps: int) -> Any:
-    """The optimizer, which warns of what can't happen in a run of so many steps."""
-    if isinstance(optimizer, LowRankOptimizer):
-        optimizer.warn_of_length(steps)
-    return optimizer
 
 
 @contextmanager

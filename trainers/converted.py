@@ -55,8 +55,7 @@ def convert_and_shard(
         options: of the optimizer.
         world: the processes.
     """
-    own = {key: value for key, value in options.items() if key != "plain_rule"}
-    convert(config.optimizer.name, model.network, **own)
+    convert(config.optimizer.name, model.network, **options)
     shard(model, init_device_mesh(world.device.type, (world.size,)))
 
 

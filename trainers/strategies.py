@@ -15,12 +15,13 @@ import lowrank.optimizers as optimizers
 from lowrank.optimizers import InBackward, compress_activations
 from lowrank.optimizers.engine.method import TABLE
 
-from .choice import build_named, is_single_process
+from .choice import build_named
 from .config import RunConfig
 from .converted import convert_and_shard, replaces_layers
 from .distributed import World
 from .in_backward import begin
 from .models import LanguageModel, build_model
+from .official import is_official
 from .parts import load_initial
 from .sharding import build_sharded
 from .zero_engine import ZeroEngine, import_deepspeed
@@ -57,18 +58,17 @@ def strategy_of(config: RunConfig, size: int) -> str:
             the strategy.
     """
     asked, name = config.distributed.strategy, config.optimizer.name
-    if config.train.update_in_backward and is_single_process(config):
+    if config.train.update_in_backward and is_official(name):
         raise ValueError(
             f"train.update_in_backward is True with optimizer.name={name!r}; accepted: false for"
-            " official packages and for another optimizer.plain_rule than 'own'"
+            " official packages"
         )
     if size == 1:
         return ALONE
-    if is_single_process(config):
+    if is_official(name):
         raise ValueError(
-            f"optimizer.name={name!r} with optimizer.plain_rule="
-            f"{config.optimizer.options.get('plain_rule', 'own')!r} on {size} processes; accepted:"
-            " one process for official packages and for another plain_rule than 'own'"
+            f"optimizer.name={name!r} on {size} processes; accepted: one process for official"
+            " packages"
         )
     if config.train.update_in_backward and asked != "fsdp2":
         raise ValueError(

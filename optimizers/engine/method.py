@@ -117,7 +117,7 @@ class Method:
 
     def group_options(self) -> set[str]:
         """Names of the options of the groups that `build` makes; baselines ignore most of them."""
-        return {*self.optimizer.group_keys(), "patterns", *OWN_RATES}
+        return {*self.optimizer.group_keys(), "patterns", "plain_rule", *OWN_RATES}
 
 
 TABLE: dict[str, Method] = {}

@@ -139,7 +139,7 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
     def _known(self) -> set[str]:
         """Names of options that a group may have."""
         own = self.group_keys() if self.projects else {*self.hidden_keys}
-        return self.defaults.keys() | own
+        return self.defaults.keys() | own | {"plain_rule"}
 
     def _checked(self, group: Group, given: Set[str]) -> Composition:
         """Checks and completes a group and returns its composition; `given` are the options set."""

@@ -12,6 +12,7 @@ from typing import Any
 from ..rules import UpdateRule
 from .keywords import Keyword
 from .options import Group
+from .plain_rules import plain_rule_of
 from .rule_factories import (
     adafactor8bit_rule,
     adafactor_rule,
@@ -39,18 +40,31 @@ class RuleFamily:
 
     Attributes:
         keywords: of the constructor, in the official order.
-        make: makes a group's rule, `make(group, projected=..., **form)`; `form` overrides fields of
-            the rule. Raises `ValueError` for options out of range.
+        own: makes a group's rule, `own(group, projected=..., **form)`; see `make`.
         capturable: whether step counts may stay on the device.
         complete: sets defaults that depend on other keywords.
         build: constructor arguments that `build` sets unless they are given.
     """
 
     keywords: tuple[Keyword, ...]
-    make: Callable[..., UpdateRule]
+    own: Callable[..., UpdateRule]
     capturable: bool = False
     complete: Callable[[Group], Group] = _unchanged
     build: Mapping[str, Any] = field(default_factory=dict)
+
+    def make(self, group: Group, *, projected: bool = False, **form: Any) -> UpdateRule:
+        """Makes a group's rule: the one that its `plain_rule` names, else the family's own.
+
+        Args:
+            group: with all its options.
+            projected: whether the method treats the group in its own way.
+            **form: overrides fields of the family's rule.
+
+        Raises:
+            ValueError: an option is out of range.
+        """
+        chosen = plain_rule_of(group)
+        return self.own(group, projected=projected, **form) if chosen is None else chosen
 
     def but(self, *, capturable: bool | None = None, **defaults: Any) -> RuleFamily:
         """The family with other defaults.
@@ -234,7 +248,7 @@ ADAFACTOR = RuleFamily(
 )
 
 #: Adafactor with an 8-bit first moment.
-ADAFACTOR_8BIT = replace(ADAFACTOR, keywords=(*ADAFACTOR.keywords, *_8BIT), make=_adafactor8bit)
+ADAFACTOR_8BIT = replace(ADAFACTOR, keywords=(*ADAFACTOR.keywords, *_8BIT), own=_adafactor8bit)
 
 LION = RuleFamily(
     (

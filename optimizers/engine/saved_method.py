@@ -28,8 +28,8 @@ TELLING = (*MAKING, "schedule", "basis")
 HOW = ("foreach", "fused", "capturable", "compile", "differentiable")
 #: Options that schedulers which cycle the momentum change, and the keys by which they are known.
 CYCLED, CYCLED_BY = frozenset(("betas", "momentum", "beta1")), ("base_momentum", "max_momentum")
-#: Keys by which a method sorts its groups: factors of replaced layers, matrices under Muon.
-SORTING = ("factors", "use_muon")
+#: Keys by which groups are sorted: factors of replaced layers, matrices under Muon, another rule.
+SORTING = ("factors", "use_muon", "plain_rule")
 
 
 def check_method(
@@ -85,7 +85,7 @@ def _differing(
         found = {
             key: (other.get(key, False), group.get(key, False))
             for key in SORTING
-            if bool(other.get(key, defaults.get(key))) != bool(group.get(key))
+            if (other.get(key, defaults.get(key)) or False) != (group.get(key) or False)
         }
         projected = [_is_projected(g) for g in (other, group)]
         if "rank" in other and projected[0] != projected[1]:

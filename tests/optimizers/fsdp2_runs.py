@@ -37,6 +37,7 @@ QUICK: list[Case] = [
     ("flora_adafactor", {}),
     ("lisa_adamw", {}),
     ("gradnorm_lorp_adamw", {}),
+    ("galore_adamw", {"plain_rule": "adafactor", "plain_lr": 3e-3}),
 ]
 
 

@@ -15,7 +15,7 @@ from support import set_gradients, tiny_model
 from tiny_runs import comparable_metrics, summary
 from torch import Tensor, nn
 
-from lowrank.optimizers import available, build, state_bytes
+from lowrank.optimizers import GaLoreAdamW, available, build, state_bytes
 from lowrank.trainers.choice import build_named
 from lowrank.trainers.joined import JoinedOptimizer
 from lowrank.trainers.official import PACKAGES, build_official, canonical_name, missing
@@ -38,7 +38,7 @@ def test_embeddings_and_head_follow_the_rule_that_is_asked_for(rule: str) -> Non
     model, optimizer = trained("galore_adamw", plain_rule=rule, plain_lr=3e-3)
     own, _ = trained("galore_adamw", plain_lr=3e-3)
     alone = tiny_model()
-    other = build(rule, alone, lr=3e-3)
+    other = build(rule, alone, lr=3e-3, weight_decay=0.0)
     for step in range(4):
         set_gradients(alone, step)
         other.step()
@@ -47,8 +47,8 @@ def test_embeddings_and_head_follow_the_rule_that_is_asked_for(rule: str) -> Non
         hidden = name.endswith("weight") and ("attn" in name or "mlp" in name)
         wanted = dict((own if hidden else alone).named_parameters())[name]
         assert torch.equal(weight, wanted), name
-    kinds = [type(part).__name__ for part in optimizer.parts]
-    assert kinds == ["GaLoreAdamW", {"adamw": "AdamW", "adafactor": "Adafactor"}[rule]]
+    # One optimizer, which works on several processes as it does under its own rule.
+    assert type(optimizer) is GaLoreAdamW
 
 
 @pytest.mark.parametrize("rule", ["own", "adamw", "adafactor"])

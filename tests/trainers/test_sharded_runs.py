@@ -17,6 +17,11 @@ from lowrank.trainers.checkpoint import verify
 pytestmark = pytest.mark.slow
 
 STEPS = 6
+#: Embeddings, head and norms under another rule than the method's.
+RULE = (
+    *("optimizer.plain_rule=adafactor", "optimizer.plain_lr=0.01"),
+    *("optimizer.embedding_lr=0.03", "optimizer.head_lr=0.005"),
+)
 #: By name: what is told, the number of processes, and the settings.
 WRONG = {
     "codes": (
@@ -62,6 +67,8 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
             ["pretrain", f"--resume={base / 'resumed' / 'checkpoints' / 'step-00000003'}"],
             copied=(str(base / "two"), str(base / "resumed")),
         ),
+        "ruled": Job(arguments("ruled", "distributed.strategy=fsdp2", *RULE), processes=2),
+        "ruled alone": Job(arguments("ruled alone", shards, *RULE)),
         "turns": Job(arguments("turns", *turns), processes=2),
         "turns again": Job(
             ["pretrain", f"--resume={base.joinpath('turns again', *half)}"],
@@ -72,7 +79,7 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     for name, (_, size, more) in WRONG.items():
         jobs[name] = Job(arguments("wrong", *more, "distributed.data_shards=1"), size)
     outcomes = dict(zip(jobs, run_jobs(list(jobs.values()), base / "jobs"), strict=True))
-    for name in ("one", "two", "backward", "resumed", "turns", "turns again"):
+    for name in jobs.keys() - WRONG.keys():
         assert not any(outcomes[name].statuses), "\n".join(outcomes[name].errors)
     return base, outcomes
 
@@ -102,6 +109,17 @@ def test_losses_are_those_of_one_process(name: str, runs: tuple[Path, dict[str, 
     assert other["state_processes"] == (1 if name == "resumed" else 2)
     shares = [other[key] / one[key] for key in ("optimizer_state_bytes", "adamw_state_bytes")]
     assert all(0.4 < share < 0.7 for share in shares) == (name != "resumed")
+
+
+def test_another_rule_of_embeddings_and_head_is_that_of_one_process(
+    runs: tuple[Path, dict[str, Outcome]],
+) -> None:
+    base, _ = runs
+    found, expected = losses(base / "ruled"), losses(base / "ruled alone")
+    assert [item[:2] for item in found] == [item[:2] for item in expected]
+    assert [item[2] for item in found] == pytest.approx([item[2] for item in expected], abs=1e-5)
+    assert expected != losses(base / "one")
+    assert summary(base / "ruled")["strategy"] == "fsdp2"
 
 
 def test_layers_in_turns_go_on_in_the_middle_of_one(runs: tuple[Path, dict[str, Outcome]]) -> None:

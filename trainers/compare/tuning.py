@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lowrank.optimizers.engine.method import TABLE
-from lowrank.optimizers.own_rates import APART
+from lowrank.optimizers.engine.plain_rules import PLAIN_RULES
+from lowrank.optimizers.plain_parts import APART
 
-from ..choice import PLAIN_RULES, accepts_betas
+from ..choice import accepts_betas
 from ..official import is_official
 from .entries import Entry
 from .plan import Run
@@ -147,7 +148,7 @@ def moved_apart(point: Point, grid: Grid) -> set[Point]:
     free = [name for name in APART if name not in grid.fixed]
     rates = point.rates()
     # From here on plain_lr is of norms alone.
-    parted = replace(point, **{name: rates.get(name, point.plain_lr) for name in free})
+    parted = _with(point, **{name: rates.get(name, point.plain_lr) for name in free})
     return {moved for name in free for moved in _moved(parted, grid, name)}
 
 
@@ -213,7 +214,11 @@ def _moved(point: Point, grid: Grid, name: str) -> set[Point]:
         return set()
     place = RATES.index(point.rates()[name])
     beside = [RATES[at] for at in (place - 1, place + 1) if 0 <= at < len(RATES)]
-    return {replace(point, **{name: rate}) for rate in beside}
+    return {_with(point, **{name: rate}) for rate in beside}
+
+
+def _with(point: Point, **changes: Any) -> Point:
+    return replace(point, **changes)
 
 
 def _record(points: Mapping[Point, float]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Learning rates of their own for a model's embeddings and for its output head."""
+"""Learning rates and a rule of their own for what is no hidden matrix: embeddings, head, norms."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .engine import checks
 from .engine.options import Group, check_lr
+from .engine.plain_rules import PLAIN_RULES
+from .layers.base import FactoredLinear
+from .param_groups import is_sized, split
 from .roles import EMBEDDINGS, head_of
 
 #: Options of `build`, and what they are the rates of.
@@ -47,6 +51,36 @@ def with_own_rates(
             raise ValueError(f"{option}={rate}: the model has no {APART[option]} that is trained")
         made = [part for group in made for part in _parted(group, wanted, {"lr": rate})]
     # The first group is there even where it is empty, as methods make it.
+    return [group for at, group in enumerate(made) if group["params"] or at == 0]
+
+
+def with_plain_rule(
+    model: nn.Module, groups: Sequence[Group], options: Mapping[str, Any]
+) -> list[Group]:
+    """Groups in which what is no hidden matrix has the rule that is asked for.
+
+    Args:
+        model: the model.
+        groups: of all parameters that are trained.
+        options: `plain_rule`, one of `PLAIN_RULES`, and `patterns` as in `param_groups`.
+
+    Raises:
+        ValueError: the rule is unknown.
+    """
+    rule = options.get("plain_rule")
+    checks.choice("plain_rule", rule, (None, *PLAIN_RULES))
+    if rule in (None, "own"):
+        return list(groups)
+    factored = any(isinstance(module, FactoredLinear) for module in model.modules())
+    hidden = [] if factored else split(model, options.get("patterns"))[0]
+    kept = {param for _, param in hidden}
+    made: list[Group] = []
+    for group in groups:
+        if is_sized(group) or group.get("factors"):
+            made.append(group)
+        else:
+            wanted = set(group["params"]) - kept
+            made += _parted(group, wanted, {"plain_rule": rule})
     return [group for at, group in enumerate(made) if group["params"] or at == 0]
 
 
