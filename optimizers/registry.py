@@ -15,7 +15,7 @@ from .engine.composition import Composition
 from .engine.low_rank_gradients import examine
 from .engine.method import TABLE, Method
 from .engine.optimizer import LowRankOptimizer
-from .engine.options import OWN_RATES, ProjectionOptions, make_plain
+from .engine.options import OF_BUILD, ProjectionOptions, make_plain
 from .engine.parameters import check_placement, whole_shape
 from .engine.replaced import Watch
 from .engine.strategies import PROJECTORS, RESIDUALS, SCHEDULES, STORAGES
@@ -163,7 +163,7 @@ def _sort_options(method: Method, options: dict[str, Any]) -> _Sorted:
         if name in (_EVERYWHERE if method.optimizer.projects else constructor):
             keywords[name] = value
         elif name in groups:
-            own = ("patterns", "plain_rule", *OWN_RATES, *method.optimizer.hidden_keys)
+            own = (*OF_BUILD, *method.optimizer.hidden_keys)
             if method.optimizer.projects or name in own:
                 group_options[name] = value
             else:

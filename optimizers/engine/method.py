@@ -26,7 +26,7 @@ from ..layers.convert import to_factored
 from ..param_groups import factored_groups, param_groups, plain_groups
 from ..weights.convert import OPTIONS, to_quantized
 from .optimizer import LowRankOptimizer
-from .options import OF_SOME_METHOD, OWN_RATES, Group
+from .options import OF_BUILD, OF_SOME_METHOD, Group
 
 GroupMaker = Callable[..., list[Group]]
 _Optimizer = TypeVar("_Optimizer", bound=LowRankOptimizer)
@@ -117,7 +117,7 @@ class Method:
 
     def group_options(self) -> set[str]:
         """Names of the options of the groups that `build` makes; baselines ignore most of them."""
-        return {*self.optimizer.group_keys(), "patterns", "plain_rule", *OWN_RATES}
+        return {*self.optimizer.group_keys(), *OF_BUILD}
 
 
 TABLE: dict[str, Method] = {}

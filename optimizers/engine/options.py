@@ -177,6 +177,9 @@ NO_OPTIONS = ("params", "param_names", "lr", "initial_lr")
 #: Rates that `build` has for what is not projected, of all of it and of parts.
 OWN_RATES = ("plain_lr", "embedding_lr", "head_lr")
 
+#: Options by which `build` makes the groups of any method, baselines included.
+OF_BUILD = ("patterns", "plain_rule", *OWN_RATES)
+
 #: Names of rates, which may be tensors: captured steps read them anew.
 RATES = ("lr", "initial_lr", *OWN_RATES)
 

@@ -85,7 +85,7 @@ def _differing(
         found = {
             key: (other.get(key, False), group.get(key, False))
             for key in SORTING
-            if (other.get(key, defaults.get(key)) or False) != (group.get(key) or False)
+            if _sorted_by(other.get(key, defaults.get(key))) != _sorted_by(group.get(key))
         }
         projected = [_is_projected(g) for g in (other, group)]
         if "rank" in other and projected[0] != projected[1]:
@@ -96,6 +96,11 @@ def _differing(
         if found:
             return found
     return {}
+
+
+def _sorted_by(value: Any) -> Any:
+    """What a sorting key means: the method's own rule is no other rule, named or not."""
+    return False if value in (None, "own") else value
 
 
 def _is_projected(group: Mapping[str, Any]) -> bool:

@@ -142,6 +142,15 @@ def test_own_is_the_method_s_rule() -> None:
         assert torch.equal(p, q)
 
 
+def test_a_state_saved_under_own_is_one_of_no_other_rule() -> None:
+    for named, other in ((True, False), (False, True)):
+        saved, loads = (built("galore_adamw", model_of_heads()) for _ in range(2))
+        for optimizer, says in ((saved, named), (loads, other)):
+            for group in optimizer.param_groups[1:] if says else ():
+                group["plain_rule"] = "own"
+        loads.load_state_dict(saved.state_dict())
+
+
 def test_rates_of_embeddings_and_head_hold_under_a_rule() -> None:
     model = model_of_heads()
     optimizer = built("fira_adamw", model, plain_rule="adafactor", embedding_lr=0.1, head_lr=5e-3)
