@@ -8,6 +8,7 @@ from collections.abc import Callable
 import device_cases
 import exact_cases
 import kernel_cases as cases
+import kernel_runs as runs
 import pytest
 import torch
 from draws import Draw, SeededDraw
@@ -91,14 +92,14 @@ def test_a_reference_may_compute_on_a_device_of_its_own(monkeypatch: pytest.Monk
         moved.append(device)
         return original(value, device)
 
-    original = cases._moved
-    monkeypatch.setattr(cases, "_moved", noted)
+    original = runs._moved
+    monkeypatch.setattr(runs, "_moved", noted)
     monkeypatch.setitem(ops.OPERATIONS, "made_up", ("", plain, kernel))
     d = SeededDraw(0, torch.device("cpu"))
     for reference in (None, torch.device("cpu")):
         d.reference = reference
         with pytest.raises(AssertionError, match="not equal"):
-            cases.exactly(cases.run(d, "made_up", [torch.zeros(7), torch.empty(7)], [1]))
+            runs.exactly(runs.run(d, "made_up", [torch.zeros(7), torch.empty(7)], [1]))
     assert moved == [torch.device("cpu")] * 2
     d.plain = True
-    cases.exactly(cases.run(d, "made_up", [torch.zeros(7), torch.empty(7)], [1]))
+    runs.exactly(runs.run(d, "made_up", [torch.zeros(7), torch.empty(7)], [1]))
