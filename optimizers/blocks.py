@@ -67,8 +67,8 @@ def block_groups(
         model: the model.
         patterns: see `blocks_of`.
         weight_decay: of the matrices; the optimizer's own when None.
-        plain_lr: learning rate of what is in no block (embeddings, head, last norm); the
-            optimizer's own when None.
+        plain_lr: learning rate of what is in no block (embeddings, head, last norm) and of vectors
+            in blocks; the optimizer's own when None.
 
     Raises:
         ValueError: no matrix that is trained matches the patterns.
@@ -84,7 +84,7 @@ def block_groups(
         matrices = [(name, param) for name, param in named if len(whole_shape(param)) > 1]
         vectors = [(name, param) for name, param in named if len(whole_shape(param)) < 2]
         groups.append(_group(matrices, {**decay, **options}))
-        groups.append(_group(vectors, {"weight_decay": 0.0, **options}))
+        groups.append(_group(vectors, {"weight_decay": 0.0, **rate, **options}))
     return [group for group in groups if group["params"]]
 
 

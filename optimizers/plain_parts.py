@@ -8,11 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from .engine import checks
+from .engine.method import HiddenOf
 from .engine.options import Group, check_lr
 from .engine.plain_rules import PLAIN_RULES
 from .layers.base import FactoredLinear
 from .param_groups import is_sized, split
 from .roles import EMBEDDINGS, head_of
+from .targets import Patterns
 
 #: Options of `build`, and what they are the rates of.
 APART = {"embedding_lr": "embedding", "head_lr": "output head"}
@@ -55,7 +57,10 @@ def with_own_rates(
 
 
 def with_plain_rule(
-    model: nn.Module, groups: Sequence[Group], options: Mapping[str, Any]
+    model: nn.Module,
+    groups: Sequence[Group],
+    options: Mapping[str, Any],
+    hidden_of: HiddenOf | None = None,
 ) -> list[Group]:
     """Groups in which what is no hidden matrix has the rule that is asked for.
 
@@ -63,6 +68,7 @@ def with_plain_rule(
         model: the model.
         groups: of all parameters that are trained.
         options: `plain_rule`, one of `PLAIN_RULES`, and `patterns` as in `param_groups`.
+        hidden_of: see `engine.method.Method.hidden`.
 
     Raises:
         ValueError: the rule is unknown.
@@ -71,9 +77,7 @@ def with_plain_rule(
     checks.choice("plain_rule", rule, (None, *PLAIN_RULES))
     if rule in (None, "own"):
         return list(groups)
-    factored = any(isinstance(module, FactoredLinear) for module in model.modules())
-    hidden = [] if factored else split(model, options.get("patterns"))[0]
-    kept = {param for _, param in hidden}
+    kept = set(_hidden(model, options.get("patterns"), hidden_of))
     made: list[Group] = []
     for group in groups:
         if is_sized(group) or group.get("factors"):
@@ -82,6 +86,14 @@ def with_plain_rule(
             wanted = set(group["params"]) - kept
             made += _parted(group, wanted, {"plain_rule": rule})
     return [group for at, group in enumerate(made) if group["params"] or at == 0]
+
+
+def _hidden(model: nn.Module, patterns: Patterns, hidden_of: HiddenOf | None) -> list[nn.Parameter]:
+    if hidden_of is not None:
+        return hidden_of(model, patterns)
+    if any(isinstance(module, FactoredLinear) for module in model.modules()):
+        return []  # groups of factors say so
+    return [param for _, param in split(model, patterns)[0]]
 
 
 def _weights(model: nn.Module, option: str) -> set[Tensor]:

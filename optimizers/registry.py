@@ -369,7 +369,7 @@ def _groups(method: Method, model: nn.Module, options: dict[str, Any]) -> list[d
     """The groups of a model, by their options."""
     own = {name: value for name, value in options.items() if name not in (*APART, "plain_rule")}
     groups = with_own_rates(model, method.groups(model, **own), options)
-    return with_plain_rule(model, groups, options)
+    return with_plain_rule(model, groups, options, method.hidden)
 
 
 def _template(

@@ -24,11 +24,13 @@ from torch import nn
 from ..layers import FactoredLinear
 from ..layers.convert import to_factored
 from ..param_groups import factored_groups, param_groups, plain_groups
+from ..targets import Patterns
 from ..weights.convert import OPTIONS, to_quantized
 from .optimizer import LowRankOptimizer
 from .options import OF_BUILD, OF_SOME_METHOD, Group
 
 GroupMaker = Callable[..., list[Group]]
+HiddenOf = Callable[[nn.Module, Patterns], list[nn.Parameter]]
 _Optimizer = TypeVar("_Optimizer", bound=LowRankOptimizer)
 
 
@@ -88,6 +90,8 @@ class Method:
         build: constructor arguments that `build` sets unless they are given.
         conversion: the method's change of the model.
         spellings: other names of the class.
+        hidden: of a model and `patterns`, the parameters that the method takes for hidden matrices,
+            where these are not those that `param_groups` would project.
     """
 
     name: str
@@ -100,6 +104,7 @@ class Method:
     build: Mapping[str, Any] = field(default_factory=dict)
     conversion: Conversion = field(default_factory=Conversion.to_quantized)
     spellings: tuple[str, ...] = ()
+    hidden: HiddenOf | None = None
 
     def description(self) -> str:
         """The summary and the paper."""
@@ -134,6 +139,7 @@ def method(
     build: Mapping[str, Any] | None = None,
     conversion: Conversion | None = None,
     spellings: tuple[str, ...] = (),
+    hidden: HiddenOf | None = None,
 ) -> Callable[[type[_Optimizer]], type[_Optimizer]]:
     """Decorator: registers a class in the table and appends its arguments to its docstring.
 
@@ -148,6 +154,7 @@ def method(
         build: constructor arguments that `build` sets unless given, besides the rule family's.
         conversion: the method's change of the model; quantised weights on request if None.
         spellings: other names of the class.
+        hidden: see `Method`.
 
     Raises:
         ValueError: a name is taken.
@@ -175,6 +182,7 @@ def method(
             {**(family.build if family else {}), **(build or {})},
             conversion or Conversion.to_quantized(),
             spellings,
+            hidden,
         )
         own = (row.constructor_options(), row.group_options(), row.conversion.options)
         OF_SOME_METHOD.update(*own)

@@ -167,7 +167,7 @@ def row_column_rule(group: Group) -> RowColumnScaled:
 
 def _limited(group: Group, names: Sequence[str]) -> dict[str, Any]:
     """The options of these names, with a checked `scale` and `limiter`."""
-    checks.number("scale", group["scale"])
+    checks.number("scale", group["scale"], low=0.0)
     if group["limiter"] is not None:
         checks.number("limiter", group["limiter"], low=1.0)
     return {name: group[name] for name in names}

@@ -106,10 +106,9 @@ class FloraAdafactor(LowRankOptimizer):
 
     def compose(self, group: Group) -> Composition:
         """Flora's rule where the group has a rank, else Adafactor."""
-        plain = adafactor_rule(group)
         options = ProjectionOptions.of(group)
         if options is None:
-            return Composition(plain)
+            return Composition(self.rule.make(group))
         defaults = {**PROJECTION_DEFAULTS, **self.projection_defaults}
         for name in FIXED:
             if getattr(options, name) != defaults[name]:
@@ -119,5 +118,6 @@ class FloraAdafactor(LowRankOptimizer):
                 )
         if options.proj_type == "full":
             raise ValueError("proj_type='full': FloraAdafactor accepts one projected axis")
+        plain = adafactor_rule(group)
         form = {f.name: getattr(plain, f.name) for f in fields(plain)}
         return Composition(FloraRule(**form, options=options))

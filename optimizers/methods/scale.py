@@ -76,6 +76,12 @@ def scale_groups(
     return [hidden, *(group for group in others if group["params"])]
 
 
+def hidden_matrices(model: nn.Module, patterns: Patterns) -> list[nn.Parameter]:
+    """What SCALE normalises without momentum, but for embeddings."""
+    found = roles(model, patterns)
+    return [param for _, param in (*found.hidden, *found.transposed)]
+
+
 def _group(named: Named, options: dict[str, Any]) -> Group:
     return {
         "params": [param for _, param in named],
@@ -90,6 +96,7 @@ def _group(named: Named, options: dict[str, Any]) -> Group:
     summary="SCALE: gradients normalised by rows, momentum for the head alone",
     state="0",
     groups=scale_groups,
+    hidden=hidden_matrices,
 )
 class ScaleSGD(LowRankOptimizer):
     """SGD normalised by rows or columns in groups with `normalise`, AdamW in the others.

@@ -272,7 +272,7 @@ def test_groups_of_a_model() -> None:
     groups = block_groups(stack(3), weight_decay=0.1, plain_lr=0.5)
     assert [group.get("block") for group in groups] == [0, 0, 1, 1, 2, 2, None, None]
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0] * 4
-    assert [group.get("lr") for group in groups] == [None] * 6 + [0.5] * 2
+    assert [group.get("lr") for group in groups] == [None, 0.5] * 3 + [0.5] * 2
 
 
 def test_a_run_too_short_for_all_layers_warns(recwarn: pytest.WarningsRecorder) -> None:

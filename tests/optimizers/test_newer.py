@@ -248,6 +248,13 @@ def test_another_fold_starts_the_moments_anew() -> None:
         made.step()
 
 
+@pytest.mark.parametrize("name", ["foam_adamw", "racs_adamw"])
+def test_a_scale_below_zero_is_refused(name: str) -> None:
+    """It would climb."""
+    with pytest.raises(ValueError, match=r"scale=-0\.5: accepted is a finite number of at least 0"):
+        build(name, tiny_model(), lr=0.01, scale=-0.5)
+
+
 # LoRA-Pre
 
 

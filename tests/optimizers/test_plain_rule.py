@@ -22,6 +22,7 @@ from lowrank.optimizers import (
     state_bytes,
     update_in_backward,
 )
+from lowrank.optimizers.engine.method import TABLE
 
 RULES = ("adamw", "adafactor")
 
@@ -75,10 +76,14 @@ def reference_adafactor(weight: Tensor, grads: list[Tensor], lr: float) -> Tenso
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", ["galore_adamw", "muon", "scale_sgd", "sltrain_adamw"])
+@pytest.mark.parametrize("name", available())
 def test_the_rule_is_the_paper_s_and_hidden_matrices_keep_the_method(name: str, rule: str) -> None:
     model, own = model_of_heads().double(), model_of_heads().double()
-    options = {"weight_decay": 0.0, "betas": (0.9, 0.999)}
+    options: dict[str, Any] = {"weight_decay": 0.0}
+    if "betas" in TABLE[name].constructor_options():
+        options["betas"] = (0.9, 0.999)
+    if name == "lisa_adamw":
+        options["active_layers"] = 3  # all: none rests
     optimizer = built(name, model, plain_rule=rule, **options)
     kept = built(name, own, **options)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -183,6 +188,18 @@ def test_wrong_uses_are_named() -> None:
     with pytest.raises(ValueError, match=r"capturable=True with plain_rule='adafactor'"):
         build("galore_adamw", model, plain_rule="adafactor", capturable=True)
     build("galore_adamw", model, plain_rule="adamw", capturable=True)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_hidden_matrices_of_a_method_s_own_choice_keep_it(rule: str) -> None:
+    """SCALE takes linear layers outside attention and MLP for hidden matrices."""
+    model = nn.ModuleDict(
+        {"layers": tiny_model(), "extra": nn.Linear(6, 4), "head": nn.Linear(4, 8)}
+    )
+    optimizer = build("scale_sgd", model, lr=1e-2, plain_lr=3e-3, plain_rule=rule)
+    chosen = ruled(optimizer)
+    assert model["extra"].weight not in chosen
+    assert {model["extra"].bias, model["head"].weight} <= chosen
 
 
 def test_a_rule_set_in_a_group_later_makes_its_state_anew() -> None:
