@@ -11,9 +11,10 @@ from .engine import checks
 from .engine.method import HiddenOf
 from .engine.options import Group, check_lr
 from .engine.plain_rules import PLAIN_RULES
+from .engine.warn import warn_user
 from .layers.base import FactoredLinear
 from .param_groups import is_sized, split
-from .roles import EMBEDDINGS, head_of
+from .roles import EMBEDDINGS, heads_of
 from .targets import Patterns
 
 #: Options of `build`, and what they are the rates of.
@@ -49,6 +50,7 @@ def with_own_rates(
             raise ValueError(
                 f"{option}={rate}: an embedding and the head share a weight; accepted is plain_lr"
             )
+        _warn_of_heads(model, option, rate)
         if not any(param in wanted for group in made for param in group["params"]):
             raise ValueError(f"{option}={rate}: the model has no {APART[option]} that is trained")
         made = [part for group in made for part in _parted(group, wanted, {"lr": rate})]
@@ -88,6 +90,15 @@ def with_plain_rule(
     return [group for at, group in enumerate(made) if group["params"] or at == 0]
 
 
+def _warn_of_heads(model: nn.Module, option: str, rate: Any) -> None:
+    names = [name for name, _ in heads_of(model)] if option == "head_lr" else []
+    if len(names) > 1:
+        warn_user(
+            f"head_lr={rate} is for {names[-1]}, the last linear layer that is not projected: "
+            f"{', '.join(names[:-1])} may be heads too and keep plain_lr"
+        )
+
+
 def _hidden(model: nn.Module, patterns: Patterns, hidden_of: HiddenOf | None) -> list[nn.Parameter]:
     if hidden_of is not None:
         return hidden_of(model, patterns)
@@ -98,8 +109,8 @@ def _hidden(model: nn.Module, patterns: Patterns, hidden_of: HiddenOf | None) ->
 
 def _weights(model: nn.Module, option: str) -> set[Tensor]:
     if option == "head_lr":
-        head = head_of(model)
-        return set() if head is None else {head}
+        heads = heads_of(model)
+        return {weight for _, weight in heads[-1:]}
     return {module.weight for module in model.modules() if isinstance(module, EMBEDDINGS)}
 
 

@@ -37,10 +37,16 @@ class Roles(NamedTuple):
 
 
 def head_of(model: nn.Module, patterns: Patterns = None) -> Tensor | None:
-    """The weight of a model's head, if one can be told.
+    """The weight of a model's head, if one can be told: the last of `heads_of`."""
+    found = heads_of(model, patterns)
+    return found[-1][1] if found else None
 
-    That of `model.get_output_embeddings()` (transformers); without it of the last `nn.Linear` whose
-    weight `patterns` don't select.
+
+def heads_of(model: nn.Module, patterns: Patterns = None) -> list[tuple[str, Tensor]]:
+    """What may be a model's head, in the model's order.
+
+    The weight of `model.get_output_embeddings()` (transformers); without it of each `nn.Linear`
+    whose weight `patterns` don't select.
     """
     ask = getattr(model, "get_output_embeddings", None)
     if callable(ask):
@@ -49,12 +55,13 @@ def head_of(model: nn.Module, patterns: Patterns = None) -> Tensor | None:
         except NotImplementedError:  # a model without a head
             found = None
         if isinstance(found, Tensor):
-            return found
-    last, selects = None, selector(model, patterns)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not selects(f"{name}.weight", module.weight, module):
-            last = module.weight
-    return last
+            return [("get_output_embeddings()", found)]
+    selects = selector(model, patterns)
+    return [
+        (name, module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not selects(f"{name}.weight", module.weight, module)
+    ]
 
 
 def roles(model: nn.Module, patterns: Patterns = None) -> Roles:

@@ -28,8 +28,9 @@ TELLING = (*MAKING, "schedule", "basis")
 HOW = ("foreach", "fused", "capturable", "compile", "differentiable")
 #: Options that schedulers which cycle the momentum change, and the keys by which they are known.
 CYCLED, CYCLED_BY = frozenset(("betas", "momentum", "beta1")), ("base_momentum", "max_momentum")
-#: Keys by which groups are sorted: factors of replaced layers, matrices under Muon, another rule.
-SORTING = ("factors", "use_muon", "plain_rule")
+#: Keys by which groups are sorted, and what their absence means: factors of replaced layers,
+#: matrices under Muon, another rule.
+SORTING = {"factors": False, "use_muon": False, "plain_rule": None}
 
 
 def check_method(
@@ -83,8 +84,8 @@ def _differing(
     """Options that make the method and differ: {name: (saved, own)}, of the first such group."""
     for group, other in zip(groups, saved, strict=True):
         found = {
-            key: (other.get(key, False), group.get(key, False))
-            for key in SORTING
+            key: (other.get(key, absent), group.get(key, absent))
+            for key, absent in SORTING.items()
             if _sorted_by(other.get(key, defaults.get(key))) != _sorted_by(group.get(key))
         }
         projected = [_is_projected(g) for g in (other, group)]

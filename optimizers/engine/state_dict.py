@@ -161,9 +161,11 @@ def checked_groups(groups: Sequence[Group], state_dict: Mapping[str, Any]) -> li
     sizes = [len(group["params"]) for group in groups]
     saved_sizes = [len(group["params"]) for group in saved_groups]
     if sizes != saved_sizes:
+        alike = sum(sizes) == sum(saved_sizes)
         raise ValueError(
             f"the saved state has parameter groups of {saved_sizes} parameters; "
             f"accepted are {sizes}, this optimizer's"
+            + ("; build sorts by patterns, embedding_lr, head_lr and plain_rule" if alike else "")
         )
     own, before = unique_names(groups), unique_names(saved_groups)
     # Other names alone may be those of a wrapped or compiled model.

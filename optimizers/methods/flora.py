@@ -41,10 +41,10 @@ from ..engine.experts import by_place, expert_name, matrix_shape
 from ..engine.method import method
 from ..engine.optimizer import LowRankOptimizer
 from ..engine.options import PROJECTION_DEFAULTS, Group, ProjectionOptions
-from ..engine.rule_factories import adafactor_rule
 from ..engine.rule_families import ADAFACTOR
 from ..engine.seeds import seed_names
 from ..engine.warn import warn_user
+from ..rules.adafactor import Adafactor
 from ..rules.base import State
 from ..rules.flora import FloraRule, moment_growth, smallest_gap
 
@@ -106,9 +106,10 @@ class FloraAdafactor(LowRankOptimizer):
 
     def compose(self, group: Group) -> Composition:
         """Flora's rule where the group has a rank, else Adafactor."""
+        plain = self.rule.make(group)
         options = ProjectionOptions.of(group)
         if options is None:
-            return Composition(self.rule.make(group))
+            return Composition(plain)
         defaults = {**PROJECTION_DEFAULTS, **self.projection_defaults}
         for name in FIXED:
             if getattr(options, name) != defaults[name]:
@@ -118,6 +119,6 @@ class FloraAdafactor(LowRankOptimizer):
                 )
         if options.proj_type == "full":
             raise ValueError("proj_type='full': FloraAdafactor accepts one projected axis")
-        plain = adafactor_rule(group)
+        assert isinstance(plain, Adafactor)
         form = {f.name: getattr(plain, f.name) for f in fields(plain)}
         return Composition(FloraRule(**form, options=options))

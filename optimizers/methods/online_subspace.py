@@ -28,9 +28,10 @@ from ..engine.geometry import PROJ_TYPES
 from ..engine.keywords import Keyword
 from ..engine.method import method
 from ..engine.optimizer import LowRankOptimizer
-from ..engine.options import Group, check_lr
+from ..engine.options import Group, ProjectionOptions, check_lr
 from ..engine.rule_families import ADAFACTOR, ADAMW, ADAMW_8BIT, LION
 from ..engine.strategies import projection_of
+from ..engine.warn import warn_user
 from ..residuals import Dropped, SignedBack
 
 PAPER = "2408.12857"
@@ -160,3 +161,19 @@ class OnlineSubspaceLion(OnlineSubspace):
             projection = replace(projection, residual=residual)
         rule = self.rule.make(group, projected=True, decay_first=False, signed=not late)
         return Composition(rule, projection)
+
+    def _warn_of_groups(self) -> None:
+        super()._warn_of_groups()
+        for group in self.param_groups:
+            options = ProjectionOptions.of(group)
+            if (
+                options is not None
+                and options.scale != ProjectionOptions.scale
+                and group["sign"] == "weight"
+            ):
+                warn_user(
+                    f"{type(self).__name__}: scale={options.scale} has no effect with "
+                    "sign='weight', under which every entry moves by lr; sign='subspace' "
+                    "multiplies by it"
+                )
+                return

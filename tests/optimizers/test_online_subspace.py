@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import references_beyond
 import torch
-from support import matrix
+from support import matrix, tiny_model
 from test_golden import golden_run
 from torch import Tensor, nn
 
@@ -21,6 +21,7 @@ from lowrank.optimizers import (
     OnlineSubspaceAdamW,
     OnlineSubspaceAdamW8bit,
     OnlineSubspaceLion,
+    build,
 )
 from lowrank.optimizers.engine.geometry import Geometry, RowRange
 from lowrank.optimizers.projectors import OnlineProjector, ProjectedParam
@@ -343,3 +344,12 @@ def test_tracking_makes_no_whole_temporary() -> None:
         made.step()
     largest = max(event.cpu_memory_usage for event in profile.events())
     assert largest < 512 * 1024 * 4 / 4
+
+
+def test_a_scale_under_the_sign_of_weights_is_told(recwarn: pytest.WarningsRecorder) -> None:
+    model = tiny_model()
+    build("online_subspace_lion", model, lr=1e-3, rank=4)
+    build("online_subspace_lion", model, lr=1e-3, rank=4, scale=0.5, sign="subspace")
+    assert not recwarn
+    with pytest.warns(UserWarning, match=r"scale=0\.5 has no effect with sign='weight'"):
+        build("online_subspace_lion", model, lr=1e-3, rank=4, scale=0.5)

@@ -13,6 +13,7 @@ from support import set_gradients, tiny_model
 from torch import Tensor, nn
 
 from lowrank.optimizers import (
+    FloraAdafactor,
     GaLoreAdamW,
     LowRankOptimizer,
     available,
@@ -232,3 +233,25 @@ def test_updates_in_the_backward_pass_are_the_same() -> None:
             handle.remove()
     for plain, backward in zip(*made, strict=True):
         assert torch.equal(plain, backward)
+
+
+def test_a_second_head_is_told() -> None:
+    model = nn.ModuleDict(
+        {"layers": tiny_model(), "first": nn.Linear(4, 8), "second": nn.Linear(4, 8)}
+    )
+    with pytest.warns(UserWarning, match=r"head_lr=0\.5 is for second.*first.* may be heads too"):
+        build("galore_adamw", model, lr=0.01, rank=4, head_lr=0.5)
+
+
+def test_a_state_that_was_sorted_by_other_options_says_which() -> None:
+    apart = build("galore_adamw", model_of_heads(), lr=0.01, rank=4, embedding_lr=0.1)
+    with pytest.raises(ValueError, match=r"build sorts by patterns, embedding_lr, head_lr and pl"):
+        build("galore_adamw", model_of_heads(), lr=0.01, rank=4).load_state_dict(apart.state_dict())
+
+
+@pytest.mark.parametrize("wrong", ["AdamW", True, "adamw"])
+def test_a_projected_group_has_no_other_rule_under_flora(wrong: Any) -> None:
+    groups = param_groups(model_of_heads(), rank=4)
+    groups[0]["plain_rule"] = wrong
+    with pytest.raises(ValueError, match="plain_rule="):
+        FloraAdafactor(groups, lr=0.01)
