@@ -31,6 +31,9 @@ GROUP_SIZE = 64
 _MIDDLE = 7.5
 #: The largest distance of neighbouring values, in scales.
 LARGEST_STEP = 1.0
+#: The smallest scale per largest entry. A product: torch divides by a number as the reciprocal on
+#: GPUs, and by a quotient on CPUs.
+NEEDED = 1 / _MIDDLE
 #: A new scale has its largest entry at 7.5 / HEADROOM steps from the middle.
 HEADROOM = 1.1
 #: A scale is chosen anew if it is more than this many times what the largest entry needs.
@@ -107,7 +110,7 @@ def fitting_scales(rows_gw: Tensor, scale_g: Tensor) -> Tensor:
         rows_gw: fp32 entries of each group.
         scale_g: their scales.
     """
-    needed_g = rows_gw.abs().amax(1) / _MIDDLE
+    needed_g = rows_gw.abs().amax(1) * NEEDED
     present_g = scale_g.float()
     # A comparison with NaN is false: groups that aren't finite get such a scale, which is seen.
     fits_g = (needed_g <= present_g) & (present_g <= needed_g * TOO_WIDE)

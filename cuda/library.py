@@ -18,7 +18,7 @@ from . import compatibility
 from .build import DEVICE, HOSTS, read_report
 
 FOLDER = Path(__file__).resolve().parent / "_lib"
-ABI = 6
+ABI = 7
 KERNELS = ("native", "torch")
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -84,6 +84,10 @@ SIGNATURES: dict[str, list[type]] = {
     "write_back_int8": [
         *[_POINTER, _POINTER, _POINTER, _INT, *_UPDATE],
         *[_LONG, _FLOAT, _FLOAT, _SEED, _SEED, _POINTER, _POINTER],
+    ],
+    "write_back_int4": [
+        *[_POINTER, _POINTER, _INT, *_UPDATE],
+        *[_LONG, _FLOAT, _FLOAT, _SEED, _SEED, _LONG, _POINTER, _POINTER],
     ],
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -173,11 +175,11 @@ def _update(
 
 
 def _expect_update(
-    weight: Tensor, direction: Tensor | None, grad: Tensor | None, factors: Tensor | None
+    shape: Sequence[int], direction: Tensor | None, grad: Tensor | None, factors: Tensor | None
 ) -> None:
-    rows, columns = weight.shape
-    expect("direction", direction, weight.numel())
-    expect("grad", grad, weight.numel())
+    rows, columns = shape
+    expect("direction", direction, rows * columns)
+    expect("grad", grad, rows * columns)
     if (grad is None) != (factors is None):
         raise ValueError("grad without factors, or factors without grad: both or neither")
     if factors is not None and (
@@ -213,7 +215,7 @@ def write_back(
     library = usable(weight, direction, grad, factors, sizes, device_seed)
     if library is None:
         return False
-    _expect_update(weight, direction, grad, factors)
+    _expect_update(weight.shape, direction, grad, factors)
     _expect_on_device(sizes, device_seed)
     rounds = seed is not None or device_seed is not None
     library.call(
@@ -234,7 +236,7 @@ def write_back_list(
     if library is None or not alike([*weights, *grads]) or weights[0].numel() >= 1 << 31:
         return False
     for weight, grad, own in zip(weights, grads, factors, strict=True):
-        _expect_update(weight, None, grad, own)
+        _expect_update(weight.shape, None, grad, own)
         if weight.shape != weights[0].shape or own.shape != factors[0].shape:
             raise ValueError(
                 f"a weight is {tuple(weight.shape)} and its factors are {tuple(own.shape)}; all "
@@ -268,7 +270,7 @@ def write_back_int8(
     library = usable(codes, scales, zeros, direction, grad, factors, sizes, device_seed)
     if library is None:
         return False
-    _expect_update(codes, direction, grad, factors)
+    _expect_update(codes.shape, direction, grad, factors)
     expect_groups(scales, zeros, codes.numel(), group_size)
     _expect_on_device(sizes, device_seed)
     library.call(
@@ -278,5 +280,43 @@ def write_back_int8(
         *(*_update(direction, grad, factors), *codes.shape),
         *(group_size, decay_factor, alpha, seed & MASK64, first & MASK64),
         *(pointer(sizes), pointer(device_seed)),
+    )
+    return True
+
+
+def write_back_int4(
+    codes: Tensor,
+    scales: Tensor,
+    direction: Tensor | None,
+    grad: Tensor | None,
+    factors: Tensor | None,
+    rows: int,
+    columns: int,
+    group_size: int,
+    decay_factor: float,
+    alpha: float,
+    seed: int,
+    first: int,
+    turn: int,
+    sizes: Tensor | None = None,
+    device_turn: Tensor | None = None,
+) -> bool:
+    """See `write_back.write_back_int4`; an odd group size is left to it."""
+    given = codes, scales, direction, grad, factors, sizes, device_turn
+    library = None if group_size % 2 else usable(*given)
+    if library is None:
+        return False
+    expect("codes", codes, -(-rows * columns // 2), torch.uint8)
+    _expect_update((rows, columns), direction, grad, factors)
+    expect_groups(scales, None, rows * columns, group_size)
+    expect("sizes", sizes, 2, torch.float32)
+    expect("device_turn", device_turn, 1, torch.int64)
+    library.call(
+        "write_back_int4",
+        codes.device,
+        *(codes.data_ptr(), scales.data_ptr(), dtype_code(scales)),
+        *(*_update(direction, grad, factors), rows, columns),
+        *(group_size, decay_factor, alpha, seed & MASK64, first & MASK64, turn),
+        *(pointer(sizes), pointer(device_turn)),
     )
     return True

@@ -43,12 +43,14 @@ LIMITS = {
     "write_list_kernel": 64,
     "write_stochastic_kernel": 64,
     "write_int8_kernel": 64,
+    "write_int4_kernel": 64,
 }
-#: Kernels for what is rare, with a limit of their own: an INT8 weight's update of types that are
-#: only known when it runs, or without a direction.
+#: Kernels for what is rare, with a limit of their own: a quantised weight's update of types that
+#: are only known when it runs, or without a direction.
 RARE = {
-    ("write_int8_kernel", "AnyType"): 96,
-    ("write_int8_kernel", "UpdateINS0_7Missing"): 96,
+    (kernel, types): 96
+    for kernel in ("write_int8_kernel", "write_int4_kernel")
+    for types in ("AnyType", "UpdateINS0_7Missing")
 }
 
 _ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\S+)'")

@@ -152,6 +152,13 @@ OPERATIONS: dict[str, tuple[str, Implementation, Implementation]] = {
         writing.write_back_int8,
         native_update.write_back_int8,
     ),
+    "write_back_int4": (
+        f"Tensor(a!) codes, Tensor(b!) scales, {_UPDATE}, int rows, int columns, int group_size, "
+        "float decay_factor, float alpha, int seed, int first, int turn, Tensor? sizes=None, "
+        "Tensor? device_turn=None",
+        writing.write_back_int4,
+        native_update.write_back_int4,
+    ),
 }
 
 

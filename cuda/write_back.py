@@ -6,7 +6,8 @@ D is an update in the weight's shape, G a gradient and f its factors by row, by 
 Where a factor is exactly 0 nothing of G is taken, not even NaN or infinity: so a gradient that
 isn't finite is left out by numbers on the device.
 A bf16 weight may be rounded stochastically; groups of an INT8 weight that change get a new range
-and stochastic codes. The noise of an entry depends on the seed and its position alone.
+and stochastic codes, those of an INT4 weight (`int4_update`) keep their scale while it fits. The
+noise of an entry depends on the seed and its position alone, in four bits on the step as well.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import int4, int4_update
 from .groups import chunk_elements, dequantize_flat, quantize_flat, spans
 from .noise import Seed, round_stochastically
 
@@ -115,6 +117,54 @@ def write_back_int8(
     new = old.clone()
     _apply(new, direction, grad, factors, decay_factor, alpha, slice(None), sizes)
     store_changed(new.view(-1), old.view(-1), codes.view(-1), scales, zeros, group_size, own, first)
+
+
+def write_back_int4(
+    codes: Tensor,
+    scales: Tensor,
+    direction: Tensor | None,
+    grad: Tensor | None,
+    factors: Tensor | None,
+    rows: int,
+    columns: int,
+    group_size: int,
+    decay_factor: float,
+    alpha: float,
+    seed: int,
+    first: int,
+    turn: int,
+    sizes: Tensor | None = None,
+    device_turn: Tensor | None = None,
+) -> None:
+    """The reference of `torch.ops.lowrank.write_back_int4`.
+
+    Args:
+        codes: uint8 (ceil(rows columns / 2),), two codes a byte; changed in place like scales. It
+            begins with a group; the last one may be shorter.
+        scales: one a group.
+        direction: as in `write_back`.
+        grad: as in `write_back`.
+        factors: as in `write_back`.
+        rows: of the weight.
+        columns: of the weight.
+        group_size: entries that share a scale, an even number.
+        decay_factor: as in `write_back`.
+        alpha: as in `write_back`.
+        seed: of the rounding.
+        first: position of the first entry, for the noise.
+        turn: number of the step, for the noise.
+        sizes: as in `write_back`.
+        device_turn: replaces `turn`: int64 of one entry.
+    """
+    wide = torch.float64 if scales.dtype == torch.float64 else torch.float32
+    old = torch.empty((rows, columns), dtype=wide, device=codes.device)
+    int4.dequantize_flat(codes, scales, None, old.view(-1), int4_update.FORMAT, group_size)
+    new = old.clone()
+    _apply(new, direction, grad, factors, decay_factor, alpha, slice(None), sizes)
+    own = turn if device_turn is None else device_turn.view(())
+    int4_update.store_changed(
+        new.view(-1), old.view(-1), codes, scales, group_size, seed, first, own
+    )
 
 
 def store_changed(

@@ -11,7 +11,7 @@
 #define LOWRANK_API extern "C" __attribute__((visibility("default")))
 
 // Which version of this interface the library has; changed with any signature.
-#define LOWRANK_ABI 6
+#define LOWRANK_ABI 7
 
 LOWRANK_API int lowrank_abi();
 // What an error code means.
@@ -169,3 +169,12 @@ LOWRANK_API int lowrank_write_back_int8(std::uint8_t* codes, void* scales, void*
                                         float keep, float alpha, std::uint64_t seed,
                                         std::uint64_t first, const float* device_sizes,
                                         const std::int64_t* device_seed, void* stream);
+// The same on whole groups of an even size of a weight in four bits: groups that change keep their
+// scale while it fits. `turn` counts the roundings with this seed; `device_turn`, if not null,
+// points to it where the library computes.
+LOWRANK_API int lowrank_write_back_int4(
+    std::uint8_t* codes, void* scales, int scale_dtype, const void* delta, int delta_dtype,
+    const void* grad, int grad_dtype, const float* factors, std::int64_t row_stride,
+    std::int64_t column_stride, std::int64_t rows, std::int64_t columns, std::int64_t group,
+    float keep, float alpha, std::uint64_t seed, std::uint64_t first, std::int64_t turn,
+    const float* device_sizes, const std::int64_t* device_turn, void* stream);

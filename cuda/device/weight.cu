@@ -1,9 +1,11 @@
-// Writing an update into a weight, one pass over it: dense, or in eight bits.
+// Writing an update into a weight, one pass over it: dense, or in eight or four bits.
 #include <type_traits>
 
 #include "../core/api.h"
+#include "../core/int4_update.h"
 #include "../core/weight.h"
 #include "lists.h"
+#include "packed.h"
 
 namespace lowrank {
 namespace {
@@ -151,21 +153,47 @@ __global__ void __launch_bounds__(kThreads, kResident)
   }
 }
 
-// Eight entries of an INT8 weight after the update; whether one changed.
-template <typename U>
-__device__ __forceinline__ bool updated(const std::uint8_t* codes, GroupParameters group,
-                                        const U& update, const WriteBack& write, std::int64_t at,
-                                        std::int64_t stop, float (&values)[kVector]) {
-  const Vector<std::uint8_t> loaded = load_vector(codes + at, stop - at);
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) {
-    values[i] = value_of(loaded.entry[i], group, kAffine, nullptr);
+// Eight codes of a quantised weight, and what they stand for.
+struct Bytes {
+  GroupParameters group;
+  Vector<std::uint8_t> loaded;
+
+  __device__ __forceinline__ void load(const std::uint8_t* codes, std::int64_t at,
+                                       std::int64_t count) {
+    loaded = load_vector(codes + at, count);
   }
+  __device__ __forceinline__ float value(int i) const {
+    return value_of(loaded.entry[i], group, kAffine, nullptr);
+  }
+};
+
+struct Packed {
+  float scale;
+  std::uint32_t loaded;
+
+  __device__ __forceinline__ void load(const std::uint8_t* codes, std::int64_t at,
+                                       std::int64_t count) {
+    loaded = load_codes(codes, at, count);
+  }
+  __device__ __forceinline__ float value(int i) const {
+    const std::uint8_t code = static_cast<std::uint8_t>((loaded >> (4 * i)) & 15u);
+    return value_of(code, {scale, 0.0f}, kMidrise, nullptr);
+  }
+};
+
+// Eight entries of a quantised weight after the update; whether one changed.
+template <typename Codes, typename U>
+__device__ __forceinline__ bool updated(const std::uint8_t* codes, Codes old, const U& update,
+                                        const WriteBack& write, std::int64_t at, std::int64_t stop,
+                                        float (&values)[kVector]) {
+  old.load(codes, at, stop - at);
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) values[i] = old.value(i);
   apply(update, write, at, stop - at, values);
   bool changed = false;
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
-    const float before = value_of(loaded.entry[i], group, kAffine, nullptr);
+    const float before = old.value(i);
     if (at + i >= stop) values[i] = 0.0f;
     changed = changed || (at + i < stop && values[i] != before);
   }
@@ -189,8 +217,8 @@ __global__ void __launch_bounds__(kThreads, resident(U{}))
   const WriteBack write = update.write.read();
   for (std::int64_t turn = warp_index(); turn < sharing.turns(); turn += warp_count()) {
     const Share own(sharing, turn);
-    const GroupParameters old{load(scales, scale_dtype, own.group),
-                              load(zeros, scale_dtype, own.group)};
+    const Bytes old{{load(scales, scale_dtype, own.group), load(zeros, scale_dtype, own.group)},
+                    {}};
     float kept[kVector];
     Range range;
     bool changed = updated(codes, old, update, write, own.at, own.stop, kept);
@@ -218,6 +246,45 @@ __global__ void __launch_bounds__(kThreads, resident(U{}))
                                           first + static_cast<std::uint64_t>(at + i));
       }
       store_vector(codes + at, result, own.stop - at);
+    }
+  }
+}
+
+// The same in four bits, where most groups keep their scale.
+template <typename U>
+__global__ void __launch_bounds__(kThreads, resident(U{}))
+    write_int4_kernel(std::uint8_t* codes, void* scales, int scale_dtype, const U update,
+                      const Sharing sharing, std::uint64_t seed, std::uint64_t first,
+                      std::int64_t steps, const std::int64_t* device_steps) {
+  const std::uint32_t moved = turned(device_steps == nullptr ? steps : *device_steps);
+  const WriteBack write = update.write.read();
+  for (std::int64_t turn = warp_index(); turn < sharing.turns(); turn += warp_count()) {
+    const Share own(sharing, turn);
+    const Packed old{load(scales, scale_dtype, own.group), 0};
+    float kept[kVector];
+    bool changed = updated(codes, old, update, write, own.at, own.stop, kept);
+    std::int32_t most = magnitude(0, kept);
+    for (std::int64_t at = own.at + kWarpSpan; at < own.stop; at += kWarpSpan) {
+      float others[kVector];
+      changed = updated(codes, old, update, write, at, own.stop, others) || changed;
+      most = magnitude(most, others);
+    }
+    const int lanes = sharing.lanes();
+    if (lanes_max(changed ? 1 : 0) == 0) continue;  // nothing in the whole warp
+    changed = lanes_max(changed ? 1 : 0, lanes) != 0;
+    const float largest = float_of(static_cast<std::uint32_t>(lanes_max(most, lanes)));
+    const float scale = fitting_scale(largest, old.scale, scale_dtype);
+    if (own.first && changed) store(scales, scale_dtype, own.group, scale);
+    for (std::int64_t at = own.at; changed && at < own.stop; at += kWarpSpan) {
+      if (at != own.at) updated(codes, old, update, write, at, own.stop, kept);
+      std::uint32_t packed = 0;
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        const float noise = spread_uniform(seed, first + static_cast<std::uint64_t>(at + i), moved);
+        const std::uint32_t code = spread_code(kept[i], scale, noise);
+        if (at + i < own.stop) packed |= code << (4 * i);
+      }
+      store_codes(codes, at, own.stop - at, packed);
     }
   }
 }
@@ -357,5 +424,23 @@ int lowrank_write_back_int8(std::uint8_t* codes, void* scales, void* zeros, int 
   return dispatch_update<bfloat16>(given, [&]<typename U>(const U& update) {
     return launch(write_int8_kernel<U>, blocks_for(sharing.turns()), kThreads, stream, codes,
                   scales, zeros, scale_dtype, update, sharing, seed, device_seed, first);
+  });
+}
+
+int lowrank_write_back_int4(std::uint8_t* codes, void* scales, int scale_dtype, const void* delta,
+                            int delta_dtype, const void* grad, int grad_dtype, const float* factors,
+                            std::int64_t row_stride, std::int64_t column_stride, std::int64_t rows,
+                            std::int64_t columns, std::int64_t group, float keep, float alpha,
+                            std::uint64_t seed, std::uint64_t first, std::int64_t turn,
+                            const float* device_sizes, const std::int64_t* device_turn,
+                            void* stream) {
+  if (group % 2 != 0) return 1;
+  const WriteSizes write{{keep, alpha}, device_sizes};
+  const Given given{delta,      delta_dtype,   grad, grad_dtype, factors,
+                    row_stride, column_stride, rows, columns,    write};
+  const Sharing sharing(rows * columns, group);
+  return dispatch_update<bfloat16>(given, [&]<typename U>(const U& update) {
+    return launch(write_int4_kernel<U>, blocks_for(sharing.turns()), kThreads, stream, codes,
+                  scales, scale_dtype, update, sharing, seed, first, turn, device_turn);
   });
 }

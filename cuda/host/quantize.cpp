@@ -2,6 +2,7 @@
 #include "../core/api.h"
 #include "../core/blockwise.h"
 #include "../core/groups.h"
+#include "packed.h"
 #include "parallel.h"
 
 using namespace lowrank;
@@ -65,24 +66,6 @@ void values_of(const std::uint8_t* __restrict__ codes, std::int64_t length, Grou
   for (std::int64_t i = 0; i < length; ++i) {
     out[i] = from_float<T>(value_of(codes[i], own, format, nf4));
   }
-}
-
-// Two codes a byte; the last upper half is 0 where `length` is odd.
-void pack(const std::uint8_t* __restrict__ codes, std::int64_t length,
-          std::uint8_t* __restrict__ packed) {
-  for (std::int64_t i = 0; i < length / 2; ++i) {
-    packed[i] = static_cast<std::uint8_t>(codes[2 * i] | (codes[2 * i + 1] << 4));
-  }
-  if (length % 2 != 0) packed[length / 2] = codes[length - 1];
-}
-
-void unpack(const std::uint8_t* __restrict__ packed, std::int64_t length,
-            std::uint8_t* __restrict__ codes) {
-  for (std::int64_t i = 0; i < length / 2; ++i) {
-    codes[2 * i] = packed[i] & 15;
-    codes[2 * i + 1] = packed[i] >> 4;
-  }
-  if (length % 2 != 0) codes[length - 1] = packed[length / 2] & 15;
 }
 
 GroupParameters load_parameters(const void* scales, const void* zeros, int dtype, std::int64_t g) {

@@ -1,9 +1,12 @@
-// Writing an update into a weight on the host: dense, or in eight bits.
+// Writing an update into a weight on the host: dense, or in eight or four bits.
 #include "../core/weight.h"
 
 #include <type_traits>
 
 #include "../core/api.h"
+#include "../core/int4_update.h"
+#include "largest.h"
+#include "packed.h"
 #include "parallel.h"
 
 using namespace lowrank;
@@ -60,11 +63,17 @@ void residuals(const Update& update, std::int64_t first, std::int64_t length,
 // Up to kChunk entries from flat position `first` on.
 void apply(const Update& update, std::int64_t first, std::int64_t length,
            float* __restrict__ values) {
-  float step[kChunk] = {}, residual[kChunk] = {};
+  float step[kChunk], residual[kChunk];
   if (update.delta != nullptr) {
     load_floats(update.delta, update.delta_dtype, first, length, step);
+  } else {
+    std::fill_n(step, length, 0.0f);
   }
-  if (update.grad != nullptr) residuals(update, first, length, residual);
+  if (update.grad != nullptr) {
+    residuals(update, first, length, residual);
+  } else {
+    std::fill_n(residual, length, 0.0f);
+  }
   for (std::int64_t i = 0; i < length; ++i) {
     values[i] = written(values[i], step[i], residual[i], update.write);
   }
@@ -77,7 +86,7 @@ void round_stochastically(const float* __restrict__ values, std::int64_t length,
   }
 }
 
-// One group of an INT8 weight, before and after; returns whether it changed.
+// One group of a quantised weight, before and after; returns whether it changed.
 bool update_group(const Update& update, const std::uint8_t* __restrict__ codes, GroupParameters old,
                   std::int64_t start, std::int64_t length, float* __restrict__ fresh) {
   bool changed = false;
@@ -110,6 +119,14 @@ void stochastic_codes(const float* __restrict__ x, std::int64_t length, GroupPar
                       std::uint64_t seed, std::uint64_t first, std::uint8_t* __restrict__ codes) {
   for (std::int64_t i = 0; i < length; ++i) {
     codes[i] = stochastic_code(x[i], own, 255.0f, seed, first + static_cast<std::uint64_t>(i));
+  }
+}
+
+void spread_codes(const float* __restrict__ x, std::int64_t length, float scale, std::uint64_t seed,
+                  std::uint64_t first, std::uint32_t moved, std::uint8_t* __restrict__ codes) {
+  for (std::int64_t i = 0; i < length; ++i) {
+    const float noise = spread_uniform(seed, first + static_cast<std::uint64_t>(i), moved);
+    codes[i] = spread_code(x[i], scale, noise);
   }
 }
 
@@ -187,6 +204,40 @@ int lowrank_write_back_int8(std::uint8_t* codes, void* scales, void* zeros, int 
           store(zeros, scale_dtype, g, own.zero);
           stochastic_codes(fresh.data(), length, own, seed,
                            first + static_cast<std::uint64_t>(start), codes + start);
+        }
+      });
+  return 0;
+}
+
+int lowrank_write_back_int4(std::uint8_t* codes, void* scales, int scale_dtype, const void* delta,
+                            int delta_dtype, const void* grad, int grad_dtype, const float* factors,
+                            std::int64_t row_stride, std::int64_t column_stride, std::int64_t rows,
+                            std::int64_t columns, std::int64_t group, float keep, float alpha,
+                            std::uint64_t seed, std::uint64_t first, std::int64_t turn,
+                            const float* device_sizes, const std::int64_t* device_turn, void*) {
+  if (group % 2 != 0) return 1;
+  const std::uint32_t moved = turned(device_turn == nullptr ? turn : *device_turn);
+  const WriteBack write = WriteSizes{{keep, alpha}, device_sizes}.read();
+  const Update update{delta,      delta_dtype,   grad,    grad_dtype, factors,
+                      row_stride, column_stride, columns, write};
+  const std::int64_t numel = rows * columns;
+  parallel_for(
+      ceil_divide(numel, group), group, kRequantised, [&](std::int64_t begin, std::int64_t end) {
+        std::vector<float> fresh(static_cast<std::size_t>(group));
+        std::vector<std::uint8_t> own(static_cast<std::size_t>(group));
+        for (std::int64_t g = begin; g < end; ++g) {
+          const std::int64_t start = g * group, length = std::min(group, numel - start);
+          const float present = load(scales, scale_dtype, g);
+          unpack(codes + start / 2, length, own.data());
+          // Codes are read as with a zero point in the middle.
+          if (!update_group(update, own.data(), {present, kMiddle}, start, length, fresh.data())) {
+            continue;
+          }
+          const float scale = fitting_scale(largest(fresh.data(), length), present, scale_dtype);
+          store(scales, scale_dtype, g, scale);
+          spread_codes(fresh.data(), length, scale, seed, first + static_cast<std::uint64_t>(start),
+                       moved, own.data());
+          pack(own.data(), length, codes + start / 2);
         }
       });
   return 0;

@@ -29,7 +29,7 @@ def apply_update(update: WeightUpdate, param: ProjectedParam, projection: Projec
     if isinstance(alpha, Tensor):
         direction, alpha = (None if direction is None else direction.mul_(alpha)), 1.0
         update = WeightUpdate(direction, alpha, decay_factor, update.scaled, update.edit)
-    if _fused(update, param, projection, seed, stochastic=stochastic):
+    if _fused(update, param, projection, seed, turn, stochastic=stochastic):
         return
     for weight_kn, rows in editable_rows(
         param.weight, param.rows, seed, turn, stochastic=stochastic
@@ -106,6 +106,7 @@ def _fused(
     param: ProjectedParam,
     projection: Projection,
     seed: Seed,
+    turn: Seed,
     *,
     stochastic: bool,
 ) -> bool:
@@ -117,7 +118,9 @@ def _fused(
         grad = param.grad
         factors, size = update.scaled.factors, update.scaled.alpha
         factors = (factors if size == 1.0 else factors * size).float()
-    chunks = fused_rows(param.weight, grad, seed, stochastic=stochastic, first_row=param.rows.start)
+    chunks = fused_rows(
+        param.weight, grad, seed, turn, stochastic=stochastic, first_row=param.rows.start
+    )
     if chunks is None:
         return False
     for chunk in chunks:

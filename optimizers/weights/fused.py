@@ -13,7 +13,7 @@ from lowrank.cuda.noise import Seed, split_seed
 
 from ..engine.chunks import wide_dtype
 from ..engine.devices import on_gpu
-from .int8 import Int8Weight
+from .int4 import Int4Weight
 from .quantized import QuantizedWeight
 from .rows import check_capture, weight_chunks
 
@@ -29,6 +29,7 @@ class FusedChunk:
         rows: number of rows.
         seed: of stochastic rounding, a tensor where only the device knows it; or None.
         first: position of the first entry in the whole matrix, for the noise.
+        turn: number of the step, for the noise in four bits; a tensor as `seed` may be.
     """
 
     weight: Tensor
@@ -37,6 +38,7 @@ class FusedChunk:
     rows: int
     seed: Seed | None
     first: int
+    turn: Seed = 0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -64,7 +66,7 @@ class FusedChunk:
         seed, device_seed = split_seed(self.seed)
         span = slice(self.start, self.start + self.rows)
         grad = None if self.grad is None else self.grad[span]
-        if not isinstance(self.weight, Int8Weight):
+        if not isinstance(self.weight, QuantizedWeight):
             torch.ops.lowrank.write_back(
                 *(self.weight[span], direction, grad, factors),
                 *(*numbers, seed, self.first, sizes, device_seed),
@@ -72,11 +74,19 @@ class FusedChunk:
             return
         columns = self.weight.shape[1]
         part = self.weight.entries(span.start * columns, span.stop * columns)
-        codes, scales, zeros = part.parts
-        torch.ops.lowrank.write_back_int8(
-            *(codes.view(self.shape), scales, zeros, direction, grad, factors),
-            *(self.weight.group_size, *numbers, seed or 0, self.first, sizes, device_seed),
-        )
+        size = self.weight.group_size
+        if isinstance(self.weight, Int4Weight):
+            turn, device_turn = split_seed(self.turn)
+            torch.ops.lowrank.write_back_int4(
+                *(*part.parts, direction, grad, factors, *self.shape, size, *numbers),
+                *(seed or 0, self.first, turn or 0, sizes, device_turn),
+            )
+        else:
+            codes, scales, zeros = part.parts
+            torch.ops.lowrank.write_back_int8(
+                *(codes.view(self.shape), scales, zeros, direction, grad, factors),
+                *(size, *numbers, seed or 0, self.first, sizes, device_seed),
+            )
         # The operation increments the versions of the parts only.
         torch.autograd.graph.increment_version(self.weight)
 
@@ -100,14 +110,21 @@ def _sizes(
 
 
 def fused_rows(
-    weight: Tensor, grad: Tensor | None, seed: Seed, *, stochastic: bool, first_row: int = 0
+    weight: Tensor,
+    grad: Tensor | None,
+    seed: Seed,
+    turn: Seed = 0,
+    *,
+    stochastic: bool,
+    first_row: int = 0,
 ) -> Iterator[FusedChunk] | None:
     """Chunks of a weight for a fused kernel, or None if there is none.
 
     Args:
         weight: the parameter, a matrix.
         grad: its gradient, if a multiple of it is subtracted.
-        seed: of the rounding.
+        seed: of the rounding, see `rounding_seed`.
+        turn: see `rounding_seed`.
         stochastic: round bf16 weights stochastically.
         first_row: position of the first row in the whole matrix.
 
@@ -115,29 +132,29 @@ def fused_rows(
         ValueError: rounding stochastically while a CUDA graph is captured, by a seed that the host
             knows.
     """
-    int8 = isinstance(weight, Int8Weight)
-    if isinstance(weight, QuantizedWeight) and not int8:
-        return None
-    rounds = int8 or (stochastic and weight.dtype == torch.bfloat16)
+    quantised = isinstance(weight, QuantizedWeight)
+    rounds = quantised or (stochastic and weight.dtype == torch.bfloat16)
     # The GEMM itself updates a plain weight without a residual; on a CPU also one with a residual,
     # where the second pass costs less than a product in scratch.
     if not rounds and (grad is None or not on_gpu(weight)):
         return None
-    parts = weight.parts() if isinstance(weight, Int8Weight) else (weight,)
+    parts = weight.parts() if isinstance(weight, QuantizedWeight) else (weight,)
     if usable(*(part.detach() for part in parts), grad) is None:
         return None
     if rounds:
-        check_capture("an INT8 weight" if int8 else "stochastic_rounding=True", seed)
-    return _chunks(weight, grad, seed if rounds else None, first_row)
+        what = f"an INT{weight.BITS} weight" if quantised else "stochastic_rounding=True"
+        check_capture(what, seed, turn)
+    return _chunks(weight, grad, seed if rounds else None, turn, first_row)
 
 
 def _chunks(
-    weight: Tensor, grad: Tensor | None, seed: Seed | None, first_row: int
+    weight: Tensor, grad: Tensor | None, seed: Seed | None, turn: Seed, first_row: int
 ) -> Iterator[FusedChunk]:
-    int8 = isinstance(weight, Int8Weight)
+    quantised = isinstance(weight, QuantizedWeight)
     for span in weight_chunks(weight):
         yield FusedChunk(
-            weight if int8 else weight.detach(),
+            weight if quantised else weight.detach(),
             *(grad, span.start, span.stop - span.start, seed),
             (first_row + span.start) * weight.shape[1],
+            turn,
         )

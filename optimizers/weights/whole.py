@@ -74,7 +74,7 @@ def _write(
             add_update_(chunk, replace(update, direction=direction))
         return
     updates = rule.by_rows(grad, state, weight)
-    chunks = fused_rows(weight, None, seed, stochastic=stochastic)
+    chunks = fused_rows(weight, None, seed, turn, stochastic=stochastic)
     if chunks is None:
         whole = RowRange.whole(weight.shape[0])
         for chunk, rows in editable_rows(weight, whole, seed, turn, stochastic=stochastic):

@@ -8,7 +8,15 @@ from typing import Any
 
 import torch
 
-from lowrank.cuda import blockwise, groups, int4, rademacher, row_quantized, using_kernels
+from lowrank.cuda import (
+    blockwise,
+    groups,
+    int4,
+    int4_update,
+    rademacher,
+    row_quantized,
+    using_kernels,
+)
 from lowrank.cuda.noise import stochastic_bfloat16
 from lowrank.optimizers import GaLoreAdamW8bit, LowRankOptimizer, QGaLoreAdamW8bit
 
@@ -31,6 +39,7 @@ def operations(numel: int) -> dict[str, Callable[[], Any]]:
     m, v = wide.clone(), wide.abs()
     m8, v8 = (blockwise.quantize_blockwise(t, s) for t, s in ((m, True), (v, False)))
     delta = torch.empty_like(wide)
+    four = int4_update.encode(half, 64)
     matrix, codes = half.view(-1, 1024), affine[0].view(-1, 1024)
     rows = row_quantized.empty(len(matrix), 1024, 4, wide.device)
     roots, shaped = (torch.rand(len(matrix)), torch.rand(1024)), wide.view(-1, 1024)
@@ -55,6 +64,9 @@ def operations(numel: int) -> dict[str, Callable[[], Any]]:
         ),
         "INT8 write-back": lambda: ops.write_back_int8(
             codes, *affine[1:], matrix, None, None, 256, 1.0, 1e-3, 7, 0
+        ),
+        "INT4 write-back": lambda: ops.write_back_int4(
+            *four, matrix, None, None, *matrix.shape, 64, 1.0, 1e-3, 7, 0, 3
         ),
         "bf16 write-back": lambda: ops.write_back(matrix, matrix, None, None, 1.0, 1e-3, 7, 0),
     }

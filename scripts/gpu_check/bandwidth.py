@@ -15,6 +15,7 @@ from lowrank.cuda import (
     gaussian,
     groups,
     int4,
+    int4_update,
     rademacher,
     row_quantized,
     using_kernels,
@@ -101,6 +102,13 @@ def kernels(numel: int, device: torch.device) -> dict[str, Kernel]:
             codes, scales, zeros, delta, None, None, 256, 1.0, 1e-3, 7, 0
         )
 
+    def write_back_int4() -> Call:
+        delta = matrix()
+        stored = int4_update.encode(delta, 64)
+        return lambda: ops.write_back_int4(
+            *stored, delta, None, None, rows, 1024, 64, 1.0, 1e-3, 7, 0, 3
+        )
+
     def pack(format: str, group: int) -> Call:
         x = wide().bfloat16()
         out = int4.quantize_int4(x, format, group)
@@ -135,6 +143,7 @@ def kernels(numel: int, device: torch.device) -> dict[str, Kernel]:
         "Adam, 8-bit moments": Kernel(8.0, adam_8bit, held=True),
         "cautious rows, 4-bit momentum": Kernel(7.06, cautious),
         "int8 requantise": Kernel(4.0, write_back_int8, held=True),
+        "int4 update": Kernel(3.06, write_back_int4),
         "weight + stochastic bf16": Kernel(6.0, lambda: write_back(7, False), held=True),
         "int4 pack": Kernel(2.5, lambda: pack("asymmetric", 256), held=True),
         "int4 unpack": Kernel(2.5, lambda: unpack("asymmetric", 256), held=True),

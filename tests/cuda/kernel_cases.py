@@ -12,6 +12,7 @@ from draws import Draw
 from kernel_runs import exactly, run
 from torch import Tensor
 
+from lowrank.cuda import int4_update
 from lowrank.cuda.row_quantized import blocks, code_bytes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -349,6 +350,21 @@ def write_back_int8(d: Draw) -> None:
     exactly(run(d, "write_back_int8", arguments, [0, 1, 2], keeps=True))
 
 
+def write_back_int4(d: Draw) -> None:
+    """Groups that change have the same bits, in their scale or a new one; the others stay."""
+    rows, columns, group = d.integer(1, 60), d.integer(1, 300), d.one(30, 64, 256, 300)
+    kind, numel = d.one(*DTYPES), rows * columns
+    dense = d.tensor(numel, dtype=kind)
+    codes, scales = int4_update.encode(dense.nan_to_num(), group)
+    # Some scales are too narrow, some too wide, some are zero.
+    scales *= d.integers(len(scales), high=5).to(kind) / 2
+    keep, alpha = d.one((1.0, 0.1), (0.9, 0.1), (1.0, 0.0))
+    arguments = [codes, scales, *_update(d, rows, columns), rows, columns, group, keep, alpha]
+    arguments += [d.seed(), d.integer(0, 1 << 40), d.integer(0, 1 << 40)]
+    arguments += [_device_sizes(d), _device_seed(d)]
+    exactly(run(d, "write_back_int4", arguments, [0, 1], keeps=True))
+
+
 #: Where kernels and references have the same bits, on every device.
 EXACT = (
     blockwise_quantize,
@@ -369,5 +385,6 @@ EXACT = (
     write_back,
     write_back_list,
     write_back_int8,
+    write_back_int4,
 )
 CASES = (*EXACT, adam, adam_weights, adam_8bit, many_tensors)

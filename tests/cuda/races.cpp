@@ -72,6 +72,10 @@ int main() {
           lowrank_write_back_int8(codes.data(), scales.data(), zeros.data(), single, delta.data(),
                                   single, x.data(), single, factors.data(), 0, 1, kRows, kColumns,
                                   group, 0.9f, 0.1f, 7, 0, nullptr, nullptr, nullptr));
+    check("write_back_int4",
+          lowrank_write_back_int4(packed.data(), scales.data(), single, delta.data(), single,
+                                  x.data(), single, factors.data(), 0, 1, kRows, kColumns, group,
+                                  0.9f, 0.1f, 7, 0, 3, nullptr, nullptr, nullptr));
   }
   check("rademacher", lowrank_rademacher(delta.data(), single, kNumel, 7, nullptr));
   const std::int64_t key = 7;

@@ -72,6 +72,10 @@ def samples() -> dict[str, tuple[Any, ...]]:
             *(byte_matrix, groups, groups.clone(), matrix, None, None, 256),
             *(0.9, 0.1, 5, 0, torch.ones(2), torch.tensor(7)),
         ),
+        "write_back_int4": (
+            *(packed, groups, matrix, None, None, *matrix.shape, 256),
+            *(0.9, 0.1, 5, 0, 3, torch.ones(2), torch.tensor(7)),
+        ),
     }
 
 

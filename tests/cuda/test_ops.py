@@ -54,6 +54,9 @@ def test_opcheck(name: str, kernels: str) -> None:
         ("write_back_list", 2, [torch.ones(3, 30)], r"factors are \(3, 30\)"),
         ("write_back_list", 1, [torch.zeros(20, 29)], "grad has 580"),
         ("write_back_int8", 1, torch.zeros(2), "scales has 2"),
+        ("write_back_int4", 0, torch.zeros(299, dtype=torch.uint8), "codes has 299"),
+        ("write_back_int4", 1, torch.zeros(2), "scales has 2"),
+        ("write_back_int4", 14, torch.zeros(1), "device_turn has 1 entries of torch.float32"),
     ],
 )
 def test_buffers_that_do_not_fit_are_refused(

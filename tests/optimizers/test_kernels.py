@@ -49,6 +49,7 @@ def test_kernels_agree_with_pure_torch(
         ("galore_adamw", {}, "adam"),
         ("galore_adamw_8bit", {"min_8bit_size": 256}, "adam_8bit"),
         ("qgalore_adamw_8bit", {}, "write_back_int8"),
+        ("apollo_mini_adamw", {"weight_bits": 4}, "write_back_int4"),
         ("qgalore_adamw_8bit", {}, "dequantize_int4"),
         ("fira_adamw", {}, "write_back"),
         ("galore_adamw", {"stochastic_rounding": True}, "write_back"),
