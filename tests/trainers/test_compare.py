@@ -17,8 +17,10 @@ from lowrank.trainers.compare.plan import Run, make_run, steps_of
 from lowrank.trainers.compare.prepare import prepare
 from lowrank.trainers.compare.setting import Setting, joined, read_setting, write_setting
 from lowrank.trainers.compare.statistics import Spread, paired, pareto, spread
+from lowrank.trainers.config_io import read_layer, to_mapping, write_config
 from lowrank.trainers.models import build_model
 from lowrank.trainers.official import PACKAGES
+from lowrank.trainers.pretrain import resolve
 
 BASE = Setting(
     methods=("adamw", "galore_adamw"), seeds=(0, 1), model="llama_1m", steps=40, data_sha256="d"
@@ -102,7 +104,8 @@ def test_a_key_names_all_that_determines_a_run() -> None:
     moved = replace(BASE, data="/elsewhere", settings={"checkpoint": {"every": 7}})
     assert run(moved, "galore_adamw").key == plain.key
     # The same by another way: what tuning chose, or what the entry says.
-    assert run(BASE, "galore_adamw+lr=0.5").key == run(BASE, "galore_adamw", lr=0.5).key
+    entry = run(BASE, "galore_adamw+lr=0.5", plain_lr=0.1)
+    assert entry.key == run(BASE, "galore_adamw", lr=0.5, plain_lr=0.1).key
 
 
 def test_runs_differ_in_the_optimizer_alone() -> None:
@@ -122,6 +125,36 @@ def test_runs_differ_in_the_optimizer_alone() -> None:
 def test_an_entry_stands_above_what_tuning_chose() -> None:
     found = run(BASE, "adamw+lr=0.02", lr=0.001, plain_lr=0.5).config.optimizer
     assert (found.lr, found.options["plain_lr"]) == (0.02, 0.5)
+
+
+def test_rates_that_were_chosen_leave_nothing_of_the_presets() -> None:
+    setting = replace(BASE, model="llama_9m")
+    preset = run(setting, "adamw").config.optimizer
+    assert preset.options["head_lr"] == 0.005
+    found = run(setting, "adamw", lr=0.003, plain_lr=0.01, weight_decay=0.1)
+    assert found.config.optimizer.options == {
+        **{"plain_lr": 0.01, "embedding_lr": None, "head_lr": None, "betas": None},
+        "weight_decay": 0.1,
+    }
+    # What is no rate stays the preset's, and what the entry or the setting gives is theirs.
+    ranked = run(setting, "galore_adamw", lr=0.003, plain_lr=0.01).config.optimizer.options
+    assert ranked["rank"] == preset_options(setting, "galore_adamw")["rank"] == 128
+    own = run(setting, "adamw+head_lr=0.02", lr=0.003, plain_lr=0.01).config.optimizer.options
+    assert (own["head_lr"], own["embedding_lr"]) == (0.02, None)
+    all_runs = replace(setting, settings={"optimizer": {"betas": [0.9, 0.9]}})
+    assert run(all_runs, "adamw", lr=0.003).config.optimizer.options["betas"] == [0.9, 0.9]
+
+
+def test_a_worker_trains_what_was_recorded(tmp_path: Path) -> None:
+    made = run(replace(BASE, model="llama_9m"), "adamw", lr=0.003, plain_lr=0.01).config
+    # As the worker gets it, and as `lowrank pretrain --config` reads what the run has left.
+    assert resolve(to_mapping(made)) == made
+    write_config(made, tmp_path / "config.yaml")
+    assert resolve(read_layer(tmp_path / "config.yaml")) == made
+
+
+def preset_options(setting: Setting, text: str) -> dict[str, Any]:
+    return dict(run(setting, text).config.optimizer.options)
 
 
 def test_a_schedule_of_its_own_is_told() -> None:

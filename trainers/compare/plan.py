@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..choice import SEARCHED
 from ..config import RunConfig
 from ..config_io import from_mapping, merge, to_mapping
 from ..official import PACKAGES, is_official
-from ..preset import read_preset
+from ..preset import canonical, preset_layer, read_preset
 from ..pretrain import resolve
 from .entries import Entry
 from .setting import Setting
@@ -61,7 +62,9 @@ def make_run(
         setting: the comparison.
         entry: the method.
         seed: the seed.
-        choice: what tuning has found: optimizer settings.
+        choice: what tuning has found, or an earlier comparison: optimizer settings. Where there
+            are any, the preset's values of the options in `SEARCHED` don't count: what is neither
+            chosen nor the setting's nor the entry's is null, the method's own.
         steps: how many, the setting's where None.
         last: optimizer settings above all others.
 
@@ -79,6 +82,7 @@ def make_run(
             "checkpoint": {"every": every, "keep": 1, "best": False},
             "log": {"progress": False, "optimizer_time": True},
         },
+        _left_open(setting, entry) if choice else {},
         setting.settings,
         _options(choice),
         entry.settings,
@@ -106,6 +110,15 @@ def _common(setting: Setting) -> dict[str, Any]:
         {key: whole[key] for key in sections},
         {"model": {"name": setting.model}, "data": {"source": setting.data}},
     )
+
+
+def _left_open(setting: Setting, entry: Entry) -> dict[str, Any]:
+    """Null for what a search chooses and the preset gives.
+
+    A null stays in the run's config.yaml, so that it is the same run without the comparison.
+    """
+    preset = canonical(preset_layer(setting.model, entry.optimizer), entry.optimizer)
+    return {"optimizer": {key: None for key in SEARCHED if key in preset.get("optimizer", {})}}
 
 
 def _options(choice: Mapping[str, Any]) -> dict[str, Any]:
