@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..choice import SEARCHED
 from ..config_io import merge
 from ..data import data_fingerprint
 from ..data.config import DataConfig
@@ -75,7 +76,10 @@ def decide(asked: Asked) -> Setting:
         labels = tuple(entry.label for entry in parse_methods(asked.methods))
     settings = merge(base.settings, asked.settings)
     data = base.data if asked.data is None else asked.data
+    tune = base.tune if asked.tune is None else asked.tune
     _refuse_own(settings)
+    if tune:
+        _refuse_searched(settings)
     _refuse_inside(asked.output, data)
     given = dict(settings.get("data") or {})
     source = DataConfig(source=data, **{k: v for k, v in given.items() if k == "text_key"})
@@ -87,7 +91,7 @@ def decide(asked: Asked) -> Setting:
         steps=steps,
         settings=settings,
         equal=asked.equal or base.equal,
-        tune=base.tune if asked.tune is None else asked.tune,
+        tune=tune,
         tune_apart=base.tune_apart if asked.tune_apart is None else asked.tune_apart,
         tuning_seed=base.tuning_seed if asked.tuning_seed is None else asked.tuning_seed,
         rates=read_rates(asked.rates) if asked.rates is not None else base.rates,
@@ -109,6 +113,16 @@ def _refuse_own(settings: Mapping[str, Any]) -> None:
     for (section, key), flag in flags.items():
         if key in dict(settings.get(section, {})):
             raise ValueError(f"--set {section}.{key} in a comparison; accepted: {flag}")
+
+
+def _refuse_searched(settings: Mapping[str, Any]) -> None:
+    """Refuses one value for all methods of what is searched for each."""
+    for key in settings.get("optimizer") or {}:
+        if key in SEARCHED:
+            raise ValueError(
+                f"--set optimizer.{key} with --tune, which searches it; accepted: --methods"
+                f" NAME+{key}=VALUE, or no --tune"
+            )
 
 
 def _refuse_inside(output: Path, data: str) -> None:

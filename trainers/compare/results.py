@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,7 @@ class Results:
         failed: key and message of runs that ended with an error.
         rates: what was tuned, by label.
         about: everything else that defines the comparison.
+        untuned: label and reason of methods without rates, of which nothing was trained.
     """
 
     rows: tuple[Row, ...]
@@ -161,6 +162,7 @@ class Results:
     failed: Mapping[str, str] = field(default_factory=dict)
     rates: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
+    untuned: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def ordered(self) -> list[Row]:
@@ -312,14 +314,10 @@ def make_rows(
         ours = by_name.get(row.entry.label.replace(row.entry.optimizer, row.entry.method, 1))
         official = row.entry.optimizer != row.entry.method
         finished.append(
-            Row(
-                row.entry,
-                row.options,
-                row.seeds,
-                row.predicted,
-                row.remarks,
-                None if first is None or row is first else paired(row.losses, first.losses),
-                paired(ours.losses, row.losses) if official and ours is not None else None,
+            replace(
+                row,
+                against=None if first is None or row is first else paired(row.losses, first.losses),
+                ours=paired(ours.losses, row.losses) if official and ours is not None else None,
             )
         )
     return tuple(finished)

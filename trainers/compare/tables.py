@@ -81,6 +81,7 @@ def as_dict(results: Results) -> dict[str, Any]:
         "rates": {label: dict(options) for label, options in results.rates.items()},
         "skipped": dict(results.skipped),
         "failed": dict(results.failed),
+        "untuned": dict(results.untuned),
         "missing": [{"method": label, "seed": seed} for label, seed in results.missing],
         "pareto": best,
         "rows": [_row(row) for row in results.ordered],
@@ -149,7 +150,8 @@ def markdown(results: Results) -> str:
         quality = row.over("perplexity")
         perplexity = "" if quality is None else f"{quality.mean:.1f}"
         state = "" if row.state is None else f"{row.state / 1024:.0f}"
-        lr, plain = row.options["lr"], row.options.get("plain_lr", row.options["lr"])
+        lr, plain = row.options["lr"], row.options.get("plain_lr")
+        plain = lr if plain is None else plain
         lines.append(
             f"| {name} | {write_spread(row.loss)} | {write_spread(row.against, signed=True)} "
             f"| {write_spread(row.ours, signed=True)} | {perplexity} | {state} "

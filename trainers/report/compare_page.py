@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..choice import SEARCHED
 from ..compare.memory import CATEGORIES
 from ..compare.results import Results, Row
 from ..compare.tables import CSV, JSON, TIMES, front, write_spread
@@ -85,6 +86,7 @@ def _notices(results: Results) -> list[str]:
         more = f" and {len(results.missing) - 4} more" if len(results.missing) > 4 else ""
         texts.append(f"Not finished: {some}{more}. The figures are of the runs that have ended.")
     texts += [f"{label} is left out: {reason}." for label, reason in results.skipped.items()]
+    texts += [f"{label} has no row: {reason}." for label, reason in results.untuned.items()]
     texts += [f"{key} ended with an error: {text}" for key, text in results.failed.items()]
     if results.rows and max(len(row.seeds) for row in results.rows) < 2:
         texts.append("One seed tells nothing of the spread: differences may be chance.")
@@ -213,11 +215,14 @@ def _about(results: Results) -> str:
             rows += [(name, _written(item)) for name, item in inner]
         else:
             rows.append((key, _written(value)))
-    options = [
-        (row.entry.label, ", ".join(f"{k}={format_value(v)}" for k, v in row.options.items()))
-        for row in results.ordered
-    ]
+    options = [(row.entry.label, _options(row)) for row in results.ordered]
     return table(rows) + details("Options of each method", table(options))
+
+
+def _options(row: Row) -> str:
+    """All but those that are null because the method's own holds."""
+    given = {k: v for k, v in row.options.items() if v is not None or k not in SEARCHED}
+    return ", ".join(f"{key}={format_value(value)}" for key, value in given.items())
 
 
 def _written(value: object) -> str:
