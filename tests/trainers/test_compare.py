@@ -43,6 +43,15 @@ def test_methods_are_read_with_options_of_their_own() -> None:
     assert larger.settings == {"train": {"batch_size": 16}}
 
 
+def test_a_plus_may_be_of_a_value() -> None:
+    (entry,) = parse_methods("adamw+lr=1e+2+model.initial=/runs/a+b+betas=[0.9,0.99]")
+    assert entry.settings == {
+        "optimizer": {"lr": 100.0, "betas": [0.9, 0.99]},
+        "model": {"initial": "/runs/a+b"},
+    }
+    assert parse_methods(entry.label) == (entry,)
+
+
 def test_all_methods_come_after_the_named_ones() -> None:
     found = parse_methods("galore_adamw,all,official:all")
     assert [entry.label for entry in found[:2]] == ["galore_adamw", available()[0]]
@@ -59,7 +68,18 @@ def test_all_methods_come_after_the_named_ones() -> None:
         ("official:fira,official:FiraAdamW", "official:fira_adamw twice"),
         ("", "accepted: names"),
         ("adamw,,muon", "names no method"),
-        ("adamw+rank", "not of the form key=value"),
+        ("adamw+rank", "'rank' is not of the form key=value"),
+        ("adamw+rank+lr=1", "'rank' is not of the form key=value"),
+        ("+lr=1", "names no method"),
+        ("adamw+lr=1+lr=2", "lr twice"),
+        ("adamw+lr=1+optimizer.lr=2", "optimizer.lr twice"),
+        ("fira_adamw+alpha=1+scale=2", "two names of one thing"),
+        (
+            "muon+lr=1+rank=2,muon+rank=2+lr=1",
+            r"has muon\+lr=1\+rank=2 and muon\+rank=2\+lr=1, which are the same",
+        ),
+        ("muon+lr=0.001,muon+lr=1e-3", "which are the same"),
+        ("fira_adamw+alpha=1,fira_adamw+scale=1", "which are the same"),
         ("adamw+train.seed=1", "the same for all methods"),
         ("adamw+data.source=x", "the same for all methods"),
         ("adamw+optimizer.name=muon", "the same for all methods"),

@@ -169,6 +169,10 @@ def test_what_an_entry_gives_stands_above_the_rates_found_before() -> None:
     assert found == {entry.label: rates}
     assert as_trained(other, {"lr": 0.1, "plain_lr": 0.03}) == {"lr": 0.1, "plain_lr": None}
     assert grid_of(other).start.options() == {"lr": 3e-3}
+    # Under either name of an option.
+    (scaled,) = parse_methods("fira_adamw+alpha=2")
+    assert as_trained(scaled, {"lr": 0.1, "alpha": 1}) == {"lr": 0.1, "scale": 2}
+    assert made(scaled, {"lr": 0.1, "alpha": 1}).config.optimizer.options["scale"] == 2
 
 
 @pytest.mark.parametrize("failing", [slice(1), slice(2), slice(1, 2), slice(-1, None)])

@@ -83,8 +83,8 @@ def make_run(
             "log": {"progress": False, "optimizer_time": True},
         },
         _left_open(setting, entry) if choice else {},
-        setting.settings,
-        _options(choice),
+        canonical(setting.settings, entry.optimizer),
+        canonical(_options(choice), entry.optimizer),
         entry.settings,
         {"optimizer": dict(last or {})},
     )

@@ -13,6 +13,7 @@ from lowrank.optimizers.engine.options import OF_SOME_METHOD, OWN_RATES
 from lowrank.optimizers.engine.plain_rules import PLAIN_RULES
 
 from ..config_io import nearest
+from ..preset import canonical
 from .entries import Entry
 from .plan import FOUND, Run
 from .pool import Say
@@ -84,8 +85,8 @@ def _is_number(value: object) -> bool:
 
 def as_trained(entry: Entry, rates: Mapping[str, Any]) -> dict[str, Any]:
     """Settings found before, with what the entry gives in their place."""
-    own = entry.settings.get("optimizer", {})
-    kept = given_by(entry)
+    rates = canonical({"optimizer": rates}, entry.optimizer)["optimizer"]
+    own, kept = entry.settings.get("optimizer", {}), given_by(entry)
     return {**rates, **{k: v for k, v in own.items() if k in kept or k in rates}}
 
 
