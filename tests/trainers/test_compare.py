@@ -15,7 +15,13 @@ from lowrank.trainers.compare.entries import parse_methods, parse_seeds
 from lowrank.trainers.compare.memory import held, predicted
 from lowrank.trainers.compare.plan import Run, make_run, steps_of
 from lowrank.trainers.compare.prepare import prepare
-from lowrank.trainers.compare.setting import Setting, joined, read_setting, write_setting
+from lowrank.trainers.compare.setting import (
+    Setting,
+    joined,
+    read_setting,
+    versions,
+    write_setting,
+)
 from lowrank.trainers.compare.statistics import Spread, paired, pareto, spread
 from lowrank.trainers.config_io import read_layer, to_mapping, write_config
 from lowrank.trainers.models import build_model
@@ -126,6 +132,32 @@ def test_a_key_names_all_that_determines_a_run() -> None:
     # The same by another way: what tuning chose, or what the entry says.
     entry = run(BASE, "galore_adamw+lr=0.5", plain_lr=0.1)
     assert entry.key == run(BASE, "galore_adamw", lr=0.5, plain_lr=0.1).key
+
+
+def test_a_key_is_of_the_first_weights_and_not_of_their_place(tmp_path: Path) -> None:
+    for name, content in (("a", b"1"), ("moved", b"1"), ("b", b"2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(content)
+    a, moved, b = (
+        run(BASE, f"adamw+model.initial={tmp_path / name}").key for name in ("a", "moved", "b")
+    )
+    assert a == moved
+    assert len({a, b, run(BASE, "adamw").key}) == 3
+    (tmp_path / "a" / "model.safetensors").write_bytes(b"22")
+    assert run(BASE, f"adamw+model.initial={tmp_path / 'a'}").key not in (a, b)
+    setting = replace(BASE, settings={"model": {"initial": str(tmp_path)}})
+    with pytest.raises(ValueError, match=r"adamw: model.initial=.*there is no model.safetensors"):
+        prepare(setting)
+
+
+def test_versions_are_of_all_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = versions("cpu")
+    assert set(found) == {"lowrank", "torch", "transformers", "python", "device"}
+    assert found["device"] == "cpu"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert versions("auto") == found
+    with pytest.raises(ValueError, match="torch sees no CUDA device here"):
+        versions("cuda")
 
 
 def test_runs_differ_in_the_optimizer_alone() -> None:
@@ -288,6 +320,13 @@ def test_what_is_not_asked_for_is_the_folders(tmp_path: Path, corpus: Path) -> N
         decide(replace(asked, steps=13))
     with pytest.raises(ValueError, match="accepted: --seeds"):
         decide(replace(asked, settings={"train": {"seed": 1}}))
+    with pytest.raises(ValueError, match=r"train.device is 'gpu'"):
+        decide(replace(asked, settings={"train": {"device": "gpu"}}))
+    other = replace(made, versions={**made.versions, "device": "cuda (H100)"})
+    (tmp_path / "e").mkdir()
+    write_setting(other, tmp_path / "e")
+    with pytest.raises(ValueError, match=r"versions.device 'cuda \(H100\)', not 'cpu'"):
+        decide(replace(asked, output=tmp_path / "e", settings={"train": {"device": "cpu"}}))
     with pytest.raises(ValueError, match="--methods is not given"):
         decide(Asked(tmp_path / "d"))
 

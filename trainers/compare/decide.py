@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..choice import SEARCHED
-from ..config_io import merge
+from ..config_io import from_mapping, merge
 from ..data import data_fingerprint
 from ..data.config import DataConfig
 from ..preset import read_preset
@@ -82,6 +82,7 @@ def decide(asked: Asked) -> Setting:
         _refuse_searched(settings)
     _refuse_inside(asked.output, data)
     given = dict(settings.get("data") or {})
+    device = from_mapping({"train": settings.get("train")}).train.device
     source = DataConfig(source=data, **{k: v for k, v in given.items() if k == "text_key"})
     setting = Setting(
         methods=labels,
@@ -96,7 +97,7 @@ def decide(asked: Asked) -> Setting:
         tuning_seed=base.tuning_seed if asked.tuning_seed is None else asked.tuning_seed,
         rates=read_rates(asked.rates) if asked.rates is not None else base.rates,
         data_sha256=str(data_fingerprint(source)["sha256"]),
-        versions=versions(),
+        versions=versions(device),
     )
     return setting if former is None else joined(former, setting, asked.output)
 

@@ -7,13 +7,16 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..choice import SEARCHED
 from ..config import RunConfig
 from ..config_io import from_mapping, merge, to_mapping
+from ..files import sha256
 from ..official import PACKAGES, is_official
+from ..parts import initial_weights
 from ..preset import canonical, preset_layer, read_preset
 from ..pretrain import resolve
 from .entries import Entry
@@ -73,27 +76,28 @@ def make_run(
     """
     count = setting.steps if steps is None else steps
     every = max(50, min(500, math.ceil(count / 4)))
-    layer = merge(
-        _common(setting),
-        {
-            "optimizer": {"name": entry.optimizer},
-            "train": {"steps": count, "seed": seed, "threads": 1},
-            "eval": {"every": math.ceil(count / 4)},
-            "checkpoint": {"every": every, "keep": 1, "best": False},
-            "log": {"progress": False, "optimizer_time": True},
-        },
-        _left_open(setting, entry) if choice else {},
-        canonical(setting.settings, entry.optimizer),
-        canonical(_options(choice), entry.optimizer),
-        entry.settings,
-        {"optimizer": dict(last or {})},
-    )
+    given = {
+        "optimizer": {"name": entry.optimizer},
+        "train": {"steps": count, "seed": seed, "threads": 1},
+        "eval": {"every": math.ceil(count / 4)},
+        "checkpoint": {"every": every, "keep": 1, "best": False},
+        "log": {"progress": False, "optimizer_time": True},
+    }
     try:
+        layer = merge(
+            _common(setting),
+            given,
+            _left_open(setting, entry) if choice else {},
+            canonical(setting.settings, entry.optimizer),
+            canonical(_options(choice), entry.optimizer),
+            entry.settings,
+            {"optimizer": dict(last or {})},
+        )
         config = resolve(layer)
+        config = replace(config, distributed=replace(config.distributed, data_shards=1))
+        return Run(entry, seed, config, _key(setting, entry, seed, config))
     except ValueError as error:
         raise ValueError(f"{entry.label}: {error}") from None
-    config = replace(config, distributed=replace(config.distributed, data_shards=1))
-    return Run(entry, seed, config, _key(setting, entry, seed, config))
 
 
 def _common(setting: Setting) -> dict[str, Any]:
@@ -161,11 +165,21 @@ def _key(setting: Setting, entry: Entry, seed: int, config: RunConfig) -> str:
         "data": setting.data_sha256,
         "versions": dict(setting.versions),
     }
-    # The data's place is no part of it: they may be moved.
+    # The places of data and first weights are no part of it: they may be moved.
     content["config"]["data"] = {**content["config"]["data"], "source": ""}
+    if config.model.initial:
+        path = initial_weights(Path(config.model.initial))
+        weights = _weights_sha256(path, path.stat().st_mtime_ns, path.stat().st_size)
+        content["config"]["model"] = {**content["config"]["model"], "initial": weights}
     if is_official(entry.optimizer):
         package = PACKAGES[entry.method]
         content["package"] = [package.distribution, package.version]
     text = json.dumps(content, sort_keys=True, default=list)
     digest = hashlib.sha256(text.encode()).hexdigest()[:_HASH]
     return f"{entry.optimizer.replace(':', '-')}-{seed}-{digest}"
+
+
+@cache
+def _weights_sha256(path: Path, written_at: int, size: int) -> str:
+    """A file's hash, once for each state of it."""
+    return sha256(path)
