@@ -130,7 +130,7 @@ def plane_figure(results: Results) -> Drawing | None:
     places = {row.entry.label: place for place, row in enumerate(results.ordered, start=1)}
     points = []
     for row in results.ordered:
-        quality = row.over("perplexity")
+        quality = results.fair(row, "perplexity")
         if row.held is not None and quality is not None and math.isfinite(quality.mean):
             points.append((row, row.held, quality))
     if not points:

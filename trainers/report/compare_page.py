@@ -85,6 +85,14 @@ def _notices(results: Results) -> list[str]:
         some = ", ".join(f"{label} seed {seed}" for label, seed in results.missing[:4])
         more = f" and {len(results.missing) - 4} more" if len(results.missing) > 4 else ""
         texts.append(f"Not finished: {some}{more}. The figures are of the runs that have ended.")
+    if any(len(results.shared) < row.asked for row in results.rows):
+        seeds = ", ".join(map(str, sorted(results.shared)))
+        others = [row.entry.label for row in results.rows if not results.ranks(row)]
+        lacking = f" {', '.join(others)} did not and stand last." if others else ""
+        texts.append(
+            f"Methods are ranked, and the front is drawn, by seeds that they all finished: {seeds}."
+            f"{lacking}"
+        )
     texts += [f"{label} is left out: {reason}." for label, reason in results.skipped.items()]
     texts += [f"{label} has no row: {reason}." for label, reason in results.untuned.items()]
     texts += [f"{key} ended with an error: {text}" for key, text in results.failed.items()]
@@ -120,13 +128,13 @@ def _result_table(results: Results) -> str:
         rows.append(
             (
                 f"{place}  {row.entry.label}",
-                write_spread(row.loss),
-                write_spread(row.against, signed=True),
-                write_spread(row.ours, signed=True),
+                write_spread(row.loss, of=row.asked),
+                write_spread(row.against, signed=True, of=row.asked),
+                write_spread(row.ours, signed=True, of=row.asked),
                 write_spread(row.over("perplexity"), 2),
                 write_spread(row.over("bits_per_byte")),
                 format_bytes(row.state),
-                str(len(row.seeds)),
+                str(len(row.seeds)) + (f" of {row.asked}" if len(row.seeds) < row.asked else ""),
                 "yes" if row.entry.label in best else "",
             )
         )
@@ -134,8 +142,9 @@ def _result_table(results: Results) -> str:
 
 
 def _best(results: Results) -> list[list[bool]]:
-    losses = [row.loss.mean if row.loss else math.inf for row in results.ordered]
-    return [[loss == min(losses), *[False] * 7] for loss in losses]
+    fair = [results.fair(row) if results.ranks(row) else None for row in results.ordered]
+    losses = [math.inf if loss is None else loss.mean for loss in fair]
+    return [[math.isfinite(loss) and loss == min(losses), *[False] * 7] for loss in losses]
 
 
 def _reading(results: Results) -> str:
