@@ -16,7 +16,10 @@ from lowrank.optimizers.engine.plain_rules import PLAIN_RULES
 from lowrank.optimizers.param_groups import split
 
 from .config import RunConfig
-from .official import build_official, is_official, method_of
+from .official import PACKAGES, build_official, is_official, method_of
+
+#: Options that a comparison searches; null is the method's own, as if they weren't given.
+SEARCHED = (*OWN_RATES, "betas", "plain_rule")
 
 
 def build_named(
@@ -31,16 +34,19 @@ def build_named(
         name: a method, or ``official:METHOD``.
         network: the model; it may be on the meta device, where nothing is computed.
         lr: learning rate.
-        options: the method's own, and `plain_rule`.
+        options: the method's own, and `plain_rule`; None of one in `SEARCHED` is as if it weren't
+            there.
         total_steps: length of the run, for methods that lay a schedule out over it.
 
     Raises:
         ValueError: the optimizer's name, an option or its value is not accepted.
     """
-    options = dict(options)
+    options = {k: v for k, v in options.items() if v is not None or k not in SEARCHED}
     rule = options.get("plain_rule", "own")
     if rule not in PLAIN_RULES:
-        raise ValueError(f"optimizer.plain_rule is {rule!r}; accepted: {', '.join(PLAIN_RULES)}")
+        raise ValueError(
+            f"optimizer.plain_rule is {rule!r}; accepted: {', '.join(PLAIN_RULES)}, null"
+        )
     if is_official(name):
         return _official(name, network, lr, options)
     if accepts(name, "total_steps"):
@@ -65,12 +71,14 @@ def _official(name: str, network: nn.Module, lr: float, options: dict[str, Any])
         hidden = build_official(name, network, lr, own)
     numbers = {id(param) for param in plain}
     rest = [p for p in network.parameters() if p.requires_grad and id(p) not in numbers]
-    shared = (*OWN_RATES[1:], "weight_decay", *(("betas",) if rule == "adamw" else ()))
+    shared = (*OWN_RATES[1:], *(("betas",) if rule == "adamw" else ()))
     with _frozen(rest):
         other = build(
             rule,
             network,
             lr=options.get("plain_lr", lr),
+            # The package's own, which isn't the rule's.
+            weight_decay=options.get("weight_decay", 0.0),
             **{key: options[key] for key in shared if key in options},
         )
     return hidden.with_part(other)
@@ -84,9 +92,10 @@ def follows_length(config: RunConfig) -> bool:
 
 
 def accepts_betas(name: str) -> bool:
-    """Whether a method or a package has Adam's `betas`."""
-    method = method_of(name)
-    return accepts(method, "betas") and "adafactor" not in method
+    """Whether a method or a package has `betas`."""
+    if is_official(name):
+        return "betas" in PACKAGES[method_of(name)].keywords
+    return accepts(name, "betas")
 
 
 @contextmanager

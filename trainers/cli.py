@@ -197,8 +197,9 @@ def _report(options: argparse.Namespace) -> None:
     if (options.folder / "comparison.json").is_file():
         from .compare.command import report
 
-        written = str(report(options.folder))
-        Console().print(written, highlight=False, markup=False, soft_wrap=True)
+        console = Console()
+        written = str(report(options.folder, console))
+        console.print(written, highlight=False, markup=False, soft_wrap=True)
         return
     Console().print(
         str(write_report(options.folder)), highlight=False, markup=False, soft_wrap=True

@@ -239,12 +239,11 @@ def load_network(network: nn.Module, folder: Path) -> None:
     network.load_state_dict(weights)
 
 
-def load_initial(network: nn.Module, folder: Path) -> None:
-    """Loads a checkpoint's dense weights into a network of the same shape.
+def initial_weights(folder: Path) -> Path:
+    """The file with the dense weights of the checkpoint that `model.initial` names.
 
     Raises:
-        ValueError: the folder has no `model.safetensors`, it is none, or its weights are of other
-            shapes.
+        ValueError: the folder has none.
     """
     path = folder / WEIGHTS
     if not path.is_file():
@@ -252,6 +251,17 @@ def load_initial(network: nn.Module, folder: Path) -> None:
             f"model.initial={str(folder)!r}: there is no model.safetensors; accepted is the folder"
             " of a checkpoint"
         )
+    return path
+
+
+def load_initial(network: nn.Module, folder: Path) -> None:
+    """Loads a checkpoint's dense weights into a network of the same shape.
+
+    Raises:
+        ValueError: the folder has no `model.safetensors`, it is none, or its weights are of other
+            shapes.
+    """
+    path = initial_weights(folder)
     try:
         if is_sharded(network):
             read_weights(network, path)

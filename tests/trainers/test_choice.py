@@ -16,7 +16,7 @@ from tiny_runs import comparable_metrics, summary
 from torch import Tensor, nn
 
 from lowrank.optimizers import GaLoreAdamW, available, build, state_bytes
-from lowrank.trainers.choice import build_named
+from lowrank.trainers.choice import SEARCHED, accepts_betas, build_named
 from lowrank.trainers.joined import JoinedOptimizer
 from lowrank.trainers.official import PACKAGES, build_official, canonical_name, missing
 
@@ -80,6 +80,22 @@ def test_every_parameter_is_trained_once_under_any_rule() -> None:
 def test_a_wrong_rule_is_named() -> None:
     with pytest.raises(ValueError, match=r"optimizer.plain_rule is 'sgd'; accepted: own, adamw"):
         build_named("adamw", tiny_model(), 1e-2, {"plain_rule": "sgd"}, 10)
+
+
+def test_null_is_the_methods_own() -> None:
+    nothing = dict.fromkeys(SEARCHED)
+    for name in ("adamw", "galore_adamw", "cautious_adafactor"):
+        groups = [trained(name, 0, **options)[1].param_groups for options in ({}, nothing)]
+        one, other = ([{k: g[k] for k in g if k != "params"} for g in each] for each in groups)
+        assert one == other, name
+
+
+def test_betas_are_the_methods_or_the_packages() -> None:
+    having = [name for name in ("cautious_adafactor", "galore_adamw") if accepts_betas(name)]
+    assert having == ["cautious_adafactor", "galore_adamw"]
+    assert accepts_betas("official:fira_adamw")
+    assert not accepts_betas("galore_adafactor")
+    assert not accepts_betas("official:galore_adafactor")
 
 
 @pytest.mark.parametrize("rule", ["adamw", "adafactor"])
@@ -151,6 +167,16 @@ def test_objects_in_a_packages_state_are_saved_plainly(package: None, tmp_path: 
             assert torch.equal(one["projector"].ortho_matrix, other["projector"].ortho_matrix)
     with pytest.raises(ValueError, match="parts of"):
         again.load_state_dict({**saved, "groups_of_parts": [1]})
+
+
+@pytest.mark.parametrize(("given", "decay"), [({}, 0.0), ({"weight_decay": 0.1}, 0.1)])
+def test_a_rule_beside_a_package_decays_as_the_package_does(
+    given: dict[str, float], decay: float, package: None
+) -> None:
+    name, options = "official:galore_adamw", {"rank": 4, "plain_rule": "adamw", **given}
+    optimizer = build_named(name, tiny_model(), 1e-2, options, 10)
+    # Matrices of both; norms decay nowhere.
+    assert [part.param_groups[0]["weight_decay"] for part in optimizer.parts] == [decay] * 2
 
 
 def test_packages_are_named_and_their_options_checked(package: None) -> None:

@@ -15,10 +15,18 @@ from lowrank.trainers.compare.entries import parse_methods, parse_seeds
 from lowrank.trainers.compare.memory import held, predicted
 from lowrank.trainers.compare.plan import Run, make_run, steps_of
 from lowrank.trainers.compare.prepare import prepare
-from lowrank.trainers.compare.setting import Setting, joined, read_setting, write_setting
+from lowrank.trainers.compare.setting import (
+    Setting,
+    joined,
+    read_setting,
+    versions,
+    write_setting,
+)
 from lowrank.trainers.compare.statistics import Spread, paired, pareto, spread
+from lowrank.trainers.config_io import read_layer, to_mapping, write_config
 from lowrank.trainers.models import build_model
 from lowrank.trainers.official import PACKAGES
+from lowrank.trainers.pretrain import resolve
 
 BASE = Setting(
     methods=("adamw", "galore_adamw"), seeds=(0, 1), model="llama_1m", steps=40, data_sha256="d"
@@ -41,6 +49,15 @@ def test_methods_are_read_with_options_of_their_own() -> None:
     assert larger.settings == {"train": {"batch_size": 16}}
 
 
+def test_a_plus_may_be_of_a_value() -> None:
+    (entry,) = parse_methods("adamw+lr=1e+2+model.initial=/runs/a+b+betas=[0.9,0.99]")
+    assert entry.settings == {
+        "optimizer": {"lr": 100.0, "betas": [0.9, 0.99]},
+        "model": {"initial": "/runs/a+b"},
+    }
+    assert parse_methods(entry.label) == (entry,)
+
+
 def test_all_methods_come_after_the_named_ones() -> None:
     found = parse_methods("galore_adamw,all,official:all")
     assert [entry.label for entry in found[:2]] == ["galore_adamw", available()[0]]
@@ -57,7 +74,18 @@ def test_all_methods_come_after_the_named_ones() -> None:
         ("official:fira,official:FiraAdamW", "official:fira_adamw twice"),
         ("", "accepted: names"),
         ("adamw,,muon", "names no method"),
-        ("adamw+rank", "not of the form key=value"),
+        ("adamw+rank", "'rank' is not of the form key=value"),
+        ("adamw+rank+lr=1", "'rank' is not of the form key=value"),
+        ("+lr=1", "names no method"),
+        ("adamw+lr=1+lr=2", "lr twice"),
+        ("adamw+lr=1+optimizer.lr=2", "optimizer.lr twice"),
+        ("fira_adamw+alpha=1+scale=2", "two names of one thing"),
+        (
+            "muon+lr=1+rank=2,muon+rank=2+lr=1",
+            r"has muon\+lr=1\+rank=2 and muon\+rank=2\+lr=1, which are the same",
+        ),
+        ("muon+lr=0.001,muon+lr=1e-3", "which are the same"),
+        ("fira_adamw+alpha=1,fira_adamw+scale=1", "which are the same"),
         ("adamw+train.seed=1", "the same for all methods"),
         ("adamw+data.source=x", "the same for all methods"),
         ("adamw+optimizer.name=muon", "the same for all methods"),
@@ -102,7 +130,34 @@ def test_a_key_names_all_that_determines_a_run() -> None:
     moved = replace(BASE, data="/elsewhere", settings={"checkpoint": {"every": 7}})
     assert run(moved, "galore_adamw").key == plain.key
     # The same by another way: what tuning chose, or what the entry says.
-    assert run(BASE, "galore_adamw+lr=0.5").key == run(BASE, "galore_adamw", lr=0.5).key
+    entry = run(BASE, "galore_adamw+lr=0.5", plain_lr=0.1)
+    assert entry.key == run(BASE, "galore_adamw", lr=0.5, plain_lr=0.1).key
+
+
+def test_a_key_is_of_the_first_weights_and_not_of_their_place(tmp_path: Path) -> None:
+    for name, content in (("a", b"1"), ("moved", b"1"), ("b", b"2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(content)
+    a, moved, b = (
+        run(BASE, f"adamw+model.initial={tmp_path / name}").key for name in ("a", "moved", "b")
+    )
+    assert a == moved
+    assert len({a, b, run(BASE, "adamw").key}) == 3
+    (tmp_path / "a" / "model.safetensors").write_bytes(b"22")
+    assert run(BASE, f"adamw+model.initial={tmp_path / 'a'}").key not in (a, b)
+    setting = replace(BASE, settings={"model": {"initial": str(tmp_path)}})
+    with pytest.raises(ValueError, match=r"adamw: model.initial=.*there is no model.safetensors"):
+        prepare(setting)
+
+
+def test_versions_are_of_all_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = versions("cpu")
+    assert set(found) == {"lowrank", "torch", "transformers", "python", "device"}
+    assert found["device"] == "cpu"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert versions("auto") == found
+    with pytest.raises(ValueError, match="torch sees no CUDA device here"):
+        versions("cuda")
 
 
 def test_runs_differ_in_the_optimizer_alone() -> None:
@@ -122,6 +177,36 @@ def test_runs_differ_in_the_optimizer_alone() -> None:
 def test_an_entry_stands_above_what_tuning_chose() -> None:
     found = run(BASE, "adamw+lr=0.02", lr=0.001, plain_lr=0.5).config.optimizer
     assert (found.lr, found.options["plain_lr"]) == (0.02, 0.5)
+
+
+def test_rates_that_were_chosen_leave_nothing_of_the_presets() -> None:
+    setting = replace(BASE, model="llama_9m")
+    preset = run(setting, "adamw").config.optimizer
+    assert preset.options["head_lr"] == 0.005
+    found = run(setting, "adamw", lr=0.003, plain_lr=0.01, weight_decay=0.1)
+    assert found.config.optimizer.options == {
+        **{"plain_lr": 0.01, "embedding_lr": None, "head_lr": None, "betas": None},
+        "weight_decay": 0.1,
+    }
+    # What is no rate stays the preset's, and what the entry or the setting gives is theirs.
+    ranked = run(setting, "galore_adamw", lr=0.003, plain_lr=0.01).config.optimizer.options
+    assert ranked["rank"] == preset_options(setting, "galore_adamw")["rank"] == 128
+    own = run(setting, "adamw+head_lr=0.02", lr=0.003, plain_lr=0.01).config.optimizer.options
+    assert (own["head_lr"], own["embedding_lr"]) == (0.02, None)
+    all_runs = replace(setting, settings={"optimizer": {"betas": [0.9, 0.9]}})
+    assert run(all_runs, "adamw", lr=0.003).config.optimizer.options["betas"] == [0.9, 0.9]
+
+
+def test_a_worker_trains_what_was_recorded(tmp_path: Path) -> None:
+    made = run(replace(BASE, model="llama_9m"), "adamw", lr=0.003, plain_lr=0.01).config
+    # As the worker gets it, and as `lowrank pretrain --config` reads what the run has left.
+    assert resolve(to_mapping(made)) == made
+    write_config(made, tmp_path / "config.yaml")
+    assert resolve(read_layer(tmp_path / "config.yaml")) == made
+
+
+def preset_options(setting: Setting, text: str) -> dict[str, Any]:
+    return dict(run(setting, text).config.optimizer.options)
 
 
 def test_a_schedule_of_its_own_is_told() -> None:
@@ -235,6 +320,13 @@ def test_what_is_not_asked_for_is_the_folders(tmp_path: Path, corpus: Path) -> N
         decide(replace(asked, steps=13))
     with pytest.raises(ValueError, match="accepted: --seeds"):
         decide(replace(asked, settings={"train": {"seed": 1}}))
+    with pytest.raises(ValueError, match=r"train.device is 'gpu'"):
+        decide(replace(asked, settings={"train": {"device": "gpu"}}))
+    other = replace(made, versions={**made.versions, "device": "cuda (H100)"})
+    (tmp_path / "e").mkdir()
+    write_setting(other, tmp_path / "e")
+    with pytest.raises(ValueError, match=r"versions.device 'cuda \(H100\)', not 'cpu'"):
+        decide(replace(asked, output=tmp_path / "e", settings={"train": {"device": "cpu"}}))
     with pytest.raises(ValueError, match="--methods is not given"):
         decide(Asked(tmp_path / "d"))
 

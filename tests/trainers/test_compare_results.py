@@ -172,7 +172,16 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     found = compared(tmp_path, absent=3)
     assert [row.entry.label for row in found.rows] == [*METHODS[:3]]
     assert [len(row.seeds) for row in found.rows] == [2, 2, 1]
+    # Ranked by seed 0, which all have: AdamW isn't put behind for its missing seed, nor before.
+    assert found.shared == {0}
+    assert [row.entry.label for row in found.ordered] == ["adamw", *METHODS[:2]]
+    text = markdown(found)
+    assert "| `adamw` | 4.5000 (1 of 2 seeds) | -0.1000 (1 of 2 seeds) |" in text
+    assert "| `galore_adamw` | 5.1000 +- 0.5000 |" in text
+    assert as_dict(found)["ranked_by_seeds"] == [0]
     page = render_compare(found, "c")
+    assert "by seeds that they all finished: 0." in page
+    assert '<td class="figure">1 of 2</td>' in page
     assert "Not finished: adamw seed 1, muon+lr=0.5 seed 0, muon+lr=0.5 seed 1" in page
     assert render_compare(replace(found, rows=()), "c").count("<figure") == 0
 
@@ -199,6 +208,53 @@ def test_a_run_that_broke_off_is_no_result(tmp_path: Path) -> None:
     assert json.loads(json.dumps(as_dict(found)))["rows"]
     assert "inf" in as_csv(found)
     assert "broke off" in render_compare(found, "c")
+
+
+def rowed(tmp_path: Path, seeds: Mapping[str, Mapping[int, float]], asked: int = 3) -> Results:
+    """Results with a loss for each method and seed; None breaks off."""
+    entries = parse_methods(",".join(seeds))
+    runs, done = {}, {}
+    for entry in entries:
+        own = [make_run(SETTING, entry, seed, {}) for seed in range(asked)]
+        runs[entry.label] = own
+        for each in own:
+            loss = seeds[entry.label].get(each.seed)
+            if loss is None:
+                continue
+            folder = write_run(each.folder(tmp_path), RunPlan(steps=60, moments=MIB))
+            summary = {"val_loss": loss, "val_perplexity": math.exp(loss)}
+            broken = math.isinf(loss)
+            done[each.key] = Outcome(folder, "skipped" if broken else "", {} if broken else summary)
+    return Results(make_rows(runs, done, {}, {}))
+
+
+def test_methods_are_ranked_by_the_seeds_that_all_have(tmp_path: Path) -> None:
+    # Seed 2 is hard for all: the method that lacks it must not win by that.
+    full, worse = {0: 4.0, 1: 4.0, 2: 6.0}, {0: 4.1, 1: 4.1}
+    found = rowed(tmp_path, {"adamw": full, "muon": worse})
+    assert found.shared == {0, 1}
+    assert [row.entry.label for row in found.ordered] == ["adamw", "muon"]
+    assert front(found) == ["adamw"]
+    page = render_compare(found, "c")
+    assert re.search(r'<tr><th scope="row">1  adamw</th><td class="figure best">', page)
+    assert "4.1000 +- 0.0000 (2 of 3 seeds)" in page
+    assert "+0.1000 +- 0.0000 (2 of 3 seeds)" in page
+
+
+def test_a_method_without_the_seeds_of_the_others_ranks_last(tmp_path: Path) -> None:
+    losses = {"muon": {2: 3.0}, "adamw": {0: 4.0, 1: 4.0}, "adafactor": {0: 4.1, 1: 3.8}}
+    found = rowed(tmp_path, losses)
+    assert found.shared == {0, 1}
+    assert [row.entry.label for row in found.ordered] == ["adafactor", "adamw", "muon"]
+    assert "muon" not in front(found)
+    assert "muon did not and stand last" in render_compare(found, "c")
+
+
+def test_a_difference_says_that_a_broken_seed_is_left_out(tmp_path: Path) -> None:
+    losses = {"adamw": {0: 4.0, 1: 4.0, 2: 4.0}, "muon": {0: 4.1, 1: math.inf, 2: 4.1}}
+    found = rowed(tmp_path, losses)
+    assert found.shared == {0, 1, 2}
+    assert "| `muon` | broke off | +0.1000 +- 0.0000 (2 of 3 seeds) |" in markdown(found)
 
 
 def test_the_page_has_every_setting_that_was_tried(results: Results) -> None:

@@ -43,6 +43,9 @@ def arguments(
         (["--rates=/nowhere"], "--rates /nowhere"),
         (["--set", "train.batch=3"], "unknown key train.batch"),
         (["--set", "train.seed=3"], "accepted: --seeds"),
+        (["--tune", "--set", "optimizer.betas=[0.9,0.9]"], "accepted: --methods NAME+betas=VALUE"),
+        (["--tune", "--set", "optimizer.head_lr=0.1"], "--set optimizer.head_lr with --tune"),
+        (["--equal=memory", "--methods=adamw,muon+rank=8"], "muon+rank=8: its rank is chosen"),
         (["--methods=adamw+rnk=3"], "adamw+rnk=3: unknown option of adamw 'rnk'"),
     ],
 )

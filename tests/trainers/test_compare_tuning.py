@@ -12,9 +12,10 @@ import pytest
 from lowrank.trainers.compare.entries import Entry, parse_methods
 from lowrank.trainers.compare.plan import Run, make_run
 from lowrank.trainers.compare.pool import Outcome
-from lowrank.trainers.compare.refining import read_rates, refine
+from lowrank.trainers.compare.refining import as_trained, read_rates, refine
 from lowrank.trainers.compare.setting import Setting
 from lowrank.trainers.compare.tuning import (
+    BETAS,
     RATES,
     Point,
     declared,
@@ -107,10 +108,12 @@ def test_packages_have_one_rate_for_embeddings_and_head_under_their_own_rule() -
     )
     assert grid_of(ours, apart=True).apart == ("own", "adamw", "adafactor")
     assert grid_of(package, apart=True).apart == ("adamw", "adafactor")
-    assert grid_of(factored, apart=True).apart == ("own",)
+    assert grid_of(factored, apart=True).apart == ("adafactor",)
     assert grid_of(ours).apart == ()
     tried = moved_apart(Point(1e-3, 1e-2), grid_of(given, apart=True))
-    assert {(point.embedding_lr, point.head_lr) for point in tried} == {(None, 3e-3), (None, 3e-2)}
+    assert {point.head_lr for point in tried} == {3e-3, 3e-2}
+    (own,) = parse_methods("official:galore_adamw+plain_rule=own")
+    assert grid_of(own, apart=True).apart == ()
 
 
 def test_back_under_the_own_rule_a_package_has_one_rate_again() -> None:
@@ -127,12 +130,69 @@ def test_the_grid_is_what_a_method_has_and_its_entry_leaves_open() -> None:
     )
     assert grid_of(free).betas == (None, (0.9, 0.95), (0.5, 0.99))
     assert grid_of(free).rules == ("own", "adamw", "adafactor")
-    assert grid_of(fixed).betas == (None,)
+    assert grid_of(fixed).betas == ((0.9, 0.9),)
     assert grid_of(fixed).rules == ("own",)
-    assert grid_of(fixed).fixed == {"lr"}
+    assert grid_of(fixed).start == Point(0.1, 3e-3, (0.9, 0.9), "own")
+    assert grid_of(parse_methods("cautious_adafactor")[0]).betas == (None, *BETAS)
     assert grid_of(factored).betas == (None,)
     # A method that is itself a rule has it already.
     assert grid_of(parse_methods("adamw")[0]).rules == ("own", "adafactor")
+
+
+def test_what_an_entry_gives_is_no_coordinate_to_move_and_is_recorded() -> None:
+    (entry,) = parse_methods("adamw+plain_lr=0.05+plain_rule=own+betas=[0.9,0.999]")
+    grid = grid_of(entry, apart=True)
+    around = {point.lr for point in neighbours(grid.start, grid)}
+    assert around == {1e-3, 1e-2}
+    # Embeddings and head start where plain_lr is, between two places of the grid.
+    apart = moved_apart(grid.start, grid)
+    assert {(point.embedding_lr, point.head_lr) for point in apart} == {
+        *((rate, 0.05) for rate in (3e-2, 1e-1)),
+        *((0.05, rate) for rate in (3e-2, 1e-1)),
+    }
+
+    def run_all(asked: Sequence[Run]) -> dict[str, Outcome]:
+        assert all(run.config.optimizer.options["plain_lr"] == 0.05 for run in asked)
+        return {run.key: Outcome(Path(), "", {"val_loss": 3.0}) for run in asked}
+
+    found = tune([entry], Trainer({}).make, run_all, lambda _: None)[entry.label]
+    assert {trial["plain_lr"] for trial in (found, *found["trials"])} == {0.05}
+    assert found["betas"] == [0.9, 0.999]
+
+
+def test_what_an_entry_gives_stands_above_the_rates_found_before() -> None:
+    entry, other = parse_methods("adamw+lr=0.01+rank=4,adamw+plain_lr=null")
+    rates = as_trained(entry, {"lr": 0.0015, "plain_lr": 0.03})
+    assert rates == {"lr": 0.01, "plain_lr": 0.03}
+    made = Trainer({}).make
+    found = refine([entry], {entry.label: rates}, made, lambda runs: {}, lambda _: None)
+    assert found == {entry.label: rates}
+    assert as_trained(other, {"lr": 0.1, "plain_lr": 0.03}) == {"lr": 0.1, "plain_lr": None}
+    assert grid_of(other).start.options() == {"lr": 3e-3}
+    # Under either name of an option.
+    (scaled,) = parse_methods("fira_adamw+alpha=2")
+    assert as_trained(scaled, {"lr": 0.1, "alpha": 1}) == {"lr": 0.1, "scale": 2}
+    assert made(scaled, {"lr": 0.1, "alpha": 1}).config.optimizer.options["scale"] == 2
+
+
+@pytest.mark.parametrize("failing", [slice(1), slice(2), slice(1, 2), slice(-1, None)])
+def test_a_run_that_fails_leaves_the_method_out_and_no_other(failing: slice) -> None:
+    rounds = []
+
+    def run_all(asked: Sequence[Run]) -> dict[str, Outcome]:
+        rounds.append(len(asked))
+        assert len(rounds) < 9
+        own = [run.key for run in asked if run.entry.label == "galore_adamw"]
+        lost = own[failing] if len(own) > 1 else []
+        done = [run.key for run in asked if run.key not in lost]
+        return {key: Outcome(Path(), "", {"val_loss": 3.0}) for key in done}
+
+    entries = parse_methods("galore_adamw,adafactor")
+    make = Trainer({}).make
+    assert set(tune(entries, make, run_all, lambda _: None)) == {"adafactor"}
+    rounds.clear()
+    rates = {entry.label: {"lr": 0.01, "plain_lr": 0.03} for entry in entries}
+    assert set(refine(entries, rates, make, run_all, lambda _: None)) == {"adafactor"}
 
 
 def test_a_method_whose_runs_fail_is_left_out_of_the_search() -> None:
@@ -181,27 +241,38 @@ def test_rates_found_before_are_refined(
     }
 
 
-def test_rates_whose_runs_fail_are_left_as_far_as_they_are_known() -> None:
-    (entry,) = parse_methods("galore_adamw")
-    rates = {"galore_adamw": {"lr": 0.01, "plain_lr": 0.03}}
-
-    def first_only(asked: Sequence[Run]) -> dict[str, Outcome]:
-        return {asked[0].key: Outcome(Path(), "", {"val_loss": 3.0})}
-
-    make = Trainer({}).make
-    found = refine([entry], rates, make, first_only, lambda _: None)["galore_adamw"]
-    assert (found["lr"], found["tried"]) == (0.005, 1)
-    assert not refine([entry], rates, make, lambda _: {}, lambda _: None)
-
-
 def test_files_without_rates_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="doesn't exist"):
         read_rates(tmp_path / "none.json")
     path = tmp_path / "rates.json"
-    for text in ("{", "[]", '{"rows": []}', '{"rates": [1]}'):
+    for text in ("{", "[]", '{"rows": []}', '{"rates": [1]}', '{"rates": {}}'):
         path.write_text(text)
         with pytest.raises(ValueError, match="holds no rates"):
             read_rates(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"plain_lr": 0.1}, "there is no lr; accepted: lr"),
+        ({"lr": "1e-3"}, "lr is '1e-3'; accepted: a number"),
+        ({"lr": True}, "lr is True; accepted: a number"),
+        ({"lr": None}, "lr is None; accepted: a number"),
+        ({"lr": 0.1, "head_lr": -1}, "head_lr is -1; accepted: a number of at least 0"),
+        ({"lr": 0.1, "plan_lr": 0.1}, "unknown option 'plan_lr'; did you mean 'plain_lr'"),
+        ({"lr": 0.1, "betas": 0.9}, "betas is 0.9; accepted: two numbers"),
+        ({"lr": 0.1, "betas": [0.9]}, "betas is .*; accepted: two numbers"),
+        ({"lr": 0.1, "plain_rule": "sgd"}, "plain_rule is 'sgd'; accepted: own, adamw"),
+    ],
+)
+def test_wrong_rates_are_named(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    path = tmp_path / "rates.json"
+    good = {"lr": 0.1, "betas": None, "update_interval": 3, "alpha": 1, "relora": 5}
+    path.write_text(json.dumps({"rates": {"adamw": good}}))
+    assert read_rates(path) == {"adamw": good}
+    path.write_text(json.dumps({"rates": {"adamw": good, "muon": options}}))
+    with pytest.raises(ValueError, match=f"rates.json: rates of muon: {said}"):
+        read_rates(path)
 
 
 def test_what_is_found_is_what_runs_are_made_with() -> None:

@@ -49,13 +49,14 @@ def add_compare(commands: Any) -> argparse.ArgumentParser:
         choices=("steps", "tokens", "memory"),
         help="what all runs have the same of: steps (default), tokens (methods with a batch of"
         " their own take more or fewer steps), memory (each rank is the largest that takes no more"
-        " than the first method's weights and state)",
+        " than the first method's weights and state; no other entry gives a rank)",
     )
     add(
         "--tune",
         action="store_true",
         default=None,
-        help="search one grid of lr, plain_lr, betas and the rule of embeddings and head first",
+        help="search one grid of lr, plain_lr, betas and the rule of embeddings and head first, but"
+        " for what an entry gives; the preset's do not count",
     )
     add(
         "--tune-embeddings",
@@ -69,7 +70,8 @@ def add_compare(commands: Any) -> argparse.ArgumentParser:
         metavar="PATH",
         type=Path,
         help="settings found by an earlier comparison (its folder) or a file of rates; with --tune"
-        " three points of lr around them, or up to five",
+        " three points of lr around them, or up to five; the preset's plain_lr, embedding_lr,"
+        " head_lr, betas and plain_rule do not count",
     )
     add("--jobs", "--workers", metavar="N", type=int, default=1, help="runs at a time (default 1)")
     add("--output", metavar="FOLDER", type=Path, help="default runs/comparison")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -20,9 +20,10 @@ from .entries import Entry
 from .estimate import estimate, show
 from .plan import Run
 from .pool import Outcome, Pool, Say, open_pool, outcome
-from .prepare import Plan, prepare
-from .refining import refine
+from .prepare import Plan, prepare, with_memory
+from .refining import as_trained, refine
 from .results import Results, make_rows
+from .search import RunAll
 from .setting import read_setting, write_setting
 from .tuning import declared, tune
 
@@ -53,6 +54,10 @@ def compare(asked: Asked, console: Console) -> None:
         return
     asked.output.mkdir(parents=True, exist_ok=True)
     with _hold(asked.output), _ended_by_signals():
+        # Another comparison may have written to the folder before it was held.
+        now = decide(asked)
+        if now != setting:
+            setting, plan = now, prepare(now)
         write_setting(setting, asked.output)
         with open_pool(asked.output, asked.jobs, _sayer(console), asked.keep_checkpoints) as pool:
             try:
@@ -64,6 +69,8 @@ def compare(asked: Asked, console: Console) -> None:
                 ) from None
         write_results(results, asked.output)
     console.print(tables.markdown(results), markup=False, highlight=False, soft_wrap=True)
+    for label, reason in results.untuned.items():
+        _say(console, f"{label} has no row: {reason}")
     _say(console, f"report: {asked.output / 'report.html'}")
     if results.failed:
         key, message = next(iter(results.failed.items()))
@@ -73,8 +80,12 @@ def compare(asked: Asked, console: Console) -> None:
         )
 
 
-def report(folder: Path) -> Path:
+def report(folder: Path, console: Console) -> Path:
     """Writes the results of a comparison from what its folder holds now.
+
+    Args:
+        folder: the comparison's.
+        console: told which methods have no row yet.
 
     Returns:
         The report's path.
@@ -92,9 +103,12 @@ def report(folder: Path) -> Path:
         return {key: one for key, one in found.items() if one is not None}
 
     rates = _rates(plan, known, lambda _: None)
-    runs = plan.runs(rates)
+    plan, runs = _final(plan, rates)
     done = known([run for own in runs.values() for run in own])
-    write_results(_results(plan, runs, done, {}, rates), folder)
+    results = _results(plan, runs, done, {}, rates)
+    for label, reason in results.untuned.items():
+        _say(console, f"{label} has no row: {reason}")
+    write_results(results, folder)
     return folder / "report.html"
 
 
@@ -108,21 +122,32 @@ def write_results(results: Results, folder: Path) -> None:
 
 def _carry_out(plan: Plan, pool: Pool, console: Console) -> Results:
     rates = _rates(plan, pool.run_all, _sayer(console))
-    runs = plan.runs(rates)
+    plan, runs = _final(plan, rates)
     # Seed by seed, so that what is there at any time can be compared.
-    ordered = [own[place] for place in range(len(plan.setting.seeds)) for own in runs.values()]
-    untuned = set(runs) - set(rates) if plan.setting.tune else set()
-    done = pool.run_all([run for run in ordered if run.entry.label not in untuned])
+    places = range(len(plan.setting.seeds))
+    done = pool.run_all([own[place] for place in places for own in runs.values() if own])
     return _results(plan, runs, done, pool.failed, rates)
 
 
-def _rates(
-    plan: Plan, run_all: Callable[[Sequence[Run]], Mapping[str, Outcome]], say: Say
-) -> dict[str, dict[str, Any]]:
-    """The options of each method: tuned, found before, or none beside the presets'."""
+def _final(plan: Plan, rates: Mapping[str, Mapping[str, Any]]) -> tuple[Plan, dict[str, list[Run]]]:
+    """The plan with the rates that were found, and the table's runs; none of untuned methods."""
+    if not plan.setting.tune:
+        return plan, plan.runs(rates)
+    plan = with_memory(plan, rates)
+    return plan, {label: own if label in rates else [] for label, own in plan.runs(rates).items()}
+
+
+def _rates(plan: Plan, run_all: RunAll, say: Say) -> dict[str, dict[str, Any]]:
+    """The options of each method: tuned, found before, or none beside the presets'.
+
+    A method of which a tuning run has no outcome has none.
+    """
     setting = plan.setting
-    labels = [entry.label for entry in plan.entries]
-    known = {label: dict(setting.rates[label]) for label in labels if label in setting.rates}
+    known = {
+        entry.label: as_trained(entry, setting.rates[entry.label])
+        for entry in plan.entries
+        if entry.label in setting.rates
+    }
     if not setting.tune:
         return known
 
@@ -145,6 +170,11 @@ def _results(
     setting = plan.setting
     every = [(label, run) for label, own in runs.items() for run in own]
     absent = [(label, run.seed) for label, run in every if run.key not in done]
+    untuned = {
+        label: "its tuning isn't finished; the same command goes on with it"
+        for label, own in runs.items()
+        if not own
+    }
     about = {
         "model": setting.model,
         "data": Path(setting.data).name or setting.data,
@@ -165,6 +195,7 @@ def _results(
         dict(failed),
         rates,
         about,
+        untuned,
     )
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config_io import merge
+from ..choice import SEARCHED
+from ..config_io import from_mapping, merge
 from ..data import data_fingerprint
 from ..data.config import DataConfig
 from ..preset import read_preset
@@ -75,9 +76,13 @@ def decide(asked: Asked) -> Setting:
         labels = tuple(entry.label for entry in parse_methods(asked.methods))
     settings = merge(base.settings, asked.settings)
     data = base.data if asked.data is None else asked.data
+    tune = base.tune if asked.tune is None else asked.tune
     _refuse_own(settings)
+    if tune:
+        _refuse_searched(settings)
     _refuse_inside(asked.output, data)
     given = dict(settings.get("data") or {})
+    device = from_mapping({"train": settings.get("train")}).train.device
     source = DataConfig(source=data, **{k: v for k, v in given.items() if k == "text_key"})
     setting = Setting(
         methods=labels,
@@ -87,12 +92,12 @@ def decide(asked: Asked) -> Setting:
         steps=steps,
         settings=settings,
         equal=asked.equal or base.equal,
-        tune=base.tune if asked.tune is None else asked.tune,
+        tune=tune,
         tune_apart=base.tune_apart if asked.tune_apart is None else asked.tune_apart,
         tuning_seed=base.tuning_seed if asked.tuning_seed is None else asked.tuning_seed,
         rates=read_rates(asked.rates) if asked.rates is not None else base.rates,
         data_sha256=str(data_fingerprint(source)["sha256"]),
-        versions=versions(),
+        versions=versions(device),
     )
     return setting if former is None else joined(former, setting, asked.output)
 
@@ -109,6 +114,16 @@ def _refuse_own(settings: Mapping[str, Any]) -> None:
     for (section, key), flag in flags.items():
         if key in dict(settings.get(section, {})):
             raise ValueError(f"--set {section}.{key} in a comparison; accepted: {flag}")
+
+
+def _refuse_searched(settings: Mapping[str, Any]) -> None:
+    """Refuses one value for all methods of what is searched for each."""
+    for key in settings.get("optimizer") or {}:
+        if key in SEARCHED:
+            raise ValueError(
+                f"--set optimizer.{key} with --tune, which searches it; accepted: --methods"
+                f" NAME+{key}=VALUE, or no --tune"
+            )
 
 
 def _refuse_inside(output: Path, data: str) -> None:

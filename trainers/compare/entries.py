@@ -11,6 +11,7 @@ from lowrank.optimizers import available
 
 from ..config_io import merge, parse_override
 from ..official import PACKAGES, PREFIX, canonical_name, method_of
+from ..preset import canonical
 
 #: Settings beside the optimizer's that may differ from method to method.
 OWN_KEYS = (
@@ -21,6 +22,8 @@ OWN_KEYS = (
     "model.dtype",
     "model.weight_bits",
 )
+#: Where an option begins; a plus of a number (1e+2) or of a path doesn't.
+_OPTION = re.compile(r"\+(?=[A-Za-z_][\w.]*=)")
 ALL = ("all", "official:all")
 
 
@@ -60,7 +63,8 @@ def parse_methods(text: str) -> tuple[Entry, ...]:
             named before, "official:all" every official package.
 
     Raises:
-        ValueError: a name or a key is unknown, or a method is given twice.
+        ValueError: a name or a key is unknown, or a method is given twice, in the same words or in
+            others (options in another order, another spelling of a value).
     """
     # A comma inside brackets belongs to a value.
     names = [item.strip() for item in re.split(r",(?![^\[\]]*\])", text)]
@@ -75,29 +79,35 @@ def parse_methods(text: str) -> tuple[Entry, ...]:
         else:
             found = [_entry(name)]
         entries += found
-    labels = [entry.label for entry in entries]
-    for label in labels:
-        if labels.count(label) > 1:
-            raise ValueError(f"--methods has {label} twice; accepted: each once")
+    for place, entry in enumerate(entries):
+        for other in entries[:place]:
+            if other.label == entry.label:
+                raise ValueError(f"--methods has {entry.label} twice; accepted: each once")
+            if other.optimizer == entry.optimizer and other.settings == entry.settings:
+                raise ValueError(
+                    f"--methods has {other.label} and {entry.label}, which are the same; accepted:"
+                    " one of them"
+                )
     return tuple(entries)
 
 
 def _entry(text: str) -> Entry:
-    name, *options = text.split("+")
+    name, *options = _OPTION.split(text)
     if not name:
         raise ValueError(f"--methods has {text!r}, which names no method")
+    name, plus, rest = name.partition("+")
+    if plus:
+        raise ValueError(
+            f"--methods has {text!r}: {rest!r} is not of the form key=value, as in"
+            " adamw+plain_rule=adafactor"
+        )
     try:
         optimizer = canonical_name(name)
     except ValueError as error:
         raise ValueError(f"--methods: {error}") from None
     settings: dict[str, Any] = {}
     for option in options:
-        key, equals, value = option.partition("=")
-        if not equals:
-            raise ValueError(
-                f"--methods has {text!r}: {option!r} is not of the form key=value, as in"
-                " adamw+plain_rule=adafactor"
-            )
+        key, _, value = option.partition("=")
         path = key if "." in key else f"optimizer.{key}"
         if path in ("optimizer.name", "optimizer.seed") or not (
             path.startswith(("optimizer.", "schedule.")) or path in OWN_KEYS
@@ -106,8 +116,15 @@ def _entry(text: str) -> Entry:
                 f"--methods has {text!r}: {path} is the same for all methods; accepted here:"
                 f" options of the optimizer, schedule.*, {', '.join(OWN_KEYS)}"
             )
+        section, own = path.split(".", 1)
+        if own in settings.get(section, {}):
+            raise ValueError(f"--methods has {text!r}: {key} twice; accepted: each option once")
         settings = merge(settings, parse_override(f"{path}={value}"))
-    return Entry("+".join([optimizer, *options]), optimizer, settings)
+    label = "+".join([optimizer, *options])
+    try:
+        return Entry(label, optimizer, canonical(settings, optimizer))
+    except ValueError as error:
+        raise ValueError(f"--methods has {text!r}: {error}") from None
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from .pool import Say, open_pool, outcome
 from .refining import FACTORS
 from .results import optimizer_times
 from .setting import Setting
-from .tuning import START, Point, grid_of, moved_apart, neighbours
+from .tuning import given_by, grid_of, moved_apart, neighbours
 
 #: Steps that are measured, those at the start among them, which are left out of the median.
 STEPS = 6
@@ -140,6 +140,6 @@ def _tuning_runs(setting: Setting, run: Run) -> int:
     if not setting.tune:
         return 0
     if run.entry.label in setting.rates:
-        return len(FACTORS)
-    start, grid = Point(START, START), grid_of(run.entry, setting.tune_apart)
-    return 1 + len(neighbours(start, grid)) + len(moved_apart(start, grid))
+        return 0 if "lr" in given_by(run.entry) else len(FACTORS)
+    grid = grid_of(run.entry, setting.tune_apart)
+    return 1 + len(neighbours(grid.start, grid)) + len(moved_apart(grid.start, grid))

@@ -7,13 +7,17 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..choice import SEARCHED
 from ..config import RunConfig
 from ..config_io import from_mapping, merge, to_mapping
+from ..files import sha256
 from ..official import PACKAGES, is_official
-from ..preset import read_preset
+from ..parts import initial_weights
+from ..preset import canonical, preset_layer, read_preset
 from ..pretrain import resolve
 from .entries import Entry
 from .setting import Setting
@@ -61,7 +65,9 @@ def make_run(
         setting: the comparison.
         entry: the method.
         seed: the seed.
-        choice: what tuning has found: optimizer settings.
+        choice: what tuning has found, or an earlier comparison: optimizer settings. Where there
+            are any, the preset's values of the options in `SEARCHED` don't count: what is neither
+            chosen nor the setting's nor the entry's is null, the method's own.
         steps: how many, the setting's where None.
         last: optimizer settings above all others.
 
@@ -70,26 +76,28 @@ def make_run(
     """
     count = setting.steps if steps is None else steps
     every = max(50, min(500, math.ceil(count / 4)))
-    layer = merge(
-        _common(setting),
-        {
-            "optimizer": {"name": entry.optimizer},
-            "train": {"steps": count, "seed": seed, "threads": 1},
-            "eval": {"every": math.ceil(count / 4)},
-            "checkpoint": {"every": every, "keep": 1, "best": False},
-            "log": {"progress": False, "optimizer_time": True},
-        },
-        setting.settings,
-        _options(choice),
-        entry.settings,
-        {"optimizer": dict(last or {})},
-    )
+    given = {
+        "optimizer": {"name": entry.optimizer},
+        "train": {"steps": count, "seed": seed, "threads": 1},
+        "eval": {"every": math.ceil(count / 4)},
+        "checkpoint": {"every": every, "keep": 1, "best": False},
+        "log": {"progress": False, "optimizer_time": True},
+    }
     try:
+        layer = merge(
+            _common(setting),
+            given,
+            _left_open(setting, entry) if choice else {},
+            canonical(setting.settings, entry.optimizer),
+            canonical(_options(choice), entry.optimizer),
+            entry.settings,
+            {"optimizer": dict(last or {})},
+        )
         config = resolve(layer)
+        config = replace(config, distributed=replace(config.distributed, data_shards=1))
+        return Run(entry, seed, config, _key(setting, entry, seed, config))
     except ValueError as error:
         raise ValueError(f"{entry.label}: {error}") from None
-    config = replace(config, distributed=replace(config.distributed, data_shards=1))
-    return Run(entry, seed, config, _key(setting, entry, seed, config))
 
 
 def _common(setting: Setting) -> dict[str, Any]:
@@ -106,6 +114,15 @@ def _common(setting: Setting) -> dict[str, Any]:
         {key: whole[key] for key in sections},
         {"model": {"name": setting.model}, "data": {"source": setting.data}},
     )
+
+
+def _left_open(setting: Setting, entry: Entry) -> dict[str, Any]:
+    """Null for what a search chooses and the preset gives.
+
+    A null stays in the run's config.yaml, so that it is the same run without the comparison.
+    """
+    preset = canonical(preset_layer(setting.model, entry.optimizer), entry.optimizer)
+    return {"optimizer": {key: None for key in SEARCHED if key in preset.get("optimizer", {})}}
 
 
 def _options(choice: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,11 +165,21 @@ def _key(setting: Setting, entry: Entry, seed: int, config: RunConfig) -> str:
         "data": setting.data_sha256,
         "versions": dict(setting.versions),
     }
-    # The data's place is no part of it: they may be moved.
+    # The places of data and first weights are no part of it: they may be moved.
     content["config"]["data"] = {**content["config"]["data"], "source": ""}
+    if config.model.initial:
+        path = initial_weights(Path(config.model.initial))
+        weights = _weights_sha256(path, path.stat().st_mtime_ns, path.stat().st_size)
+        content["config"]["model"] = {**content["config"]["model"], "initial": weights}
     if is_official(entry.optimizer):
         package = PACKAGES[entry.method]
         content["package"] = [package.distribution, package.version]
     text = json.dumps(content, sort_keys=True, default=list)
     digest = hashlib.sha256(text.encode()).hexdigest()[:_HASH]
     return f"{entry.optimizer.replace(':', '-')}-{seed}-{digest}"
+
+
+@cache
+def _weights_sha256(path: Path, written_at: int, size: int) -> str:
+    """A file's hash, once for each state of it."""
+    return sha256(path)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..official import missing
+from ..preset import canonical
 from .entries import Entry, parse_methods
 from .memory import held, predicted, rank_for
 from .plan import Run, make_run, own_schedule, steps_of
@@ -51,7 +52,7 @@ class Plan:
 
 
 def prepare(setting: Setting) -> Plan:
-    """Checks every run before the first begins, and predicts memory.
+    """Checks every run before the first begins, and predicts memory from what is known then.
 
     Raises:
         ValueError: no method can be had, or a setting is not accepted.
@@ -64,13 +65,44 @@ def prepare(setting: Setting) -> Plan:
     lacking = [entry.label for entry in entries if entry.label not in setting.rates]
     if setting.rates and lacking and not setting.tune:
         raise ValueError(f"--rates has nothing of {lacking[0]}; --tune finds it")
+    if setting.equal == "memory":
+        _refuse_ranks(entries[1:])
+    skipped = {label: reason for label, reason in reasons.items() if reason is not None}
+    return with_memory(Plan(setting, entries, skipped, {}, {}, {}), setting.rates)
+
+
+def _refuse_ranks(entries: Sequence[Entry]) -> None:
+    """Refuses a rank of an entry's own where ranks are chosen."""
+    for entry in entries:
+        given = canonical(entry.settings, entry.optimizer).get("optimizer", {})
+        if "rank" in given:
+            raise ValueError(
+                f"--equal memory with {entry.label}: its rank is chosen by the first method's"
+                " memory; leave rank away, or use --equal steps"
+            )
+
+
+def with_memory(plan: Plan, rates: Mapping[str, Mapping[str, Any]]) -> Plan:
+    """The plan with ranks, remarks and predictions of the settings that the table's runs get.
+
+    The rule of embeddings and head changes a method's memory, so that what tuning finds changes the
+    rank with which a method takes as much as the first one.
+
+    Args:
+        plan: the comparison; where it has ranks, tuning ran with them.
+        rates: optimizer settings by label.
+
+    Raises:
+        ValueError: a setting is not accepted.
+    """
+    setting, entries = plan.setting, plan.entries
     ranks: dict[str, int] = {}
     remarks: dict[str, list[str]] = {}
     predictions: dict[str, dict[str, int]] = {}
     most: int | None = None
     for entry in entries:
         said = remarks.setdefault(entry.label, [])
-        choice = setting.rates.get(entry.label, {})
+        choice = rates.get(entry.label, {})
         run = make_run(setting, entry, setting.seeds[0], choice)
         steps_of(setting, entry, entries[0])
         if own_schedule(setting, run) and "schedule" not in entry.settings:
@@ -84,11 +116,12 @@ def prepare(setting: Setting) -> Plan:
                     said += [remark] if remark else []
                     if rank is not None:
                         ranks[entry.label] = rank
+                        before = plan.ranks.get(entry.label, rank)
+                        said += [f"tuned at rank {before}"] if before != rank else []
                         run = make_run(
                             setting, entry, setting.seeds[0], choice, last={"rank": rank}
                         )
             predictions[entry.label] = predicted(run.config)
         except ValueError as error:
             raise ValueError(f"{entry.label}: {error}") from None
-    skipped = {label: reason for label, reason in reasons.items() if reason is not None}
-    return Plan(setting, entries, skipped, ranks, remarks, predictions)
+    return replace(plan, ranks=ranks, remarks=remarks, predictions=predictions)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,7 @@ class Row:
         remarks: what a reader must know of it.
         against: differences to the first method, seed by seed (negative: better).
         ours: of an official package, those of ours to it, where both took part.
+        asked: how many seeds the comparison has.
     """
 
     entry: Entry
@@ -103,6 +105,7 @@ class Row:
     remarks: tuple[str, ...] = ()
     against: Spread | None = None
     ours: Spread | None = None
+    asked: int = 0
 
     @property
     def losses(self) -> dict[int, float]:
@@ -114,9 +117,15 @@ class Row:
         """Of the final validation losses."""
         return spread(list(self.losses.values()))
 
-    def over(self, name: str) -> Spread | None:
-        """Of a figure of `Seed`, over the seeds that have it."""
-        return spread([v for item in self.seeds if (v := getattr(item, name)) is not None])
+    def over(self, name: str, seeds: Collection[int] | None = None) -> Spread | None:
+        """Of a figure of `Seed`, over the seeds that have it.
+
+        Args:
+            name: the figure's.
+            seeds: the only ones that count; all where None.
+        """
+        items = [item for item in self.seeds if seeds is None or item.seed in seeds]
+        return spread([v for item in items if (v := getattr(item, name)) is not None])
 
     def median(self, name: str) -> float | None:
         """The median of a figure of `Seed`, which one disturbed run doesn't change."""
@@ -153,6 +162,7 @@ class Results:
         failed: key and message of runs that ended with an error.
         rates: what was tuned, by label.
         about: everything else that defines the comparison.
+        untuned: label and reason of methods without rates, of which nothing was trained.
     """
 
     rows: tuple[Row, ...]
@@ -161,12 +171,41 @@ class Results:
     failed: Mapping[str, str] = field(default_factory=dict)
     rates: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
+    untuned: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def shared(self) -> frozenset[int]:
+        """The seeds by which methods are ranked: those that all rows have finished.
+
+        Where there is none, of the seed that most rows have finished, and those that these share.
+        """
+        counts = Counter(seed for row in self.rows for seed in row.losses)
+        if not counts:
+            return frozenset()
+        most = min(counts, key=lambda seed: (-counts[seed], seed))
+        having = [set(row.losses) for row in self.rows if most in row.losses]
+        return frozenset(set.intersection(*having))
+
+    def ranks(self, row: Row) -> bool:
+        """Whether a row has all seeds by which methods are ranked."""
+        return self.shared <= row.losses.keys()
+
+    def fair(self, row: Row, name: str = "val_loss") -> Spread | None:
+        """A figure of `Seed` over `shared`; over a row's own seeds where it lacks one of them."""
+        return row.over(name, self.shared if self.ranks(row) else None)
 
     @property
     def ordered(self) -> list[Row]:
-        """Best first, official packages below ours of the same method."""
+        """Best first by the seeds in `shared`, those without them last; official packages stand
+        below ours of the same method.
+        """
+
+        def place(row: Row) -> tuple[bool, float]:
+            loss = self.fair(row)
+            return not self.ranks(row), math.inf if loss is None else loss.mean
+
         shown: list[Row] = []
-        ranked = sorted((row for row in self.rows if row.loss), key=_mean)
+        ranked = sorted((row for row in self.rows if row.loss), key=place)
         partners = {row.entry.optimizer for row in ranked}
         for row in ranked:
             if row.entry.optimizer != row.entry.method and row.entry.method in partners:
@@ -180,11 +219,6 @@ class Results:
                 and other not in shown
             ]
         return shown
-
-
-def _mean(row: Row) -> float:
-    assert row.loss is not None
-    return row.loss.mean
 
 
 def read_seed(run: Run, ended: Outcome) -> Seed:
@@ -302,9 +336,8 @@ def make_rows(
         said = [*remarks.get(label, ())]
         said += [f"seed {item.seed} broke off: {item.reason}" for item in seeds if item.reason]
         said += [f"seed {item.seed} skipped {item.skipped}" for item in seeds if item.skipped]
-        made.append(
-            Row(own[0].entry, options, seeds, dict(predictions.get(label, {})), tuple(said))
-        )
+        sizes = dict(predictions.get(label, {}))
+        made.append(Row(own[0].entry, options, seeds, sizes, tuple(said), asked=len(own)))
     by_name = {row.entry.label: row for row in made}
     first = made[0] if made and next(iter(runs)) == made[0].entry.label else None
     finished = []
@@ -312,14 +345,10 @@ def make_rows(
         ours = by_name.get(row.entry.label.replace(row.entry.optimizer, row.entry.method, 1))
         official = row.entry.optimizer != row.entry.method
         finished.append(
-            Row(
-                row.entry,
-                row.options,
-                row.seeds,
-                row.predicted,
-                row.remarks,
-                None if first is None or row is first else paired(row.losses, first.losses),
-                paired(ours.losses, row.losses) if official and ours is not None else None,
+            replace(
+                row,
+                against=None if first is None or row is first else paired(row.losses, first.losses),
+                ours=paired(ours.losses, row.losses) if official and ours is not None else None,
             )
         )
     return tuple(finished)

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from ..config_io import flatten
+from ..distributed import choose_device
 from ..files import write_text
-from ..summary import package_version
+from ..missing import require
+from ..summary import device_name, package_version
 
 NO_METHODS = "--methods is not given; accepted: names, `lowrank methods` lists them"
 FORMAT = 1
@@ -43,7 +45,7 @@ class Setting:
         tuning_seed: of the tuning runs.
         rates: what was found before, by label: a layer of optimizer settings for each.
         data_sha256: of the data.
-        versions: of what computes.
+        versions: of what computes, and the device.
     """
 
     methods: tuple[str, ...]
@@ -80,12 +82,22 @@ class Setting:
             )
 
 
-def versions() -> dict[str, str]:
-    """Versions of what computes."""
+def versions(device: str) -> dict[str, str]:
+    """What computes: versions, and the device.
+
+    Args:
+        device: as `train.device` has it.
+
+    Raises:
+        ValueError: this machine doesn't have the device.
+        MissingExtraError: `transformers` is not installed.
+    """
     return {
         "lowrank": package_version(),
         "torch": str(torch.__version__),
+        "transformers": str(require("transformers", "train").__version__),
         "python": platform.python_version(),
+        "device": device_name(choose_device(device)),
     }
 
 

@@ -26,10 +26,13 @@ TIMES = ("optimizer_ms", "refresh_ms", "worst_ms", "step_ms")
 
 
 def front(results: Results) -> list[str]:
-    """Labels on the Pareto front of memory (weights and state) and perplexity."""
+    """Labels on the Pareto front of memory (weights and state) and perplexity.
+
+    Perplexities are of the seeds that all have; a method without them isn't on it.
+    """
     points = {}
-    for row in results.rows:
-        quality = row.over("perplexity")
+    for row in filter(results.ranks, results.rows):
+        quality = results.fair(row, "perplexity")
         if row.held is not None and quality is not None and not any(s.reason for s in row.seeds):
             points[row.entry.label] = (row.held, quality.mean)
     return pareto(points)
@@ -81,8 +84,10 @@ def as_dict(results: Results) -> dict[str, Any]:
         "rates": {label: dict(options) for label, options in results.rates.items()},
         "skipped": dict(results.skipped),
         "failed": dict(results.failed),
+        "untuned": dict(results.untuned),
         "missing": [{"method": label, "seed": seed} for label, seed in results.missing],
         "pareto": best,
+        "ranked_by_seeds": sorted(results.shared),
         "rows": [_row(row) for row in results.ordered],
     }
 
@@ -125,14 +130,22 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_spread(found: Spread | None, digits: int = 4, signed: bool = False) -> str:
-    """A mean and its standard error."""
+def write_spread(found: Spread | None, digits: int = 4, signed: bool = False, of: int = 0) -> str:
+    """A mean and its standard error, and how many seeds it is of where that is not all.
+
+    Args:
+        found: the mean.
+        digits: after the point.
+        signed: whether a plus is written.
+        of: how many seeds the comparison has.
+    """
     if found is None:
         return ""
+    some = f" ({found.count} of {of} seeds)" if found.count < of else ""
     if not math.isfinite(found.mean):
-        return "broke off"
-    text = f"{found.mean:{'+' if signed else ''}.{digits}f}"
-    return text if found.error is None else f"{text} +- {found.error:.{digits}f}"
+        return f"broke off{some}"
+    error = "" if found.error is None else f" +- {found.error:.{digits}f}"
+    return f"{found.mean:{'+' if signed else ''}.{digits}f}{error}{some}"
 
 
 def markdown(results: Results) -> str:
@@ -149,10 +162,12 @@ def markdown(results: Results) -> str:
         quality = row.over("perplexity")
         perplexity = "" if quality is None else f"{quality.mean:.1f}"
         state = "" if row.state is None else f"{row.state / 1024:.0f}"
-        lr, plain = row.options["lr"], row.options.get("plain_lr", row.options["lr"])
+        lr, plain = row.options["lr"], row.options.get("plain_lr")
+        plain = lr if plain is None else plain
         lines.append(
-            f"| {name} | {write_spread(row.loss)} | {write_spread(row.against, signed=True)} "
-            f"| {write_spread(row.ours, signed=True)} | {perplexity} | {state} "
+            f"| {name} | {write_spread(row.loss, of=row.asked)} "
+            f"| {write_spread(row.against, signed=True, of=row.asked)} "
+            f"| {write_spread(row.ours, signed=True, of=row.asked)} | {perplexity} | {state} "
             f"| {lr:g} / {plain:g} |"
         )
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from lowrank.optimizers.engine.method import TABLE
@@ -23,7 +23,8 @@ from ..choice import accepts_betas
 from ..official import is_official
 from .entries import Entry
 from .plan import Run
-from .pool import Outcome, Say
+from .pool import Say
+from .search import RunAll, search
 
 #: The grid of both learning rates.
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -40,7 +41,7 @@ class Point:
 
     Attributes:
         lr: of projected or hidden matrices.
-        plain_lr: of embeddings, head and norms.
+        plain_lr: of embeddings, head and norms; None is `lr`, where an entry says so.
         betas: Adam's.
         plain_rule: of embeddings, head and norms.
         embedding_lr: of embeddings alone; None is `plain_lr`.
@@ -48,7 +49,7 @@ class Point:
     """
 
     lr: float
-    plain_lr: float
+    plain_lr: float | None
     betas: tuple[float, float] | None = None
     plain_rule: str = "own"
     embedding_lr: float | None = None
@@ -74,16 +75,21 @@ class Grid:
     """What may be tried of one method.
 
     Attributes:
-        betas: beside the method's own.
+        betas: those that may be tried, None is the method's own.
         rules: of embeddings, head and norms.
-        fixed: rates that the entry gives itself.
+        given: rates, betas and rule that the entry gives itself; they are not moved.
         apart: the rules under which embeddings and head may have rates of their own.
     """
 
     betas: tuple[tuple[float, float] | None, ...]
     rules: tuple[str, ...]
-    fixed: frozenset[str] = frozenset()
+    given: Mapping[str, Any] = field(default_factory=dict)
     apart: tuple[str, ...] = ()
+
+    @property
+    def start(self) -> Point:
+        """Where the search begins: in the middle, but for what the entry gives."""
+        return replace(Point(START, START), **self.given)
 
 
 def declared(apart: bool) -> dict[str, Any]:
@@ -109,21 +115,32 @@ def grid_of(entry: Entry, apart: bool = False) -> Grid:
         entry: the method.
         apart: whether embeddings and head may have rates of their own.
     """
-    given = frozenset(entry.settings.get("optimizer", {}))
-    betas: tuple[tuple[float, float] | None, ...] = (None,)
+    given = given_by(entry)
+    betas: tuple[tuple[float, float] | None, ...] = (given.get("betas"),)
     if "betas" not in given and accepts_betas(entry.optimizer):
         signature = inspect.signature(TABLE[entry.method].optimizer)
         own = signature.parameters["betas"].default if "betas" in signature.parameters else None
         betas = (None, *(pair for pair in BETAS if own is None or tuple(own) != pair))
-    rules: tuple[str, ...] = ("own",)
+    rules: tuple[str, ...] = (given.get("plain_rule", "own"),)
     if "plain_rule" not in given:
         # A method that is itself the rule has it already.
         rules = tuple(rule for rule in PLAIN_RULES if rule != entry.optimizer)
     apart_rules = rules if apart else ()
-    if is_official(entry.optimizer) and "plain_rule" not in given:
+    if is_official(entry.optimizer):
         # Packages know one rate for all that they don't project.
         apart_rules = tuple(rule for rule in apart_rules if rule != "own")
-    return Grid(betas, rules, given & {*_RATES}, apart_rules)
+    return Grid(betas, rules, given, apart_rules)
+
+
+def given_by(entry: Entry) -> dict[str, Any]:
+    """The coordinates of a point that an entry gives itself."""
+    options = entry.settings.get("optimizer", {})
+    given = {item.name: options[item.name] for item in fields(Point) if item.name in options}
+    if isinstance(given.get("betas"), list):
+        given["betas"] = tuple(given["betas"])
+    if given.get("plain_rule", "own") is None:
+        given["plain_rule"] = "own"
+    return given
 
 
 def neighbours(point: Point, grid: Grid) -> set[Point]:
@@ -135,7 +152,7 @@ def neighbours(point: Point, grid: Grid) -> set[Point]:
     for rule in grid.rules:
         other = replace(point, plain_rule=rule)
         if rule not in grid.apart:
-            other = replace(other, embedding_lr=None, head_lr=None)
+            other = _with(other, **{n: None for n in APART if n not in grid.given})
         if rule != point.plain_rule:
             found |= {other, *_moved(other, grid, "plain_lr")}
     return found - {point}
@@ -145,30 +162,31 @@ def moved_apart(point: Point, grid: Grid) -> set[Point]:
     """What is tried around a point whose neighbours are known: rates of embeddings and head."""
     if point.plain_rule not in grid.apart:
         return set()
-    free = [name for name in APART if name not in grid.fixed]
+    free = [name for name in APART if name not in grid.given]
     rates = point.rates()
+    plain = rates.get("plain_lr", point.lr)
     # From here on plain_lr is of norms alone.
-    parted = _with(point, **{name: rates.get(name, point.plain_lr) for name in free})
+    parted = _with(point, **{name: rates.get(name, plain) for name in free})
     return {moved for name in free for moved in _moved(parted, grid, name)}
 
 
 def wanted(known: Mapping[Point, float], grid: Grid) -> set[Point]:
     """The points to try next: none when all around the best point are known."""
     if not known:
-        return {Point(START, START)}
+        return {grid.start}
     point = best(known)
     return neighbours(point, grid) - known.keys() or moved_apart(point, grid) - known.keys()
 
 
 def best(known: Mapping[Point, float]) -> Point:
     """The point with the lowest loss; of equal ones the one with the lower rates."""
-    return min(known, key=lambda point: (known[point], point.lr, point.plain_lr))
+    return min(known, key=lambda point: (known[point], point.lr, point.plain_lr or point.lr))
 
 
 def tune(
     entries: Sequence[Entry],
     make: Callable[[Entry, Mapping[str, Any]], Run],
-    run_all: Callable[[Sequence[Run]], Mapping[str, Outcome]],
+    run_all: RunAll,
     say: Say,
     apart: bool = False,
 ) -> dict[str, dict[str, Any]]:
@@ -183,49 +201,39 @@ def tune(
 
     Returns:
         The best options by label, with `val_loss`, how many were `tried`, which rates lie at an
-        `edge` of the grid, and all `trials`; a method whose runs fail is left out.
+        `edge` of the grid, and all `trials`; a method of which a run fails is left out.
     """
     grids = {entry.label: grid_of(entry, apart) for entry in entries}
-    known: dict[str, dict[Point, float]] = {entry.label: {} for entry in entries}
-    going = {entry.label: entry for entry in entries}
-    while going:
-        asked = {
-            (label, point): make(entry, point.options())
-            for label, entry in going.items()
-            for point in sorted(wanted(known[label], grids[label]), key=repr)
-        }
-        say(f"tuning: {len(asked)} runs of {len(going)} methods")
-        done = run_all(list(asked.values()))
-        for (label, point), run in asked.items():
-            if run.key in done:
-                known[label][point] = done[run.key].loss
-            else:
-                going.pop(label, None)
-                known.pop(label, None)
-        going = {
-            label: entry for label, entry in going.items() if wanted(known[label], grids[label])
-        }
-    return {label: _record(points) for label, points in known.items()}
+
+    def next_points(entry: Entry, known: Mapping[Point, float]) -> list[Point]:
+        return sorted(wanted(known, grids[entry.label]), key=repr)
+
+    def run_of(entry: Entry, point: Point) -> Run:
+        return make(entry, point.options())
+
+    known = search(entries, next_points, run_of, run_all, say)
+    return {label: _record(points, grids[label]) for label, points in known.items()}
 
 
 def _moved(point: Point, grid: Grid, name: str) -> set[Point]:
-    """The point with one rate a place up and down."""
-    if name in grid.fixed:
+    """The point with one rate a place up and down on the grid, on which an entry's need not lie."""
+    if name in grid.given:
         return set()
-    place = RATES.index(point.rates()[name])
-    beside = [RATES[at] for at in (place - 1, place + 1) if 0 <= at < len(RATES)]
-    return {_with(point, **{name: rate}) for rate in beside}
+    rate = point.rates()[name]
+    beside = [[at for at in RATES if at < rate][-1:], [at for at in RATES if at > rate][:1]]
+    return {_with(point, **{name: at}) for places in beside for at in places}
 
 
 def _with(point: Point, **changes: Any) -> Point:
     return replace(point, **changes)
 
 
-def _record(points: Mapping[Point, float]) -> dict[str, Any]:
+def _record(points: Mapping[Point, float], grid: Grid) -> dict[str, Any]:
     """What was found of one method, for JSON."""
     point = best(points)
     trials = [trial(each.options(), loss) for each, loss in points.items()]
-    edge = [name for name, rate in point.rates().items() if rate in (RATES[0], RATES[-1])]
+    free = {name: rate for name, rate in point.rates().items() if name not in grid.given}
+    edge = [name for name, rate in free.items() if rate in (RATES[0], RATES[-1])]
     found = {"tried": len(trials), "edge": edge, "trials": trials}
     return {**trial(point.options(), points[point]), **found}
 

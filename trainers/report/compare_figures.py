@@ -130,7 +130,7 @@ def plane_figure(results: Results) -> Drawing | None:
     places = {row.entry.label: place for place, row in enumerate(results.ordered, start=1)}
     points = []
     for row in results.ordered:
-        quality = row.over("perplexity")
+        quality = results.fair(row, "perplexity")
         if row.held is not None and quality is not None and math.isfinite(quality.mean):
             points.append((row, row.held, quality))
     if not points:
@@ -177,8 +177,8 @@ def plane_figure(results: Results) -> Drawing | None:
         Key("others", "slate", "point"),
     )
     caption = (
-        "Numbers are places in the table of results; bars are standard errors over the seeds. On"
-        " the front no other method is as good in both."
+        "Numbers are places in the table of results; bars are standard errors over the seeds that"
+        " all methods have finished. On the front no other method is as good in both."
     )
     return Drawing("plane", "Memory and perplexity", svgs[0], keys, caption, svgs[1])
 

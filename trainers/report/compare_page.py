@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..choice import SEARCHED
 from ..compare.memory import CATEGORIES
 from ..compare.results import Results, Row
 from ..compare.tables import CSV, JSON, TIMES, front, write_spread
@@ -84,7 +85,16 @@ def _notices(results: Results) -> list[str]:
         some = ", ".join(f"{label} seed {seed}" for label, seed in results.missing[:4])
         more = f" and {len(results.missing) - 4} more" if len(results.missing) > 4 else ""
         texts.append(f"Not finished: {some}{more}. The figures are of the runs that have ended.")
+    if any(len(results.shared) < row.asked for row in results.rows):
+        seeds = ", ".join(map(str, sorted(results.shared)))
+        others = [row.entry.label for row in results.rows if not results.ranks(row)]
+        lacking = f" {', '.join(others)} did not and stand last." if others else ""
+        texts.append(
+            f"Methods are ranked, and the front is drawn, by seeds that they all finished: {seeds}."
+            f"{lacking}"
+        )
     texts += [f"{label} is left out: {reason}." for label, reason in results.skipped.items()]
+    texts += [f"{label} has no row: {reason}." for label, reason in results.untuned.items()]
     texts += [f"{key} ended with an error: {text}" for key, text in results.failed.items()]
     if results.rows and max(len(row.seeds) for row in results.rows) < 2:
         texts.append("One seed tells nothing of the spread: differences may be chance.")
@@ -118,13 +128,13 @@ def _result_table(results: Results) -> str:
         rows.append(
             (
                 f"{place}  {row.entry.label}",
-                write_spread(row.loss),
-                write_spread(row.against, signed=True),
-                write_spread(row.ours, signed=True),
+                write_spread(row.loss, of=row.asked),
+                write_spread(row.against, signed=True, of=row.asked),
+                write_spread(row.ours, signed=True, of=row.asked),
                 write_spread(row.over("perplexity"), 2),
                 write_spread(row.over("bits_per_byte")),
                 format_bytes(row.state),
-                str(len(row.seeds)),
+                str(len(row.seeds)) + (f" of {row.asked}" if len(row.seeds) < row.asked else ""),
                 "yes" if row.entry.label in best else "",
             )
         )
@@ -132,8 +142,9 @@ def _result_table(results: Results) -> str:
 
 
 def _best(results: Results) -> list[list[bool]]:
-    losses = [row.loss.mean if row.loss else math.inf for row in results.ordered]
-    return [[loss == min(losses), *[False] * 7] for loss in losses]
+    fair = [results.fair(row) if results.ranks(row) else None for row in results.ordered]
+    losses = [math.inf if loss is None else loss.mean for loss in fair]
+    return [[math.isfinite(loss) and loss == min(losses), *[False] * 7] for loss in losses]
 
 
 def _reading(results: Results) -> str:
@@ -213,11 +224,14 @@ def _about(results: Results) -> str:
             rows += [(name, _written(item)) for name, item in inner]
         else:
             rows.append((key, _written(value)))
-    options = [
-        (row.entry.label, ", ".join(f"{k}={format_value(v)}" for k, v in row.options.items()))
-        for row in results.ordered
-    ]
+    options = [(row.entry.label, _options(row)) for row in results.ordered]
     return table(rows) + details("Options of each method", table(options))
+
+
+def _options(row: Row) -> str:
+    """All but those that are null because the method's own holds."""
+    given = {k: v for k, v in row.options.items() if v is not None or k not in SEARCHED}
+    return ", ".join(f"{key}={format_value(value)}" for key, value in given.items())
 
 
 def _written(value: object) -> str:

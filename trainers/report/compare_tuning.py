@@ -44,15 +44,22 @@ def _all(trials: list[tuple[str, ...]]) -> str:
 
 
 def _cells(label: str, options: Mapping[str, Any]) -> tuple[str, ...]:
-    plain = options.get("plain_lr", options.get("lr", math.nan))
+    lr = _given(options, "lr", math.nan)
+    plain = _given(options, "plain_lr", lr)
     betas = options.get("betas")
     loss = options.get("val_loss")
     return (
         label,
-        f"{options.get('lr', math.nan):g}",
+        f"{lr:g}",
         f"{plain:g}",
-        *(f"{options.get(name, plain):g}" for name in ("embedding_lr", "head_lr")),
+        *(f"{_given(options, name, plain):g}" for name in ("embedding_lr", "head_lr")),
         "own" if betas is None else format_value(betas),
-        str(options.get("plain_rule", "own")),
+        str(_given(options, "plain_rule", "own")),
         f"{loss:.4f}" if isinstance(loss, float) else MISSING,
     )
+
+
+def _given(options: Mapping[str, Any], name: str, default: Any) -> Any:
+    """An option; null is what none is."""
+    value = options.get(name)
+    return default if value is None else value
