@@ -142,7 +142,9 @@ def fused_rows(
     if usable(*(part.detach() for part in parts), grad) is None:
         return None
     if rounds:
-        what = f"an INT{weight.BITS} weight" if quantised else "stochastic_rounding=True"
+        what = "stochastic_rounding=True"
+        if isinstance(weight, QuantizedWeight):
+            what = f"an INT{weight.BITS} weight"
         check_capture(what, seed, turn)
     return _chunks(weight, grad, seed if rounds else None, turn, first_row)
 

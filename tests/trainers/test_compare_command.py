@@ -14,7 +14,7 @@ from rich.console import Console
 
 from lowrank.trainers.compare import command
 from lowrank.trainers.compare.command import compare, report
-from lowrank.trainers.compare.decide import Asked, decide
+from lowrank.trainers.compare.decide import Asked, decide, remarks
 from lowrank.trainers.compare.memory import held
 from lowrank.trainers.compare.plan import Run
 from lowrank.trainers.compare.pool import Outcome
@@ -166,3 +166,13 @@ def test_what_another_comparison_wrote_meanwhile_is_kept(
         *(("muon", seed) for seed in (0, 1)),
         *(("adamw", seed) for seed in (0, 1)),
     }
+
+
+def test_rates_of_another_model_and_another_first_method_are_told(tmp_path: Path) -> None:
+    file = tmp_path / "rates.json"
+    file.write_text(json.dumps({"model": "llama_9m", "rates": {"adamw": {"lr": 0.001}}}))
+    assert remarks(Asked(tmp_path, "adamw,muon", rates=None), BASE) == []
+    assert remarks(Asked(tmp_path, "galore_adamw,adamw", rates=file), BASE) == [
+        f"--rates {file} are of llama_9m, and are taken for llama_1m",
+        "differences are to adamw, the folder's first, not galore_adamw",
+    ]

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from ..loop import TrainingError
 from . import tables
-from .decide import Asked, decide
+from .decide import Asked, decide, remarks
 from .entries import Entry
 from .estimate import estimate, show
 from .plan import Run
@@ -47,6 +47,8 @@ def compare(asked: Asked, console: Console) -> None:
     plan = prepare(setting)
     for label, reason in plan.skipped.items():
         _say(console, f"{label} is left out: {reason}")
+    for line in remarks(asked, setting):
+        _say(console, line)
     if asked.dry_run:
         runs = plan.runs(setting.rates)
         found = estimate(setting, runs, asked.output, asked.jobs, _sayer(console))

@@ -13,7 +13,7 @@ from ..data import data_fingerprint
 from ..data.config import DataConfig
 from ..preset import read_preset
 from .entries import parse_methods
-from .refining import read_rates
+from .refining import rates_model, read_rates
 from .setting import NO_METHODS, Setting, joined, read_setting, versions
 
 
@@ -100,6 +100,19 @@ def decide(asked: Asked) -> Setting:
         versions=versions(device),
     )
     return setting if former is None else joined(former, setting, asked.output)
+
+
+def remarks(asked: Asked, setting: Setting) -> list[str]:
+    """What a reader of the command might take for granted, and isn't so."""
+    said = []
+    found = None if asked.rates is None else rates_model(asked.rates)
+    if found not in (None, setting.model):
+        said.append(f"--rates {asked.rates} are of {found}, and are taken for {setting.model}")
+    if asked.methods is not None:
+        first = parse_methods(asked.methods)[0].label
+        if first != setting.methods[0]:
+            said.append(f"differences are to {setting.methods[0]}, the folder's first, not {first}")
+    return said
 
 
 def _refuse_own(settings: Mapping[str, Any]) -> None:

@@ -57,6 +57,13 @@ def read_rates(path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def rates_model(path: Path) -> str | None:
+    """The model that settings were found on, if what `read_rates` reads says so."""
+    file = path / "results.json" if path.is_dir() else path
+    model = json.loads(file.read_text("utf-8")).get("model")
+    return model if isinstance(model, str) else None
+
+
 def _check(options: Mapping[str, Any]) -> None:
     """Raises `ValueError` for the first name or value that no method takes."""
     if "lr" not in options:
