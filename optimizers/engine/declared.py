@@ -41,6 +41,11 @@ class DeclaredOptimizer(Optimizer):
     foreign_keys: ClassVar[tuple[str, ...]] = ()
     #: Keys of `ProjectionOptions` that a method without projection uses in its own groups.
     hidden_keys: ClassVar[tuple[str, ...]] = ()
+    #: Where a method doesn't project, the group key by which a group is the method's (any value but
+    #: None and False) or is trained as embeddings and norms are.
+    marked_by: ClassVar[str | None] = None
+    #: Its name in the table of methods.
+    registered: ClassVar[str] = ""
     #: Whether the constructor requires `params`; otherwise `collect` supplies them.
     needs_params: ClassVar[bool] = True
     #: The constructor's signature, generated from the above.
@@ -100,12 +105,24 @@ class DeclaredOptimizer(Optimizer):
     def _begin(self) -> None:
         """Called once all groups of the constructor are there."""
 
+    @classmethod
+    def is_marked(cls, group: Group) -> bool:
+        """Whether `marked_by` gives a group to the method."""
+        mark = None if cls.marked_by is None else group.get(cls.marked_by)
+        return mark is not None and mark is not False
+
     def _warn_of_groups(self) -> None:
-        """Warns if no group is projected."""
+        """Warns if the method does nothing: no group is projected, or has its mark."""
+        name = type(self).__name__
         if self.projects and not any(ProjectionOptions.of(group) for group in self.param_groups):
             warn_user(
-                f"{type(self).__name__}: no parameter group has a rank, so nothing is projected; "
+                f"{name}: no parameter group has a rank, so nothing is projected; "
                 "param_groups(model) makes groups that are"
+            )
+        if self.marked_by is not None and not any(map(self.is_marked, self.param_groups)):
+            warn_user(
+                f"{name}: no parameter group has {self.marked_by}, so all are trained as "
+                f"embeddings and norms are; build({self.registered!r}, model) sorts parameters"
             )
 
     def _warn_of_fused(self) -> None:

@@ -170,6 +170,7 @@ def method(
                     f"{other.name!r} of {other.optimizer.__module__} already; accepted are other "
                     f"names, or unregister({other.name!r}) first"
                 )
+        optimizer.registered = name
         family = getattr(optimizer, "rule", None)
         row = TABLE[name] = Method(
             name,

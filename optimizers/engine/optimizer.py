@@ -72,7 +72,8 @@ class LowRankOptimizer(DeclaredOptimizer, ManagedOptimizer):
     def compose(self, group: Group) -> Composition:
         """The composition of a group's options; raises `ValueError` for bad values."""
         projection = projection_of(group) if self.projects else None
-        return Composition(self.rule.make(group, projected=projection is not None), projection)
+        own = projection is not None or self.is_marked(group)
+        return Composition(self.rule.make(group, projected=own), projection)
 
     def _make_attributes(self) -> None:
         self._refresh_hooks: dict[int, RefreshHook] = OrderedDict()

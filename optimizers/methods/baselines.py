@@ -72,10 +72,11 @@ class Muon(LowRankOptimizer):
     """
 
     projects: ClassVar[bool] = False
+    marked_by: ClassVar[str | None] = "use_muon"
     rule = MUON
     own_keywords = (Keyword("use_muon", False, "default of the group key."),)
 
     def compose(self, group: Group) -> Composition:
         """Muon or AdamW, by the group's `use_muon`."""
         checks.choice("use_muon", group["use_muon"], (True, False))
-        return Composition(self.rule.make(group, projected=group["use_muon"]))
+        return super().compose(group)

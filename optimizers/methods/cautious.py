@@ -19,12 +19,10 @@ fifteenth of AdamW's 8 m n; 4 (m + n) for an embedding or head, of a vector its 
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, ClassVar
 
 from torch import nn
 
-from ..engine.composition import Composition
 from ..engine.method import method
 from ..engine.optimizer import LowRankOptimizer
 from ..engine.options import Group
@@ -53,16 +51,5 @@ class CautiousAdafactor(LowRankOptimizer):
     """
 
     projects: ClassVar[bool] = False
+    marked_by: ClassVar[str | None] = "momentum_bits"
     rule = CAUTIOUS
-
-    def compose(self, group: Group) -> Composition:
-        """With momentum or without, by the group's `momentum_bits`."""
-        return Composition(self.rule.make(group, projected=group["momentum_bits"] is not None))
-
-    def _warn_of_groups(self) -> None:
-        if all(group["momentum_bits"] is None for group in self.param_groups):
-            warnings.warn(
-                f"{type(self).__name__}: all parameter groups have momentum_bits=None, so all get "
-                "Adafactor; build('cautious_adafactor', model) sorts parameters",
-                stacklevel=3,
-            )

@@ -19,12 +19,10 @@ limit has nothing to compare the first step with: begin with a warm-up.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, ClassVar
 
 from torch import nn
 
-from ..engine.composition import Composition
 from ..engine.method import method
 from ..engine.optimizer import LowRankOptimizer
 from ..engine.options import Group
@@ -53,16 +51,5 @@ class FoamAdamW(LowRankOptimizer):
     """
 
     projects: ClassVar[bool] = False
+    marked_by: ClassVar[str | None] = "fold"
     rule = FOAM
-
-    def compose(self, group: Group) -> Composition:
-        """Folded or plain AdamW, by the group's `fold`."""
-        return Composition(self.rule.make(group, projected=group["fold"] is not None))
-
-    def _warn_of_groups(self) -> None:
-        if all(group["fold"] is None for group in self.param_groups):
-            warnings.warn(
-                f"{type(self).__name__}: all parameter groups have fold=None, so nothing is "
-                "folded; build('foam_adamw', model) sorts parameters",
-                stacklevel=3,
-            )

@@ -18,12 +18,10 @@ the former ones, and M and V are formed from these, so that the first step is Ad
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, ClassVar
 
 from torch import nn
 
-from ..engine.composition import Composition
 from ..engine.method import method
 from ..engine.optimizer import LowRankOptimizer
 from ..engine.options import Group
@@ -53,17 +51,6 @@ class LoRAPreAdamW(LowRankOptimizer):
     """
 
     projects: ClassVar[bool] = False
+    marked_by: ClassVar[str | None] = "rank"
     hidden_keys: ClassVar[tuple[str, ...]] = ("rank",)
     rule = LORA_PRE
-
-    def compose(self, group: Group) -> Composition:
-        """Factored or plain moments, by the group's `rank`."""
-        return Composition(self.rule.make(group, projected=group.get("rank") is not None))
-
-    def _warn_of_groups(self) -> None:
-        if all(group.get("rank") is None for group in self.param_groups):
-            warnings.warn(
-                f"{type(self).__name__}: no parameter group has a rank, so all get AdamW; "
-                "build('lora_pre_adamw', model) sorts parameters",
-                stacklevel=3,
-            )

@@ -15,7 +15,6 @@ s and q, the update ten times its usual size, which a warm-up of the learning ra
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, ClassVar
 
 from torch import nn
@@ -51,18 +50,11 @@ class RacsAdamW(LowRankOptimizer):
     """
 
     projects: ClassVar[bool] = False
+    marked_by: ClassVar[str | None] = "use_racs"
     rule = RACS
     own_keywords = (Keyword("use_racs", False, "default of the group key."),)
 
     def compose(self, group: Group) -> Composition:
         """RACS or AdamW, by the group's `use_racs`."""
         checks.choice("use_racs", group["use_racs"], (True, False))
-        return Composition(self.rule.make(group, projected=group["use_racs"]))
-
-    def _warn_of_groups(self) -> None:
-        if not any(group["use_racs"] for group in self.param_groups):
-            warnings.warn(
-                f"{type(self).__name__}: no parameter group has use_racs=True, so all get AdamW; "
-                "build('racs_adamw', model) sorts parameters",
-                stacklevel=3,
-            )
+        return super().compose(group)

@@ -21,14 +21,12 @@ momentum. Linear layers outside attention and MLP are hidden matrices here. Conv
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from ..coverage import warn_of_left_out
-from ..engine.composition import Composition
 from ..engine.keywords import Keyword
 from ..engine.method import method
 from ..engine.optimizer import LowRankOptimizer
@@ -106,6 +104,7 @@ class ScaleSGD(LowRankOptimizer):
     """
 
     projects: ClassVar[bool] = False
+    marked_by: ClassVar[str | None] = "normalise"
     rule = SCALE
     own_keywords = (
         Keyword(
@@ -114,15 +113,3 @@ class ScaleSGD(LowRankOptimizer):
             'default of the group key: "rows", "columns" or None, which is AdamW.',
         ),
     )
-
-    def compose(self, group: Group) -> Composition:
-        """SGD or AdamW, by the group's `normalise`."""
-        return Composition(self.rule.make(group, projected=group["normalise"] is not None))
-
-    def _warn_of_groups(self) -> None:
-        if all(group["normalise"] is None for group in self.param_groups):
-            warnings.warn(
-                f"{type(self).__name__}: no parameter group has normalise='rows' or 'columns', so "
-                "all get AdamW; build('scale_sgd', model) or scale_groups(model) sorts parameters",
-                stacklevel=3,
-            )

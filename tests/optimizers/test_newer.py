@@ -16,6 +16,7 @@ from lowrank.cuda import rademacher
 from lowrank.optimizers import (
     FoamAdamW,
     LoRAPreAdamW,
+    Muon,
     RacsAdamW,
     ScaleSGD,
     build,
@@ -125,9 +126,10 @@ def test_a_model_says_which_head_it_has() -> None:
 @pytest.mark.parametrize(
     ("method", "said"),
     [
-        (ScaleSGD, "normalise='rows'"),
-        (RacsAdamW, "use_racs=True"),
-        (LoRAPreAdamW, "no parameter group has a rank"),
+        (ScaleSGD, r"no parameter group has normalise, .*build\('scale_sgd', model\)"),
+        (RacsAdamW, "no parameter group has use_racs"),
+        (LoRAPreAdamW, "no parameter group has rank"),
+        (Muon, r"no parameter group has use_muon, .*build\('muon', model\)"),
     ],
 )
 def test_parameters_that_nobody_sorted_warn_once(method: type, said: str) -> None:
