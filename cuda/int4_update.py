@@ -100,7 +100,7 @@ def store_changed(
             units_gw = (rows_gw / divisor_g1).add_(_MIDDLE).add_(noise.view(rows_gw.shape))
             after_gw = units_gw.floor_().clamp_(0, 15).to(torch.uint8)
         pack(torch.where(changed_g1, after_gw, before_gw).view(-1), out=bytes_)
-        scales[groups] = torch.where(changed_g1.squeeze(1), scale_g, scales[groups])
+        scales[groups] = torch.where(changed_g1.view(-1), scale_g, scales[groups])
 
 
 def fitting_scales(rows_gw: Tensor, scale_g: Tensor) -> Tensor:
