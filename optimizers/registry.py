@@ -241,8 +241,9 @@ def build(
         **options: group options (`rank`, `update_proj_gap`, `scale`, `proj_type`, `refresh`,
             `patterns`, ...); rates of their own for embeddings, head, norms and biases
             (`plain_lr`), for embeddings alone (`embedding_lr`) and the output head alone
-            (`head_lr`); a rule for all of these other than the method's (`plain_rule`: "adamw" or
-            "adafactor", see `engine.plain_rules`); and constructor keywords of the class.
+            (`head_lr`); a rule for all of these other than the method's (`plain_rule`: "adamw",
+            "adamw_8bit" or "adafactor", see `engine.plain_rules`); and constructor keywords of the
+            class.
             Projection options of a method that has no projection are checked, and a warning says
             that they have no effect.
 

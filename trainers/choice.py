@@ -27,7 +27,7 @@ def build_named(
 ) -> Any:
     """Builds an optimizer by name, with a method's layers put into the network where it has such.
 
-    The option ``plain_rule`` trains embeddings, head and norms by AdamW or Adafactor, whatever the
+    The option ``plain_rule`` trains embeddings, head and norms by a rule of its own, whatever the
     method or package would do with them.
 
     Args:
@@ -71,7 +71,7 @@ def _official(name: str, network: nn.Module, lr: float, options: dict[str, Any])
         hidden = build_official(name, network, lr, own)
     numbers = {id(param) for param in plain}
     rest = [p for p in network.parameters() if p.requires_grad and id(p) not in numbers]
-    shared = (*OWN_RATES[1:], *(("betas",) if rule == "adamw" else ()))
+    shared = (*OWN_RATES[1:], *(("betas",) if accepts(rule, "betas") else ()))
     with _frozen(rest):
         other = build(
             rule,

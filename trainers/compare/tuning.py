@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from lowrank.optimizers.engine.method import TABLE
-from lowrank.optimizers.engine.plain_rules import PLAIN_RULES
 from lowrank.optimizers.plain_parts import APART
 
 from ..choice import accepts_betas
@@ -30,6 +29,8 @@ from .search import RunAll, search
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 #: Adam's betas beside the method's own; in short runs a low b1 is best for embeddings and head.
 BETAS = ((0.9, 0.999), (0.9, 0.95), (0.5, 0.99))
+#: Rules of embeddings, head and norms; AdamW with moments of 8 bits trains as AdamW does.
+RULES = ("own", "adamw", "adafactor")
 START = 3e-3
 #: Coordinates of a point that are learning rates.
 _RATES = ("lr", "plain_lr", *APART)
@@ -104,7 +105,7 @@ def declared(apart: bool) -> dict[str, Any]:
         "plain_lr": list(RATES),
         **own,
         "betas": ["own", *(list(pair) for pair in BETAS)],
-        "plain_rule": list(PLAIN_RULES),
+        "plain_rule": list(RULES),
     }
 
 
@@ -124,7 +125,7 @@ def grid_of(entry: Entry, apart: bool = False) -> Grid:
     rules: tuple[str, ...] = (given.get("plain_rule", "own"),)
     if "plain_rule" not in given:
         # A method that is itself the rule has it already.
-        rules = tuple(rule for rule in PLAIN_RULES if rule != entry.optimizer)
+        rules = tuple(rule for rule in RULES if rule != entry.optimizer)
     apart_rules = rules if apart else ()
     if is_official(entry.optimizer):
         # Packages know one rate for all that they don't project.
