@@ -11,7 +11,7 @@ from torch import nn
 
 from lowrank.optimizers import WeightCompression, compress_weights, load_compressed
 
-from .files import write_text, writing
+from .files import WEIGHTS, write_text, writing
 from .missing import require
 from .run_folder import store_of
 
@@ -19,7 +19,6 @@ from .run_folder import store_of
 FACTORED = "factored.safetensors"
 #: What became of each matrix.
 RECORD = "compression.json"
-WEIGHTS = "model.safetensors"
 #: Files of a checkpoint that are about its dense weights or its run.
 _LEFT = (WEIGHTS, "layers.safetensors", "optimizer.pt", "trainer.pt", "manifest.json", RECORD)
 

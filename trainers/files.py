@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+#: A model's dense weights, as `from_pretrained` names them.
+WEIGHTS = "model.safetensors"
 BLOCK_BYTES = 1 << 20
 #: How libraries written in Rust name the operating system's error in their own.
 _NUMBER = re.compile(r"\(os error (\d+)\)")

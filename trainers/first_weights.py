@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -10,13 +10,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lowrank.optimizers import QuantizedWeight
 
 _OVERWRITING = ("aten::normal_", "aten::uniform_", "aten::fill_", "aten::zero_")
 
 
 @dataclass(frozen=True)
-class _Fill:
-    """One operation that gave a parameter all its values.
+class _Write:
+    """One operation that wrote a parameter's values.
 
     Attributes:
         random: the CPU generator's state before it.
@@ -31,6 +34,11 @@ class _Fill:
     arguments: tuple[Any, ...]
     keywords: Mapping[str, Any]
     dtype: torch.dtype
+
+    def repeat(self, tensor: Tensor) -> None:
+        """Writes the same values again; torch's generator is left where it ends."""
+        torch.set_rng_state(self.random)
+        self.function(tensor, *self.arguments, **self.keywords)
 
 
 class _Scratch:
@@ -52,33 +60,31 @@ class _Scratch:
 
 
 class FirstWeights:
-    """While it is entered, new parameters are on the meta device and their fills are noted.
+    """While it is entered, new parameters are on the meta device and what writes them is noted.
 
-    Each random fill is drawn into a tensor that is dropped at once, so that the generator goes on
-    as in an initialisation of real parameters. `draw` repeats the last fill of each parameter from
-    the generator's state at the time: the values are the same to the bit, whatever order the
-    model's initialisation has, and there is never more than one whole parameter in memory. Buffers
-    are real from the start.
+    Each operation is done to a tensor that is dropped at once, so that the generator goes on as in
+    an initialisation of real parameters. `values` repeats the last ones of each parameter from the
+    generator's state at the time: the values are the same to the bit, whatever order the model's
+    initialisation has, and there is never more than one whole parameter in memory. Buffers are real
+    from the start. Not noted is what torch itself leaves out on the meta device:
+    `nn.init.trunc_normal_`, which LLaMA's initialisation doesn't use.
     """
 
     def __init__(self) -> None:
-        self._fills: dict[int, _Fill] = {}
-        # Numbers of objects are unique only while the objects exist.
-        self._parameters: list[Tensor] = []
-        self._named: dict[str, _Fill] = {}
+        self._named: dict[str, list[_Write]] = {}
         self._register: Any = None
         self._scratch = _Scratch()
-        self._mode = _Notes(self._fills, self._scratch)
+        self._mode = _Notes(self._scratch)
 
     def __enter__(self) -> Self:
         self._register = register = nn.Module.register_parameter
-        parameters = self._parameters
+        notes = self._mode
 
         def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
             register(module, name, param)
             if param is not None and not param.is_meta:
                 moved = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
-                parameters.append(moved)
+                notes.follow(moved)
                 module._parameters[name] = moved
 
         nn.Module.register_parameter = on_meta  # type: ignore[assignment, method-assign]
@@ -95,41 +101,79 @@ class FirstWeights:
         nn.Module.register_parameter = self._register  # type: ignore[method-assign]
 
     def name(self, network: nn.Module) -> None:
-        """Remembers the fills by their parameters' names; call it before parameters change.
+        """Remembers what was noted by the parameters' names; call it before parameters change.
 
         Raises:
             RuntimeError: a parameter got no values.
         """
         for name, parameter in network.named_parameters():
-            if id(parameter) not in self._fills:
+            self._named[name] = self._mode.writes(parameter)
+            if not self._named[name]:
                 raise RuntimeError(f"the model's initialisation gives {name} no values")
-            self._named[name] = self._fills[id(parameter)]
 
-    def draw(self, network: nn.Module, part: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Fills all parameters.
+    def values(self, network: nn.Module) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+        """The first values of all parameters, one at a time; the generator is as before at the end.
 
         Args:
-            network: as it was given to `name`, its parameters sharded or not since then.
-            part: takes the whole values and the parameter, and gives the parameter's own.
+            network: as it was given to `name`; its parameters may be sharded or quantised since.
+
+        Yields:
+            Name, parameter and whole values. These are valid until the next ones are asked for.
         """
         after = torch.get_rng_state()
-        for name, parameter in network.named_parameters():
-            fill = self._named[name]
-            torch.set_rng_state(fill.random)
-            whole = self._scratch.take(parameter.shape, fill.dtype)
-            fill.function(whole, *fill.arguments, **fill.keywords)
-            target = parameter.detach()
-            target = target.to_local() if hasattr(target, "to_local") else target
-            target.copy_(part(whole, parameter))
+        for name, parameter in list(network.named_parameters()):
+            writes = self._named[name]
+            whole = self._scratch.take(parameter.shape, writes[0].dtype)
+            for write in writes:
+                write.repeat(whole)
+            yield name, parameter, whole
         torch.set_rng_state(after)
 
 
-class _Notes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes what fills tensors on the meta device."""
+@torch.no_grad()
+def fill(
+    network: nn.Module,
+    values: Iterable[tuple[str, nn.Parameter, Tensor]],
+    device: torch.device,
+) -> None:
+    """In place: gives parameters on the meta device memory and their values, one at a time.
 
-    def __init__(self, fills: dict[int, _Fill], scratch: _Scratch) -> None:
+    Args:
+        network: its quantised weights are quantised as they are filled.
+        values: name, parameter and whole value of each.
+        device: of the parameters.
+    """
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append((module, name))
+    for _, parameter, value in values:
+        made = value.to(parameter.dtype, copy=True).to(device)
+        if isinstance(parameter, QuantizedWeight):
+            made = parameter.quantize(made, parameter.group_size)
+        filled = nn.Parameter(made, parameter.requires_grad)
+        for module, name in owners[id(parameter)]:
+            setattr(module, name, filled)
+
+
+class _Notes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes what writes parameters on the meta device."""
+
+    def __init__(self, scratch: _Scratch) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._fills, self._scratch = fills, scratch
+        self._scratch = scratch
+        # By storage, which `param.data` shares; numbers are unique only while objects exist.
+        self._followed: dict[int, tuple[Tensor, Tensor]] = {}
+        self._writes: dict[int, list[_Write]] = {}
+
+    def follow(self, parameter: Tensor) -> None:
+        """Notes what is written to a parameter from here on."""
+        self._followed[_storage(parameter)] = parameter, parameter.detach()
+        self._writes[id(parameter)] = []
+
+    def writes(self, parameter: Tensor) -> list[_Write]:
+        """What made a parameter's values, in order."""
+        return self._writes.get(id(parameter), [])
 
     def __torch_dispatch__(
         self,
@@ -141,14 +185,27 @@ class _Notes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         keywords = kwargs or {}
         target = args[0] if args else None
         if isinstance(target, Tensor) and target.is_meta and func._schema.is_mutable:
-            if func._schema.name not in _OVERWRITING:
-                raise RuntimeError(
-                    f"the model's initialisation uses {func._schema.name}, which can't be repeated"
-                    " for a part of a parameter; train it without distributed.strategy=fsdp2"
-                )
-            random = torch.get_rng_state()
-            drawn = self._scratch.take(target.shape, target.dtype)
-            func(drawn, *args[1:], **keywords)
-            self._fills[id(target)] = _Fill(random, func, args[1:], keywords, target.dtype)
+            self._note(target, func, args[1:], keywords)
             return target
         return func(*args, **keywords)
+
+    def _note(self, target: Tensor, func: Any, rest: tuple[Any, ...], named: Any) -> None:
+        parameter, _ = self._followed.get(_storage(target), (target, target))
+        before = self.writes(parameter)
+        begins = func._schema.name in _OVERWRITING
+        alone = not any(isinstance(item, Tensor) for item in tree_leaves((rest, named)))
+        known = id(parameter) in self._writes and target.shape == parameter.shape
+        if not (alone and known and (begins or before)):
+            raise RuntimeError(
+                f"the model's initialisation uses {func._schema.name} in a way that can't be"
+                " repeated one parameter at a time: with another tensor, on a part of a parameter"
+                " or on none, or where there are no values yet"
+            )
+        write = _Write(torch.get_rng_state(), func, rest, named, target.dtype)
+        write.function(self._scratch.take(target.shape, target.dtype), *rest, **named)
+        self._writes[id(parameter)] = [write] if begins else [*before, write]
+
+
+def _storage(tensor: Tensor) -> int:
+    number: int = tensor.untyped_storage()._cdata
+    return number

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from torch import Tensor, nn
 from lowrank.optimizers import Compression, QuantizedWeight
 
 from .config import ModelConfig
+from .first_weights import FirstWeights, fill
+from .initial import initial_values
 from .loss import chunked_cross_entropy
 from .missing import require
 
@@ -67,27 +71,65 @@ def summed_loss(
 
 
 def build_model(
-    config: ModelConfig, sequence_length: int, seed: int, device: torch.device
+    config: ModelConfig,
+    sequence_length: int,
+    seed: int,
+    device: torch.device,
+    quantise: Callable[[nn.Module], object] | None = None,
 ) -> LanguageModel:
-    """A freshly initialised model; the same seed gives the same weights on every device.
+    """A model with its first weights; the same seed gives the same ones on every device.
+
+    There is never more than one dense parameter besides those that are ready, in float32 on the CPU
+    and in the model's dtype on the device.
 
     Args:
-        config: shape, dtype and activation checkpointing.
+        config: shape, dtype, activation checkpointing, and the checkpoint to begin with, if any.
         sequence_length: longest input in tokens.
         seed: seeds torch's generator, and so the random numbers after it.
         device: of the weights.
+        quantise: converts a network on the meta device whose weights are to be quantised.
 
     Raises:
         MissingExtraError: `transformers` is not installed.
+        ValueError: `config.initial` is no checkpoint, or one of another shape.
     """
-    network = new_network(config, sequence_length, seed)
+    network, first = unfilled_network(config, sequence_length, seed, device)
+    if quantise is not None:
+        quantise(network)
+    fill(network, first_values(network, first, config), device)
+    return prepared(network, config)
+
+
+def unfilled_network(
+    config: ModelConfig, sequence_length: int, seed: int, device: torch.device
+) -> tuple[Any, FirstWeights]:
+    """A new network, and what its parameters' values are; these are on the meta device.
+
+    Parameters have the model's dtype, buffers are on `device`. Torch's generator is then where a
+    whole initialisation leaves it.
+    """
+    with FirstWeights() as first:
+        network = new_network(config, sequence_length, seed)
+    first.name(network)
     dtype = getattr(torch, config.dtype)
     for parameter in network.parameters():
         # The weights alone: rotary frequencies in bfloat16 would blur the positions, and
         # from_pretrained keeps them in float32 too.
         parameter.data = parameter.data.to(dtype)
-    network.to(device=device)
-    return prepared(network, config)
+    for module in network.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            lasting = name not in module._non_persistent_buffers_set
+            module.register_buffer(name, buffer.to(device), lasting)
+    return network, first
+
+
+def first_values(
+    network: nn.Module, first: FirstWeights, config: ModelConfig
+) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+    """Name, parameter and whole value of each: a checkpoint's if `config.initial` names one."""
+    if config.initial:
+        return initial_values(network, Path(config.initial))
+    return first.values(network)
 
 
 def new_network(config: ModelConfig, sequence_length: int, seed: int) -> Any:

@@ -23,13 +23,12 @@ from .converted import (
 )
 from .data import Tokenizer, TrainingShare, ValidationSet
 from .distributed import World
-from .files import WriteError, writing
+from .files import WEIGHTS, WriteError, writing
 from .missing import require
 from .models import LanguageModel
 from .resume import advice, check_unchanged
 from .sharded_checkpoint import (
     OPTIMIZER,
-    WEIGHTS,
     check_replicas,
     read_optimizer,
     read_weights,
@@ -237,44 +236,6 @@ def load_network(network: nn.Module, folder: Path) -> None:
             weights = {k: v for k, v in (weights | layers).items() if k in own}
             break
     network.load_state_dict(weights)
-
-
-def initial_weights(folder: Path) -> Path:
-    """The file with the dense weights of the checkpoint that `model.initial` names.
-
-    Raises:
-        ValueError: the folder has none.
-    """
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise ValueError(
-            f"model.initial={str(folder)!r}: there is no model.safetensors; accepted is the folder"
-            " of a checkpoint"
-        )
-    return path
-
-
-def load_initial(network: nn.Module, folder: Path) -> None:
-    """Loads a checkpoint's dense weights into a network of the same shape.
-
-    Raises:
-        ValueError: the folder has no `model.safetensors`, it is none, or its weights are of other
-            shapes.
-    """
-    path = initial_weights(folder)
-    try:
-        if is_sharded(network):
-            read_weights(network, path)
-            return
-        load_file = require("safetensors.torch", "train").load_file
-        weights: dict[str, Tensor] = load_file(path)
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"model.initial={str(folder)!r} is of another shape: {error}") from None
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise ValueError(f"model.initial={str(path)!r} can't be read: {error}") from None
 
 
 def saved_config(folder: Path) -> dict[str, Any]:

@@ -30,7 +30,6 @@ from .files import WriteError, writing
 from .missing import require
 from .sharding import local, local_part, whole, whole_shape
 
-WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.pt"
 _MARK = "sharded tensor"
 _DTYPES = {

@@ -14,15 +14,14 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from .config import ModelConfig
 from .distributed import World
-from .first_weights import FirstWeights
 from .missing import require
-from .models import LanguageModel, new_network, prepared
+from .models import LanguageModel, first_values, prepared, unfilled_network
 
 
 def build_sharded(
     config: ModelConfig, sequence_length: int, seed: int, world: World
 ) -> LanguageModel:
-    """A freshly initialised model, sharded over all processes; each must call it.
+    """A model with its first weights, sharded over all processes; each must call it.
 
     The weights are those of `build_model` with the same seed. No process ever holds more than
     one whole parameter besides its own parts.
@@ -33,21 +32,13 @@ def build_sharded(
         seed: seeds torch's generator, and so the random numbers after it.
         world: the processes.
     """
-    with FirstWeights() as first:
-        network = new_network(config, sequence_length, seed)
-    dtype = getattr(torch, config.dtype)
-    for parameter in network.parameters():
-        parameter.data = parameter.data.to(dtype)
-    for module in network.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            module.register_buffer(
-                name, buffer.to(world.device), name not in module._non_persistent_buffers_set
-            )
-    first.name(network)
+    network, first = unfilled_network(config, sequence_length, seed, world.device)
     model = prepared(network, config)
     shard(model, init_device_mesh(world.device.type, (world.size,)))
     _allocate(model, world.device)
-    first.draw(network, lambda whole, parameter: whole[local_part(parameter)])
+    with torch.no_grad():
+        for _, parameter, value in first_values(network, first, config):
+            local(parameter).copy_(value[local_part(parameter)])
     return model
 
 

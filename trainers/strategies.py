@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lowrank.optimizers as optimizers
-from lowrank.optimizers import InBackward, compress_activations
+from lowrank.optimizers import InBackward, compress_activations, convert
 from lowrank.optimizers.engine.method import TABLE
 
 from .choice import build_named
@@ -22,7 +23,6 @@ from .distributed import World
 from .in_backward import begin
 from .models import LanguageModel, build_model
 from .official import is_official
-from .parts import load_initial
 from .sharding import build_sharded
 from .zero_engine import ZeroEngine, import_deepspeed
 
@@ -78,14 +78,13 @@ def strategy_of(config: RunConfig, size: int) -> str:
         )
     if asked not in ("fsdp2", "deepspeed"):
         return "ddp"
-    if name in TABLE:
-        bits = method_options(config).get("weight_bits", TABLE[name].conversion.weight_bits)
-        if bits is not None:
-            raise ValueError(
-                f"distributed.strategy={asked!r} with optimizer.name={name!r} and weights in {bits}"
-                " bits, whose codes can't be divided among processes; accepted: ddp, or"
-                " model.weight_bits=16"
-            )
+    bits = weight_bits(config)
+    if bits is not None:
+        raise ValueError(
+            f"distributed.strategy={asked!r} with optimizer.name={name!r} and weights in {bits}"
+            " bits, whose codes can't be divided among processes; accepted: ddp, or"
+            " model.weight_bits=16"
+        )
     if config.model.compressed_activations:
         raise ValueError(
             f"distributed.strategy={asked!r} with model.compressed_activations="
@@ -114,9 +113,7 @@ def build_training(config: RunConfig, world: World) -> Training:
     if divided and not replaces_layers(config):
         model = build_sharded(config.model, length, seed, world)
     else:
-        model = build_model(config.model, length, seed, world.device)
-    if config.model.initial:
-        load_initial(model.network, Path(config.model.initial))
+        model = build_model(config.model, length, seed, world.device, quantisation(config))
     if divided and replaces_layers(config):
         convert_and_shard(config, model, method_options(config), world)
     optimizer = build_optimizer(config, model)
@@ -174,6 +171,29 @@ def method_options(config: RunConfig) -> dict[str, Any]:
             " accepted: 16, or an optimizer that leaves the layers as they are"
         )
     return options
+
+
+def weight_bits(config: RunConfig) -> int | None:
+    """Bits that the run's weights are quantised to; None of dense ones.
+
+    Raises:
+        ValueError: as `method_options`.
+    """
+    name = config.optimizer.name
+    if name not in TABLE:
+        return None
+    found: int | None = method_options(config).get(
+        "weight_bits", TABLE[name].conversion.weight_bits
+    )
+    return found
+
+
+def quantisation(config: RunConfig) -> Callable[[nn.Module], nn.Module] | None:
+    """What quantises the run's weights; None where they are dense."""
+    if weight_bits(config) is None:
+        return None
+    options = {k: v for k, v in method_options(config).items() if v is not None}
+    return partial(convert, config.optimizer.name, **options)
 
 
 def build_optimizer(config: RunConfig, model: LanguageModel) -> Any:

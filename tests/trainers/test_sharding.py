@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -72,14 +72,65 @@ def test_parameters_have_no_memory_while_the_model_is_built() -> None:
     first.name(layer)
 
 
-def test_an_initialisation_that_cannot_be_repeated_is_refused() -> None:
+def _moved(layer: nn.Linear) -> None:
+    layer.weight.mul_(2).add_(1)
+
+
+def _without_autograd(layer: nn.Linear) -> None:
+    layer.weight.data.normal_(std=0.5)
+
+
+def _once_more(layer: nn.Linear) -> None:
+    nn.init.xavier_normal_(layer.weight)
+
+
+@pytest.mark.parametrize("written", [_moved, _without_autograd, _once_more])
+def test_whatever_writes_a_whole_parameter_is_repeated(written: Callable[..., None]) -> None:
+    def made() -> nn.Linear:
+        torch.manual_seed(0)
+        layer = nn.Linear(5, 7)
+        with torch.no_grad():
+            written(layer)
+        return layer
+
+    whole = made()
+    with FirstWeights() as first:
+        layer = made()
+    assert layer.weight.is_meta
+    first.name(layer)
+    after = torch.get_rng_state()
+    found = {name: value.clone() for name, _, value in first.values(layer)}
+    assert torch.equal(torch.get_rng_state(), after)
+    for name, value in whole.named_parameters():
+        assert torch.equal(found[name], value), name
+
+
+def _a_row(layer: nn.Linear) -> None:
+    layer.weight[0].zero_()
+
+
+def _another(layer: nn.Linear) -> None:
+    layer.weight.copy_(torch.ones(7, 5))
+
+
+def _no_parameter(layer: nn.Linear) -> None:
+    torch.empty(3, device="meta").normal_()
+
+
+@pytest.mark.parametrize("written", [_a_row, _another, _no_parameter])
+def test_an_initialisation_that_cannot_be_repeated_is_refused(
+    written: Callable[..., None],
+) -> None:
     with (
-        pytest.raises(RuntimeError, match=r"uses aten::mul_, .* without .*fsdp2"),
+        pytest.raises(RuntimeError, match=r"uses aten::\w+_ in a way that can't be repeated"),
         FirstWeights(),
         torch.no_grad(),
     ):
-        nn.Linear(5, 7).weight.mul_(2)
+        written(nn.Linear(5, 7))
     assert not nn.Linear(2, 2).weight.is_meta
+
+
+def test_a_parameter_without_values_is_named() -> None:
     with FirstWeights() as first:
         bare = nn.Module()
         bare.register_parameter("weight", nn.Parameter(torch.empty(3)))

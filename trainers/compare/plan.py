@@ -15,8 +15,8 @@ from ..choice import SEARCHED
 from ..config import RunConfig
 from ..config_io import from_mapping, merge, to_mapping
 from ..files import sha256
+from ..initial import initial_weights
 from ..official import PACKAGES, is_official
-from ..parts import initial_weights
 from ..preset import canonical, preset_layer, read_preset
 from ..pretrain import resolve
 from .entries import Entry
