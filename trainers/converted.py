@@ -7,7 +7,6 @@ and dropped in turn.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,14 +19,13 @@ from torch.distributed.tensor import DTensor
 
 from lowrank.optimizers import convert
 from lowrank.optimizers.engine.method import TABLE
-from lowrank.optimizers.layers import FactoredLinear
 from lowrank.optimizers.layers.convert import factored_layers
 
 from .config import RunConfig
 from .distributed import World
 from .missing import require
 from .models import LanguageModel
-from .sharding import local_part, shard, whole
+from .sharding import local_part, shard
 
 
 def replaces_layers(config: RunConfig) -> bool:
@@ -57,63 +55,6 @@ def convert_and_shard(
     """
     convert(config.optimizer.name, model.network, **options)
     shard(model, init_device_mesh(world.device.type, (world.size,)))
-
-
-def dense_tensors(network: nn.Module, *, leads: bool) -> dict[str, Tensor]:
-    """The dense weights of a network that is divided; every process must call it.
-
-    Args:
-        network: with replaced layers.
-        leads: whether this process keeps them; the others return nothing.
-
-    Returns:
-        Tensors on the CPU.
-    """
-    layers = dict(factored_layers(network))
-    dense: dict[str, Tensor] = {}
-    seen: set[str] = set()
-    for name, tensor in network.state_dict(keep_vars=True).items():
-        prefix = _layer_of(name, layers)
-        if prefix is None or name == f"{prefix}.bias":
-            found = whole(tensor).detach()
-        elif prefix not in seen:
-            name, layer = f"{prefix}.weight", layers[prefix]
-            found = _whole_layer(layer).effective_weight().to(layer.dtype)
-            seen.add(prefix)
-        else:
-            continue
-        if leads:
-            dense[name] = found.to("cpu", copy=True)
-    return dense
-
-
-def own_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """What a state dict of replaced layers has beside the dense weights, divided as it is."""
-    layers = dict(factored_layers(network))
-    return {
-        name: tensor
-        for name, tensor in network.state_dict(keep_vars=True).items()
-        if (prefix := _layer_of(name, layers)) is not None and name != f"{prefix}.bias"
-    }
-
-
-def _layer_of(name: str, layers: dict[str, FactoredLinear]) -> str | None:
-    """The name of the layer that holds a tensor, also in a submodule."""
-    while "." in name:
-        name = name.rpartition(".")[0]
-        if name in layers:
-            return name
-    return None
-
-
-def _whole_layer(layer: FactoredLinear) -> FactoredLinear:
-    """A copy of a layer with whole parameters, the rest shared; every process must call it."""
-    twin = copy.copy(layer)
-    vars(twin)["_parameters"] = {
-        name: None if param is None else nn.Parameter(whole(param).detach(), requires_grad=False)
-        for name, param in layer._parameters.items()
-    }
-    return twin
 
 
 @contextmanager

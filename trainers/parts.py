@@ -9,22 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.optimizers import InBackward, dense_state_dict
+from lowrank.optimizers import InBackward
 
 from .checkpoint import reading, verify
 from .config import RunConfig
 from .config_io import from_mapping, to_mapping
 from .converted import (
-    dense_tensors,
     is_converted,
-    own_tensors,
+    opened,
     read_converted,
     read_untrained,
 )
 from .data import Tokenizer, TrainingShare, ValidationSet
+from .dense_weights import Stored, dense_weights, own_tensors
 from .distributed import World
 from .files import WEIGHTS, WriteError, writing
-from .missing import require
 from .models import LanguageModel
 from .resume import advice, check_unchanged
 from .sharded_checkpoint import (
@@ -142,7 +141,7 @@ def write_shared(folder: Path, parts: Parts) -> None:
         if is_converted(network):
             _write_converted(network, folder, leads=leads)
         else:
-            write_weights(network.state_dict(keep_vars=True), folder / WEIGHTS if leads else None)
+            write_weights(dense_weights(network), folder / WEIGHTS if leads else None)
     except WriteError as error:
         failed = error
     if parts.world.broadcast(failed is not None):
@@ -162,13 +161,11 @@ def _write_converted(network: nn.Module, folder: Path, *, leads: bool) -> None:
         WriteError: a file can't be written. The other processes aren't kept waiting.
     """
     failed: WriteError | None = None
-    dense = dense_tensors(network, leads=leads)
-    try:
-        if leads:
-            _write_tensors(dense, folder / WEIGHTS)
-    except WriteError as error:
-        failed = error
-    write_weights(own_tensors(network), folder / LAYERS if leads and failed is None else None)
+    for name, tensors in ((WEIGHTS, dense_weights(network)), (LAYERS, own_tensors(network))):
+        try:
+            write_weights(tensors, folder / name if leads and failed is None else None)
+        except WriteError as error:
+            failed = error
     if failed is not None:
         raise failed
 
@@ -183,17 +180,17 @@ def save_network(network: Any, folder: Path) -> None:
     """Writes a Hugging Face model's weights and configuration, as ``from_pretrained`` reads them.
 
     One file whatever the size; `save_pretrained` would split it, and show a bar of its own.
-    Quantised weights and converted layers are dense in it, and also saved unchanged in another
-    file for resuming.
+    Quantised weights and converted layers are dense in it, made one at a time, and also saved
+    unchanged in another file for resuming.
 
     Raises:
         WriteError: a file can't be written.
     """
-    dense = dense_state_dict(network)
-    own = {k: v for k, v in network.state_dict().items() if k not in dense}
-    _write_tensors(dense, folder / WEIGHTS)
+    dense = dense_weights(network)
+    own = {k: Stored.of(v) for k, v in network.state_dict().items() if k not in dense}
+    write_weights(dense, folder / WEIGHTS)
     if own:
-        _write_tensors(own, folder / LAYERS)
+        write_weights(own, folder / LAYERS)
     _write_configs(network, folder)
 
 
@@ -204,15 +201,6 @@ def _write_configs(network: Any, folder: Path) -> None:
         network.config.save_pretrained(folder)
     with writing(folder / "generation_config.json"):
         network.generation_config.save_pretrained(folder)
-
-
-def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file = require("safetensors.torch", "train").save_file
-    with writing(path):
-        save_file(whole, path, metadata={"format": "pt"})
-        # The library makes it readable for its owner alone, unlike every other file here.
-        path.chmod(0o644)
 
 
 def load_network(network: nn.Module, folder: Path) -> None:
@@ -227,15 +215,11 @@ def load_network(network: nn.Module, folder: Path) -> None:
         else:
             read_weights(network, folder / WEIGHTS)
         return
-    load_file = require("safetensors.torch", "train").load_file
-    weights: dict[str, Tensor] = load_file(folder / WEIGHTS)
-    for path in (folder / LAYERS, folder / FORMER_LAYERS):
-        if path.is_file():
-            layers: dict[str, Tensor] = load_file(path)
-            own = network.state_dict().keys()
-            weights = {k: v for k, v in (weights | layers).items() if k in own}
-            break
-    network.load_state_dict(weights)
+    layers = [path for path in (folder / LAYERS, folder / FORMER_LAYERS) if path.is_file()]
+    with opened(folder / WEIGHTS, *layers[:1]) as files:
+        own = network.state_dict().keys() if layers else files.keys()
+        weights = {name: file.get_tensor(name) for name, file in files.items() if name in own}
+        network.load_state_dict(weights)
 
 
 def saved_config(folder: Path) -> dict[str, Any]:

@@ -25,10 +25,11 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import empty as empty_sharded
 
+from .dense_weights import Stored
 from .distributed import World
 from .files import WriteError, writing
 from .missing import require
-from .sharding import local, local_part, whole, whole_shape
+from .sharding import local, local_part
 
 OPTIMIZER = "optimizer.pt"
 _MARK = "sharded tensor"
@@ -46,8 +47,8 @@ _DTYPES = {
 }
 
 
-def write_weights(tensors: Mapping[str, Tensor], path: Path | None) -> None:
-    """Writes tensors, some of them sharded, as a safetensors file; every process must call it.
+def write_weights(tensors: Mapping[str, Stored], path: Path | None) -> None:
+    """Writes tensors one at a time as a safetensors file; of sharded ones every process calls it.
 
     Args:
         tensors: by name, in the same order on every process.
@@ -67,7 +68,7 @@ def write_weights(tensors: Mapping[str, Tensor], path: Path | None) -> None:
         except WriteError as error:
             failed = error
         for tensor in tensors.values():
-            complete = whole(tensor).detach()
+            complete = tensor.value()
             if path is None or stream is None or failed is not None:
                 continue
             try:
@@ -81,16 +82,15 @@ def write_weights(tensors: Mapping[str, Tensor], path: Path | None) -> None:
         raise failed
 
 
-def _header(tensors: Mapping[str, Tensor]) -> bytes:
+def _header(tensors: Mapping[str, Stored]) -> bytes:
     """The length and the JSON that a safetensors file begins with."""
     content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
-        shape = whole_shape(tensor)
-        start, end = end, end + shape.numel() * tensor.element_size()
+        start, end = end, end + tensor.nbytes
         content[name] = {
             "dtype": _DTYPES[tensor.dtype],
-            "shape": list(shape),
+            "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
     text = json.dumps(content, separators=(",", ":")).encode()

@@ -130,7 +130,7 @@ def dense_state_dict(module: nn.Module) -> dict[str, Tensor]:
     layers = dict(factored_layers(module))
     dense: dict[str, Tensor] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
-        prefix = _layer_of(name, layers)
+        prefix = layer_of(name, layers)
         if prefix is None or name == f"{prefix}.bias":
             here = tensor.detach().to("cpu")
             dense[name] = here.dequantize() if isinstance(here, QuantizedWeight) else here
@@ -140,7 +140,7 @@ def dense_state_dict(module: nn.Module) -> dict[str, Tensor]:
     return dense
 
 
-def _layer_of(name: str, layers: Mapping[str, object]) -> str | None:
+def layer_of(name: str, layers: Mapping[str, object]) -> str | None:
     """The name of the one of `layers` that contains a tensor, also in a submodule."""
     while "." in name:
         name = name.rpartition(".")[0]

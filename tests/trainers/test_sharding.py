@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
 from lowrank.trainers.config import ModelConfig
+from lowrank.trainers.dense_weights import dense_weights
 from lowrank.trainers.distributed import World
 from lowrank.trainers.first_weights import FirstWeights
 from lowrank.trainers.models import build_model
@@ -154,7 +155,7 @@ def test_weights_are_written_as_safetensors_writes_them(world: World, tmp_path: 
 
     config = ModelConfig(**SHAPE, dtype="bfloat16")
     sharded, path = build_sharded(config, 8, 3, world), tmp_path / "model.safetensors"
-    write_weights(sharded.network.state_dict(), path)
+    write_weights(dense_weights(sharded.network), path)
     read = load_file(path)
     whole = build_model(config, 8, 3, CPU).network.state_dict()
     assert read.keys() == whole.keys()
@@ -167,13 +168,13 @@ def test_weights_are_written_as_safetensors_writes_them(world: World, tmp_path: 
 def test_weights_of_another_model_change_nothing(world: World, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     larger = build_model(ModelConfig(**{**SHAPE, "vocab_size": 40}), 8, 3, CPU)
-    write_weights(larger.network.state_dict(), path)
+    write_weights(dense_weights(larger.network), path)
     sharded = build_sharded(ModelConfig(**SHAPE), 8, 3, world)
     before = weights_sha256(sharded.network)
     with pytest.raises(RuntimeError, match=r"is \[40, 16\] in the file and \[31, 16\] in the net"):
         read_weights(sharded.network, path)
     deeper = build_model(ModelConfig(**{**SHAPE, "num_hidden_layers": 3}), 8, 3, CPU)
-    write_weights(deeper.network.state_dict(), path)
+    write_weights(dense_weights(deeper.network), path)
     with pytest.raises(RuntimeError, match=r"model\.layers\.2\.\S+ is only in the file"):
         read_weights(sharded.network, path)
     assert weights_sha256(sharded.network) == before
