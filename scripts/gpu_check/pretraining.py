@@ -47,12 +47,14 @@ class Pretraining:
     options: Json = field(default_factory=dict)
 
 
+#: APOLLO-Mini's options; embeddings, head and norms have moments of 8 bits, as in Q-GaLore.
+_MINI: Json = {"rank": 1, "plain_rule": "adamw_8bit"}
 TRIALS = (
     Pretraining(
         "Q-GaLore, INT8 weights", "qgalore_adamw_8bit", 12.5e9, 8, {"refresh": "randomized"}
     ),
-    Pretraining("APOLLO-Mini, INT8 weights", "apollo_mini_adamw", 8.6e9, 8, {"rank": 1}),
-    Pretraining("APOLLO-Mini, INT4 weights", "apollo_mini_adamw", 5.5e9, 4, {"rank": 1}),
+    Pretraining("APOLLO-Mini, INT8 weights", "apollo_mini_adamw", 8.6e9, 8, _MINI),
+    Pretraining("APOLLO-Mini, INT4 weights", "apollo_mini_adamw", 5.5e9, 4, _MINI),
 )
 
 
