@@ -19,6 +19,8 @@ from lowrank.optimizers import QuantizedWeight
 
 IGNORED = -100
 CHUNK_BYTES = 64 << 20
+#: Bytes of logits in float32 where those in half precision are there already.
+PIECE_BYTES = 8 << 20
 #: Bytes of a sum in float32 from which on a head in half precision has its gradient by rows.
 SUM_BYTES = 128 << 20
 
@@ -125,11 +127,14 @@ def _weight_by_rows(
         weight_rd = weight_vd[start : start + size]
         own_t = counts_t & (targets_t >= start) & (targets_t < start + len(weight_rd))
         index_t1 = torch.where(own_t, targets_t - start, 0).unsqueeze(1)
-        logits_tr = (hidden_td @ weight_rd.T).to(log_sums_t1.dtype)
         ones_t1 = own_t.unsqueeze(1).to(log_sums_t1.dtype)
-        grad_tr = _gradient(logits_tr, log_sums_t1, index_t1, ones_t1, counts_t)
-        del logits_tr
-        grad_tr = grad_tr.to(weight_vd.dtype)
+        grad_tr = hidden_td @ weight_rd.T  # logits, replaced a few tokens at a time
+        few = max(1, PIECE_BYTES // (4 * len(weight_rd)))
+        for first in range(0, len(hidden_td), few):
+            piece = slice(first, first + few)
+            wide = grad_tr[piece].to(log_sums_t1.dtype)
+            own = (t[piece] for t in (log_sums_t1, index_t1, ones_t1, counts_t))
+            grad_tr[piece] = _gradient(wide, *own)
         torch.mm(grad_tr.T, hidden_td, out=gradient_vd[start : start + size])
     return gradient_vd
 

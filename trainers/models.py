@@ -17,6 +17,7 @@ from .first_weights import FirstWeights, fill
 from .initial import initial_values
 from .loss import chunked_cross_entropy
 from .missing import require
+from .recompute import recompute_between_products
 
 
 class LanguageModel(nn.Module):
@@ -149,16 +150,24 @@ def prepared(network: Any, config: ModelConfig) -> LanguageModel:
     network.config.dtype = getattr(torch, config.dtype)
     network.train()
     if config.activation_checkpointing:
-        checkpoint_activations(network)
+        checkpoint_activations(network, compiled=config.compile)
     if config.compile:
         network.model.compile()
     return LanguageModel(network, config.autocast)
 
 
-def checkpoint_activations(network: Any) -> None:
-    """Recomputes each block in the backward pass; newer versions gave the switch a new name."""
+def checkpoint_activations(network: Any, *, compiled: bool = False) -> None:
+    """Recomputes each block in the backward pass, and in a block what is between its products.
+
+    Args:
+        network: a model of `transformers`.
+        compiled: it will be compiled: what is kept in a block is the compiler's choice.
+    """
+    # newer versions gave the switch a new name
     enable = getattr(network, "activation_checkpointing_enable", None)
     (enable or network.gradient_checkpointing_enable)({"use_reentrant": False})
+    if not compiled:
+        recompute_between_products(network)
 
 
 def network_config(config: ModelConfig, sequence_length: int) -> Any:

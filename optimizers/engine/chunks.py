@@ -16,6 +16,8 @@ CACHE_ELEMENTS = 1 << 18
 PRODUCT_ELEMENTS = 1 << 22
 #: Entries of a chunk on a GPU: fp32 copies take 128 MiB, and launch overhead is negligible.
 DEVICE_ELEMENTS = 1 << 25
+#: The same where each entry is on its own: half of it fills a GPU as well.
+ENTRY_ELEMENTS = 1 << 24
 
 
 def wide_dtype(like: Tensor | torch.dtype) -> torch.dtype:
@@ -24,7 +26,9 @@ def wide_dtype(like: Tensor | torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def row_chunks(tensor: Tensor, *, product: bool = False, block: int = 1) -> Iterator[slice]:
+def row_chunks(
+    tensor: Tensor, *, product: bool = False, block: int = 1, entries: bool = False
+) -> Iterator[slice]:
     """Yields consecutive slices of a tensor's rows (its first axis).
 
     Args:
@@ -33,13 +37,15 @@ def row_chunks(tensor: Tensor, *, product: bool = False, block: int = 1) -> Iter
         product: the chunks enter matrix products, for which larger ones are faster on a CPU.
         block: entries that share a quantisation scale: each chunk but the last ends at the end of
             a block.
+        entries: nothing is summed or multiplied in a chunk, so that its size changes no number and
+            a smaller one is as fast on a GPU.
 
     Yields:
         Slices with explicit start and stop, in order. A chunk exceeds the bound on its entries only
         if a single row (or the fewest rows that end with a block) does.
     """
     if on_gpu(tensor) or tensor.is_meta:
-        wanted = DEVICE_ELEMENTS
+        wanted = ENTRY_ELEMENTS if entries else DEVICE_ELEMENTS
     else:
         wanted = PRODUCT_ELEMENTS if product else CACHE_ELEMENTS
     rows = tensor.shape[0]

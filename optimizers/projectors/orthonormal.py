@@ -34,6 +34,7 @@ def shifted_cholesky(matrix_bdk: Tensor) -> tuple[Tensor, Tensor]:
     norms_b1k = torch.linalg.vector_norm(matrix_bdk, dim=-2, keepdim=True)
     scaled_bdk = matrix_bdk / norms_b1k
     first_bdk, succeeded_b, distance_b = _round(scaled_bdk, torch.float64, shifted=True)
+    del scaled_bdk
     second_bdk, succeeded_again_b, smallest_b = _round(first_bdk, matrix_bdk.dtype, shifted=False)
     # The second round is accurate if the first result was nearly orthonormal, that is if its
     # Cholesky factor has a diagonal near 1; it is smaller in directions that the shift has shrunk.
@@ -48,6 +49,7 @@ def _round(
     """Y R^-1 with R^T R = Y^T Y; whether R exists; the smallest diagonal entry of R."""
     wide_bdk = matrix_bdk.to(dtype)
     gram_bkk = wide_bdk.mT @ wide_bdk
+    del wide_bdk
     if shifted:
         unit = torch.finfo(dtype).eps / 2
         # The largest row sum bounds the squared norm of Y.
@@ -57,6 +59,7 @@ def _round(
         shift_b = matrix_bdk.shape[-1] * unit * bound_b
         gram_bkk.diagonal(dim1=-2, dim2=-1).add_(shift_b.unsqueeze(-1))
     lower_bkk, info_b = torch.linalg.cholesky_ex(gram_bkk)
+    del gram_bkk
     diagonal_bk = lower_bkk.diagonal(dim1=-2, dim2=-1)
     solved_bdk = torch.linalg.solve_triangular(
         lower_bkk.mT.to(matrix_bdk.dtype), matrix_bdk, upper=True, left=False

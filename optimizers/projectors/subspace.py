@@ -64,7 +64,11 @@ def orthonormal(matrices: Sequence[Tensor]) -> list[Tensor]:
 
 def cholesky_or_householder(matrices: Sequence[Tensor]) -> list[Tensor]:
     """See `orthonormal`; reads back one small table."""
-    made_bdk, succeeded_b = shifted_cholesky(torch.stack(list(matrices)))
+    # A stack of one matrix is a view of it, without a copy.
+    single = len(matrices) == 1
+    matrix_bdk = matrices[0].contiguous().unsqueeze(0) if single else torch.stack(list(matrices))
+    made_bdk, succeeded_b = shifted_cholesky(matrix_bdk)
+    del matrix_bdk
     return [
         made if succeeded else householder(matrix)
         for made, succeeded, matrix in zip(
@@ -121,7 +125,7 @@ def together(operand: Operand, width: int) -> int:
 
 def iterate(
     operands: Sequence[Operand],
-    starts: Sequence[Tensor],
+    starts: list[Tensor],
     rank: int,
     *,
     rotate: bool,
@@ -134,7 +138,8 @@ def iterate(
 
     Args:
         operands: the matrices, d x l.
-        starts: for each a d x k range, k >= rank, of which the first r columns are orthonormal.
+        starts: for each a d x k range, k >= rank, of which the first r columns are orthonormal;
+            the list is changed, so that ranges are freed as better ones take their place.
         rank: r.
         rotate: rotate to the leading r singular vectors (Rayleigh-Ritz); otherwise k is r and the
             vectors are those of orthogonal iteration, which converge to singular vectors.
@@ -146,17 +151,21 @@ def iterate(
     Raises:
         torch.linalg.LinAlgError: a product is not finite, or the rotation did not converge.
     """
-    bases = list(starts)
+    bases = starts
     images = [a.transposed_times(x) for a, x in zip(operands, bases, strict=True)]
     totals = torch.stack([operand.energy() for operand in operands]).tolist()
     # Where starts are only nearly orthonormal, their first r columns are orthonormal.
     captured = [[energy] for energy in _energies([image[:, :rank] for image in images])]
     active = list(range(len(operands)))
+    nothing = bases[0].new_empty(0)
     for _ in range(stop.iterations):
-        fresh = orthonormal([operands[i].times(images[i]) for i in active])
-        for i, basis in zip(active, fresh, strict=True):
-            bases[i] = basis
-            images[i] = operands[i].transposed_times(basis)
+        for i in active:  # an image is freed before the new basis is made
+            bases[i] = operands[i].times(images[i])
+            images[i] = nothing
+        fresh = orthonormal([bases[i] for i in active])
+        for i in active:
+            bases[i] = fresh.pop(0)
+            images[i] = operands[i].transposed_times(bases[i])
         now = _energies([images[i] for i in active])
         for i, energy in zip(active, now, strict=True):
             captured[i].append(energy)
@@ -166,6 +175,7 @@ def iterate(
     if not rotate:
         return [basis[:, :rank] for basis in bases]
     grams_bkk = torch.stack([image.mT @ image for image in images])
+    images.clear()
     _, vectors_bkk = eigh(grams_bkk)
     leading_bkr = vectors_bkk[..., -rank:].flip(-1)
     return [basis @ leading for basis, leading in zip(bases, leading_bkr, strict=True)]
@@ -220,16 +230,22 @@ def randomized(
     """
     first = operands[0]
     width = min(rank + OVERSAMPLING, first.short) if rotate else rank
-    # Signs are exact in any precision.
-    dtype = first.grad_kn.dtype if first.half else first.dtype
-    sketch_lk = rademacher((first.long, width), seed, dtype, first.grad_kn.device)
     bases: list[Tensor] = []
     step = together(first, width)
     for start in range(0, len(operands), step):
         batch = operands[start : start + step]
-        ranges = orthonormal([operand.times(sketch_lk) for operand in batch])
+        ranges = orthonormal(_sketched(batch, width, seed))
         bases += iterate(batch, ranges, rank, rotate=rotate, stop=stop)
     return bases
+
+
+def _sketched(operands: Sequence[Operand], width: int, seed: int) -> list[Tensor]:
+    """Products with random signs, d x k each; the same signs for all operands and calls."""
+    first = operands[0]
+    # Signs are exact in any precision.
+    dtype = first.grad_kn.dtype if first.half else first.dtype
+    sketch_lk = rademacher((first.long, width), seed, dtype, first.grad_kn.device)
+    return [operand.times(sketch_lk) for operand in operands]
 
 
 def warm(

@@ -86,10 +86,18 @@ class Adam8bit(Adam):
 
     def by_rows(self, grad: Tensor, state: State, weight: Tensor) -> RowUpdates:
         """See `UpdateRule.by_rows`: at once, where processes share blocks."""
+        return self._rows_of(state).by_rows(self, grad, state, weight)
+
+    def gated_rows(
+        self, grad: Tensor, state: State, weight: Tensor, good: Tensor | None
+    ) -> RowUpdates:
+        """See `UpdateRule.gated_rows`: at once, where processes share blocks."""
+        return self._rows_of(state).gated_rows(self, grad, state, weight, good)
+
+    @staticmethod
+    def _rows_of(state: State) -> type[UpdateRule]:
         whole = cut_part(state) is not None and "exp_avg_absmax" in state
-        if whole:
-            return UpdateRule.by_rows(self, grad, state, weight)
-        return ElementwiseRule.by_rows(self, grad, state, weight)
+        return UpdateRule if whole else ElementwiseRule
 
     def update(
         self, grads: Sequence[Tensor], states: Sequence[State], weights: Sequence[Tensor]

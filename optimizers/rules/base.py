@@ -21,7 +21,7 @@ from ..engine.sharding import Part
 from .rows import BLOCK, state_rows
 from .updates import State as State
 from .updates import Update as Update
-from .updates import add_update_, left_out, together
+from .updates import add_update_, left_out, masked, together
 
 #: How moments follow a change of their subspace: kept unchanged (GaLore), reset to zero with a
 #: restarted bias correction (FRUGAL), transformed by the overlap of the bases (COAP's
@@ -106,6 +106,20 @@ class UpdateRule(ABC):
         """
         (whole,) = self.update([grad], [state], [weight])
         return lambda rows: replace(whole, direction=whole.direction[rows])
+
+    def gated_rows(
+        self, grad: Tensor, state: State, weight: Tensor, good: Tensor | None
+    ) -> RowUpdates:
+        """`by_rows` of a gradient that counts as zero, without direction, unless it is good.
+
+        Args:
+            grad: as in `by_rows`; it may hold NaN where the flag isn't set.
+            state: as in `by_rows`.
+            weight: as in `by_rows`.
+            good: a flag on the device; None is set.
+        """
+        updates = self.by_rows(masked(grad, good), state, weight)
+        return lambda rows: left_out(updates(rows), good)
 
     @abstractmethod
     def update(
@@ -197,14 +211,13 @@ class UpdateRule(ABC):
         """
         flags = [None] * len(weights) if good_b is None else good_b.unbind()
         for grad, state, weight, good in zip(grads, states, weights, flags, strict=True):
-            own = grad if good is None else torch.where(good, grad, 0.0)
             if weight.dim() != 2:
-                (update,) = self.update([own], [state], [weight])
+                (update,) = self.update([masked(grad, good)], [state], [weight])
                 add_update_(weight, left_out(update, good))
                 continue
-            updates = self.by_rows(own, state, weight)
-            for rows in row_chunks(weight, block=BLOCK):
-                add_update_(weight[rows], left_out(updates(rows), good))
+            updates = self.gated_rows(grad, state, weight, good)
+            for rows in row_chunks(weight, block=BLOCK, entries=True):
+                add_update_(weight[rows], updates(rows))
 
     def first_moment(self, state: State) -> Tensor | None:
         """The current first moment, dequantised; None if the rule has none."""
@@ -269,6 +282,18 @@ class ElementwiseRule(UpdateRule):
         def update(rows: slice) -> Update:
             (made,) = self.update([grad[rows]], [state_rows(state, rows, grad)], [weight])
             return made
+
+        return update
+
+    def gated_rows(
+        self, grad: Tensor, state: State, weight: Tensor, good: Tensor | None
+    ) -> RowUpdates:
+        """See `UpdateRule.gated_rows`: no more than the rows asked for is copied."""
+
+        def update(rows: slice) -> Update:
+            own = state_rows(state, rows, grad)
+            (made,) = self.update([masked(grad[rows], good)], [own], [weight])
+            return left_out(made, good)
 
         return update
 

@@ -86,6 +86,11 @@ def left_out(update: Update, good: Tensor | None) -> Update:
     return replace(update, direction=torch.where(good, update.direction, 0.0))
 
 
+def masked(grad: Tensor, good: Tensor | None) -> Tensor:
+    """The gradient, or a copy of zeros unless a flag on the device is set; None is set."""
+    return grad if good is None else torch.where(good, grad, 0.0)
+
+
 def zeroed(grads: Sequence[Tensor], good_b: Tensor) -> list[Tensor]:
     """Copies of small gradients, zero where flags on the device aren't set; few launches.
 

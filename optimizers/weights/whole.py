@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from lowrank.cuda.noise import Seed
@@ -13,7 +12,7 @@ from lowrank.cuda.noise import Seed
 from ..engine.geometry import RowRange
 from ..rules import UpdateRule
 from ..rules.base import State
-from ..rules.updates import add_update_, left_out, picked
+from ..rules.updates import add_update_, left_out, masked, picked
 from .fused import fused_rows
 from .rows import editable_rows, rounds
 
@@ -62,10 +61,8 @@ def _write(
     stochastic: bool,
 ) -> None:
     """By chunks of rows: computes the rule's update and writes the rounded weight."""
-    if good is not None:
-        grad = torch.where(good, grad, 0.0)
     if weight.dim() != 2:
-        update = left_out(rule.update([grad], [state], [weight])[0], good)
+        update = left_out(rule.update([masked(grad, good)], [state], [weight])[0], good)
         whole = RowRange.whole(weight.shape[0] if weight.dim() else 1)
         for chunk, rows in editable_rows(weight, whole, seed, turn, stochastic=stochastic):
             direction = (
@@ -73,13 +70,13 @@ def _write(
             )
             add_update_(chunk, replace(update, direction=direction))
         return
-    updates = rule.by_rows(grad, state, weight)
+    updates = rule.gated_rows(grad, state, weight, good)
     chunks = fused_rows(weight, None, seed, turn, stochastic=stochastic)
     if chunks is None:
         whole = RowRange.whole(weight.shape[0])
         for chunk, rows in editable_rows(weight, whole, seed, turn, stochastic=stochastic):
-            add_update_(chunk, left_out(updates(slice(rows.start, rows.stop)), good))
+            add_update_(chunk, updates(slice(rows.start, rows.stop)))
         return
     for piece in chunks:
-        update = left_out(updates(slice(piece.start, piece.start + piece.rows)), good)
+        update = updates(slice(piece.start, piece.start + piece.rows))
         piece.write(update.direction, None, decay_factor=update.decay_factor, alpha=update.alpha)

@@ -19,16 +19,19 @@ from lowrank.optimizers.engine.geometry import RowRange
     width=st.integers(0, 3000),
     block=st.integers(1, 300),
     product=st.booleans(),
+    entries=st.booleans(),
 )
-def test_pieces_follow_each_other(rows: int, width: int, block: int, product: bool) -> None:
+def test_pieces_follow_each_other(
+    rows: int, width: int, block: int, product: bool, entries: bool
+) -> None:
     # meta: nothing is allocated, and the size is a GPU's
     for device in ("cpu", "meta"):
         like = torch.empty(1, device=device).expand(rows, width)
-        spans = list(row_chunks(like, product=product, block=block))
+        spans = list(row_chunks(like, product=product, block=block, entries=entries))
         assert [row for span in spans for row in range(span.start, span.stop)] == [*range(rows)]
         sizes = [span.stop - span.start for span in spans]
         assert all(size * max(1, width) % block == 0 for size in sizes[:-1])
-        bound = chunks.DEVICE_ELEMENTS
+        bound = chunks.ENTRY_ELEMENTS if entries else chunks.DEVICE_ELEMENTS
         if device == "cpu":
             bound = chunks.PRODUCT_ELEMENTS if product else chunks.CACHE_ELEMENTS
         least = block // gcd(block, max(1, width))

@@ -16,6 +16,7 @@ from lowrank.optimizers.engine import chunks, devices
 from lowrank.optimizers.engine.geometry import Side
 from lowrank.optimizers.projectors import decompositions, orthonormal, subspace
 from lowrank.optimizers.projectors import operand as operand_module
+from lowrank.trainers.plan.ledger import Ledger
 
 SHAPES = ((48, 96), (96, 48), (64, 64))
 RANK = 16
@@ -307,3 +308,15 @@ def test_any_shape(m: int, n: int, rank: int, mode: str, side: Side, seed: int) 
         assert basis.shape[1] == rank
         assert defect(basis) < 1e-4
     assert energy(grad, bases, side) > 0.9
+
+
+def test_a_refit_frees_images_and_sketches_that_nobody_will_read() -> None:
+    """A long gradient's image, l x k, is the largest thing there; there is one at a time."""
+    rank, grad = 8, torch.randn(20, 4000)
+    operands = [operand_module.Operand(grad, 1.0, Side.LEFT)]
+    image = 4000 * 20 * 4  # 16 directions more, of at most 20
+    ledger = Ledger()
+    ledger.hold([grad], "given")
+    with devices.as_on_gpu(), ledger:
+        subspace.randomized(operands, rank, 1)
+    assert ledger.peak.parts["other"] < 1.5 * image

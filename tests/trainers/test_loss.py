@@ -190,6 +190,26 @@ def test_by_rows_backward_twice_gives_the_same_gradient() -> None:
     assert all(map(torch.equal, kept, first))
 
 
+@pytest.mark.usefixtures("rows")
+def test_pieces_of_logits_change_no_bit_and_bound_their_copies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(losses, "chunk_tokens", lambda tokens: 55)
+    found, peaks = [], []
+    for piece in (1 << 30, 4 * 55 * 7):
+        monkeypatch.setattr(losses, "PIECE_BYTES", piece)
+        hidden, weight, targets = half_batch(0)
+        with Ledger() as ledger:
+            logs = losses._forward(hidden.detach(), weight.detach(), targets, 16, None, None)[1]
+            ledger.restart()
+            before = ledger.now.total
+            given = hidden.detach(), weight.detach(), targets, logs
+            found.append(losses._weight_by_rows(*given))
+        peaks.append(ledger.peak.total - before)
+    assert torch.equal(*found)
+    assert peaks[1] < peaks[0] / 2
+
+
 def test_only_large_heads_in_half_precision_and_several_chunks_go_by_rows() -> None:
     def head(rows: int, dtype: Any = torch.bfloat16) -> torch.Tensor:
         return torch.empty(rows, 4096, dtype=dtype, device="meta")
