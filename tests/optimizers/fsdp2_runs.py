@@ -38,6 +38,7 @@ QUICK: list[Case] = [
     ("lisa_adamw", {}),
     ("gradnorm_lorp_adamw", {}),
     ("galore_adamw", {"plain_rule": "adafactor", "plain_lr": 3e-3}),
+    ("coap_adafactor_8bit", {"plain_rule": "adamw_8bit", "min_8bit_size": 64}),
 ]
 
 

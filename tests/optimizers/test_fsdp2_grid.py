@@ -24,6 +24,7 @@ VARIANTS: list[Case] = [
     ("apollo_adamw", {"scale_type": "tensor", "proj_type": "full"}),
     ("galore_adafactor", {"beta1": 0.9, "moments": "restore"}),
     ("adafactor", {"beta1": 0.9, "scale_parameter": True}),
+    ("coap_adafactor_8bit", {"plain_rule": "adamw_8bit", "min_8bit_size": 64}),
 ]
 
 

@@ -201,7 +201,7 @@ def test_rates_of_embeddings_and_head_hold_under_a_rule() -> None:
 
 def test_a_state_under_another_rule_is_refused() -> None:
     factored = built("galore_adamw", model_of_heads(), plain_rule="adafactor")
-    for options in ({}, {"plain_rule": "adamw"}):
+    for options in ({}, {"plain_rule": "adamw"}, {"plain_rule": "adamw_8bit"}):
         with pytest.raises(ValueError, match="plain_rule"):
             factored.load_state_dict(
                 built("galore_adamw", model_of_heads(), embedding_lr=None, **options).state_dict()
@@ -220,7 +220,8 @@ def test_wrong_uses_are_named() -> None:
         GaLoreAdamW(param_groups(model, rank=4, plain_rule="adafactor"))
     with pytest.raises(ValueError, match=r"capturable=True with plain_rule='adafactor'"):
         build("galore_adamw", model, plain_rule="adafactor", capturable=True)
-    build("galore_adamw", model, plain_rule="adamw", capturable=True)
+    for rule in ("adamw", "adamw_8bit"):
+        build("galore_adamw", model, plain_rule=rule, capturable=True)
 
 
 @pytest.mark.parametrize("rule", RULES)
