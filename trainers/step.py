@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lowrank.optimizers.engine.in_backward.norm import norm_of
+
 from .config import TrainConfig
 from .data import Batch
 from .distributed import World
@@ -135,8 +137,11 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     if not gradients:
         return torch.zeros(())
     # Not `torch.nn.utils.get_total_norm`: it rounds the norms to the gradients' dtype.
-    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(list(norms)))
+    if gradients[0].is_cuda:
+        norms = list(torch._foreach_norm(gradients, 2, dtype=torch.float32))
+    else:  # there it copies what is in half precision
+        norms = [norm_of(gradient).to(torch.float32) for gradient in gradients]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return norm
 
 

@@ -17,6 +17,7 @@ from lowrank.trainers.data import Batch
 from lowrank.trainers.distributed import World
 from lowrank.trainers.loss import IGNORED
 from lowrank.trainers.models import LanguageModel, build_model
+from lowrank.trainers.phases import PhaseMeter
 from lowrank.trainers.step import (
     Gradient,
     clip,
@@ -119,6 +120,17 @@ def test_norm_of_bfloat16_gradients_is_not_rounded_to_bfloat16() -> None:
     weight = torch.nn.Parameter(torch.zeros(1000, dtype=torch.bfloat16))
     weight.grad = torch.full((1000,), 1.0, dtype=torch.bfloat16)
     assert float(gradient_norm([weight])) == pytest.approx(math.sqrt(1000), rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2048, 1024), (1 << 21,)])
+def test_norm_of_bfloat16_gradients_copies_little(shape: tuple[int, ...]) -> None:
+    weight = torch.nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16))
+    weight.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    wanted = float(weight.grad.double().norm())
+    with PhaseMeter(CPU) as meter, meter.phase("norm"):
+        found = gradient_norm([weight])
+    assert float(found) == pytest.approx(wanted, rel=1e-5)
+    assert meter.peaks["norm"] < 4 * weight.numel() / 4
 
 
 @pytest.mark.parametrize(

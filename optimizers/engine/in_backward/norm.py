@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..chunks import wide_dtype
+from ..chunks import row_chunks, wide_dtype
+from ..devices import on_gpu
 from ..processes import ALONE, Processes
 from ..sharding import local_part
 
@@ -32,9 +33,17 @@ class Length(NamedTuple):
 def norm_of(gradient: Tensor) -> Tensor:
     """The norm of this process's part of a gradient, without host synchronisation."""
     local: Tensor = local_part(gradient)
+    wide = wide_dtype(local)
     if not local.numel():
-        return local.new_zeros((), dtype=wide_dtype(local))
-    norm: Tensor = torch.linalg.vector_norm(local, dtype=wide_dtype(local))
+        return local.new_zeros((), dtype=wide)
+    if local.dtype == wide or local.dim() == 0 or on_gpu(local):
+        return _length(local, wide)
+    # A CPU makes a copy in the wider type of all that it is given.
+    return _length(torch.stack([_length(local[rows], wide) for rows in row_chunks(local)]), wide)
+
+
+def _length(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=dtype)
     return norm
 
 
