@@ -230,11 +230,6 @@ def _check(setting: Setting) -> None:
         raise ValueError(
             f"update_in_backward=True with world={setting.world}: planned is one process"
         )
-    if setting.update_in_backward and setting.accumulation > 1:
-        raise ValueError(
-            f"update_in_backward=True with accumulation={setting.accumulation}: planned is one "
-            "micro-batch a step, since what is kept between several differs by method"
-        )
     longest = getattr(setting.source.config, "max_position_embeddings", None)
     if isinstance(longest, int) and setting.sequence > longest:
         raise ValueError(
