@@ -42,6 +42,21 @@ class Sum:
 
 
 @dataclass(frozen=True)
+class Used:
+    """What the update of a parameter adds in the last backward pass of a step, in bytes.
+
+    Attributes:
+        due: in a step with refits.
+        usual: in one without, by the whole gradient.
+        total: the sum that is kept between the passes of such a step; None for the gradient itself.
+    """
+
+    due: int
+    usual: int
+    total: Sum | None
+
+
+@dataclass(frozen=True)
 class InBackward:
     """What becomes of gradients in the backward passes of a step; parameters by their `id`.
 
@@ -113,9 +128,34 @@ def left_to_step(fake: Fake, *, due: bool = True) -> Set[str]:
             entries["events"] = former
 
 
-def may_be_summed(fake: Fake, param: nn.Parameter) -> bool:
-    """Whether the method uses nothing of the parameter's gradient but its projection."""
-    return isinstance(examine(fake.optimizer)[id(param)], int)
+def kinds(fake: Fake, left: Set[str], used: Mapping[object, Used], accumulation: int) -> Kinds:
+    """The steps of a model.
+
+    Args:
+        fake: the model.
+        left: parameters whose gradients are left to the step.
+        used: by `kind_of`, of all others.
+        accumulation: backward passes of a step.
+    """
+    own = {
+        id(param): used[kind_of(fake, param)] for name, param in trained(fake) if name not in left
+    }
+    due = InBackward({key: one.due for key, one in own.items()}, accumulation=accumulation)
+    sums = {key: one.total for key, one in own.items() if one.total is not None}
+    usual = {key: one.usual for key, one in own.items()}
+    return Kinds(due, InBackward(usual, sums, accumulation) if sums else None)
+
+
+def bytes_of(fake: Fake, names: Set[str], depth: int) -> int:
+    """Bytes of parameters of a model of few blocks, taken on to so many."""
+    blocks, inside, others = fake.blocks.items, 0, 0
+    own = {id(param) for block in blocks for param in block.parameters()}
+    for name, param in trained(fake):
+        if name in names and id(param) in own:
+            inside += param.nbytes
+        elif name in names:
+            others += param.nbytes
+    return inside * depth // len(blocks) + others
 
 
 def summed(
@@ -133,6 +173,8 @@ def summed(
         simulated: takes the first step and one without a refit, each after what it is given was
             called.
     """
+    if not isinstance(examine(fake.optimizer)[id(param)], int):
+        return None
     with update_in_backward(fake.optimizer, accumulation=2) as handle:
         micro_batches = _MicroBatches(fake, param, handle, granularity)
         steps = simulated(micro_batches)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,13 +20,30 @@ from lowrank.optimizers.registry import without_effect
 from ..loss import chunk_tokens
 from .deeper import Depths, Step
 from .driverless import driverless
-from .early import InBackward, Kinds, Sum, kind_of, left_to_step, may_be_summed, summed, trained
+from .early import (
+    InBackward,
+    Kinds,
+    Sum,
+    Used,
+    bytes_of,
+    kind_of,
+    kinds,
+    left_to_step,
+    summed,
+    trained,
+)
 from .fakes import DEPTHS, Fake, blocks_of, faking, grown, made
 from .network import Blocks, Network, Source, new_network
 from .result import CATEGORIES
 from .sharded import Parts, check_divisible, divided, wire_bytes
 from .trace import GRADIENTS, Trace, trace
 from .update import Update, empty_gradients, simulate
+
+#: What is kept between micro-batches with updates in the backward pass.
+WHOLE = "this method's gradients are kept whole between the micro-batches of a step"
+WHOLE_FOR_REFITS = (
+    "gradients are kept whole between the micro-batches of a step with refits, as the first one is"
+)
 
 #: Bytes to a multiple of which torch's allocators round up.
 GRANULARITY = {"cuda": 512, "cpu": 1}
@@ -136,7 +153,7 @@ class Estimate:
         where = "cpu" if isinstance(self._fake.optimizer, FactoredAdamW) else self.setting.device
         if self.setting.update_in_backward:
             return self._in_passes(self._made(len(self._fake.blocks.items), where), where)
-        return self._of_all_blocks(lambda fake: self._simulated(fake), where), None
+        return self._of_all_blocks(lambda fake: self._simulated(fake), where), Kinds(None)
 
     def _of_all_blocks(
         self, steps: Callable[[Fake], list[Step]], where: str, ready: Fake | None = None
@@ -159,68 +176,31 @@ class Estimate:
         left = left_to_step(self._fake)
         # What is due in the first step alone, as LoQT's bases are, is not left in others.
         usual = left_to_step(self._fake, due=False) if layers else left
-        added: dict[object, Update] = {}
-        sums: dict[object, Sum] = {}
+        used: dict[object, Used] = {}
         for name, param in trained(fake):
             kind = kind_of(fake, param)
-            if name in left or kind in added:
-                continue
-            # Events of layers wait for step().
-            steps = self._simulated(fake, [param], beside=True, renewing=not layers)
-            added[kind] = Update.of(steps)
-            total = self._summed(fake, param)
-            if total is not None:
-                sums[kind] = total
+            if name not in left and kind not in used:
+                steps = self._simulated(fake, [param], beside=True, renewing=not layers)
+                one = Update.of(steps)
+                # Events of layers wait for step().
+                due = one.step if layers else one.refresh
+                used[kind] = Used(due, one.step or due, self._summed(fake, param))
         rest = self._rest(fake, left, where, usual=left == usual)
         if left != usual:
-            self._due_only = self._of_depth(left - usual)
+            self._due_only = bytes_of(self._fake, left - usual, self._depth)
             between = self._rest(fake, usual, where, renewing=False)
             rest = replace(rest, step=between.step)
-        return rest, self._kinds_of_steps(left, added, sums, layers)
-
-    def _kinds_of_steps(
-        self,
-        left: Set[str],
-        added: Mapping[object, Update],
-        sums: Mapping[object, Sum],
-        layers: bool,
-    ) -> Kinds:
-        kinds = {
-            id(param): kind_of(self._fake, param)
-            for name, param in trained(self._fake)
-            if name not in left
-        }
-        passes = self.setting.accumulation
-        # Events of layers wait for step().
-        due = {
-            key: added[kind].step if layers else added[kind].refresh for key, kind in kinds.items()
-        }
-        usual = {key: added[kind].step or added[kind].refresh for key, kind in kinds.items()}
-        own = {key: sums[kind] for key, kind in kinds.items() if kind in sums}
-        return Kinds(
-            InBackward(due, accumulation=passes), InBackward(usual, own, passes) if own else None
-        )
+        return rest, kinds(self._fake, left, used, self.setting.accumulation)
 
     def _summed(self, fake: Fake, param: nn.Parameter) -> Sum | None:
         """What is kept of a parameter between micro-batches of a step without a refit."""
-        if self.setting.accumulation == 1 or not may_be_summed(fake, param):
+        if self.setting.accumulation == 1:
             return None
 
         def simulated(micro_batches: Callable[[], None]) -> list[Step]:
             return self._steps(fake, micro_batches, beside=True, renewing=False)
 
         return summed(fake, param, self._granularity, simulated)
-
-    def _of_depth(self, names: Set[str]) -> int:
-        """Bytes of parameters of the few blocks, taken on to all of them."""
-        blocks, inside, others = self._fake.blocks.items, 0, 0
-        own = {id(param) for block in blocks for param in block.parameters()}
-        for name, param in trained(self._fake):
-            if name in names and id(param) in own:
-                inside += param.nbytes
-            elif name in names:
-                others += param.nbytes
-        return inside * self._depth // len(blocks) + others
 
     def _rest(
         self,
@@ -284,7 +264,19 @@ class Estimate:
         Raises:
             ValueError: what the model computes depends on the numbers that it computes with.
         """
-        traces = [self._traced(batch, kind) for kind in self._kinds.all()]
+        return self._phases(self._kinds.all(), batch)
+
+    def between_refits(self, batch: int) -> int | None:
+        """The peak of steps without refits, where they keep less between micro-batches."""
+        usual = self._kinds.usual
+        if usual is None:
+            return None
+        phases = self._phases([usual], batch)
+        return max(sum(parts.values()) for name, parts in phases.items() if name != "refresh")
+
+    def _phases(self, kinds: Sequence[InBackward | None], batch: int) -> dict[str, dict[str, int]]:
+        """Those of steps of these kinds."""
+        traces = [self._traced(batch, kind) for kind in kinds]
         found, update, parts = traces[0], self._update, self._parts
         sizes = self._sizes
         held = Counter(
@@ -367,6 +359,8 @@ class Estimate:
             notes.append("attention as by fused kernels, which save no L x L scores")
         if self._parts is not None:
             notes.append("the optimizer's scratch is that of one process, an upper bound for parts")
+        if setting.update_in_backward and setting.accumulation > 1:
+            notes.append(WHOLE if self._kinds.usual is None else WHOLE_FOR_REFITS)
         return tuple(notes)
 
 
