@@ -14,6 +14,7 @@ from lowrank.optimizers.engine.in_backward.state import Pending
 from lowrank.optimizers.engine.in_backward.sums import projected_gradient
 from lowrank.optimizers.engine.low_rank_gradients import examine
 from lowrank.optimizers.engine.parameters import unique_names
+from lowrank.optimizers.layers.base import FactoredLinear
 
 from .deeper import Step
 from .fakes import Fake
@@ -22,8 +23,6 @@ from .update import empty_gradients
 
 #: More events of a layer than a run has steps.
 _ALL_EVENTS = 1 << 40
-#: Backward passes that stand for any number: the first, one between, and the last.
-_KINDS_OF_PASSES = 3
 
 
 @dataclass(frozen=True)
@@ -65,16 +64,23 @@ class InBackward:
             freed in the last pass, the others' are left to the step.
         sums: of what is kept as a sum between passes; all other gradients are kept whole.
         accumulation: backward passes of a step.
+        leaves_more: whether layers keep more than gradients between passes.
     """
 
     scratch: Mapping[int, int] = field(default_factory=dict)
     sums: Mapping[int, Sum] = field(default_factory=dict)
     accumulation: int = 1
+    leaves_more: bool = False
+
+    @property
+    def begins(self) -> bool:
+        """Whether the first pass is run; with more than two it is no higher than the one after."""
+        return self.accumulation < 3 or self.leaves_more
 
     @property
     def passes(self) -> int:
-        """How many differ."""
-        return min(self.accumulation, _KINDS_OF_PASSES)
+        """How many are run: the first one, one between, and the last, as far as they are needed."""
+        return min(self.accumulation, 3 if self.begins else 2)
 
 
 @dataclass(frozen=True)
@@ -140,10 +146,16 @@ def kinds(fake: Fake, left: Set[str], used: Mapping[object, Used], accumulation:
     own = {
         id(param): used[kind_of(fake, param)] for name, param in trained(fake) if name not in left
     }
-    due = InBackward({key: one.due for key, one in own.items()}, accumulation=accumulation)
+    layers = leaves_more(fake)
+    due = InBackward({key: one.due for key, one in own.items()}, {}, accumulation, layers)
     sums = {key: one.total for key, one in own.items() if one.total is not None}
     usual = {key: one.usual for key, one in own.items()}
-    return Kinds(due, InBackward(usual, sums, accumulation) if sums else None)
+    return Kinds(due, InBackward(usual, sums, accumulation, layers) if sums else None)
+
+
+def leaves_more(fake: Fake) -> bool:
+    """Whether layers hand more to the optimizer than gradients."""
+    return any(isinstance(m, FactoredLinear) and m.LEAVES_MORE for m in fake.model.modules())
 
 
 def bytes_of(fake: Fake, names: Set[str], depth: int) -> int:

@@ -14,7 +14,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowrank.optimizers import FactoredAdamW, expected_state_bytes
 from lowrank.optimizers.engine.devices import as_on_gpu, assuming_memory
-from lowrank.optimizers.layers.base import FactoredLinear
 from lowrank.optimizers.registry import without_effect
 
 from ..loss import chunk_tokens
@@ -28,6 +27,7 @@ from .early import (
     bytes_of,
     kind_of,
     kinds,
+    leaves_more,
     left_to_step,
     summed,
     trained,
@@ -233,7 +233,7 @@ class Estimate:
         renewing: bool = True,
     ) -> list[Step]:
         """Steps with gradients of some parameters, or of all; see `simulate`."""
-        layers = any(isinstance(m, FactoredLinear) and m.LEAVES_MORE for m in fake.model.modules())
+        layers = leaves_more(fake)
         if layers and params is not None:
             # What layers hand over is for events, which a single parameter's update has none of.
             layers = renewing and any("events" in own for own in fake.optimizer.state.values())

@@ -209,9 +209,25 @@ class _Tracer:
         self._ledger.rise(total.projecting, "scratch")
         param.grad = None
         if id(param) not in self._sums:
-            kept = torch.empty(total.kept, dtype=torch.uint8, device=param.device)
-            self._ledger.move(kept, GRADIENTS)
-            self._sums[id(param)] = kept
+            self._keep_sum(param, total)
+
+    def _keep_sum(self, param: Tensor, total: Sum) -> None:
+        kept = torch.empty(total.kept, dtype=torch.uint8, device=param.device)
+        self._ledger.move(kept, GRADIENTS)
+        self._sums[id(param)] = kept
+
+    def keep(self, module: nn.Module) -> int:
+        """Makes what earlier passes have kept of a module's parameters; its bytes."""
+        ledger = self._ledger
+        before, ledger.category = ledger.now.total, GRADIENTS
+        for param in module.parameters():
+            total = self._in_backward.sums.get(id(param))
+            if total is not None:
+                if id(param) not in self._sums:
+                    self._keep_sum(param, total)
+            elif param.requires_grad and param.grad is None:
+                param.grad = torch.empty(param.shape, dtype=param.dtype, device=param.device)
+        return ledger.now.total - before
 
 
 def trace(
@@ -249,7 +265,10 @@ def trace(
         ledger.hold(held, "weights")
         try:
             tracer = _Tracer(ledger, in_backward or InBackward())
-            passes = in_backward.passes if in_backward else 2 if kept else 1
+            if in_backward is not None and not in_backward.begins:
+                inside = sum(tracer.keep(block) for block in blocks.items[:run])
+                kept = inside * depth // run + tracer.keep(model)
+            passes = (2 if kept else 1) if in_backward is None else in_backward.passes
             runs = [
                 tracer.run(model, blocks.items[:run], batch, sequence, last=number == passes)
                 for number in range(1, passes + 1)
@@ -264,7 +283,7 @@ def trace(
                 param.grad = None
     missing = {} if run == depth else {str(run // 2): depth - run}
     found, at = Trace(Pass(()), Pass(())), Counter({GRADIENTS: kept})
-    for forward, backward in runs[-1:] if kept else runs:
+    for forward, backward in runs[-1:] if in_backward is None else runs:
         first, at = _grown(forward, missing, at)
         second, at = _grown(backward, missing, at)
         found = Trace(found.forward.then(first), found.backward.then(second))
