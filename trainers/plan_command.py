@@ -61,7 +61,11 @@ def add_parser(commands: Any) -> None:
         help="recompute each block in the backward pass (default: the preset's choice)",
     )
     add("--autocast", action="store_true", help="products in bfloat16 over float32 weights")
-    add("--update-in-backward", action="store_true", help="free gradients as they are used")
+    add(
+        "--update-in-backward",
+        action="store_true",
+        help="free gradients as they are used; with accumulation, in the last micro-batch",
+    )
     add(
         "--option",
         metavar="KEY=VALUE",

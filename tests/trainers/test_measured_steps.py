@@ -19,6 +19,23 @@ def ran(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("clip", [(), ("train.clip=1",)])
+def test_a_run_with_updates_in_backward_is_planned_with_its_micro_batches(
+    tmp_path: Path, clip: tuple[str, ...]
+) -> None:
+    data, folder = write_corpus(tmp_path / "data"), tmp_path / "run"
+    arguments = ["pretrain", f"--data={data}", "--steps=5", f"--output={folder}", *TINY]
+    settings = ("log.memory_steps=4", "model.hidden_size=64", "model.vocab_size=1000")
+    early = ("train.update_in_backward=true", "train.accumulation=3", *clip)
+    assert main([*arguments, *settings, *early]) == 0
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (found,) = (record for record in records if record["kind"] == "memory")
+    for name, peak in found["measured"].items():
+        assert found["planned"][name] == pytest.approx(peak, rel=0.05), name
+    assert "Plan is off by" in (folder / "report.html").read_text()
+
+
+@pytest.mark.slow
 def test_a_run_holds_measured_memory_against_the_plan(ran: Path) -> None:
     records = [json.loads(line) for line in (ran / "metrics.jsonl").read_text().splitlines()]
     (found,) = (record for record in records if record["kind"] == "memory")

@@ -179,9 +179,30 @@ def test_gradients_are_freed_in_the_backward_pass(tiny: str) -> None:
     assert early.peak < ordinary.peak
 
 
-def test_updates_in_backward_are_planned_for_one_micro_batch(tiny: str) -> None:
-    with pytest.raises(ValueError, match="update_in_backward=True with accumulation=2"):
-        planned(tiny, update_in_backward=True, accumulation=2)
+def test_what_updates_in_backward_keep_between_micro_batches(tiny: str) -> None:
+    setting: dict[str, Any] = {"update_in_backward": True, "accumulation": 2}
+    ordinary = planned(tiny, accumulation=2)
+    early = planned(tiny, **setting)
+    whole = early.phases["forward"]["gradients"]
+    assert whole == ordinary.phases["forward"]["gradients"]  # as the first step refits all bases
+    assert early.phases["step"]["gradients"] < 0.02 * whole
+    assert early.between_refits is not None
+    assert early.between_refits < early.peak
+    assert planned(tiny, update_in_backward=True).between_refits is None
+    assert planned(tiny, "apollo_adamw", **setting).between_refits is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["galore_adamw", "loqt_adamw"])
+def test_few_blocks_stand_for_many_between_micro_batches(tmp_path: Path, optimizer: str) -> None:
+    setting: dict[str, Any] = {"update_in_backward": True, "accumulation": 3}
+    four, five, seven = (
+        planned(write_config(tmp_path, num_hidden_layers=depth), optimizer, **setting)
+        for depth in (4, 5, 7)
+    )
+    for name, peak in five.peaks.items():
+        each = peak - four.peaks[name]
+        assert seven.peaks[name] == peak + 2 * each, name
 
 
 @pytest.mark.slow

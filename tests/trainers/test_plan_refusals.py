@@ -71,6 +71,13 @@ def test_runs(model: dict[str, Any], said: str) -> None:
         plan_run(from_mapping({"model": model}), 1, "cpu")
 
 
+@pytest.mark.parametrize(("norm", "passes"), [("exact", 1), ("projected", 1), ("projected", 2)])
+def test_runs_whose_updates_wait_for_a_norm(norm: str, passes: int) -> None:
+    train = {"update_in_backward": True, "clip": 1.0, "clip_norm": norm, "accumulation": passes}
+    with pytest.raises(ValueError, match=f"train.clip=1 and train.clip_norm='{norm}' with"):
+        plan_run(from_mapping({"train": train}), 1, "cpu")
+
+
 def test_reasons_of_a_bad_configuration_are_told_whole(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text('{"model_type": "nothing"}')

@@ -13,11 +13,13 @@ from lowrank.trainers.plan.ledger import Ledger
 from lowrank.trainers.plan.options import known, method_options
 
 
-def compare(model: str, optimizer: str, rank: int | None = None, **setting: Any) -> None:
+def compare(
+    model: str, optimizer: str, rank: int | None = None, bits: int | None = None, **setting: Any
+) -> None:
     """A later refresh is among the three steps that are measured."""
     changes = {"update_proj_gap": 2} | ({} if rank is None else {"rank": rank})
     changes = {name: value for name, value in changes.items() if known(optimizer, name)}
-    options = method_options(model, optimizer, changes, None)
+    options = method_options(model, optimizer, changes, bits)
     made = plan(model, optimizer, device="cpu", options=options, **setting)
     found = measure(model, optimizer, options=options, **setting)
     step = made.phases["step"]
@@ -56,6 +58,47 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_predicted_is_measured_with_updates_in_backward(small: str, optimizer: str) -> None:
     rank = None if optimizer == "apollo_mini_adamw" else 24
     compare(small, optimizer, rank, sequence=32, update_in_backward=True)
+
+
+@pytest.mark.parametrize("optimizer", with_representative(available(), ("galore_adamw",)))
+def test_predicted_is_measured_with_several_micro_batches(small: str, optimizer: str) -> None:
+    rank = None if optimizer == "apollo_mini_adamw" else 24
+    compare(small, optimizer, rank, sequence=32, update_in_backward=True, accumulation=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("optimizer", "bits", "checkpointing"),
+    [
+        ("galore_adamw", 4, False),
+        ("apollo_mini_adamw", 8, True),
+        ("loqt_adamw", None, True),
+        ("muon", None, True),
+    ],
+)
+def test_predicted_is_measured_between_micro_batches(
+    small: str, optimizer: str, bits: int | None, *, checkpointing: bool
+) -> None:
+    """The second of three is neither the first, which finds nothing kept, nor the last."""
+    rank = None if optimizer == "apollo_mini_adamw" else 24
+    setting: dict[str, Any] = {"sequence": 32, "checkpointing": checkpointing}
+    compare(small, optimizer, rank, bits, update_in_backward=True, accumulation=3, **setting)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    with_representative(
+        ("galore_adamw", "galore_plus_adamw", "qgalore_adamw_8bit"), ("galore_adamw",)
+    ),
+)
+def test_steps_without_refits_keep_projections(small: str, optimizer: str) -> None:
+    bits = 4 if optimizer == "qgalore_adamw_8bit" else None
+    options = method_options(small, optimizer, {"update_proj_gap": 100, "rank": 24}, bits)
+    setting: dict[str, Any] = {"sequence": 32, "update_in_backward": True, "accumulation": 3}
+    made = plan(small, optimizer, device="cpu", options=options, **setting)
+    found = measure(small, optimizer, options=options, steps=1, skipped=1, **setting)
+    assert made.between_refits == pytest.approx(found.peak, rel=0.05)
+    assert found.peak < 0.8 * made.peak
 
 
 @pytest.mark.exhaustive

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,28 +12,41 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lowrank.optimizers import FactoredAdamW, expected_state_bytes, update_in_backward
+from lowrank.optimizers import FactoredAdamW, expected_state_bytes
 from lowrank.optimizers.engine.devices import as_on_gpu, assuming_memory
-from lowrank.optimizers.engine.parameters import unique_names
-from lowrank.optimizers.layers.base import FactoredLinear
 from lowrank.optimizers.registry import without_effect
 
 from ..loss import chunk_tokens
 from .deeper import Depths, Step
 from .driverless import driverless
+from .early import (
+    InBackward,
+    Kinds,
+    Sum,
+    Used,
+    bytes_of,
+    kind_of,
+    kinds,
+    leaves_more,
+    left_to_step,
+    summed,
+    trained,
+)
 from .fakes import DEPTHS, Fake, blocks_of, faking, grown, made
-from .ledger import Ledger
 from .network import Blocks, Network, Source, new_network
 from .result import CATEGORIES
 from .sharded import Parts, check_divisible, divided, wire_bytes
-from .trace import GRADIENTS, InBackward, Trace, trace
+from .trace import GRADIENTS, Trace, trace
 from .update import Update, empty_gradients, simulate
+
+#: What is kept between micro-batches with updates in the backward pass.
+WHOLE = "this method's gradients are kept whole between the micro-batches of a step"
+WHOLE_FOR_REFITS = (
+    "gradients are kept whole between the micro-batches of a step with refits, as the first one is"
+)
 
 #: Bytes to a multiple of which torch's allocators round up.
 GRANULARITY = {"cuda": 512, "cpu": 1}
-
-#: More events of a layer than a run has steps.
-_ALL_EVENTS = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -91,7 +104,7 @@ class Estimate:
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self._granularity = GRANULARITY[setting.device]
-        self._traces: dict[int, Trace] = {}
+        self._traces: dict[tuple[int, int], Trace] = {}
         self._mode = FakeTensorMode()
         #: A model of few blocks on the CPU whose optimizer has taken no steps.
         self._unused: Fake | None = None
@@ -115,7 +128,7 @@ class Estimate:
                 self._unused = self._made(few)
                 self._sizes = grown(self._unused.sizes(), self._sizes, self._depths)
             # Another one takes steps: what is due in the first one shows in its passes, too.
-            self._update, self._in_backward = self._updates()
+            self._update, self._kinds = self._updates()
         self._parts: Parts | None = None
         if setting.strategy == "fsdp2":
             check_divisible(setting.optimizer, setting.options)
@@ -132,15 +145,15 @@ class Estimate:
         setting = self.setting
         return made(self._whole, setting.source, setting.optimizer, setting.options, device, depth)
 
-    def _updates(self) -> tuple[Update, InBackward | None]:
-        """What the optimizer takes in its step, and in the backward pass.
+    def _updates(self) -> tuple[Update, Kinds]:
+        """What the optimizer takes in its step, and in the backward passes.
 
         Steps of some layers need real backward passes, which fake tensors allow on a CPU only.
         """
         where = "cpu" if isinstance(self._fake.optimizer, FactoredAdamW) else self.setting.device
         if self.setting.update_in_backward:
             return self._in_passes(self._made(len(self._fake.blocks.items), where), where)
-        return self._of_all_blocks(lambda fake: self._simulated(fake), where), None
+        return self._of_all_blocks(lambda fake: self._simulated(fake), where), Kinds(None)
 
     def _of_all_blocks(
         self, steps: Callable[[Fake], list[Step]], where: str, ready: Fake | None = None
@@ -157,42 +170,37 @@ class Estimate:
                 return found
         return Update.of(steps(self._made(self._depth, where)))
 
-    def _in_passes(self, fake: Fake, where: str) -> tuple[Update, InBackward]:
+    def _in_passes(self, fake: Fake, where: str) -> tuple[Update, Kinds]:
         """What the updates of single parameters add in the backward pass, and what is left."""
         layers = isinstance(fake.optimizer, FactoredAdamW)
-        left = _left_to_step(self._fake)
+        left = left_to_step(self._fake)
         # What is due in the first step alone, as LoQT's bases are, is not left in others.
-        usual = _left_to_step(self._fake, due=False) if layers else left
-        added: dict[object, int] = {}
-        for name, param in _trained(fake):
-            kind = _kind(fake, param)
-            if name not in left and kind not in added:
+        usual = left_to_step(self._fake, due=False) if layers else left
+        used: dict[object, Used] = {}
+        for name, param in trained(fake):
+            kind = kind_of(fake, param)
+            if name not in left and kind not in used:
                 steps = self._simulated(fake, [param], beside=True, renewing=not layers)
                 one = Update.of(steps)
                 # Events of layers wait for step().
-                added[kind] = one.step if layers else one.refresh
-        scratch = {
-            id(param): added[_kind(self._fake, param)]
-            for name, param in _trained(self._fake)
-            if name not in left
-        }
+                due = one.step if layers else one.refresh
+                used[kind] = Used(due, one.step or due, self._summed(fake, param))
         rest = self._rest(fake, left, where, usual=left == usual)
         if left != usual:
-            self._due_only = self._of_depth(left - usual)
+            self._due_only = bytes_of(self._fake, left - usual, self._depth)
             between = self._rest(fake, usual, where, renewing=False)
             rest = replace(rest, step=between.step)
-        return rest, InBackward(scratch)
+        return rest, kinds(self._fake, left, used, self.setting.accumulation)
 
-    def _of_depth(self, names: Set[str]) -> int:
-        """Bytes of parameters of the few blocks, taken on to all of them."""
-        blocks, inside, others = self._fake.blocks.items, 0, 0
-        own = {id(param) for block in blocks for param in block.parameters()}
-        for name, param in _trained(self._fake):
-            if name in names and id(param) in own:
-                inside += param.nbytes
-            elif name in names:
-                others += param.nbytes
-        return inside * self._depth // len(blocks) + others
+    def _summed(self, fake: Fake, param: nn.Parameter) -> Sum | None:
+        """What is kept of a parameter between micro-batches of a step without a refit."""
+        if self.setting.accumulation == 1:
+            return None
+
+        def simulated(micro_batches: Callable[[], None]) -> list[Step]:
+            return self._steps(fake, micro_batches, beside=True, renewing=False)
+
+        return summed(fake, param, self._granularity, simulated)
 
     def _rest(
         self,
@@ -208,8 +216,8 @@ class Estimate:
             return Update(0, 0)
 
         def steps(of: Fake) -> list[Step]:
-            left = names if of is fake else _left_to_step(of, due=renewing)
-            kept = [param for name, param in _trained(of) if name in left]
+            left = names if of is fake else left_to_step(of, due=renewing)
+            kept = [param for name, param in trained(of) if name in left]
             only = {"usual": usual, "renewing": renewing}
             return self._simulated(of, kept, beside=not renewing, **only)
 
@@ -225,7 +233,7 @@ class Estimate:
         renewing: bool = True,
     ) -> list[Step]:
         """Steps with gradients of some parameters, or of all; see `simulate`."""
-        layers = any(isinstance(m, FactoredLinear) and m.LEAVES_MORE for m in fake.model.modules())
+        layers = leaves_more(fake)
         if layers and params is not None:
             # What layers hand over is for events, which a single parameter's update has none of.
             layers = renewing and any("events" in own for own in fake.optimizer.state.values())
@@ -235,6 +243,10 @@ class Estimate:
                 _backward(fake.model)
             empty_gradients(fake.model, params, replace=layers)
 
+        return self._steps(fake, differentiate, beside=beside, usual=usual, renewing=renewing)
+
+    def _steps(self, fake: Fake, differentiate: Callable[[], None], **wanted: bool) -> list[Step]:
+        """Steps after gradients that a function leaves; see `simulate`."""
         # Layers take the steps of a GPU, if it is planned, on fakes of another device.
         as_wanted = as_on_gpu() if self.setting.device == "cuda" else contextlib.nullcontext()
         with driverless(next(fake.model.parameters()).device), as_wanted:
@@ -243,9 +255,7 @@ class Estimate:
                 fake.model,
                 differentiate,
                 granularity=self._granularity,
-                beside=beside,
-                usual=usual,
-                renewing=renewing,
+                **wanted,
             )
 
     def phases(self, batch: int) -> dict[str, dict[str, int]]:
@@ -254,7 +264,20 @@ class Estimate:
         Raises:
             ValueError: what the model computes depends on the numbers that it computes with.
         """
-        found, update, parts = self._traced(batch), self._update, self._parts
+        return self._phases(self._kinds.all(), batch)
+
+    def between_refits(self, batch: int) -> int | None:
+        """The peak of steps without refits, where they keep less between micro-batches."""
+        usual = self._kinds.usual
+        if usual is None:
+            return None
+        phases = self._phases([usual], batch)
+        return max(sum(parts.values()) for name, parts in phases.items() if name != "refresh")
+
+    def _phases(self, kinds: Sequence[InBackward | None], batch: int) -> dict[str, dict[str, int]]:
+        """Those of steps of these kinds."""
+        traces = [self._traced(batch, kind) for kind in kinds]
+        found, update, parts = traces[0], self._update, self._parts
         sizes = self._sizes
         held = Counter(
             {
@@ -266,8 +289,8 @@ class Estimate:
         )
         end = found.backward.end[GRADIENTS]
         levels = {
-            "forward": Counter(found.forward.peak),
-            "backward": Counter(found.backward.peak),
+            "forward": max((own.forward.peak for own in traces), key=Counter.total),
+            "backward": max((own.backward.peak for own in traces), key=Counter.total),
             "step": Counter({GRADIENTS: end - self._due_only, "scratch": update.step}),
             "refresh": Counter({GRADIENTS: end, "scratch": update.refresh}),
         }
@@ -286,27 +309,31 @@ class Estimate:
             for name, level in levels.items()
         }
 
-    def _traced(self, batch: int) -> Trace:
-        """A micro-batch's passes; large ones by those of two smaller ones."""
+    def _traced(self, batch: int, kind: InBackward | None) -> Trace:
+        """The passes of micro-batches; large ones by those of two smaller ones."""
         setting = self.setting
         first = 1 + -(-chunk_tokens(self._vocabulary) // setting.sequence)
         second = 2 * first
         if batch > second:
-            larger = self._traced(second)
-            return larger.onward(self._traced(first), (batch - second) / (second - first))
-        if batch not in self._traces:
-            with faking(self._mode):
-                self._traces[batch] = trace(
-                    self._fake.model,
-                    self._fake.blocks,
-                    batch,
-                    setting.sequence,
-                    depth=self._depth,
-                    kept=self._sizes["gradients"] if setting.keeps_gradients else 0,
-                    granularity=self._granularity,
-                    in_backward=self._in_backward,
-                )
-        return self._traces[batch]
+            larger = self._traced(second, kind)
+            return larger.onward(self._traced(first, kind), (batch - second) / (second - first))
+        known = self._traces.get((batch, id(kind)))
+        if known is not None:
+            return known
+        keeps = setting.keeps_gradients and kind is None
+        with faking(self._mode):
+            found = trace(
+                self._fake.model,
+                self._fake.blocks,
+                batch,
+                setting.sequence,
+                depth=self._depth,
+                kept=self._sizes["gradients"] if keeps else 0,
+                granularity=self._granularity,
+                in_backward=kind,
+            )
+        self._traces[batch, id(kind)] = found
+        return found
 
     def _sent(self, dense: nn.Module) -> Mapping[str, int | None] | None:
         setting = self.setting
@@ -332,6 +359,8 @@ class Estimate:
             notes.append("attention as by fused kernels, which save no L x L scores")
         if self._parts is not None:
             notes.append("the optimizer's scratch is that of one process, an upper bound for parts")
+        if setting.update_in_backward and setting.accumulation > 1:
+            notes.append(WHOLE if self._kinds.usual is None else WHOLE_FOR_REFITS)
         return tuple(notes)
 
 
@@ -344,40 +373,6 @@ def check_rank(setting: Setting, blocks: Blocks) -> None:
         raise ValueError(
             f"rank={rank}: accepted for the blocks of {setting.source.name!r} are at most {largest}"
         )
-
-
-def _left_to_step(fake: Fake, *, due: bool = True) -> Set[str]:
-    """Parameters whose gradients a backward pass leaves, with or without events of layers."""
-    ledger = Ledger()  # answers what is read back
-    states = fake.optimizer.state.values()
-    events = [(entries, entries["events"]) for entries in states if "events" in entries]
-    for entries in states:
-        ledger.know(entries["step"], 0.0)
-    for entries, _ in events if not due else ():
-        entries["events"] = _ALL_EVENTS
-    try:
-        with ledger, update_in_backward(fake.optimizer) as handle:  # raises if it can't
-            return frozenset(handle.whole())
-    finally:
-        for entries, former in events:
-            entries["events"] = former
-
-
-def _trained(fake: Fake) -> list[tuple[str, nn.Parameter]]:
-    """The optimizer's parameters with the names that it has for them."""
-    groups = fake.optimizer.param_groups
-    params = [param for group in groups for param in group["params"]]
-    return list(zip(unique_names(groups), params, strict=True))
-
-
-def _kind(fake: Fake, param: nn.Parameter) -> tuple[object, ...]:
-    """What parameters have in common whose updates take the same memory."""
-    numbers = (
-        number
-        for number, group in enumerate(fake.optimizer.param_groups)
-        if any(param is own for own in group["params"])
-    )
-    return next(numbers), tuple(param.shape)
 
 
 def _backward(model: Network) -> None:

@@ -53,6 +53,7 @@ def measure(
     batch: int = 1,
     accumulation: int = 1,
     steps: int = 3,
+    skipped: int = 0,
     device: str = "cpu",
     dtype: str | None = None,
     checkpointing: bool | None = None,
@@ -70,7 +71,8 @@ def measure(
         sequence: tokens of a sequence.
         batch: sequences of a micro-batch.
         accumulation: micro-batches of a step.
-        steps: how many.
+        steps: how many are measured.
+        skipped: how many are taken before, such as the first one with its refits.
         device: "cpu", where the profiler's record of allocations is read, or a GPU.
         dtype: of the weights.
         checkpointing: recompute each block.
@@ -107,19 +109,21 @@ def measure(
         vocabulary = network.network.get_input_embeddings().num_embeddings
         names: dict[str, str] = {}
         gradients = 0
-        for step in range(steps):
+        for step in range(-skipped, steps):
+            called = "" if step >= 0 else "skipped "
             for _ in range(accumulation):
                 tokens = torch.randint(vocabulary, (batch, sequence), device=where)
-                with meter.phase("forward"):
+                with meter.phase(f"{called}forward"):
                     loss = network(tokens, tokens)
-                with meter.phase("backward"):
+                with meter.phase(f"{called}backward"):
                     (loss * (1 / tokens.numel())).backward()
                 del loss
             gradients = max(gradients, gradient_bytes(network))
             before = len(happened) if update_in_backward else 0
             with meter.phase(f"step {step}"):
                 trained.step()
-            names[f"step {step}"] = "refresh" if len(happened) > before else "step"
+            if step >= 0:
+                names[f"step {step}"] = "refresh" if len(happened) > before else "step"
             happened.clear()
             trained.zero_grad()
     peaks = {name: meter.peaks[name] for name in ("forward", "backward")}

@@ -10,7 +10,7 @@ import torch
 from lowrank.optimizers import available
 from lowrank.optimizers.engine import checks
 
-from ..config import RunConfig
+from ..config import RunConfig, TrainConfig
 from ..models import network_config
 from .cards import card_bytes, memory_bytes
 from .estimate import Estimate, Setting
@@ -68,7 +68,8 @@ def plan(
         weight_bits: 16 for dense weights, 8 or 4 for quantised ones; None for the method's own.
         checkpointing: recompute each block in the backward pass; None for the preset's choice.
         autocast: products in bfloat16 over float32 weights, as `model.autocast` of the trainer.
-        update_in_backward: free each block's gradients as soon as they are used.
+        update_in_backward: free gradients as soon as they are used, in the last micro-batch's
+            backward pass; what is kept between micro-batches differs by method and step.
         options: of `build`, such as `rank`.
 
     Raises:
@@ -170,8 +171,8 @@ def plan_run(config: RunConfig, world: int, device: str) -> Plan:
         device: "cuda" or "cpu".
 
     Raises:
-        ValueError: it can't be planned: the strategy is DeepSpeed's, or blocks are compiled or keep
-            compressed activations.
+        ValueError: it can't be planned: the strategy is DeepSpeed's, blocks are compiled or keep
+            compressed activations, or updates in the backward pass wait for a clipped norm.
     """
     strategy = config.distributed.strategy
     if config.model.compile:
@@ -196,11 +197,28 @@ def plan_run(config: RunConfig, world: int, device: str) -> Plan:
         *(length, train.batch_size, train.accumulation, world),
         strategy if world > 1 else None,
         device,
-        train.update_in_backward,
+        _updates_at_once(train),
         run_options(config),
     )
     _check(setting)
     return _planned(model.name, setting, None)
+
+
+def _updates_at_once(train: TrainConfig) -> bool:
+    """Whether a run's updates are made in the backward pass.
+
+    Raises:
+        ValueError: they wait for a norm, by which some gradients are projected and others whole.
+    """
+    if not train.update_in_backward or not train.clip or train.clip_norm == "previous":
+        return train.update_in_backward
+    if train.clip_norm == "exact" and train.accumulation > 1:
+        return False  # all gradients are kept whole until step()
+    raise ValueError(
+        f"train.clip={train.clip:g} and train.clip_norm={train.clip_norm!r} with "
+        "train.update_in_backward=true: planned are updates that don't wait for the norm; accepted "
+        "are train.clip=0 or train.clip_norm='previous'"
+    )
 
 
 def _memory(memory: str | int | None, card: str | None) -> int | None:
@@ -230,11 +248,6 @@ def _check(setting: Setting) -> None:
         raise ValueError(
             f"update_in_backward=True with world={setting.world}: planned is one process"
         )
-    if setting.update_in_backward and setting.accumulation > 1:
-        raise ValueError(
-            f"update_in_backward=True with accumulation={setting.accumulation}: planned is one "
-            "micro-batch a step, since what is kept between several differs by method"
-        )
     longest = getattr(setting.source.config, "max_position_embeddings", None)
     if isinstance(longest, int) and setting.sequence > longest:
         raise ValueError(
@@ -261,6 +274,7 @@ def _planned(model: str, setting: Setting, memory: int | None) -> Plan:
         tokens_per_step=tokens,
         wire=estimate.wire,
         notes=estimate.notes,
+        between_refits=estimate.between_refits(setting.batch),
     )
 
 

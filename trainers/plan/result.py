@@ -61,6 +61,8 @@ class Plan:
         tokens_per_step: of all processes together.
         wire: bytes that a process hands to collectives in a step; None for one process.
         notes: what the numbers leave out.
+        between_refits: bytes at the highest moment of steps without refits, where these keep less
+            between micro-batches with updates in the backward pass; else None.
     """
 
     model: str
@@ -75,6 +77,7 @@ class Plan:
     tokens_per_step: int
     wire: Mapping[str, int | None] | None
     notes: tuple[str, ...] = ()
+    between_refits: int | None = None
 
     @property
     def peaks(self) -> dict[str, int]:
@@ -101,6 +104,7 @@ class Plan:
             "phases": {name: dict(parts) for name, parts in self.phases.items()},
             "peaks": self.peaks,
             "peak": self.peak,
+            "peak_between_refits": self.between_refits,
             "optimizer_state_bytes": self.state,
             "slack": [self.slack.low, self.slack.high],
             "memory": self.memory,

@@ -49,6 +49,11 @@ def _conclusions(plan: Plan) -> list[str]:
             f"; with {gigabytes(plan.slack.low)} to {gigabytes(plan.slack.high)} GB for CUDA itself"
             f" and its allocator: {gigabytes(low)} to {gigabytes(high)} GB"
         )
+    if plan.between_refits is not None:
+        lines.append(
+            f"peak of steps without refits: {gigabytes(plan.between_refits)} GB, as projected "
+            "gradients are kept between micro-batches"
+        )
     if plan.memory is not None:
         said = {
             "yes": "fits",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 
+from .early import InBackward, Sum
 from .ledger import Ledger
 from .network import Blocks, Network
 
@@ -53,7 +54,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Pass:
-    """A whole pass: its parts in order, those of the blocks by their numbers.
+    """Whole passes, one or several: their parts in order, those of the blocks by their numbers.
 
     Attributes:
         spans: name and bytes of each part.
@@ -71,6 +72,10 @@ class Pass:
         """Bytes that remain."""
         return self.spans[-1][1].end
 
+    def then(self, following: Pass) -> Pass:
+        """This one and another one after it."""
+        return Pass(self.spans + following.spans)
+
     def onward(self, first: Pass, ratio: float) -> Pass:
         """See `Trace.onward`."""
         pairs = zip(self.spans, first.spans, strict=True)
@@ -79,11 +84,11 @@ class Pass:
 
 @dataclass(frozen=True)
 class Trace:
-    """What a micro-batch takes beside weights and state.
+    """What a micro-batch takes beside weights and state, or those of a step that differ.
 
     Attributes:
-        forward: the pass that computes the loss.
-        backward: the pass that leaves gradients.
+        forward: the passes that compute the loss.
+        backward: the passes that leave gradients.
     """
 
     forward: Pass
@@ -121,28 +126,25 @@ class _Recorder:
         ledger.restart()
 
 
-@dataclass(frozen=True)
-class InBackward:
-    """Updates in the backward pass.
-
-    Attributes:
-        scratch: bytes that the update of a parameter adds, by its `id`; these parameters' gradients
-            are used and freed at once, the others' are left to the step.
-    """
-
-    scratch: Mapping[int, int] = field(default_factory=dict)
-
-
 class _Tracer:
     def __init__(self, ledger: Ledger, in_backward: InBackward) -> None:
         self._ledger = ledger
         self._in_backward = in_backward
+        self._sums: dict[int, Tensor] = {}
+        self._last = False
         self._forward: _Recorder | None = None
         self._backward: _Recorder | None = None
 
     def run(
-        self, model: nn.Module, blocks: tuple[nn.Module, ...], batch: int, sequence: int
+        self,
+        model: nn.Module,
+        blocks: tuple[nn.Module, ...],
+        batch: int,
+        sequence: int,
+        *,
+        last: bool,
     ) -> tuple[list[tuple[str, Span]], list[tuple[str, Span]]]:
+        self._last = last
         ledger = self._ledger
         device = next(model.parameters()).device
         with contextlib.ExitStack() as stack:
@@ -192,10 +194,40 @@ class _Tracer:
     def _own(self, param: Tensor) -> None:
         if param.grad is not None:
             self._ledger.move(param.grad, GRADIENTS)
-        added = self._in_backward.scratch.get(id(param))
-        if added is not None:
+        known = self._in_backward
+        total, added = known.sums.get(id(param)), known.scratch.get(id(param))
+        if total is not None:
+            self._add(param, total)
+            added = total.update
+        if self._last and added is not None:
             self._ledger.rise(added, "scratch")
             param.grad = None
+            self._sums.pop(id(param), None)
+
+    def _add(self, param: Tensor, total: Sum) -> None:
+        """Keeps a gradient's projection in its place."""
+        self._ledger.rise(total.projecting, "scratch")
+        param.grad = None
+        if id(param) not in self._sums:
+            self._keep_sum(param, total)
+
+    def _keep_sum(self, param: Tensor, total: Sum) -> None:
+        kept = torch.empty(total.kept, dtype=torch.uint8, device=param.device)
+        self._ledger.move(kept, GRADIENTS)
+        self._sums[id(param)] = kept
+
+    def keep(self, module: nn.Module) -> int:
+        """Makes what earlier passes have kept of a module's parameters; its bytes."""
+        ledger = self._ledger
+        before, ledger.category = ledger.now.total, GRADIENTS
+        for param in module.parameters():
+            total = self._in_backward.sums.get(id(param))
+            if total is not None:
+                if id(param) not in self._sums:
+                    self._keep_sum(param, total)
+            elif param.requires_grad and param.grad is None:
+                param.grad = torch.empty(param.shape, dtype=param.dtype, device=param.device)
+        return ledger.now.total - before
 
 
 def trace(
@@ -209,7 +241,7 @@ def trace(
     granularity: int,
     in_backward: InBackward | None = None,
 ) -> Trace:
-    """Runs a micro-batch of a model of fake tensors, and scales its blocks up to its depth.
+    """Runs micro-batches of a model of fake tensors, and scales its blocks up to its depth.
 
     Call it under `FakeTensorMode`; the model is left without gradients.
 
@@ -220,8 +252,8 @@ def trace(
         sequence: tokens of each.
         granularity: bytes to which the allocator rounds up.
         depth: blocks of the whole model.
-        kept: bytes of all gradients, if an earlier micro-batch of the step has left them, else 0.
-        in_backward: which gradients are freed in the pass.
+        kept: bytes of all gradients, if they are there before the last micro-batch, else 0.
+        in_backward: what becomes of gradients in the passes of a step; None for nothing.
 
     Raises:
         ValueError: what the model computes depends on the numbers that it computes with.
@@ -231,11 +263,16 @@ def trace(
     with blocks.first(run), ledger, untraced():
         held = [*model.parameters(), *model.buffers()]
         ledger.hold(held, "weights")
-        weights = Counter(ledger.now.parts)
         try:
             tracer = _Tracer(ledger, in_backward or InBackward())
-            for _ in range(2 if kept else 1):
-                forward, backward = tracer.run(model, blocks.items[:run], batch, sequence)
+            if in_backward is not None and not in_backward.begins:
+                inside = sum(tracer.keep(block) for block in blocks.items[:run])
+                kept = inside * depth // run + tracer.keep(model)
+            passes = (2 if kept else 1) if in_backward is None else in_backward.passes
+            runs = [
+                tracer.run(model, blocks.items[:run], batch, sequence, last=number == passes)
+                for number in range(1, passes + 1)
+            ]
         except _UNPLANNED as error:
             raise ValueError(
                 f"{type(model.network).__name__} computes what depends on its numbers, which a "
@@ -245,14 +282,16 @@ def trace(
             for param in model.parameters():
                 param.grad = None
     missing = {} if run == depth else {str(run // 2): depth - run}
-    start = Counter({GRADIENTS: kept})
-    first, at = _grown(forward, missing, weights, start)
-    second, _ = _grown(backward, missing, weights, at)
-    return Trace(first, second)
+    found, at = Trace(Pass(()), Pass(())), Counter({GRADIENTS: kept})
+    for forward, backward in runs[-1:] if in_backward is None else runs:
+        first, at = _grown(forward, missing, at)
+        second, at = _grown(backward, missing, at)
+        found = Trace(found.forward.then(first), found.backward.then(second))
+    return found
 
 
 def _grown(
-    spans: list[tuple[str, Span]], missing: dict[str, int], weights: Bytes, start: Bytes
+    spans: list[tuple[str, Span]], missing: dict[str, int], start: Bytes
 ) -> tuple[Pass, Bytes]:
     """A pass with parts repeated that stand for several, above what there is at its begin."""
     made: list[tuple[str, Span]] = []
