@@ -7,6 +7,7 @@ of allocations, which is known only at the end and slows down what is recorded.
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,6 +37,7 @@ class PhaseMeter:
         self._device = device
         self._on_gpu = device.type == "cuda"
         self._held = held
+        gc.collect()  # else what earlier work has left in cycles may be freed, and count, later
         self._base = torch.cuda.memory_allocated(device) - held if self._on_gpu else 0
         self._profile: profile | None = None
         self.peaks: dict[str, int] = {}
