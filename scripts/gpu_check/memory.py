@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -73,7 +72,6 @@ class Meter:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        gc.collect()  # else what earlier work has left in cycles may be freed, and count, later
         self._base = torch.cuda.memory_allocated() if self._on_gpu else 0
         self._profile: profile | None = None
         self.peaks: dict[str, int] = {}
