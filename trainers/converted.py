@@ -7,8 +7,6 @@ and dropped in turn.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from .distributed import World
 from .missing import require
 from .models import LanguageModel
 from .sharding import local_part, shard
+from .tensor_files import opened
 
 
 def replaces_layers(config: RunConfig) -> bool:
@@ -55,15 +54,6 @@ def convert_and_shard(
     """
     convert(config.optimizer.name, model.network, **options)
     shard(model, init_device_mesh(world.device.type, (world.size,)))
-
-
-@contextmanager
-def opened(*paths: Path) -> Iterator[dict[str, Any]]:
-    """For each tensor's name the file that has it; later files count."""
-    open_file = require("safetensors", "train").safe_open
-    with ExitStack() as stack:
-        files = [stack.enter_context(open_file(path, framework="pt")) for path in paths]
-        yield {name: file for file in files for name in file.keys()}  # noqa: SIM118
 
 
 def read_converted(network: nn.Module, weights: Path, layers: Path) -> None:

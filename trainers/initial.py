@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from .files import WEIGHTS
-from .missing import require
+from .tensor_files import difference, opened
 
 
 def initial_weights(folder: Path) -> Path:
@@ -43,28 +43,14 @@ def initial_values(network: nn.Module, folder: Path) -> Iterator[tuple[str, nn.P
     path = initial_weights(folder)
     parameters = dict(network.named_parameters())
     try:
-        with require("safetensors", "train").safe_open(path, framework="pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-            _check(shapes, parameters, folder)
+        with opened(path) as files:
+            stored = {name: file.get_slice(name).get_shape() for name, file in files.items()}
+            wrong = difference(stored, {name: own.shape for name, own in parameters.items()})
+            if wrong:
+                raise ValueError(f"model.initial={str(folder)!r} is of another shape: {wrong}")
             for name, parameter in parameters.items():
-                yield name, parameter, file.get_tensor(name)
+                yield name, parameter, files[name].get_tensor(name)
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
         raise ValueError(f"model.initial={str(path)!r} can't be read: {error}") from None
-
-
-def _check(
-    shapes: Mapping[str, list[int]], parameters: Mapping[str, nn.Parameter], folder: Path
-) -> None:
-    said = f"model.initial={str(folder)!r} is of another shape"
-    wrong = sorted(shapes.keys() ^ parameters.keys())
-    if wrong:
-        where = "file" if wrong[0] in shapes else "network"
-        raise ValueError(f"{said}: {wrong[0]} is only in the {where}")
-    for name, parameter in parameters.items():
-        if list(shapes[name]) != list(parameter.shape):
-            raise ValueError(
-                f"{said}: {name} is {list(shapes[name])} in the file and {list(parameter.shape)}"
-                " in the network"
-            )

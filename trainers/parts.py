@@ -16,12 +16,11 @@ from .config import RunConfig
 from .config_io import from_mapping, to_mapping
 from .converted import (
     is_converted,
-    opened,
     read_converted,
     read_untrained,
 )
 from .data import Tokenizer, TrainingShare, ValidationSet
-from .dense_weights import Stored, dense_weights, own_tensors
+from .dense_weights import dense_weights, own_tensors
 from .distributed import World
 from .files import WEIGHTS, WriteError, writing
 from .models import LanguageModel
@@ -33,10 +32,11 @@ from .sharded_checkpoint import (
     read_weights,
     without_shards,
     write_shards,
-    write_weights,
 )
 from .sharding import is_sharded
 from .state import TrainState, random_state, restore_random_state
+from .stored import Stored, write_weights
+from .tensor_files import opened
 from .zero_checkpoint import read_divided, stored_weights
 from .zero_engine import ZeroEngine, partition_name
 

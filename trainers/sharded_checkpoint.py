@@ -9,12 +9,10 @@ checkpoint can be read by any number of processes, sharded or not.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,77 +23,13 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import empty as empty_sharded
 
-from .dense_weights import Stored
 from .distributed import World
-from .files import WriteError, writing
-from .missing import require
+from .files import WriteError
 from .sharding import local, local_part
+from .tensor_files import difference, opened
 
 OPTIMIZER = "optimizer.pt"
 _MARK = "sharded tensor"
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
-
-def write_weights(tensors: Mapping[str, Stored], path: Path | None) -> None:
-    """Writes tensors one at a time as a safetensors file; of sharded ones every process calls it.
-
-    Args:
-        tensors: by name, in the same order on every process.
-        path: the file on the process that writes, None on the others.
-
-    Raises:
-        WriteError: the file can't be written. The other processes aren't kept waiting.
-    """
-    failed: WriteError | None = None
-    with ExitStack() as stack:
-        stream: BinaryIO | None = None
-        try:
-            if path is not None:
-                with writing(path):
-                    stream = stack.enter_context(path.open("wb"))
-                    stream.write(_header(tensors))
-        except WriteError as error:
-            failed = error
-        for tensor in tensors.values():
-            complete = tensor.value()
-            if path is None or stream is None or failed is not None:
-                continue
-            try:
-                with writing(path):
-                    flat = complete.cpu().contiguous().reshape(-1)
-                    stream.write(flat.view(torch.uint8).numpy().data)
-                    stream.flush()
-            except WriteError as error:
-                failed = error
-    if failed is not None:
-        raise failed
-
-
-def _header(tensors: Mapping[str, Stored]) -> bytes:
-    """The length and the JSON that a safetensors file begins with."""
-    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        content[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(content, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the data are aligned
-    return len(text).to_bytes(8, "little") + text
 
 
 def read_weights(network: nn.Module, path: Path) -> None:
@@ -105,19 +39,12 @@ def read_weights(network: nn.Module, path: Path) -> None:
         RuntimeError: names or shapes aren't the network's; nothing is changed.
     """
     tensors = network.state_dict()
-    with require("safetensors", "train").safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-        wrong = sorted(names ^ set(tensors))
+    with opened(path) as files:
+        slices = {name: file.get_slice(name) for name, file in files.items()}
+        stored = {name: part.get_shape() for name, part in slices.items()}
+        wrong = difference(stored, {name: tensor.shape for name, tensor in tensors.items()})
         if wrong:
-            where = "file" if wrong[0] in names else "network"
-            raise RuntimeError(f"{wrong[0]} is only in the {where}")
-        slices = {name: file.get_slice(name) for name in tensors}
-        for name, tensor in tensors.items():
-            if list(slices[name].get_shape()) != list(tensor.shape):
-                raise RuntimeError(
-                    f"{name} is {slices[name].get_shape()} in the file and"
-                    f" {list(tensor.shape)} in the network"
-                )
+            raise RuntimeError(wrong)
         for name, tensor in tensors.items():
             local(tensor).copy_(slices[name][local_part(tensor)])
 

@@ -19,7 +19,7 @@ from lowrank.optimizers.engine.zero import PARTITION
 from lowrank.optimizers.engine.zero_state import whole_state, whole_weights
 
 from .checkpoint import DamagedCheckpointError
-from .converted import opened
+from .tensor_files import opened
 from .zero_engine import KEYS, partition_name, read_partition
 
 #: Gives the whole weight of a parameter, by its number and itself.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers.base import FactoredLinear
 from ..layers.convert import factored_layers
 from .quantized import QuantizedWeight
 
@@ -127,17 +128,30 @@ def dense_state_dict(module: nn.Module) -> dict[str, Tensor]:
     `weight`. A dense model and other tools can load it: for a Hugging Face model
     `model.save_pretrained(folder, state_dict=dense_state_dict(model))`.
     """
-    layers = dict(factored_layers(module))
     dense: dict[str, Tensor] = {}
+    for name, source in dense_sources(module).items():
+        if isinstance(source, FactoredLinear):
+            dense[name] = source.effective_weight().to("cpu", source.dtype)
+            continue
+        here = source.detach().to("cpu")
+        dense[name] = here.dequantize() if isinstance(here, QuantizedWeight) else here
+    return dense
+
+
+def dense_sources(module: nn.Module) -> dict[str, Tensor | FactoredLinear]:
+    """What each entry of `dense_state_dict` is made of: the module's tensor, or a factored layer.
+
+    Nothing is copied or computed.
+    """
+    layers = dict(factored_layers(module))
+    found: dict[str, Tensor | FactoredLinear] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         prefix = layer_of(name, layers)
         if prefix is None or name == f"{prefix}.bias":
-            here = tensor.detach().to("cpu")
-            dense[name] = here.dequantize() if isinstance(here, QuantizedWeight) else here
-        elif f"{prefix}.weight" not in dense:
-            layer = layers[prefix]
-            dense[f"{prefix}.weight"] = layer.effective_weight().to("cpu", layer.dtype)
-    return dense
+            found[name] = tensor
+        else:
+            found[f"{prefix}.weight"] = layers[prefix]
+    return found
 
 
 def layer_of(name: str, layers: Mapping[str, object]) -> str | None:

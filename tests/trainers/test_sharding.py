@@ -20,9 +20,9 @@ from lowrank.trainers.sharded_checkpoint import (
     check_replicas,
     read_weights,
     without_shards,
-    write_weights,
 )
 from lowrank.trainers.sharding import build_sharded, local, shard_placement
+from lowrank.trainers.stored import write_weights
 from lowrank.trainers.weights import weights_sha256
 
 CPU = torch.device("cpu")
