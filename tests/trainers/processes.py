@@ -118,7 +118,7 @@ def _prepare_deepspeed() -> None:
         found["zero_optimization"]["stage3_param_persistence_threshold"] = 2000
         return found
 
-    zero_engine.engine_config = small
+    replace(zero_engine, "engine_config", small)
 
 
 #: Steps done before the one whose loss counts as a spike, and before that without a gradient.
@@ -143,7 +143,7 @@ def _disturb() -> None:
             if handle is not None:
                 handle.remove()
 
-    loop.Loop._step = step  # type: ignore[method-assign]
+    replace(loop.Loop, "_step", step)
 
 
 def _not_finite(module: Any, inputs: Any, loss: Any) -> Any:
@@ -234,6 +234,16 @@ def _become(job: Job, rank: int, port: int, folder: Path, zero: bool) -> None:
         os._exit(status)
 
 
+def replace(owner: Any, name: str, value: Any) -> None:
+    """Puts `value` in the place of what the program calls.
+
+    Raises:
+        AttributeError: nothing stands there, so that the program would go on without it.
+    """
+    getattr(owner, name)
+    setattr(owner, name, value)
+
+
 def fail_in_writing(step: int, name: str, number: int, kind: int | str) -> None:
     """Has a call of this process fail, see `Job.faults`."""
     from faults import Disk
@@ -249,18 +259,18 @@ def fail_in_writing(step: int, name: str, number: int, kind: int | str) -> None:
         with Disk(Path("/"), number, kind, name=name, below="checkpoints").watched():
             return save(self)
 
-    loop.Loop._save = failing  # type: ignore[method-assign]
+    replace(loop.Loop, "_save", failing)
 
 
 def _skip_report() -> None:
     from lowrank.trainers import pretrain
 
-    pretrain.write_report = lambda folder: folder / "report.html"
+    replace(pretrain, "write_report", lambda folder: folder / "report.html")
 
 
 def stop_itself(step: int, number: int) -> None:
     """Has this process send itself a signal, see `Job.stop`."""
-    from lowrank.trainers import loop, parts, sharded_checkpoint
+    from lowrank.trainers import loop, parts, sharded_checkpoint, stored
 
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -272,22 +282,22 @@ def stop_itself(step: int, number: int) -> None:
             # Exchanges between processes pickle with keywords.
             (save if keywords else full)(*arguments, **keywords)
 
-        parts.torch.save = save_no_file  # type: ignore[assignment]
+        replace(parts.torch, "save", save_no_file)
         return
     if step < 0 and number == FULL_WEIGHTS:
-        sharded_checkpoint._header = full
+        replace(stored, "_header", full)
         return
     if step < 0:
         write = parts.write_shards
 
         def dying_in_write(*arguments: Any) -> None:
             if number == FULL_SHARDS:
-                sharded_checkpoint.FileSystemWriter.write_data = full
+                replace(sharded_checkpoint.FileSystemWriter, "write_data", full)
             elif arguments[1].name.endswith(f"{-step:08d}"):
                 os.kill(os.getpid(), signal.Signals(number))
             write(*arguments)
 
-        parts.write_shards = dying_in_write
+        replace(parts, "write_shards", dying_in_write)
         return
     take = loop.Loop._step
 
@@ -296,4 +306,4 @@ def stop_itself(step: int, number: int) -> None:
             os.kill(os.getpid(), signal.Signals(number))
         take(self)
 
-    loop.Loop._step = dying  # type: ignore[method-assign]
+    replace(loop.Loop, "_step", dying)
