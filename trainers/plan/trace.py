@@ -197,6 +197,8 @@ class _Tracer:
         known = self._in_backward
         total, added = known.sums.get(id(param)), known.scratch.get(id(param))
         if total is not None:
+            if id(param) not in self._sums:
+                self._ledger.rise(known.fits.get(id(param), 0), "scratch")
             self._add(param, total)
             added = total.update
         if self._last and added is not None:
