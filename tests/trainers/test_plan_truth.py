@@ -102,6 +102,21 @@ def test_steps_without_refits_keep_projections(small: str, optimizer: str) -> No
 
 
 @pytest.mark.parametrize(
+    ("optimizer", "bits"),
+    [
+        ("galore_adamw", 4),
+        pytest.param("loqt_adamw", None, marks=pytest.mark.slow),
+        pytest.param("qgalore_adamw_8bit", None, marks=pytest.mark.slow),
+    ],
+)
+def test_predicted_is_measured_where_gradients_wait_for_the_step(
+    small: str, optimizer: str, bits: int | None
+) -> None:
+    """Those of quantised weights are dense; LoQT's layers keep more than gradients."""
+    compare(small, optimizer, 24, bits, sequence=32, accumulation=2)
+
+
+@pytest.mark.parametrize(
     ("optimizer", "bits", "accumulation"),
     [
         ("galore_adamw", None, 3),

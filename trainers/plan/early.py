@@ -18,7 +18,7 @@ from lowrank.optimizers.engine.parameters import unique_names
 from lowrank.optimizers.layers.base import FactoredLinear
 
 from .deeper import Step
-from .fakes import Fake
+from .fakes import Fake, gradient_size
 from .ledger import Ledger
 from .update import empty_gradients
 
@@ -168,14 +168,14 @@ def leaves_more(fake: Fake) -> bool:
 
 
 def bytes_of(fake: Fake, names: Set[str], depth: int) -> int:
-    """Bytes of parameters of a model of few blocks, taken on to so many."""
+    """Bytes of gradients in a model of few blocks, taken on to so many."""
     blocks, inside, others = fake.blocks.items, 0, 0
     own = {id(param) for block in blocks for param in block.parameters()}
     for name, param in trained(fake):
         if name in names and id(param) in own:
-            inside += param.nbytes
+            inside += gradient_size(param)
         elif name in names:
-            others += param.nbytes
+            others += gradient_size(param)
     return inside * depth // len(blocks) + others
 
 

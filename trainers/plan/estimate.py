@@ -332,6 +332,7 @@ class Estimate:
                 setting.sequence,
                 depth=self._depth,
                 kept=self._sizes["gradients"] if keeps else 0,
+                earlier=setting.accumulation > 1,
                 granularity=self._granularity,
                 in_backward=kind,
             )

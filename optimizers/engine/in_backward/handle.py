@@ -96,7 +96,7 @@ class InBackward(Passes):
         for name, param in zip(unique_names(groups), params, strict=True):
             reason: int | str | None = kept.get(id(param))
             if reason is None and (self._accumulation > 1 or self._defers):
-                reason = _WHOLE_NORM if self._whole_norm else known[id(param)]
+                reason = _WHOLE_NORM if self.whole_norm else known[id(param)]
             if isinstance(reason, str) and param.requires_grad:
                 found[name] = reason
         return found

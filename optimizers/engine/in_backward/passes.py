@@ -202,7 +202,8 @@ class Passes:
         return self._max_norm is not None and self._kind != "previous"
 
     @property
-    def _whole_norm(self) -> bool:
+    def whole_norm(self) -> bool:
+        """Whether clipping needs all gradients whole: norms of sums aren't known from terms."""
         return self._defers and self._kind == "exact" and self._accumulation > 1
 
     def _check_kept(self, param: Tensor, site: Site) -> None:
@@ -223,7 +224,7 @@ class Passes:
     def _use(self, param: Tensor, site: Site) -> None:
         """Takes a parameter's step, or keeps what it will need."""
         window, place = self._window, self._window.places.get(id(param))
-        if id(param) in self._kept or self._whole_norm:
+        if id(param) in self._kept or self.whole_norm:
             window.keep(param)
         elif self._last and not self._defers:
             self._update(param, site)

@@ -91,7 +91,7 @@ def update_in_backward(
     if distributed.is_available() and distributed.is_initialized():
         refuse_wrappers(optimizer, scaled=True)  # and in the first pass
     handle = InBackward(optimizer, int(accumulation), max_norm, norm, refit)
-    if handle._whole_norm:
+    if handle.whole_norm:
         warn_user(
             "norm='exact' with accumulation above 1 keeps all gradients whole; norm='projected' or "
             "'previous' doesn't (said once)"
