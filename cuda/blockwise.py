@@ -6,6 +6,9 @@ a 256-value map nearest to `element / absmax`. The map is the dynamic one of Det
 (2022, "8-bit Optimizers via Block-wise Quantization"): seven decades, each cut linearly and the
 largest most finely, so that small moments keep a relative precision of a few percent.
 
+The unsigned map's 0 is never chosen. A second moment that is rounded to 0 beside a first moment
+that isn't would make the next step without a gradient m / eps: thousands of learning rates.
+
 The nearest entry is found exactly with one table look-up instead of a binary search. The upper
 16 bits of an fp32 pattern select a table entry; no two midpoints of the map share those bits, so
 the lower 16 bits decide at most one comparison. Adding the lower bits to an entry that holds
@@ -69,10 +72,11 @@ def quantize_blockwise(
     """Quantises a tensor to 8 bits per element.
 
     Every element becomes the code nearest to `x * (1 / absmax)` (computed in fp32); a tie goes to
-    the code of smaller magnitude. With `signed=False` negative elements become 0. Blocks of zeros,
-    and of numbers below 2^-126, come back as exact zeros. A NaN or an infinity makes `absmax` and,
-    when dequantised, every element of its block non-finite: callers that want to survive such
-    values skip them before.
+    the code of smaller magnitude. With `signed=False` it is the nearest of those above 0, so that
+    what is small, or 0 beside other numbers, comes back as 3.25e-7 `absmax`; negative elements
+    become 0. Blocks of zeros, and of numbers below 2^-126, come back as exact zeros. A NaN or an
+    infinity makes `absmax` and, when dequantised, every element of its block non-finite: callers
+    that want to survive such values skip them before.
 
     Args:
         x: Tensor of any shape and floating dtype, contiguous or not (a non-contiguous one is
@@ -227,8 +231,7 @@ def rank_table(signed: bool, device: torch.device) -> Tensor:
     positive = _cached_map(signed, torch.device("cpu"))
     threshold = _midpoint_bits(positive[positive >= 0])
     upper = torch.arange(_FIRST_ENTRY, _LAST_ENTRY + 1, dtype=torch.int64)
-    rank_low = torch.searchsorted(threshold, upper << 16)
-    rank_high = torch.searchsorted(threshold, (upper << 16) | 0xFFFF)
+    rank_low, rank_high = _ranks(threshold, upper, signed)
     inside = threshold[rank_low.clamp(max=threshold.numel() - 1)] & 0xFFFF
     carry = torch.where(rank_high > rank_low, 0xFFFF - inside, 0)
     return ((rank_low << 16) + carry).to(device=device, dtype=torch.int32)
@@ -251,9 +254,7 @@ def _lookup_table(signed: bool, device: torch.device) -> Tensor:
     zero_code = 256 - positive.numel()
     threshold = _midpoint_bits(positive)
     upper = torch.arange(0x8000, dtype=torch.int64)  # patterns of magnitudes, without the sign
-    lowest, highest = upper << 16, (upper << 16) | 0xFFFF
-    rank_low = torch.searchsorted(threshold, lowest)  # thresholds below the magnitude
-    rank_high = torch.searchsorted(threshold, highest)
+    rank_low, rank_high = _ranks(threshold, upper, signed)
     inside = threshold[rank_low.clamp(max=threshold.numel() - 1)] & 0xFFFF
     carry = torch.where(rank_high > rank_low, 0xFFFF - inside, 0)
     nonnegative = (((zero_code + rank_low - upper) & 0xFF) << 16) + carry
@@ -267,6 +268,17 @@ def _lookup_table(signed: bool, device: torch.device) -> Tensor:
     else:
         negative = (-upper & 0xFF) << 16
     return torch.cat((nonnegative, negative)).to(device=device, dtype=torch.int32)
+
+
+def _ranks(threshold: Tensor, upper: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """Of the smallest and largest magnitude with these upper bits: how many thresholds are below.
+
+    At least one in the unsigned map, whose code 0 is never chosen.
+    """
+    lowest, highest = upper << 16, (upper << 16) | 0xFFFF
+    least = 0 if signed else 1
+    low, high = torch.searchsorted(threshold, lowest), torch.searchsorted(threshold, highest)
+    return low.clamp(min=least), high.clamp(min=least)
 
 
 def _midpoint_bits(values: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ LONGEST_TIMEOUT = 30 * 24 * 3600
 MOST_MEMORY_STEPS = 1000
 SCHEDULES = ("cosine", "cosine_restarts", "linear", "wsd", "constant")
 CLIP_NORMS = ("exact", "projected", "previous")
+REFITS = ("whole", "first")
 STRATEGIES = ("auto", "ddp", "fsdp2", "deepspeed")
 
 
@@ -65,6 +66,9 @@ class TrainConfig:
             which are all kept until it is known with `accumulation` above 1), "projected" (of what
             the optimizer uses of them) or "previous" (of the last step). Without `clip` the logged
             norm is of what the optimizer uses where `accumulation` is above 1.
+        refit: what bases that are due are fitted to with `update_in_backward`: "whole" (the step's
+            gradient, kept whole until then) or "first" (that of the step's first micro-batch, of
+            which only projections are kept then).
         seed: seeds the weights, the data order and every other random number.
         device: "auto" (CUDA when there is one, else the CPU), "cpu", "cuda", "cuda:1" ...
         threads: CPU threads for torch; 0 leaves torch's own choice (all physical cores). Exact
@@ -80,6 +84,7 @@ class TrainConfig:
     clip: float = 0.0
     update_in_backward: bool = False
     clip_norm: str = "exact"
+    refit: str = "whole"
     seed: int = 42
     device: str = "auto"
     threads: int = 0
@@ -105,6 +110,15 @@ class TrainConfig:
             self.clip_norm,
             f"{', '.join(accepted)}, with train.clip={self.clip:g} and"
             f" train.update_in_backward={str(self.update_in_backward).lower()}",
+        )
+        whole_norm = self.clip and self.clip_norm == "exact" and self.accumulation > 1
+        first = self.update_in_backward and not whole_norm
+        _require(
+            self.refit in (REFITS if first else REFITS[:1]),
+            "train.refit",
+            self.refit,
+            f"whole, or with train.update_in_backward=true first, with train.clip={self.clip:g},"
+            f" train.clip_norm={self.clip_norm} and train.accumulation={self.accumulation}",
         )
         _require(self.spike >= 0, "train.spike", self.spike, "0 (off) or a positive number of nats")
         _require(bool(self.device), "train.device", self.device, "auto, cpu, cuda or cuda:N")

@@ -50,7 +50,8 @@ def begin(optimizer: Any, config: TrainConfig, passes: int) -> InBackward:
     kind: Any = config.clip_norm if config.clip else "previous"
     with warnings.catch_warnings():  # the run's first line says how much is kept whole
         warnings.filterwarnings("ignore", message="norm='exact' with accumulation above 1")
-        return update_in_backward(optimizer, passes, limit, kind)
+        refit: Any = config.refit
+        return update_in_backward(optimizer, passes, limit, kind, refit)
 
 
 def take_step(

@@ -67,6 +67,13 @@ def add_parser(commands: Any) -> None:
         help="free gradients as they are used; with accumulation, in the last micro-batch",
     )
     add(
+        "--refit",
+        metavar="WHICH",
+        default="whole",
+        help="with --update-in-backward, what bases are fitted to: the whole gradient of a step"
+        " (default), or that of its first micro-batch, which keeps less",
+    )
+    add(
         "--option",
         metavar="KEY=VALUE",
         action="append",
@@ -109,6 +116,7 @@ def run(options: argparse.Namespace) -> None:
         for name in (
             *("memory", "card", "sequence", "batch", "accumulation", "world", "strategy"),
             *("device", "dtype", "weight_bits", "checkpointing", "autocast", "update_in_backward"),
+            "refit",
         )
     }
     arguments["options"] = _options(options.options)

@@ -25,6 +25,7 @@ from .config import RunConfig
 from .config_io import Layer, from_mapping, merge, read_layer, write_config
 from .data import Tokenizer, TrainingShare, ValidationSet, build_tokenizer
 from .distributed import World, join
+from .initial_config import warn_of_tokenizer
 from .loop import Loop
 from .metrics import cut_after
 from .models import parameter_count
@@ -121,7 +122,7 @@ def _run(
 ) -> None:
     folder, started = place.folder, time.perf_counter()
     store = store_of(folder, keep=config.checkpoint.keep, keep_best=config.checkpoint.best)
-    with _build(config, world, shrinks=shrinks) as parts:
+    with _build(config, world, shrinks=shrinks, resumes=place.checkpoint is not None) as parts:
         unused = config.model.vocab_size - parts.tokenizer.vocabulary_size
         note = _vocabulary_note(config, parts.config, unused)
         config = parts.config
@@ -292,10 +293,13 @@ def _prepare(
 
 
 @contextmanager
-def _build(config: RunConfig, world: World, *, shrinks: bool = False) -> Iterator[Parts]:
+def _build(
+    config: RunConfig, world: World, *, shrinks: bool = False, resumes: bool = False
+) -> Iterator[Parts]:
     """Everything the run needs, at step 0; ends the data's helper processes at the end.
 
-    With `shrinks` a vocabulary that is larger than the tokenizer's becomes the tokenizer's.
+    With `shrinks` a vocabulary that is larger than the tokenizer's becomes the tokenizer's; what
+    `resumes` gets its weights from its own checkpoint.
     """
     tokenizer = _tokenizer(config, world)
     if shrinks and tokenizer.vocabulary_size < config.model.vocab_size:
@@ -303,7 +307,10 @@ def _build(config: RunConfig, world: World, *, shrinks: bool = False) -> Iterato
         config = replace(config, model=model)
     check_same_data(config, tokenizer, world)
     seed_everything(config.train.seed)
-    training = build_training(config, world)
+    started = replace(config, model=replace(config.model, initial="")) if resumes else config
+    if started.model.initial:
+        warn_of_tokenizer(tokenizer, Path(started.model.initial))
+    training = build_training(started, world)
     stream = TrainingShare(
         config.data,
         tokenizer,

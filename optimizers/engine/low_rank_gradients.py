@@ -188,22 +188,37 @@ def places_in(plans: Sequence[Plan], optimizer: LowRankOptimizer) -> dict[int, P
     found: dict[int, Place] = {}
     firsts, count = numbered(plans)
     for plan, first in zip(plans, firsts, strict=True):
-        projection = plan.core.projection
-        eligible = [
-            i
-            for i, (param, geometry) in enumerate(zip(plan.params, plan.geometries, strict=True))
-            if why_whole(plan.core, plan.group, param, geometry) is None
-            and param not in optimizer._pending_moments
-        ]
-        if projection is None or not eligible:
-            continue
-        steps = read_steps([plan.states[i] for i in eligible])
-        for i, steps_done in zip(eligible, steps, strict=True):
-            state = plan.states[i]
-            index = first + plan.places[i]
-            if not projection.schedule.due(state, steps_done, index, count):
-                place = Place(plan, i, index, steps_done, state)
-                found[id(plan.params[i])] = place
+        found |= places_of(plan, first, count, range(len(plan.params)), optimizer)
+    return found
+
+
+def places_of(
+    plan: Plan, first: int, count: int, positions: Sequence[int], optimizer: LowRankOptimizer
+) -> dict[int, Place]:
+    """`places` of some parameters of a group, by parameter id.
+
+    Args:
+        plan: the group, its states at hand.
+        first: projected matrices before the group.
+        count: projected matrices of all groups.
+        positions: of the parameters.
+        optimizer: which has the group.
+    """
+    eligible = [
+        i
+        for i in positions
+        if why_whole(plan.core, plan.group, plan.params[i], plan.geometries[i]) is None
+        and plan.params[i] not in optimizer._pending_moments
+    ]
+    projection = plan.core.projection
+    if projection is None or not eligible:
+        return {}
+    found: dict[int, Place] = {}
+    steps = read_steps([plan.states[i] for i in eligible])
+    for i, steps_done in zip(eligible, steps, strict=True):
+        state, index = plan.states[i], first + plan.places[i]
+        if not projection.schedule.due(state, steps_done, index, count):
+            found[id(plan.params[i])] = Place(plan, i, index, steps_done, state)
     return found
 
 

@@ -40,6 +40,8 @@ class ManagedOptimizer(Optimizer):
     projects: ClassVar[bool]
     #: Options that can't be changed after construction.
     fixed_options: ClassVar[tuple[str, ...]] = ("capturable",)
+    #: Group keys that the optimizer sets itself: they are state, which loading may change.
+    set_keys: ClassVar[tuple[str, ...]] = ()
     #: Keywords of the constructor that are not group keys.
     ungrouped: ClassVar[tuple[str, ...]] = ()
     #: What `update_in_backward` has turned on.
@@ -261,10 +263,9 @@ class ManagedOptimizer(Optimizer):
             check_partition(self._partitions, loaded)
             saved_groups = policy.checked_groups(self.param_groups, loaded)
             check_method(type(self), self.param_groups, saved_groups, self.defaults)
+            options = self._known() - {*self.set_keys}
             changed.extend(
-                changed_options(
-                    self.param_groups, saved_groups, self._known(), projects=self.projects
-                )
+                changed_options(self.param_groups, saved_groups, options, projects=self.projects)
             )
             loaded = policy.upgrade(self.param_groups, loaded, self._meaning)
             policy.check(self.param_groups, loaded, self._meaning)

@@ -77,6 +77,7 @@ class LisaAdamW(LowRankOptimizer):
 
     projects: ClassVar[bool] = False
     hidden_keys: ClassVar[tuple[str, ...]] = ("block", "active")
+    set_keys: ClassVar[tuple[str, ...]] = ("active",)
     rule = TORCH_ADAMW.but(weight_decay=0.0, capturable=False)
     own_keywords = (
         Keyword("update_proj_gap", 20, "steps of a period."),

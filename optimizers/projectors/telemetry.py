@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..engine.chunks import wide_dtype
 from .base import ProjectedParam
 from .norms import safe_norm
 
@@ -40,7 +41,7 @@ class RefreshEvent:
 def captured_energy(param: ProjectedParam, projected: Tensor) -> float:
     """Share of the gradient's squared Frobenius norm in its projection."""
     kept, whole = (
-        float(safe_norm(torch.linalg.vector_norm(tensor, dtype=torch.float32), processes))
+        float(safe_norm(torch.linalg.vector_norm(tensor, dtype=wide_dtype(tensor)), processes))
         for tensor, processes in ((projected, param.across), (param.grad, param.rows.processes))
     )
     return min(1.0, (kept / whole) ** 2) if whole > 0 else 0.0

@@ -5,6 +5,8 @@ Beside `kernel_cases`, where they equal the references in plain torch: these say
 
 from __future__ import annotations
 
+import math
+
 import torch
 from kernel_cases import DTYPES, Draw
 from torch import Tensor
@@ -41,6 +43,8 @@ def blockwise(d: Draw) -> None:
     ratios = (rows / absmax.double().clamp(min=1e-300).unsqueeze(1)).view(-1)[:count]
     values = dynamic_map(signed, x.device).double()
     errors = (ratios.unsqueeze(1) - values).abs()
+    if not signed:
+        errors[:, 0] = math.inf  # never chosen
     chosen = errors.gather(1, codes.long().unsqueeze(1)).squeeze(1)
     assert bool((chosen <= errors.amin(1) + 1e-7 * ratios.abs()).all())
 

@@ -36,7 +36,7 @@ def normalised(x: Tensor, absmax: Tensor, block: int) -> Tensor:
 
 
 def brute_force_distances(ratio: Tensor, signed: bool) -> Tensor:
-    values = dynamic_map(signed).double()
+    values = dynamic_map(signed).double()[0 if signed else 1 :]  # its 0 is never chosen
     return torch.cat([(part[:, None] - values).abs().amin(1) for part in ratio.split(4096)])
 
 
@@ -135,8 +135,17 @@ def test_zero_blocks_stay_exact_zeros(signed: bool) -> None:
     x[300] = 2.0
     codes, absmax = quantize_blockwise(x, signed)
     back = dequantize_blockwise(codes, absmax, signed)
-    assert torch.equal(back, x)
+    expected = x.clone()
+    expected[256:512].clamp_(min=0.0 if signed else 2.0 * float(dynamic_map(False)[1]))
+    assert torch.equal(back, expected)
     assert absmax.tolist() == [0.0, 2.0, 0.0]
+
+
+def test_a_second_moment_is_never_rounded_to_zero() -> None:
+    """Beside a first moment that isn't 0 it would be what a step is divided by."""
+    x = torch.cat((torch.logspace(-30, 0, 200), torch.zeros(56), 2.0 ** torch.arange(-60.0, 1.0)))
+    codes, _ = quantize_blockwise(x, signed=False, block=len(x))
+    assert int(codes.min()) == 1
 
 
 @SIGNS

@@ -60,6 +60,7 @@ class Run:
         *,
         on: bool = True,
         gap: int = 2,
+        refit: Any = "whole",
         **options: Any,
     ) -> None:
         self.model = row.prepare(tiny_model())
@@ -73,7 +74,7 @@ class Run:
         self.norms: list[float | None] = []
         self.handle: InBackward | None = None
         if on:
-            self.handle = update_in_backward(self.optimizer, accumulation, max_norm, norm)
+            self.handle = update_in_backward(self.optimizer, accumulation, max_norm, norm, refit)
 
     @property
     def params(self) -> list[Tensor]:

@@ -275,6 +275,8 @@ def _effect(name: str, case: Case, model: nn.Module, changed: LowRankOptimizer) 
         exempt += ("seed",)  # of the first fit's sketch; later fits start from the basis
     if optimizer.param_groups[case.group].get("projector") in ("switched", "block_power"):
         exempt += ("refresh",)  # of the first fit
+    if name == "lisa_adamw":
+        exempt += ("active",)  # by then LISA has set it to what it may be changed to
     if row_of(name).int8:
         exempt += ("refresh", "quantizer", "eps")  # whose last bits a step of INT8 hides
     if all(key in exempt for key in case.undo):

@@ -85,9 +85,35 @@ def follow(rank: int, world: int, folder: Path, cases: list[Case]) -> dict[str, 
                 runs[0].pop("norms")
                 runs[1].pop("norms")
             found[str(case)] = distance(*runs)
+        found["first"] = of_the_first(mesh, rank, world)
         found["no sync"] = without_sync(mesh, rank, world)
         found["saved"] = saved(mesh, rank, world)
     return found
+
+
+def of_the_first(mesh: DeviceMesh, rank: int, world: int) -> float:
+    """Bases of the first micro-batch are those that one process has of all its rows."""
+    runs = []
+    for sharded in (True, False):
+        model = shard(block(), mesh) if sharded else block()
+        made = build("galore_adamw", model, **options_of(SIDES))
+        update_in_backward(made, 2, refit="first")
+        for step in range(4):
+            for part in range(2):
+                rows = tokens(step, part)
+                own = rows[rank * len(rows) // world : (rank + 1) * len(rows) // world]
+                logits = model((own if sharded else rows)[:, :-1])
+                targets = (own if sharded else rows)[:, 1:]
+                loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+                (loss / 2).backward()
+                params = dict(model.named_parameters())
+                matrices = [name for name in params if name.endswith(("q.weight", "n.weight"))]
+                assert len(matrices) == 2
+                assert all(params[name].grad is None for name in matrices)
+            made.step()
+            made.zero_grad()
+        runs.append(whole(model) if sharded else dict(model.named_parameters()))
+    return distance(*runs)
 
 
 def without_sync(mesh: DeviceMesh, rank: int, world: int) -> float:

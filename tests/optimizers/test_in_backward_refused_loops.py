@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from in_backward_runs import backward, batch, loss_of, make, unchanged, unexamined
+from in_backward_runs import (
+    Run,
+    backward,
+    batch,
+    loss_of,
+    make,
+    row_of,
+    unchanged,
+    unexamined,
+)
 from support import tiny_model
 from torch import nn
 
@@ -325,3 +334,16 @@ def test_without_warnings() -> None:
             backward(model, step)
             optimizer.step()
             optimizer.zero_grad()
+
+
+def test_projections_that_were_saved_have_no_exact_norm() -> None:
+    row = row_of("galore_adamw")
+    own = Run(row, 3, gap=5).steps(range(1))
+    loss_of(own.model, batch(1, 0)).backward()
+    states = own.states()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="norm='exact' with accumulation")
+        other = Run(row, 3, 0.1, "exact", gap=5)
+    with pytest.raises(ValueError, match=r"1 backward passes .* projections are left"):
+        other.load(states)
+    Run(row, 3, 0.1, "projected", gap=5).load(states)

@@ -288,3 +288,29 @@ def test_a_projected_group_has_no_other_rule_under_flora(wrong: Any) -> None:
     groups[0]["plain_rule"] = wrong
     with pytest.raises(ValueError, match="plain_rule="):
         FloraAdafactor(groups, lr=0.01)
+
+
+@pytest.mark.parametrize("spread", [0.0, 3.0])
+def test_steps_with_moments_of_eight_bits_are_no_longer_than_others(spread: float) -> None:
+    """Where gradients have gone or differ by decades within a block of 256."""
+    longest = {}
+    for rule in ("adamw", "adamw_8bit"):
+        torch.manual_seed(0)
+        model = nn.ModuleDict(
+            {"embed": nn.Embedding(128, 64), "layers": nn.ModuleList([nn.Linear(8, 8)])}
+        )
+        optimizer = build(
+            "galore_adamw", model, lr=1e-3, rank=4, plain_rule=rule, patterns="layers"
+        )
+        weight, steps = model["embed"].weight, []
+        scales = 10.0 ** (-spread * torch.rand(128, 1))
+        for step in range(8):
+            before = weight.detach().clone()
+            weight.grad = (
+                torch.randn_like(weight) * scales if step < 3 else torch.zeros_like(weight)
+            )
+            optimizer.step()
+            steps.append(float((weight.detach() - before).abs().max()) / 1e-3)
+        assert ("exp_avg_sq_absmax" in optimizer.state[weight]) == (rule == "adamw_8bit")
+        longest[rule] = max(steps)
+    assert longest["adamw_8bit"] < 1.5 * longest["adamw"]

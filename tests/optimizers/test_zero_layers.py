@@ -64,7 +64,9 @@ def far(made: list[Any], cases: list[Case]) -> dict[str, Any]:
     found = {}
     for case, (together, alone, events) in zip(cases, made, strict=True):
         gap = distance(together, alone)
-        if not gap <= (5e-2 if "8bit" in case[0] else 1e-5):
+        # DLRT's bases are those of a QR decomposition of sums over processes.
+        most = {"dlrt_adamw": 5e-5}.get(case[0], 1e-5)
+        if not gap <= (5e-2 if "8bit" in case[0] else most):
             found[f"{case}"] = gap
         due = "refactor_gap" in case[1] or not case[0].startswith("sltrain")
         assert events >= (2 if due else 0), case

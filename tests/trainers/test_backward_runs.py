@@ -180,3 +180,30 @@ def test_processes_that_average_later(strategy: str) -> None:
 def test_norms_that_do_nothing(train: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"train.clip_norm is '\w+'; accepted: exact"):
         from_mapping({"train": train})
+
+
+def test_bases_of_the_first_micro_batch(tiny: Tiny, run: Run, tmp_path: Path) -> None:
+    more = ("train.clip=0", "train.refit=first", "checkpoint.every=2", "eval.every=0", ON)
+    status, output, errors = run(tiny(tmp_path / "whole", 6, *more))
+    assert (status, errors) == (0, "")
+    assert "(5 of 12 gradients kept whole)" in output
+    crash(run, tiny(tmp_path / "run", 6, *more), 4)
+    status, output, _ = run(tiny(tmp_path / "run", 6, "--resume=auto", *more))
+    assert (status, "resuming at step" in output) == (0, True)
+    assert comparable_metrics(tmp_path / "run") == comparable_metrics(tmp_path / "whole")
+    run(tiny(tmp_path / "other", 6, *(item for item in more if "refit" not in item)))
+    weights = {summary(tmp_path / name)["weights_sha256"] for name in ("run", "whole", "other")}
+    assert len(weights) == 2
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"refit": "last", "update_in_backward": True},
+        {"refit": "first"},
+        {"refit": "first", "update_in_backward": True, "clip": 1.0, "accumulation": 2},
+    ],
+)
+def test_refits_that_do_nothing(train: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"train.refit is '\w+'; accepted: whole, or with"):
+        from_mapping({"train": train})

@@ -190,6 +190,11 @@ def test_what_updates_in_backward_keep_between_micro_batches(tiny: str) -> None:
     assert early.between_refits < early.peak
     assert planned(tiny, update_in_backward=True).between_refits is None
     assert planned(tiny, "apollo_adamw", **setting).between_refits is None
+    first = planned(tiny, refit="first", **setting)
+    assert first.between_refits is None
+    assert early.between_refits <= first.peak < early.peak
+    assert not any("kept whole" in note for note in first.notes)
+    assert any("kept whole" in note for note in early.notes)
 
 
 @pytest.mark.slow

@@ -146,6 +146,7 @@ def test_what_is_recorded_is_not_measured_again(
             "dtype",
             "checkpointing",
             "autocast",
+            "refit",
             "options",
             "device",
         ),

@@ -101,6 +101,37 @@ def test_steps_without_refits_keep_projections(small: str, optimizer: str) -> No
     assert found.peak < 0.8 * made.peak
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "bits"),
+    [
+        ("galore_adamw", 4),
+        pytest.param("loqt_adamw", None, marks=pytest.mark.slow),
+        pytest.param("qgalore_adamw_8bit", None, marks=pytest.mark.slow),
+    ],
+)
+def test_predicted_is_measured_where_gradients_wait_for_the_step(
+    small: str, optimizer: str, bits: int | None
+) -> None:
+    """Those of quantised weights are dense; LoQT's layers keep more than gradients."""
+    compare(small, optimizer, 24, bits, sequence=32, accumulation=2)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "bits", "accumulation"),
+    [
+        ("galore_adamw", None, 3),
+        pytest.param("coap_adamw", None, 2, marks=pytest.mark.slow),
+        pytest.param("qgalore_adamw_8bit", 4, 2, marks=pytest.mark.slow),
+        pytest.param("fira_adamw", None, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_predicted_is_measured_with_refits_by_the_first_micro_batch(
+    small: str, optimizer: str, bits: int | None, accumulation: int
+) -> None:
+    setting: dict[str, Any] = {"update_in_backward": True, "accumulation": accumulation}
+    compare(small, optimizer, 24, bits, sequence=32, refit="first", **setting)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("optimizer", ["galore_adamw", "apollo_mini_adamw", "qgalore_adamw_8bit"])
 @pytest.mark.parametrize("early", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from lowrank.optimizers.engine.parameters import unique_names
 from lowrank.optimizers.layers.base import FactoredLinear
 
 from .deeper import Step
-from .fakes import Fake
+from .fakes import Fake, gradient_size
 from .ledger import Ledger
 from .update import empty_gradients
 
@@ -63,19 +64,21 @@ class InBackward:
         scratch: bytes that the update of a parameter adds; these parameters' gradients are used and
             freed in the last pass, the others' are left to the step.
         sums: of what is kept as a sum between passes; all other gradients are kept whole.
+        fits: bytes that a parameter's refit adds in the first pass, after which there is a sum.
         accumulation: backward passes of a step.
         leaves_more: whether layers keep more than gradients between passes.
     """
 
     scratch: Mapping[int, int] = field(default_factory=dict)
     sums: Mapping[int, Sum] = field(default_factory=dict)
+    fits: Mapping[int, int] = field(default_factory=dict)
     accumulation: int = 1
     leaves_more: bool = False
 
     @property
     def begins(self) -> bool:
         """Whether the first pass is run; with more than two it is no higher than the one after."""
-        return self.accumulation < 3 or self.leaves_more
+        return self.accumulation < 3 or self.leaves_more or bool(self.fits)
 
     @property
     def passes(self) -> int:
@@ -134,7 +137,9 @@ def left_to_step(fake: Fake, *, due: bool = True) -> Set[str]:
             entries["events"] = former
 
 
-def kinds(fake: Fake, left: Set[str], used: Mapping[object, Used], accumulation: int) -> Kinds:
+def kinds(
+    fake: Fake, left: Set[str], used: Mapping[object, Used], accumulation: int, refit: str
+) -> Kinds:
     """The steps of a model.
 
     Args:
@@ -142,15 +147,19 @@ def kinds(fake: Fake, left: Set[str], used: Mapping[object, Used], accumulation:
         left: parameters whose gradients are left to the step.
         used: by `kind_of`, of all others.
         accumulation: backward passes of a step.
+        refit: what bases are fitted to, as of `update_in_backward`.
     """
     own = {
         id(param): used[kind_of(fake, param)] for name, param in trained(fake) if name not in left
     }
-    layers = leaves_more(fake)
-    due = InBackward({key: one.due for key, one in own.items()}, {}, accumulation, layers)
-    sums = {key: one.total for key, one in own.items() if one.total is not None}
+    made = partial(InBackward, accumulation=accumulation, leaves_more=leaves_more(fake))
+    due = {key: one.due for key, one in own.items()}
     usual = {key: one.usual for key, one in own.items()}
-    return Kinds(due, InBackward(usual, sums, accumulation, layers) if sums else None)
+    sums = {key: one.total for key, one in own.items() if one.total is not None}
+    if refit == "first" and sums:
+        fits = {key: due[key] for key in sums}
+        return Kinds(made(due | {key: usual[key] for key in sums}, sums, fits))
+    return Kinds(made(due), made(usual, sums) if sums else None)
 
 
 def leaves_more(fake: Fake) -> bool:
@@ -159,14 +168,14 @@ def leaves_more(fake: Fake) -> bool:
 
 
 def bytes_of(fake: Fake, names: Set[str], depth: int) -> int:
-    """Bytes of parameters of a model of few blocks, taken on to so many."""
+    """Bytes of gradients in a model of few blocks, taken on to so many."""
     blocks, inside, others = fake.blocks.items, 0, 0
     own = {id(param) for block in blocks for param in block.parameters()}
     for name, param in trained(fake):
         if name in names and id(param) in own:
-            inside += param.nbytes
+            inside += gradient_size(param)
         elif name in names:
-            others += param.nbytes
+            others += gradient_size(param)
     return inside * depth // len(blocks) + others
 
 

@@ -43,6 +43,7 @@ from .update import Update, empty_gradients, simulate
 WHOLE = "this method's gradients are kept whole between the micro-batches of a step"
 WHOLE_FOR_REFITS = (
     "gradients are kept whole between the micro-batches of a step with refits, as the first one is"
+    " (refit='first' keeps projections)"
 )
 
 #: Bytes to a multiple of which torch's allocators round up.
@@ -62,6 +63,7 @@ class Setting:
     strategy: str | None
     device: str
     update_in_backward: bool
+    refit: str
     options: Mapping[str, Any]
     memory: int | None = None
 
@@ -83,6 +85,7 @@ class Setting:
             "autocast": self.source.autocast,
             "checkpointing": self.source.checkpointing,
             "update_in_backward": self.update_in_backward,
+            "refit": self.refit,
             "options": dict(self.options),
         }
 
@@ -190,7 +193,7 @@ class Estimate:
             self._due_only = bytes_of(self._fake, left - usual, self._depth)
             between = self._rest(fake, usual, where, renewing=False)
             rest = replace(rest, step=between.step)
-        return rest, kinds(self._fake, left, used, self.setting.accumulation)
+        return rest, kinds(self._fake, left, used, self.setting.accumulation, self.setting.refit)
 
     def _summed(self, fake: Fake, param: nn.Parameter) -> Sum | None:
         """What is kept of a parameter between micro-batches of a step without a refit."""
@@ -329,6 +332,7 @@ class Estimate:
                 setting.sequence,
                 depth=self._depth,
                 kept=self._sizes["gradients"] if keeps else 0,
+                earlier=setting.accumulation > 1,
                 granularity=self._granularity,
                 in_backward=kind,
             )
@@ -349,6 +353,13 @@ class Estimate:
             setting.options,
         )
 
+    def _kept_whole(self) -> list[str]:
+        """Whose gradients are kept whole between micro-batches, if any are that need not be."""
+        due = self._kinds.due
+        if due is not None and due.sums:
+            return []
+        return [WHOLE if self._kinds.usual is None else WHOLE_FOR_REFITS]
+
     def _notes(self) -> tuple[str, ...]:
         setting = self.setting
         notes = [
@@ -360,7 +371,7 @@ class Estimate:
         if self._parts is not None:
             notes.append("the optimizer's scratch is that of one process, an upper bound for parts")
         if setting.update_in_backward and setting.accumulation > 1:
-            notes.append(WHOLE if self._kinds.usual is None else WHOLE_FOR_REFITS)
+            notes += self._kept_whole()
         return tuple(notes)
 
 

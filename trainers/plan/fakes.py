@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowrank.cuda.library import assuming_libraries
@@ -41,6 +42,11 @@ def faking(mode: FakeTensorMode) -> Iterator[None]:
         yield
 
 
+def gradient_size(param: Tensor) -> int:
+    """Bytes of a parameter's gradient, which is dense where the parameter is quantised."""
+    return param.numel() * param.dtype.itemsize
+
+
 @dataclass(frozen=True)
 class Fake:
     """A model as it is trained, of fake tensors.
@@ -60,7 +66,7 @@ class Fake:
         trained = [param for param in self.model.parameters() if param.requires_grad]
         sizes = Counter(
             parameters=sum(param.numel() for param in trained),
-            gradients=sum(param.nbytes for param in trained),
+            gradients=sum(map(gradient_size, trained)),
             weights=held_bytes(self.model),
         )
         sizes.update(state_bytes_by_category(self.optimizer))

@@ -59,6 +59,7 @@ def measure(
     checkpointing: bool | None = None,
     autocast: bool = False,
     update_in_backward: bool = False,
+    refit: Any = "whole",
     options: Mapping[str, Any] | None = None,
 ) -> Measured:
     """Trains a model of random weights on random tokens for a few steps.
@@ -78,6 +79,7 @@ def measure(
         checkpointing: recompute each block.
         autocast: products in bfloat16 over float32 weights.
         update_in_backward: update parameters in the backward pass.
+        refit: of `update_in_backward`.
         options: of `build`.
 
     Raises:
@@ -100,7 +102,7 @@ def measure(
         with meter.phase("optimizer"):
             trained = build(optimizer, network.network, **options)
         if update_in_backward:
-            attach(trained, accumulation)
+            attach(trained, accumulation, refit=refit)
         happened: list[Any] = []
         trained.register_refresh_hook(happened.append)
         if isinstance(trained, FactoredAdamW):

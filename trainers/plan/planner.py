@@ -10,7 +10,7 @@ import torch
 from lowrank.optimizers import available
 from lowrank.optimizers.engine import checks
 
-from ..config import RunConfig, TrainConfig
+from ..config import REFITS, RunConfig, TrainConfig
 from ..models import network_config
 from .cards import card_bytes, memory_bytes
 from .estimate import Estimate, Setting
@@ -43,6 +43,7 @@ def plan(
     checkpointing: bool | None = None,
     autocast: bool = False,
     update_in_backward: bool = False,
+    refit: str = "whole",
     options: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Plans the memory of a run without allocating it.
@@ -70,6 +71,8 @@ def plan(
         autocast: products in bfloat16 over float32 weights, as `model.autocast` of the trainer.
         update_in_backward: free gradients as soon as they are used, in the last micro-batch's
             backward pass; what is kept between micro-batches differs by method and step.
+        refit: what bases are fitted to then: "whole" or "first", as of
+            `lowrank.optimizers.update_in_backward`.
         options: of `build`, such as `rank`.
 
     Raises:
@@ -92,6 +95,7 @@ def plan(
         checkpointing=checkpointing,
         autocast=autocast,
         update_in_backward=update_in_backward,
+        refit=refit,
         options=options,
     )
     return _planned(model, setting, setting.memory)
@@ -114,6 +118,7 @@ def asked(
     checkpointing: bool | None = None,
     autocast: bool = False,
     update_in_backward: bool = False,
+    refit: str = "whole",
     options: Mapping[str, Any] | None = None,
 ) -> Setting:
     """What is planned, checked; for arguments and errors see `plan`."""
@@ -121,7 +126,7 @@ def asked(
     setting = Setting(
         read_source(model, sequence, dtype, checkpointing, autocast),
         optimizer,
-        *(sequence, batch, accumulation, world, strategy, device, update_in_backward),
+        *(sequence, batch, accumulation, world, strategy, device, update_in_backward, refit),
         method_options(model, optimizer, options or {}, weight_bits),
         available_bytes,
     )
@@ -197,7 +202,7 @@ def plan_run(config: RunConfig, world: int, device: str) -> Plan:
         *(length, train.batch_size, train.accumulation, world),
         strategy if world > 1 else None,
         device,
-        _updates_at_once(train),
+        *(_updates_at_once(train), train.refit),
         run_options(config),
     )
     _check(setting)
@@ -237,6 +242,9 @@ def _check(setting: Setting) -> None:
                 f"{name}={getattr(setting, name)}: accepted are at most {LARGEST_SIZE:,}"
             )
     checks.choice("device", setting.device, DEVICES)
+    checks.choice("refit", setting.refit, REFITS)
+    if setting.refit == "first" and not setting.update_in_backward:
+        raise ValueError("refit='first' without update_in_backward: accepted is 'whole'")
     if setting.strategy is not None:
         checks.choice("strategy", setting.strategy, STRATEGIES)
     if (setting.world > 1) != (setting.strategy is not None):

@@ -35,6 +35,8 @@ def _heading(plan: Plan) -> str:
         words.append("activation checkpointing")
     if setting["update_in_backward"]:
         words.append("update in backward")
+    if setting["refit"] == "first":
+        words.append("bases of the first micro-batch")
     if setting["strategy"]:
         words.append(f"{setting['world']} processes ({setting['strategy']}), bytes of each")
     return ", ".join(words)

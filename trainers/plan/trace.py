@@ -197,6 +197,8 @@ class _Tracer:
         known = self._in_backward
         total, added = known.sums.get(id(param)), known.scratch.get(id(param))
         if total is not None:
+            if id(param) not in self._sums:
+                self._ledger.rise(known.fits.get(id(param), 0), "scratch")
             self._add(param, total)
             added = total.update
         if self._last and added is not None:
@@ -238,6 +240,7 @@ def trace(
     *,
     depth: int,
     kept: int,
+    earlier: bool,
     granularity: int,
     in_backward: InBackward | None = None,
 ) -> Trace:
@@ -253,6 +256,7 @@ def trace(
         granularity: bytes to which the allocator rounds up.
         depth: blocks of the whole model.
         kept: bytes of all gradients, if they are there before the last micro-batch, else 0.
+        earlier: whether there are micro-batches before it, of which layers may keep more.
         in_backward: what becomes of gradients in the passes of a step; None for nothing.
 
     Raises:
@@ -283,6 +287,10 @@ def trace(
                 param.grad = None
     missing = {} if run == depth else {str(run // 2): depth - run}
     found, at = Trace(Pass(()), Pass(())), Counter({GRADIENTS: kept})
+    if in_backward is None and earlier:
+        for spans in runs[0]:
+            _, at = _grown(spans, missing, at)
+        at[GRADIENTS] = kept
     for forward, backward in runs[-1:] if in_backward is None else runs:
         first, at = _grown(forward, missing, at)
         second, at = _grown(backward, missing, at)

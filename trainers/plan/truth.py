@@ -35,6 +35,7 @@ def measured(plan: Plan, record: Record | None = None) -> Measured:
         checkpointing=setting["checkpointing"],
         autocast=setting["autocast"],
         update_in_backward=setting["update_in_backward"],
+        refit=setting["refit"],
         options=setting["options"],
     )
     if record is not None:

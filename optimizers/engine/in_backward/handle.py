@@ -18,7 +18,7 @@ from ..sharding import local_part
 from ..warn import warn_user
 from .norm import Length, clip_factor, scale_, total_norm
 from .passes import Passes
-from .refusals import refuse_options
+from .refusals import check_refit, refuse_options
 from .scaler import Scale, scale_of
 from .sites import Site, sites_of
 from .state import Pending
@@ -49,9 +49,10 @@ class InBackward(Passes):
     def __repr__(self) -> str:
         clipped = "" if self._max_norm is None else f", max_norm={self._max_norm}"
         kind = "" if self._max_norm is None else f", norm={self._kind!r}"
+        first = "" if self._refit == "whole" else f", refit={self._refit!r}"
         return (
             f"InBackward({type(self._optimizer).__name__}, accumulation={self._accumulation}"
-            f"{clipped}{kind}; {len(self.whole())} gradients are kept whole)"
+            f"{clipped}{kind}{first}; {len(self.whole())} gradients are kept whole)"
         )
 
     # What a user asks it
@@ -65,6 +66,7 @@ class InBackward(Passes):
     def accumulation(self, value: int) -> None:
         checks.integer("accumulation", value, low=1)
         self.check_idle("a change of accumulation")
+        check_refit(self._refit, self._max_norm, self._kind, value)
         self._accumulation = value
 
     @property
@@ -94,7 +96,7 @@ class InBackward(Passes):
         for name, param in zip(unique_names(groups), params, strict=True):
             reason: int | str | None = kept.get(id(param))
             if reason is None and (self._accumulation > 1 or self._defers):
-                reason = _WHOLE_NORM if self._whole_norm else known[id(param)]
+                reason = _WHOLE_NORM if self.whole_norm else known[id(param)]
             if isinstance(reason, str) and param.requires_grad:
                 found[name] = reason
         return found

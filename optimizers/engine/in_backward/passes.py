@@ -22,7 +22,7 @@ from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
 from ..gradients import check_dense
-from ..low_rank_gradients import places_in
+from ..low_rank_gradients import places_in, places_of
 from ..optimizer import LowRankOptimizer, no_autocast
 from ..parameters import unique_names
 from ..plan import Given, Plan
@@ -33,6 +33,8 @@ from .window import Window
 
 #: Entries of the largest parameter whose gradient is kept to find out whether it is changed.
 LARGEST_GUARD = 1 << 16
+#: What bases that are due are fitted to: the step's gradient, or that of its first backward pass.
+REFITS = ("whole", "first")
 _GUARD = "it is the smallest, by which changes after the backward pass are found out"
 _TOLD = "it is the smallest, by which a GradScaler finds out what is not finite"
 
@@ -45,12 +47,18 @@ class Passes:
         accumulation: backward passes of a step.
         max_norm: bound on the gradient's norm, None for none.
         kind: which norm, one of `NORMS`.
+        refit: what bases are fitted to, one of `REFITS`.
     """
 
     def __init__(
-        self, optimizer: LowRankOptimizer, accumulation: int, max_norm: float | None, kind: str
+        self,
+        optimizer: LowRankOptimizer,
+        accumulation: int,
+        max_norm: float | None,
+        kind: str,
+        refit: str,
     ) -> None:
-        self._optimizer = optimizer
+        self._optimizer, self._refit = optimizer, refit
         self._accumulation, self._max_norm, self._kind = accumulation, max_norm, kind
         self._window = Window()
         self._plans: list[Plan] = []
@@ -194,7 +202,8 @@ class Passes:
         return self._max_norm is not None and self._kind != "previous"
 
     @property
-    def _whole_norm(self) -> bool:
+    def whole_norm(self) -> bool:
+        """Whether clipping needs all gradients whole: norms of sums aren't known from terms."""
         return self._defers and self._kind == "exact" and self._accumulation > 1
 
     def _check_kept(self, param: Tensor, site: Site) -> None:
@@ -215,17 +224,32 @@ class Passes:
     def _use(self, param: Tensor, site: Site) -> None:
         """Takes a parameter's step, or keeps what it will need."""
         window, place = self._window, self._window.places.get(id(param))
-        if id(param) in self._kept or self._whole_norm:
+        if id(param) in self._kept or self.whole_norm:
             window.keep(param)
         elif self._last and not self._defers:
             self._update(param, site)
-        elif place is None:
+        elif place is None and not self._refitted(param, site):
             window.keep(param)
         else:
             if self._defers and self._kind == "exact":
                 assert param.grad is not None
                 window.norms[id(param)] = site.length(param.grad, whole=True)
             self._add(param, site)
+
+    def _refitted(self, param: Tensor, site: Site) -> bool:
+        """Refits a basis that is due to the first gradient of the step, where that is asked for.
+
+        Returns:
+            Whether the projection of the gradient is enough now: not after a fit that failed.
+        """
+        window, optimizer = self._window, self._optimizer
+        if self._refit != "first" or id(param) in window.whole:
+            return False
+        if site.why_whole() is not None or param in optimizer._pending_moments:
+            return False
+        site.refit(tuple(optimizer._refresh_hooks.values()))
+        window.places |= places_of(site.plan, site.first, site.of, (site.position,), optimizer)
+        return id(param) in window.places
 
     def _add(self, param: Tensor, site: Site) -> None:
         projected = site.project()

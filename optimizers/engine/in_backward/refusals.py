@@ -30,6 +30,15 @@ _APPLY = BackwardCFunction.apply.__code__
 _RUN = torch.autograd.graph._engine_run_backward.__code__
 
 
+def check_refit(refit: str, max_norm: float | None, norm: str, accumulation: int) -> None:
+    """Raises `ValueError` where bases of the first gradient would free none."""
+    if refit == "first" and max_norm is not None and norm == "exact" and accumulation > 1:
+        raise ValueError(
+            "refit='first' with norm='exact' and accumulation above 1, which keeps all gradients "
+            "whole: accepted is norm='projected' or 'previous'"
+        )
+
+
 def refuse_options(optimizer: LowRankOptimizer) -> None:
     """Raises `ValueError` for what the optimizer itself tells; cheap."""
     if any(group["capturable"] for group in optimizer.param_groups):

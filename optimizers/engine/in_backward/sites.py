@@ -8,10 +8,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..geometry import Side
+from ..low_rank_gradients import why_whole
 from ..options import Group
 from ..parameters import label
 from ..parts import project_parts
 from ..plan import Given, Plan, numbered
+from ..refresh import Refresh, RefreshHook, refresh_due
 from ..step import projected_params
 from .norm import Length, norm_of
 
@@ -55,6 +57,16 @@ class Site(NamedTuple):
         (own,) = projected_params(self.plan, self.first, Given((self.position,)))
         assert self.plan.composition.projection is not None
         return project_parts([own], self.plan.composition.projection.projector)[0]
+
+    def why_whole(self) -> str | None:
+        """Why the gradient itself is always needed; None if its projection is enough."""
+        geometry = self.plan.geometries[self.position]
+        return why_whole(self.plan.core, self.group, self.param, geometry)
+
+    def refit(self, hooks: Sequence[RefreshHook]) -> None:
+        """Refits the bases to the gradient that is there, if they are due."""
+        params = projected_params(self.plan, self.first, Given((self.position,)))
+        refresh_due(params, self.of, Refresh(self.plan.composition, hooks, {}))
 
     def length(self, gradient: Tensor, *, whole: bool) -> Length:
         """The norm of the gradient, or else of its projection."""

@@ -127,6 +127,12 @@ def take_pending(
             if entry in own:
                 held[params[key]] = own[entry]
     if handle is not None:
+        if pending.projected and handle.whole_norm:
+            raise ValueError(
+                f"the state was saved after {pending.passes} backward passes of an unfinished step "
+                "of which projections are left, and norm='exact' with accumulation needs whole "
+                "gradients: accepted is norm='projected' or 'previous', or a state after step()"
+            )
         _check(groups, saved_groups, pending, handle.meaning)
     return {**loaded, "state": made, "param_groups": saved_groups}, pending
 

@@ -8,12 +8,13 @@ import torch
 from torch import distributed
 
 from .. import checks
+from ..low_rank_gradients import examine
 from ..optimizer import LowRankOptimizer
 from ..warn import warn_user
 from .handle import InBackward
 from .norm import NORMS
-from .passes import ParamHook
-from .refusals import refuse_options, refuse_wrappers
+from .passes import REFITS, ParamHook
+from .refusals import check_refit, refuse_options, refuse_wrappers
 
 
 def update_in_backward(
@@ -21,6 +22,7 @@ def update_in_backward(
     accumulation: int = 1,
     max_norm: float | None = None,
     norm: Literal["exact", "projected", "previous"] = "exact",
+    refit: Literal["whole", "first"] = "whole",
 ) -> InBackward:
     """Updates each parameter in the backward pass, as soon as its gradient is there, and frees it.
 
@@ -31,8 +33,9 @@ def update_in_backward(
 
     With `accumulation`, the step has so many `backward()`; between them a projected matrix of m x n
     takes r x n numbers (fp32) where the method drops what is outside its subspace (GaLore,
-    Q-GaLore, GaLore+, COAP, Muon in a subspace) and no refit is due in the step. Gradients of all
-    others are kept whole, as in a loop without this: `whole()` of the handle says which, and why.
+    Q-GaLore, GaLore+, COAP, Muon in a subspace) and no refit is due in the step, or `refit` is
+    "first". Gradients of all others are kept whole, as in a loop without this: `whole()` of the
+    handle says which, and why.
 
     A `GradScaler` decides after `backward()` whether to take the step: it goes with the norms that
     are known only then, "exact" and "projected". DistributedDataParallel, DeepSpeed, and
@@ -47,6 +50,12 @@ def update_in_backward(
             kept whole. "projected" is that of the projected and the other whole gradients, all that
             updates use. "previous" is the norm of the last step, so that updates are made at
             once; the first step is not clipped. With `accumulation` it is measured as "projected".
+        refit: what bases that are due are fitted to. "whole" is the step's gradient, as in a loop
+            without this, which is kept whole until then. "first" is that of the step's first
+            backward pass, so that only projections are kept of it, too. Each matrix whose
+            projection is enough has its new bases then, also where the step is skipped later or
+            dropped by `zero_grad`. Where a fit fails (a gradient of zeros), the gradient is kept
+            whole, as by "whole". Nothing differs where a gradient is used at once.
 
     Returns:
         A handle: `remove()` turns it off, as the end of a `with` block does.
@@ -62,10 +71,12 @@ def update_in_backward(
         )
     checks.integer("accumulation", accumulation, low=1)
     checks.choice("norm", norm, NORMS)
+    checks.choice("refit", refit, REFITS)
     if max_norm is not None and max_norm != torch.inf:
         checks.number("max_norm", max_norm, low=0.0, low_open=True)
     if max_norm is None and norm != "exact":
         raise ValueError(f"norm={norm!r} without max_norm: accepted is max_norm, a positive number")
+    check_refit(refit, max_norm, norm, accumulation)
     if optimizer._in_backward is not None:
         raise ValueError("update_in_backward is on for this optimizer: accepted is remove() first")
     refuse_options(optimizer)
@@ -79,8 +90,8 @@ def update_in_backward(
                 )
     if distributed.is_available() and distributed.is_initialized():
         refuse_wrappers(optimizer, scaled=True)  # and in the first pass
-    handle = InBackward(optimizer, int(accumulation), max_norm, norm)
-    if handle._whole_norm:
+    handle = InBackward(optimizer, int(accumulation), max_norm, norm, refit)
+    if handle.whole_norm:
         warn_user(
             "norm='exact' with accumulation above 1 keeps all gradients whole; norm='projected' or "
             "'previous' doesn't (said once)"
@@ -88,5 +99,10 @@ def update_in_backward(
     optimizer._in_backward = handle
     # Or a GradScaler would take a step without gradients for one without overflow.
     optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+    if refit == "first" and not any(isinstance(n, int) for n in examine(optimizer).values()):
+        warn_user(
+            f"refit='first' has no effect on {type(optimizer).__name__} with these options, which "
+            "needs all gradients whole: handle.whole() has the reasons (said once)"
+        )
     handle.attach()
     return handle
