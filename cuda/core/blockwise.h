@@ -6,7 +6,8 @@
 namespace lowrank {
 
 // The upper 16 bits of an fp32 magnitude up to 1 select an entry. The first entry belongs to all
-// that is smaller than 2^-25, which has rank 0, the second one to 2^-25.
+// that is smaller than 2^-25, which has the lowest rank (0, in the unsigned map 1), the second one
+// to 2^-25.
 constexpr int kFirstEntry = 0x3300 - 1;
 constexpr int kLastEntry = 0x3F80;  // 1, and NaN
 constexpr int kEntries = kLastEntry - kFirstEntry + 1;

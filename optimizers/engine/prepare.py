@@ -20,6 +20,7 @@ from .parameters import check_exchanged, check_names, check_param, label, names
 from .plan import SCALARS, Plan, Snapshot
 from .seeds import seed_names
 from .state import difference, misplaced, place, template, untouched
+from .warn import warn_user
 
 State = dict[str, Any]
 States = MutableMapping[Tensor, State]
@@ -121,12 +122,18 @@ def revise(
     ]
     drop_unused(groups, state)
     pending: dict[MatrixKey, PendingMoments] = {}
+    begun: list[Tensor] = []
     for change in changes:
         _complete(change.group, change.completed)
         for state_change in change.state_changes:
-            pending |= _apply_change(state_change, change, state, maker)
+            pending |= _apply_change(state_change, change, state, maker, begun)
         if change.before is not None:
             maker.changed(change.group, change.before)
+    if begun:
+        warn_user(
+            f"options were changed so that moments of {len(begun)} parameters don't fit them: "
+            "these begin anew, with their step count (said once)"
+        )
     revised = zip(changes, seed_names(groups), strict=True)
     return [Plan(r.group, r.core, state, r.snapshot, drawn) for r, drawn in revised], pending
 
@@ -138,8 +145,13 @@ def _complete(group: Group, completed: Group) -> None:
 
 
 def _apply_change(
-    state_change: _StateChange, change: _GroupChange, state: States, maker: Maker
+    state_change: _StateChange,
+    change: _GroupChange,
+    state: States,
+    maker: Maker,
+    begun: list[Tensor],
 ) -> dict[MatrixKey, PendingMoments]:
+    """Changes a parameter's state; `begun` gets the parameter where its moments are lost."""
     param = state_change.param
     if state_change.how == "move":
         place(state[param], param, capturable=change.group["capturable"])
@@ -149,8 +161,10 @@ def _apply_change(
     if previous is not None and any(c.by_expert(param.shape) for c in (previous, change.core)):
         pending = adapt_experts(param, state[param], previous, new, change.core)
     elif previous is not None:
-        new, moments = adapt(param, state[param], previous, new, change.core)
-        pending = {} if moments is None else {param: moments}
+        made, moments = adapt(param, state[param], previous, new, change.core)
+        if made is new and moments is None and previous.moments(param.to("meta")):
+            begun.append(param)
+        new, pending = made, {} if moments is None else {param: moments}
     state[param] = new
     return pending
 

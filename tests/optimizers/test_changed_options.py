@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from typing import Any
 
 import pytest
@@ -200,6 +201,24 @@ def test_scalars_act_at_once() -> None:
         run(other, twin, range(4, 5))
         assert not torch.equal(weight, twin), key
         assert float(made.state[weight]["step"]) == 5
+
+
+def test_moments_that_begin_anew_are_told() -> None:
+    model = tiny_model()
+    optimizer = build("galore_adamw", model, lr=1e-2, rank=4, plain_rule="adamw")
+    train(model, optimizer, range(3))
+    plain = [group for group in optimizer.param_groups if group.get("rank") is None]
+    for group in plain:
+        group["plain_rule"] = "adafactor"
+    count = sum(len(group["params"]) for group in plain)
+    with pytest.warns(UserWarning, match=rf"moments of {count} parameters .* begin anew"):
+        train(model, optimizer, range(3, 4))
+    assert {float(optimizer.state[p]["step"]) for g in plain for p in g["params"]} == {1.0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for group in optimizer.param_groups:
+            group["weight_decay"] = 0.1
+        train(model, optimizer, range(4, 6))
 
 
 def test_a_list_that_is_changed_in_place_is_noticed() -> None:
